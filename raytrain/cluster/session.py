@@ -1,0 +1,68 @@
+"""Start or reach Ray once, quietly, and leave nothing behind.
+
+A local Ray listens on 127.0.0.1 only. Ray's own memory monitor is off: in 2.60 a worker that it kills ends
+Train and Tune for good, where a plain out-of-memory kill is retried.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+from collections.abc import Iterator
+
+from raytrain.config import ClusterSection
+
+_QUIET = {
+    "RAY_memory_monitor_refresh_ms": "0",
+    "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
+    "RAY_AIR_NEW_OUTPUT": "0",
+    "RAY_DEDUP_LOGS": "1",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    "RAY_CHDIR_TO_TRIAL_DIR": "0",
+    "RAY_TRAIN_V2_ENABLED": "1",
+    "RAY_DISABLE_IMPORT_WARNING": "1",
+    "PYTHONWARNINGS": "ignore",
+}
+
+
+@contextlib.contextmanager
+def ray_session(settings: ClusterSection) -> Iterator[None]:
+    """Within it Ray is ready. A Ray that this process already uses is used and left running."""
+    for name, value in _QUIET.items():
+        os.environ.setdefault(name, value)
+    import ray
+
+    logging.getLogger("ray").setLevel(logging.ERROR)
+    if ray.is_initialized():
+        _quiet_data()
+        yield
+        return
+    address = settings.address or os.environ.get("RAY_ADDRESS")
+    common = {"logging_level": logging.ERROR, "log_to_driver": False, "configure_logging": True}
+    if address:
+        ray.init(address=address, **common)
+    else:
+        ray.init(
+            address="local",
+            num_cpus=settings.num_cpus or max(2, os.cpu_count() or 2),
+            include_dashboard=False,
+            _node_ip_address="127.0.0.1",
+            **common,
+        )
+    try:
+        _quiet_data()
+        yield
+    finally:
+        ray.shutdown()
+
+
+def _quiet_data() -> None:
+    from ray.data import DataContext
+
+    context = DataContext.get_current()
+    context.enable_progress_bars = False
+    context.print_on_execution_start = False
+    context.execution_options.preserve_order = True
+    for name in ("ray.data", "ray.tune", "ray.train"):
+        logging.getLogger(name).setLevel(logging.ERROR)

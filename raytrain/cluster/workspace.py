@@ -1,0 +1,130 @@
+"""The run folder seen as objects: reads artefacts, builds the tokenizer, plan, profile, model and loader.
+
+Everything here can be rebuilt on any node that sees the run folder, from the configuration and the paths.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from raytrain.artifacts import content_id, read_json
+from raytrain.cluster.assign import encode_row
+from raytrain.cluster.statistics import chunks_of
+from raytrain.config import Config
+from raytrain.data.assignment import Assignment, Row
+from raytrain.data.loader import BatchLoader, Quarantine, read_rows
+from raytrain.data.manifest import Utterance, read_chunk
+from raytrain.data.tokenizer import CanaryTokenizer
+from raytrain.lengths.plan import BucketPlan
+from raytrain.lengths.profile import BatchProfile
+from raytrain.lengths.schedule import BatchSchedule, ScheduleState
+from raytrain.model.config import ModelConfig
+
+PLAN_FORMAT = "raytrain.bucket_plan/1"
+PROFILE_FORMAT = "raytrain.batch_profile/1"
+STATISTICS_FORMAT = "raytrain.statistics/1"
+SCORES_FORMAT = "raytrain.scores/1"
+
+
+class Workspace:
+    """Artefacts of one run by name; each is read once, when first asked for."""
+
+    def __init__(self, config: Config, run_dir: Path) -> None:
+        self.config, self.run_dir = config, Path(run_dir)
+
+    def path(self, *parts: str) -> Path:
+        """A path below the run folder."""
+        return self.run_dir.joinpath(*parts)
+
+    @cached_property
+    def tokenizer(self) -> CanaryTokenizer:
+        """The run's tokenizer."""
+        return CanaryTokenizer.load(self.path("tokenizer"))
+
+    @cached_property
+    def _plan_document(self) -> dict[str, Any]:
+        return read_json(self.path("bucket_plan.json"), PLAN_FORMAT)
+
+    @property
+    def plan(self) -> BucketPlan:
+        """The bucket plan."""
+        return BucketPlan.from_body(self._plan_document["body"]["plan"])
+
+    @property
+    def plan_id(self) -> str:
+        """The bucket plan's content id."""
+        return self._plan_document["id"]
+
+    def model_config(self) -> ModelConfig:
+        """The configured model with the tokenizer's vocabulary, and a CTC head if training uses one."""
+        return replace(
+            self.config.model,
+            vocab_size=self.tokenizer.vocab_size,
+            ctc_head=self.config.train.ctc_weight > 0,
+        )
+
+    def model_id(self) -> str:
+        """Names the model's shape: what a batch profile depends on."""
+        return content_id(asdict(self.model_config()))
+
+    def profile(self) -> BatchProfile:
+        """The batch profile. Raises `ProfileError` where it was made for another plan or model."""
+        profile = BatchProfile.from_body(read_json(self.path("batch_profile.json"), PROFILE_FORMAT)["body"])
+        profile.check_matches(plan_id=self.plan_id, model_id=self.model_id())
+        return profile
+
+    def loader(self, state: dict[str, Any] | None, rank: int, world_size: int) -> BatchLoader:
+        """The rank's batches from `state` on (from the start without one)."""
+        assignment = Assignment(self.path("assignment"))
+        schedule = BatchSchedule(self.config.seed, assignment.rows_per_bucket, self.profile().batch_sizes)
+        return BatchLoader(
+            assignment,
+            schedule,
+            ScheduleState.from_dict(state) if state else schedule.initial(),
+            rank=rank,
+            world_size=world_size,
+            sample_rate=self.config.model.sample_rate,
+            pad_id=self.tokenizer.pad_id,
+            quarantine=Quarantine(self.path("quarantine.jsonl")),
+            num_threads=self.config.train.num_loader_threads,
+            prefetch_batches=self.config.train.prefetch_batches,
+        )
+
+    def rows(self, split: str, limit: int | None = None) -> list[Row]:
+        """Encoded rows of a small split (dev), at most `limit`; bad manifest rows are left out."""
+        rows: list[Row] = []
+        for chunk in chunks_of(self.config, split):
+            for item in read_chunk(chunk, set(self.tokenizer.languages), self.config.data.default_language):
+                if isinstance(item, Utterance):
+                    values = encode_row(self.tokenizer, item)
+                    rows.append(Row(**{**values, "tokens": tuple(values["tokens"])}))
+                if limit is not None and len(rows) >= limit:
+                    return rows
+        return rows
+
+    def validator(self, rank: int, world_size: int) -> Any:
+        """Validation on the dev manifests, or None where there are none."""
+        from raytrain.training.validation import Validator
+
+        if not self.config.data.dev:
+            return None
+        # Longest first and dealt out in turn, so that every rank gets about the same work.
+        rows = sorted(
+            self.rows("dev", self.config.train.max_validation_utterances), key=lambda row: -row.duration_ms
+        )[rank::world_size]
+        quarantine = Quarantine(self.path("quarantine.jsonl"))
+        sample_rate, size = self.config.model.sample_rate, self.config.evaluate.batch_size
+
+        def batches() -> Any:
+            for kept, batch in read_rows(rows, sample_rate, self.tokenizer.pad_id, size, quarantine.add):
+                yield [row.text for row in kept], batch
+
+        return Validator(
+            batches=batches,
+            decode=self.tokenizer.decode,
+            eos_id=self.tokenizer.eos_id,
+            max_generation_delta=self.config.evaluate.max_generation_delta,
+        )

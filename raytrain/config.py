@@ -1,0 +1,223 @@
+"""Configuration: YAML plus `section.key=value` overrides, checked strictly as a whole.
+
+An unknown key is an error, all errors are reported together, and each unknown key comes with the nearest
+known one. Settings of an algorithm live beside the class that they configure; this module nests them.
+
+    config = load_config(Path("configs/digits.yaml"), ["train.max_steps=100"])
+    config.train.max_steps        # 100
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+
+from raytrain.errors import ConfigError
+from raytrain.lengths.plan import BucketSettings
+from raytrain.model.config import ModelConfig
+from raytrain.training.settings import TrainSettings
+
+DATA_ROOT_VARIABLE = "RAYTRAIN_DATA_ROOT"
+RUN_ROOT_VARIABLE = "RAYTRAIN_RUN_ROOT"
+_SIZE = re.compile(r"^\s*([\d.]+)\s*(B|KB|MB|GB|TB|KiB|MiB|GiB|TiB)?\s*$", re.IGNORECASE)
+_POWERS = {"k": 1, "m": 2, "g": 3, "t": 4}
+
+
+def parse_bytes(value: Any) -> Any:
+    """`"16GiB"` → 17179869184; whole numbers pass. KB is 1000 bytes, KiB 1024."""
+    if not isinstance(value, str):
+        return value
+    match = _SIZE.match(value)
+    if not match:
+        raise ValueError(f"{value!r} is not a size; write for example 16GiB or 512MiB")
+    unit = (match[2] or "B").lower()
+    base = 1024 if "ib" in unit else 1000
+    return int(float(match[1]) * base ** _POWERS.get(unit[0], 0))
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class RunSection(_Section):
+    """Where results go: `<root>/<name>/`. `root` falls back to $RAYTRAIN_RUN_ROOT, then `runs`."""
+
+    root: str | None = None
+
+
+class DataSection(_Section):
+    """NeMo JSONL manifests by split, relative to `root` (falls back to $RAYTRAIN_DATA_ROOT, then `.`)."""
+
+    root: str | None = None
+    train: list[str] = Field(min_length=1)
+    dev: list[str] = []
+    test: list[str] = []
+    default_language: str | None = None
+    max_bad_fraction: float = Field(0.01, ge=0, le=1)
+    chunk_bytes: int = Field(16 << 20, ge=1024)
+
+    _sizes = field_validator("chunk_bytes", mode="before")(parse_bytes)
+
+    def manifests(self, split: str) -> list[Path]:
+        """Absolute paths of one split's manifests."""
+        root = Path(self.root or os.environ.get(DATA_ROOT_VARIABLE) or ".")
+        return [(root / path).expanduser().absolute() for path in getattr(self, split)]
+
+
+class TokenizerSection(_Section):
+    """`path` names a folder with a trained tokenizer; without it one is trained per language."""
+
+    path: str | None = None
+    vocab_size: int = Field(1024, ge=8)
+    model_type: str = Field("bpe", pattern="^(bpe|unigram)$")
+    max_sentences: int = Field(1_000_000, ge=1)
+
+
+class OomptimizeSection(_Section):
+    """The memory budget of a step: `device_memory`·`memory_fraction` bytes (measured on a GPU if unset)."""
+
+    device_memory: int | None = Field(None, ge=1 << 20)
+    memory_fraction: float = Field(0.9, gt=0, le=1)
+    max_batch_size: int = Field(4096, ge=1)
+    tolerance: float = Field(0.05, ge=0, lt=1)
+
+    _sizes = field_validator("device_memory", mode="before")(parse_bytes)
+
+
+class EvaluateSection(_Section):
+    """Decoding of the test manifests."""
+
+    batch_size: int = Field(32, ge=1)
+    num_workers: int = Field(1, ge=1)
+    max_generation_delta: int = Field(50, ge=1)
+    checkpoint: str = Field("best", pattern="^(best|last)$")
+
+
+class TrackingSection(_Section):
+    """MLflow. `uri` unset means a SQLite file in the run folder."""
+
+    enabled: bool = True
+    uri: str | None = None
+    experiment: str = "raytrain"
+
+
+class ClusterSection(_Section):
+    """Ray. `address` unset means $RAY_ADDRESS if there is one, else a local Ray with `num_cpus`."""
+
+    address: str | None = None
+    num_cpus: int | None = Field(None, ge=1)
+
+
+class Config(_Section):
+    """One run, whole: what to read, what to make of it, and how."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    seed: int = Field(1, ge=0)
+    run: RunSection = RunSection()
+    data: DataSection
+    tokenizer: TokenizerSection = TokenizerSection()
+    buckets: BucketSettings = BucketSettings()
+    oomptimize: OomptimizeSection = OomptimizeSection()
+    model: ModelConfig = ModelConfig()
+    train: TrainSettings = TrainSettings()
+    evaluate: EvaluateSection = EvaluateSection()
+    tracking: TrackingSection = TrackingSection()
+    cluster: ClusterSection = ClusterSection()
+
+    @property
+    def run_dir(self) -> Path:
+        """Absolute folder of this run's artefacts."""
+        root = Path(self.run.root or os.environ.get(RUN_ROOT_VARIABLE) or "runs")
+        return (root / self.name).expanduser().absolute()
+
+    def section(self, *names: str) -> dict[str, Any]:
+        """Named sections as plain JSON values, for keys and records."""
+        return self.model_dump(mode="json", include=set(names))
+
+
+def load_config(path: Path | None, overrides: list[str] | None = None, base: dict | None = None) -> Config:
+    """Read YAML, apply overrides, check all. Raises `ConfigError` that lists every problem at once."""
+    values = dict(base or {})
+    if path is not None:
+        try:
+            values = yaml.safe_load(Path(path).read_text()) or {}
+        except OSError as error:
+            raise ConfigError(f"can't read the configuration {path}", why=str(error.strerror).lower()) from error
+        except yaml.YAMLError as error:
+            raise ConfigError(f"{path} is not valid YAML", why=" ".join(str(error).split())) from error
+        if not isinstance(values, dict):
+            raise ConfigError(f"{path} must hold sections", got=type(values).__name__, allowed="a mapping")
+    for override in overrides or []:
+        values = _override(values, override)
+    return check_config(values, source=str(path) if path else "configuration")
+
+
+def check_config(values: dict, source: str = "configuration") -> Config:
+    """Validate plain values into a `Config`; every problem in one `ConfigError`."""
+    try:
+        return Config.model_validate(values)
+    except ValidationError as error:
+        problems = [_describe(item) for item in error.errors()]
+    listing = "\n  ".join(sorted(problems))
+    raise ConfigError(f"{source} has {len(problems)} problem(s):\n  {listing}")
+
+
+def _override(values: dict, text: str) -> dict:
+    key, equals, raw = text.partition("=")
+    if not equals or not key:
+        raise ConfigError("an override must look like section.key=value", got=repr(text))
+    values = dict(values)
+    node = values
+    *parents, last = key.split(".")
+    for part in parents:
+        child = node.get(part)
+        if child is not None and not isinstance(child, dict):
+            raise ConfigError(f"{key} can't be set", why=f"{part} is a value, not a section")
+        node[part] = dict(child or {})
+        node = node[part]
+    node[last] = yaml.safe_load(raw)
+    return values
+
+
+def _describe(item: Any) -> str:
+    where = [str(part) for part in item["loc"]]
+    dotted = ".".join(where)
+    if item["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
+        known = _known_keys(where[:-1])
+        close = difflib.get_close_matches(where[-1], known, n=1)
+        hint = f"did you mean {close[0]}?" if close else f"allowed: {', '.join(known)}"
+        return f"{dotted}: unknown key; {hint}"
+    if item["type"] == "missing":
+        return f"{dotted}: missing"
+    message = item["msg"].removeprefix("Value error, ")
+    given = item.get("input")
+    shown = "" if isinstance(given, dict) or "got" in message else f"; got {given!r}"
+    return f"{dotted}: {message[0].lower() + message[1:]}{shown}"
+
+
+def _known_keys(path: list[str]) -> list[str]:
+    kind: Any = Config
+    for part in path:
+        fields = _fields(kind)
+        if part not in fields:
+            return []
+        kind = fields[part]
+    return sorted(_fields(kind))
+
+
+def _fields(kind: Any) -> dict[str, Any]:
+    if isinstance(kind, type) and issubclass(kind, BaseModel):
+        return {name: field.annotation for name, field in kind.model_fields.items()}
+    if dataclasses.is_dataclass(kind):
+        import typing
+
+        hints = typing.get_type_hints(kind)
+        return {field.name: hints[field.name] for field in dataclasses.fields(kind)}
+    return {}

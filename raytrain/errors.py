@@ -1,0 +1,94 @@
+"""The error tree: every failure that a user can cause or mend is a `RaytrainError`.
+
+    RaytrainError
+    ├── ConfigError          a setting is unknown, of the wrong type or contradicts another
+    ├── DataError            the corpus can't be used as it is
+    │   ├── ManifestError    a manifest is missing or has too many bad lines
+    │   └── TokenizerError   a tokenizer can't be made, read, or lacks a language
+    ├── ArtifactError        a file that a stage reads is absent, of another format or damaged
+    │   ├── PlanError        a bucket plan can't be made
+    │   └── ProfileError     a batch profile was made for another plan, model or device
+    ├── StorageError         the run folder can't be written (full, read-only, not a folder)
+    └── TrainingError        training can't start or go on
+        └── CheckpointError  no checkpoint can be read
+
+A message says what happened, what was got, what is allowed, why, and what to do:
+
+    >>> str(PlanError("bucket 7 is empty", got=0, remedy="lower num_duration_buckets"))
+    'bucket 7 is empty; got 0; to do: lower num_duration_buckets'
+"""
+
+from __future__ import annotations
+
+
+class RaytrainError(Exception):
+    """Base of all errors that raytrain raises on purpose; `str()` is one readable line."""
+
+    def __init__(
+        self,
+        what: str,
+        *,
+        got: object = None,
+        allowed: object = None,
+        why: str | None = None,
+        remedy: str | None = None,
+    ) -> None:
+        self.what, self.got, self.allowed, self.why, self.remedy = what, got, allowed, why, remedy
+        parts = [what]
+        if got is not None:
+            parts.append(f"got {got}")
+        if allowed is not None:
+            parts.append(f"allowed: {allowed}")
+        if why:
+            parts.append(f"because {why}")
+        if remedy:
+            parts.append(f"to do: {remedy}")
+        super().__init__("; ".join(parts))
+
+    def __reduce__(self):
+        # Exceptions cross process borders by pickle (Ray); keyword arguments need help there.
+        return _rebuild, (type(self), self.what, self.got, self.allowed, self.why, self.remedy)
+
+
+def _rebuild(cls, what, got, allowed, why, remedy):
+    return cls(what, got=got, allowed=allowed, why=why, remedy=remedy)
+
+
+class ConfigError(RaytrainError):
+    """A setting is unknown, of the wrong type or contradicts another one."""
+
+
+class DataError(RaytrainError):
+    """The corpus can't be used as it is."""
+
+
+class ManifestError(DataError):
+    """A manifest is missing or has more bad lines than allowed."""
+
+
+class TokenizerError(DataError):
+    """A tokenizer can't be trained or read, or lacks a language or a token."""
+
+
+class ArtifactError(RaytrainError):
+    """A file that a stage reads is absent, of another format or damaged."""
+
+
+class PlanError(ArtifactError):
+    """A bucket plan can't be made from this histogram and these settings."""
+
+
+class ProfileError(ArtifactError):
+    """A batch profile doesn't belong to this plan, model or device."""
+
+
+class StorageError(RaytrainError):
+    """The run folder can't be written."""
+
+
+class TrainingError(RaytrainError):
+    """Training can't start or go on."""
+
+
+class CheckpointError(TrainingError):
+    """No checkpoint can be read."""

@@ -1,0 +1,193 @@
+"""Transformer decoder: pre-norm blocks with self-attention, cross-attention and a ReLU feed-forward layer.
+
+Shapes: B utterances, U tokens, T encoder frames, D width, H heads. A cache of keys and values makes decoding
+one token cost one token: self-attention keys are written into preallocated rows, cross-attention keys are
+computed once.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from raytrain.model.config import ModelConfig
+
+
+@dataclass
+class LayerCache:
+    """Keys and values of one layer: `self_*` (B, H, max, K) filled up to the position, `cross_*` (B, H, T, K)."""
+
+    self_keys: Tensor
+    self_values: Tensor
+    cross_keys: Tensor
+    cross_values: Tensor
+
+    def select(self, rows: Tensor) -> LayerCache:
+        """Keep some rows of the batch."""
+        return LayerCache(self.self_keys[rows], self.self_values[rows], self.cross_keys[rows], self.cross_values[rows])
+
+
+class Attention(nn.Module):
+    """Multi-head attention; NeMo's names."""
+
+    def __init__(self, width: int, heads: int, dropout: float) -> None:
+        super().__init__()
+        self.heads, self.dropout = heads, dropout
+        self.query_net, self.key_net = nn.Linear(width, width), nn.Linear(width, width)
+        self.value_net, self.out_projection = nn.Linear(width, width), nn.Linear(width, width)
+
+    def split(self, x_BUD: Tensor) -> Tensor:
+        """(B, U, D) → (B, H, U, K)."""
+        return x_BUD.unflatten(2, (self.heads, -1)).transpose(1, 2)
+
+    def keys_values(self, x_BTD: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values of a sequence, (B, H, T, K) each."""
+        return self.split(self.key_net(x_BTD)), self.split(self.value_net(x_BTD))
+
+    def forward(self, x_BUD: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, causal: bool = False) -> Tensor:
+        mixed = F.scaled_dot_product_attention(
+            self.split(self.query_net(x_BUD)),
+            keys,
+            values,
+            attn_mask=mask,
+            is_causal=causal,
+            dropout_p=self.dropout if self.training else 0.0,
+        )
+        mixed = self.out_projection(mixed.transpose(1, 2).flatten(2))
+        return F.dropout(mixed, self.dropout, self.training)
+
+
+class DecoderFeedForward(nn.Module):
+    def __init__(self, width: int, inner: int, dropout: float) -> None:
+        super().__init__()
+        self.dense_in, self.dense_out = nn.Linear(width, inner), nn.Linear(inner, width)
+        self.dropout = dropout
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.dropout(self.dense_out(F.relu(self.dense_in(x))), self.dropout, self.training)
+
+
+class DecoderBlock(nn.Module):
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        width, heads = config.decoder_width, config.decoder_heads
+        self.layer_norm_1 = nn.LayerNorm(width, eps=1e-5)
+        self.first_sub_layer = Attention(width, heads, config.dropout)
+        self.layer_norm_2 = nn.LayerNorm(width, eps=1e-5)
+        self.second_sub_layer = Attention(width, heads, config.dropout)
+        self.layer_norm_3 = nn.LayerNorm(width, eps=1e-5)
+        self.third_sub_layer = DecoderFeedForward(width, width * config.decoder_ff_factor, config.dropout)
+
+    def forward(self, x: Tensor, states_BTD: Tensor, cross_mask: Tensor) -> Tensor:
+        """Whole sequences; padding needs no mask, since attention looks back only and padding is at the end."""
+        y = self.layer_norm_1(x)
+        x = x + self.first_sub_layer(y, *self.first_sub_layer.keys_values(y), None, causal=True)
+        y = self.layer_norm_2(x)
+        x = x + self.second_sub_layer(y, *self.second_sub_layer.keys_values(states_BTD), cross_mask)
+        return x + self.third_sub_layer(self.layer_norm_3(x))
+
+    def extend(self, x: Tensor, cache: LayerCache, start: int, self_mask: Tensor | None, cross_mask: Tensor) -> Tensor:
+        """Tokens at positions `start` on, against the cache, which takes their keys and values."""
+        y = self.layer_norm_1(x)
+        keys, values = self.first_sub_layer.keys_values(y)
+        end = start + x.shape[1]
+        cache.self_keys[:, :, start:end], cache.self_values[:, :, start:end] = keys, values
+        x = x + self.first_sub_layer(y, cache.self_keys[:, :, :end], cache.self_values[:, :, :end], self_mask)
+        y = self.layer_norm_2(x)
+        x = x + self.second_sub_layer(y, cache.cross_keys, cache.cross_values, cross_mask)
+        return x + self.third_sub_layer(self.layer_norm_3(x))
+
+
+class _Position(nn.Module):
+    def __init__(self, size: int, width: int) -> None:
+        super().__init__()
+        self.register_buffer("pos_enc", torch.empty(size, width))
+        self.reset()
+
+    def reset(self) -> None:
+        """Fill the table: sine in even, cosine in odd dimensions, divided by √width."""
+        if self.pos_enc.is_meta:
+            return
+        size, width = self.pos_enc.shape
+        with torch.device("cpu"):
+            position = torch.arange(size, dtype=torch.float32)[:, None]
+            rate = torch.exp(torch.arange(0, width, 2, dtype=torch.float32) * (-math.log(10000.0) / width))
+            angles = position * rate
+            table = torch.stack((torch.sin(angles), torch.cos(angles)), dim=2).flatten(1)
+        self.pos_enc.copy_(table / math.sqrt(width))
+
+
+class Embedding(nn.Module):
+    """Token plus position embedding, layer norm, dropout."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.token_embedding = nn.Embedding(config.padded_vocab_size, config.decoder_width)
+        self.position_embedding = _Position(config.max_positions, config.decoder_width)
+        self.layer_norm = nn.LayerNorm(config.decoder_width, eps=1e-5)
+        self.dropout = config.dropout
+
+    def forward(self, ids_BU: Tensor, start: int = 0) -> Tensor:
+        positions = self.position_embedding.pos_enc[start : start + ids_BU.shape[1]]
+        x = self.layer_norm(self.token_embedding(ids_BU) + positions)
+        return F.dropout(x, self.dropout, self.training)
+
+
+class _Blocks(nn.Module):
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(DecoderBlock(config) for _ in range(config.decoder_layers))
+        self.final_layer_norm = nn.LayerNorm(config.decoder_width, eps=1e-5)
+
+
+class TransformerDecoder(nn.Module):
+    """ids (B, U), encoder states (B, T, D) and their mask (B, 1, 1, T) → hidden (B, U, D)."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self._embedding = Embedding(config)
+        self._decoder = _Blocks(config)
+        self.heads = config.decoder_heads
+
+    def forward(self, ids_BU: Tensor, states_BTD: Tensor, cross_mask: Tensor) -> Tensor:
+        x = self._embedding(ids_BU)
+        for layer in self._decoder.layers:
+            x = layer(x, states_BTD, cross_mask)
+        return self._decoder.final_layer_norm(x)
+
+    def make_cache(self, states_BTD: Tensor, max_tokens: int) -> list[LayerCache]:
+        """An empty cache for `max_tokens` positions with the cross-attention keys filled in."""
+        batch, _, width = states_BTD.shape
+        shape = (batch, self.heads, max_tokens, width // self.heads)
+        return [
+            LayerCache(
+                states_BTD.new_empty(shape),
+                states_BTD.new_empty(shape),
+                *layer.second_sub_layer.keys_values(states_BTD),
+            )
+            for layer in self._decoder.layers
+        ]
+
+    def extend(self, ids_BU: Tensor, cache: list[LayerCache], start: int, cross_mask: Tensor) -> Tensor:
+        """Hidden states (B, U, D) of tokens at positions `start` on."""
+        x = self._embedding(ids_BU, start)
+        mask = None
+        if ids_BU.shape[1] > 1:
+            size = (ids_BU.shape[1], start + ids_BU.shape[1])
+            mask = torch.ones(size, dtype=torch.bool, device=ids_BU.device).tril(start)
+        for layer, own in zip(self._decoder.layers, cache, strict=True):
+            x = layer.extend(x, own, start, mask, cross_mask)
+        return self._decoder.final_layer_norm(x)
+
+
+def initialise(decoder: TransformerDecoder) -> None:
+    """Linears and the token embedding xavier-uniform, biases zero."""
+    for module in decoder.modules():
+        if isinstance(module, nn.Linear):
+            nn.init.xavier_uniform_(module.weight)
+            nn.init.zeros_(module.bias)
+    nn.init.xavier_uniform_(decoder._embedding.token_embedding.weight)
