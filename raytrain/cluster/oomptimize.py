@@ -120,8 +120,14 @@ def _run_trials(jobs: list[dict], cuda: bool, scratch: Path, on_trial: Callable[
     from ray import tune
 
     class Progress(tune.Callback):
+        def __init__(self, tell: Callable[[], None]) -> None:
+            self._tell = tell
+
+        def __getstate__(self) -> dict[str, Any]:
+            return {}  # Tune pickles its callbacks; a progress bar stays with its process
+
         def on_trial_complete(self, *args: Any, **kwargs: Any) -> None:
-            on_trial()
+            self._tell()
 
     trainable = tune.with_resources(probe_bucket, {"CPU": 1, "GPU": 1 if cuda else 0})
     tuner = tune.Tuner(
@@ -129,7 +135,7 @@ def _run_trials(jobs: list[dict], cuda: bool, scratch: Path, on_trial: Callable[
         param_space={"job": tune.grid_search(jobs)},
         tune_config=tune.TuneConfig(reuse_actors=not cuda),
         run_config=tune.RunConfig(
-            name="oomptimize", storage_path=str(scratch), verbose=0, callbacks=[Progress()]
+            name="oomptimize", storage_path=str(scratch), verbose=0, callbacks=[Progress(on_trial)]
         ),
     )
     with contextlib.redirect_stdout(None):

@@ -1,1 +1,26 @@
+"""Lengths, buckets, batch sizes and schedules: pure mathematics on integers, with numpy alone."""
 
+from raytrain.lengths.grid import Bucket, BucketGrid
+from raytrain.lengths.histogram import LengthHistogram
+from raytrain.lengths.padding import PaddingRow, padding_by_scheme
+from raytrain.lengths.plan import BucketPlan, BucketSettings, make_plan
+from raytrain.lengths.profile import BatchProfile, ProbeSetting
+from raytrain.lengths.schedule import BatchSchedule, ScheduleState, StepPlan
+from raytrain.lengths.search import BatchSizeSearch
+
+__all__ = [
+    "BatchProfile",
+    "BatchSchedule",
+    "BatchSizeSearch",
+    "Bucket",
+    "BucketGrid",
+    "BucketPlan",
+    "BucketSettings",
+    "LengthHistogram",
+    "PaddingRow",
+    "ProbeSetting",
+    "ScheduleState",
+    "StepPlan",
+    "make_plan",
+    "padding_by_scheme",
+]

@@ -1,0 +1,129 @@
+"""The pipeline: stages in order, each run only where its settings or inputs changed.
+
+A stage has a key: a hash of the settings it reads and the ids of the artefacts it reads. `stages.json` keeps
+each finished stage's key and the ids of what it wrote. The same key and the same files mean there is nothing
+to do; and a stage that runs again but writes what it wrote before leaves the stages after it alone.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from raytrain.artifacts import atomic_write_bytes, canonical_json, content_id, file_id, make_folder
+from raytrain.cluster import stages
+from raytrain.cluster.session import ray_session
+from raytrain.cluster.tracking import RunTracking
+from raytrain.cluster.workspace import Workspace
+from raytrain.config import Config
+from raytrain.console import Console
+from raytrain.errors import ArtifactError
+
+_STATE = "stages.json"
+
+
+@dataclass(frozen=True)
+class Stage:
+    """`key` names what the stage depends on (JSON values); `run` does it; `outputs` are files it writes."""
+
+    name: str
+    needs: tuple[str, ...]
+    outputs: tuple[str, ...]
+    key: Callable[[Workspace], Any]
+    run: Callable[[stages.Context], str]
+    uses_ray: bool = True
+
+
+STAGES: tuple[Stage, ...] = (
+    Stage(
+        "statistics", (), ("tokenizer/tokenizer.json", "histogram.parquet", "statistics.json"),
+        stages.statistics_key, stages.run_statistics,
+    ),
+    Stage("buckets", ("statistics",), ("bucket_plan.json",), stages.buckets_key, stages.run_buckets, uses_ray=False),
+    Stage("assign", ("statistics", "buckets"), ("assignment/index.json",), stages.assign_key, stages.run_assign),
+    Stage("oomptimize", ("buckets",), ("batch_profile.json",), stages.oomptimize_key, stages.run_oomptimize),
+    Stage("train", ("assign", "oomptimize"), ("checkpoints/last.json",), stages.train_key, stages.run_train),
+    Stage("evaluate", ("train",), ("hypotheses.jsonl", "scores.json"), stages.evaluate_key, stages.run_evaluate),
+    Stage(
+        "report", ("statistics", "buckets", "assign", "oomptimize", "train", "evaluate"), ("report.html",),
+        stages.report_key, stages.run_report, uses_ray=False,
+    ),
+)  # fmt: skip
+STAGE_NAMES = tuple(stage.name for stage in STAGES)
+
+
+def run_pipeline(config: Config, console: Console, names: tuple[str, ...] = STAGE_NAMES) -> list[str]:
+    """Run the named stages that are not up to date; returns the names of those that ran.
+
+    Raises `ArtifactError` where a stage that is not among `names` has not run before.
+    """
+    run_dir = make_folder(config.run_dir)
+    workspace = Workspace(config, run_dir)
+    done = _read_state(run_dir)
+    ran: list[str] = []
+    with RunTracking(config, run_dir) as tracking:
+        for stage in STAGES:
+            if stage.name not in names:
+                continue
+            _check_needs(stage, run_dir, done)
+            workspace = Workspace(config, run_dir)  # artefacts may have changed since the stage before
+            key = content_id({"stage": stage.name, "depends_on": stage.key(workspace)})
+            if _is_current(run_dir, done.get(stage.name), key):
+                console.skipped(stage.name)
+                continue
+            # From here on the old result is void; a stage that is stopped half-way runs again.
+            done.pop(stage.name, None)
+            _write_state(run_dir, done)
+            _run_stage(stage, stages.Context(workspace, console, tracking, key))
+            done[stage.name] = {"key": key, "outputs": _identities(run_dir, stage)}
+            _write_state(run_dir, done)
+            ran.append(stage.name)
+    if not ran:
+        console.say(f"nothing to do: {', '.join(names)} up to date in {run_dir}")
+    return ran
+
+
+def _run_stage(stage: Stage, context: stages.Context) -> None:
+    with context.console.stage(stage.name) as finish, context.tracking.stage(stage.name):
+        if stage.uses_ray:
+            with ray_session(context.config.cluster):
+                summary = stage.run(context)
+        else:
+            summary = stage.run(context)
+        finish(summary)
+
+
+def _check_needs(stage: Stage, run_dir: Path, done: dict[str, Any]) -> None:
+    missing = [name for name in stage.needs if name not in done]
+    if missing:
+        raise ArtifactError(
+            f"{stage.name} needs what {', '.join(missing)} would have written to {run_dir}",
+            remedy=f"run `raytrain {missing[0]}` with this configuration first, or `raytrain run` for all stages",
+        )
+
+
+def _is_current(run_dir: Path, record: dict[str, Any] | None, key: str) -> bool:
+    if record is None or record["key"] != key:
+        return False
+    try:
+        return all(file_id(run_dir / name) == identity for name, identity in record["outputs"].items())
+    except OSError:
+        return False
+
+
+def _identities(run_dir: Path, stage: Stage) -> dict[str, str]:
+    return {name: file_id(run_dir / name) for name in stage.outputs}
+
+
+def _read_state(run_dir: Path) -> dict[str, Any]:
+    try:
+        return json.loads((run_dir / _STATE).read_bytes())
+    except (OSError, ValueError):
+        return {}
+
+
+def _write_state(run_dir: Path, done: dict[str, Any]) -> None:
+    atomic_write_bytes(run_dir / _STATE, canonical_json(done))

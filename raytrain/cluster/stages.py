@@ -1,0 +1,385 @@
+"""What each stage depends on and does: read artefacts, call the part that knows how, write the artefact."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import shutil
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import orjson
+
+from raytrain.artifacts import (
+    atomic_write,
+    atomic_write_bytes,
+    canonical_json,
+    content_id,
+    file_id,
+    make_folder,
+    read_json,
+    write_json,
+)
+from raytrain.cluster.tracking import RunTracking
+from raytrain.cluster.workspace import (
+    PLAN_FORMAT,
+    PROFILE_FORMAT,
+    SCORES_FORMAT,
+    STATISTICS_FORMAT,
+    Workspace,
+)
+from raytrain.config import Config
+from raytrain.console import Console
+from raytrain.data.assignment import INDEX_FORMAT
+from raytrain.errors import ManifestError, TrainingError
+from raytrain.lengths.histogram import LengthHistogram
+from raytrain.training.checkpoint import CheckpointFolder
+
+# Settings of training that say when to stop, look and save, but not what is learnt: a run goes on when they change.
+_NOT_LINEAGE = (
+    "max_steps", "max_minutes", "stop_at_wer", "validate_every_steps", "max_validation_utterances",
+    "checkpoint_every_steps", "keep_checkpoints", "log_every_steps", "num_loader_threads", "prefetch_batches",
+    "max_failures", "num_workers", "device",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Context:
+    """What a stage works with; `key` is the hash of all that it depends on."""
+
+    workspace: Workspace
+    console: Console
+    tracking: RunTracking
+    key: str
+
+    @property
+    def config(self) -> Config:
+        """The run's configuration."""
+        return self.workspace.config
+
+    def path(self, *parts: str) -> Path:
+        """A path below the run folder."""
+        return self.workspace.path(*parts)
+
+
+def _manifest_ids(config: Config, split: str) -> list[str]:
+    ids = []
+    for path in config.data.manifests(split):
+        try:
+            ids.append(file_id(path))
+        except OSError as error:
+            raise ManifestError(
+                f"manifest {path} can't be read",
+                why=str(error.strerror).lower(),
+                remedy="check data.root (or $RAYTRAIN_DATA_ROOT) and the manifest's name",
+            ) from error
+    return ids
+
+
+def _reading(config: Config, split: str) -> dict[str, Any]:
+    """What a split's rows depend on. The folder counts: rows hold absolute audio paths."""
+    return {
+        "manifests": _manifest_ids(config, split),
+        "paths": [str(path) for path in config.data.manifests(split)],
+        "default_language": config.data.default_language,
+    }
+
+
+# --- statistics
+
+
+def statistics_key(workspace: Workspace) -> Any:
+    config = workspace.config
+    return [
+        _reading(config, "train"),
+        config.data.max_bad_fraction,
+        config.section("tokenizer"),
+        config.model.prompt_format,
+    ]
+
+
+def run_statistics(context: Context) -> str:
+    from raytrain.cluster import statistics as job
+
+    config = context.config
+    chunks = job.chunks_of(config, "train")
+    tokenizer = job.make_tokenizer(config, context.path("tokenizer"))
+    total = job.Counts()
+    with context.console.progress("counting", len(chunks)) as update:
+        for partial in job.count_all(chunks, tokenizer, config):
+            total.add(partial)
+            update(advance=1)
+    job.check_bad_rows(total, config.data.max_bad_fraction)
+    write_histogram(context.path("histogram.parquet"), total.histogram)
+    body = {**job.statistics_body(total), "histogram_id": file_id(context.path("histogram.parquet"))}
+    write_json(context.path("statistics.json"), STATISTICS_FORMAT, body, {"tokenizer": tokenizer.id})
+    context.tracking.current.log_metrics(
+        {"hours": body["hours"], "utterances": body["utterances"], "tokens": body["tokens"]}, 0, 0.0
+    )
+    context.tracking.current.log_artifact(context.path("statistics.json"))
+    for reason, number in body["rejected"].items():
+        context.console.warn(f"{number} manifest row(s) left out: {reason}; statistics.json names the first ones")
+    return f"{body['utterances']} utterances, {body['hours']:.2f} h, vocabulary {tokenizer.vocab_size}"
+
+
+def write_histogram(path: Path, histogram: LengthHistogram) -> None:
+    """One row per cell: `duration_ms`, `tokens`, `count`."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    table = pa.table({"duration_ms": histogram.cells, "tokens": histogram.tokens, "count": histogram.counts})
+    table = table.replace_schema_metadata({"real_duration_ms": str(histogram.real_duration_ms)})
+    with atomic_write(path) as file:
+        pq.write_table(table, file)
+
+
+def read_histogram(path: Path) -> LengthHistogram:
+    """The inverse of `write_histogram`."""
+    import pyarrow.parquet as pq
+
+    table = pq.read_table(path)
+    columns = [table[name].to_numpy() for name in ("duration_ms", "tokens", "count")]
+    return LengthHistogram.from_arrays(*columns, int(table.schema.metadata[b"real_duration_ms"]))
+
+
+# --- buckets
+
+
+def _statistics(workspace: Workspace) -> dict[str, Any]:
+    return read_json(workspace.path("statistics.json"), STATISTICS_FORMAT)
+
+
+def buckets_key(workspace: Workspace) -> Any:
+    return [workspace.config.section("buckets", "seed"), _statistics(workspace)["body"]["histogram_id"]]
+
+
+def run_buckets(context: Context) -> str:
+    from raytrain.lengths import make_plan, padding_by_scheme
+
+    histogram = read_histogram(context.path("histogram.parquet"))
+    histogram_id = _statistics(context.workspace)["body"]["histogram_id"]
+    plan = make_plan(histogram, context.config.buckets, histogram_id)
+    rows = padding_by_scheme(histogram, plan, seed=context.config.seed)
+    body = {"plan": plan.to_body(), "padding_by_scheme": [asdict(row) for row in rows]}
+    write_json(context.path("bucket_plan.json"), PLAN_FORMAT, body, {"histogram": histogram_id})
+    for row in rows:
+        name = row.scheme.replace(" ", "_")
+        metrics = {f"audio_padding.{name}": row.audio_padding, f"token_padding.{name}": row.token_padding}
+        context.tracking.current.log_metrics(metrics, 0, 0.0)
+    context.tracking.current.log_artifact(context.path("bucket_plan.json"))
+    first, last = rows[0], rows[-1]
+    return (
+        f"{len(plan.grid.buckets)} buckets; audio padding {first.audio_padding:.1%} → {last.audio_padding:.1%}, "
+        f"token padding {first.token_padding:.1%} → {last.token_padding:.1%}"
+    )
+
+
+# --- assign
+
+
+def assign_key(workspace: Workspace) -> Any:
+    return [_reading(workspace.config, "train"), workspace.plan_id, workspace.tokenizer.id]
+
+
+def run_assign(context: Context) -> str:
+    from raytrain.cluster import assign as job
+    from raytrain.cluster.statistics import chunks_of
+
+    workspace, config = context.workspace, context.config
+    chunks = chunks_of(config, "train")
+    folder = context.path("assignment")
+    key = content_id([context.key, config.data.chunk_bytes])
+    notes = []
+    with context.console.progress("assigning", len(chunks)) as update:
+        for note in job.assign_all(
+            chunks, workspace.tokenizer, workspace.plan, folder, key=key, language=config.data.default_language
+        ):
+            notes.append(note)
+            update(advance=1)
+    parents = {"bucket_plan": workspace.plan_id, "tokenizer": workspace.tokenizer.id}
+    job.write_index(folder, notes, workspace.plan, _statistics(workspace)["body"]["rows"], parents)
+    body = read_json(folder / "index.json", INDEX_FORMAT)["body"]
+    rejected = sum(body["rejected"].values())
+    context.tracking.current.log_metrics({"assigned": body["rows"], "rejected": rejected}, 0, 0.0)
+    listing = ", ".join(f"{number} {reason}" for reason, number in body["rejected"].items())
+    return f"{body['rows']} rows; rejected {rejected}" + (f" ({listing})" if listing else "")
+
+
+# --- oomptimize
+
+
+def oomptimize_key(workspace: Workspace) -> Any:
+    train = workspace.config.train
+    return [
+        workspace.config.section("oomptimize"),
+        [train.precision, train.ctc_weight > 0, train.num_workers, train.device],
+        workspace.plan_id,
+        workspace.model_id(),
+    ]
+
+
+def run_oomptimize(context: Context) -> str:
+    from raytrain.cluster.oomptimize import find_batch_sizes
+
+    workspace = context.workspace
+    plan = workspace.plan
+    with context.console.progress("probing buckets", len(plan.grid.buckets)) as update:
+        profile = find_batch_sizes(
+            context.config,
+            workspace.model_config(),
+            workspace.model_id(),
+            plan,
+            workspace.plan_id,
+            scratch=context.path("ray"),
+            on_trial=lambda: update(advance=1),
+        )
+    write_json(
+        context.path("batch_profile.json"), PROFILE_FORMAT, profile.to_body(), {"bucket_plan": workspace.plan_id}
+    )
+    for number, (size, peak) in enumerate(zip(profile.batch_sizes, profile.peak_gib, strict=True)):
+        context.tracking.current.log_metrics({"batch_size": size, "peak_gib": peak}, number, 0.0)
+    context.tracking.current.log_artifact(context.path("batch_profile.json"))
+    sizes = profile.batch_sizes
+    return f"batch sizes {max(sizes)} … {min(sizes)}, {profile.setting.device_name}"
+
+
+# --- train
+
+
+def _lineage(workspace: Workspace) -> str:
+    """Names what a checkpoint was learnt from: another lineage's checkpoints can't be gone on with."""
+    settings = {name: value for name, value in asdict(workspace.config.train).items() if name not in _NOT_LINEAGE}
+    assignment = read_json(workspace.path("assignment", "index.json"), INDEX_FORMAT)["id"]
+    profile = content_id(workspace.profile().to_body())
+    model = asdict(workspace.model_config())
+    return content_id([settings, workspace.config.seed, assignment, profile, workspace.tokenizer.id, model])
+
+
+def train_key(workspace: Workspace) -> Any:
+    config = workspace.config
+    dev = _reading(config, "dev") if config.data.dev else None
+    return [_lineage(workspace), config.section("train"), dev, config.evaluate.max_generation_delta]
+
+
+def run_train(context: Context) -> str:
+    from raytrain.cluster.train import run_training
+
+    workspace, config = context.workspace, context.config
+    lineage = _lineage(workspace)
+    _set_aside_other_lineage(context, lineage)
+    folder = CheckpointFolder(context.path("checkpoints"), config.train.keep_checkpoints)
+    start = folder.newest()
+    if start is not None:
+        context.console.say(f"  training goes on from step {start.step}")
+    meta = {
+        "ids": {
+            "lineage": lineage,
+            "bucket_plan": workspace.plan_id,
+            "tokenizer": workspace.tokenizer.id,
+            "model": workspace.model_id(),
+        },
+        "model": asdict(workspace.model_config()),
+    }
+    with _training_progress(context, start.step if start else 0) as on_metrics:
+        run_training(
+            config,
+            workspace.run_dir,
+            meta=meta,
+            mlflow=context.tracking.worker_arguments(),
+            on_metrics=on_metrics,
+        )
+    last = folder.newest()
+    if last is None:
+        raise TrainingError("training ended without a checkpoint", remedy="see the messages above")
+    best = folder.best() or last
+    note = {"last_step": last.step, "best_step": best.step, "files": best.meta["files"]}
+    atomic_write_bytes(context.path("checkpoints", "last.json"), canonical_json(note))
+    return f"{last.step} steps, {last.meta['seconds'] / 60:.1f} min; best checkpoint at step {best.step}"
+
+
+@contextlib.contextmanager
+def _training_progress(context: Context, step: int) -> Iterator[Any]:
+    total = context.config.train.max_steps
+    with context.console.progress("training", total) as update:
+        update(completed=step)
+        shown: dict[str, float] = {}
+
+        def on_metrics(line: dict[str, Any]) -> None:
+            shown.update({key: line[key] for key in ("loss", "wer") if key in line})
+            text = "training  " + "  ".join(f"{key} {value:.3f}" for key, value in shown.items())
+            update(completed=line["step"], text=text)
+
+        yield on_metrics
+
+
+def _set_aside_other_lineage(context: Context, lineage: str) -> None:
+    """Move checkpoints and metrics of another setting to `previous/`; they are the user's until overwritten there."""
+    marker = context.path("checkpoints", "lineage.json")
+    if context.path("checkpoints").exists():
+        try:
+            if json.loads(marker.read_bytes())["lineage"] == lineage:
+                return
+        except (OSError, ValueError, KeyError):
+            pass
+        previous = context.path("previous")
+        shutil.rmtree(previous, ignore_errors=True)
+        make_folder(previous)
+        for name in ("checkpoints", "metrics.jsonl"):
+            if context.path(name).exists():
+                shutil.move(context.path(name), previous / name)
+        context.console.say("  settings changed: training starts anew, the old checkpoints are in previous/")
+    else:
+        context.path("metrics.jsonl").unlink(missing_ok=True)
+    atomic_write_bytes(marker, canonical_json({"lineage": lineage}))
+
+
+# --- evaluate
+
+
+def evaluate_key(workspace: Workspace) -> Any:
+    config = workspace.config
+    checkpoint = file_id(workspace.path("checkpoints", "last.json"))
+    return [config.section("evaluate"), checkpoint, _reading(config, "test")]
+
+
+def run_evaluate(context: Context) -> str:
+    from raytrain.cluster.evaluate import score, transcribe_rows
+
+    rows = context.workspace.rows("test")
+    if not rows:
+        raise ManifestError("the test manifests have no usable row", remedy="check data.test")
+    results = []
+    with context.console.progress("transcribing", len(rows)) as update:
+        for result in transcribe_rows(context.config, context.workspace.run_dir, rows):
+            results.append(result)
+            update(advance=1)
+    results.sort(key=lambda result: result["id"])
+    atomic_write_bytes(context.path("hypotheses.jsonl"), b"".join(orjson.dumps(one) + b"\n" for one in results))
+    body = score(results)
+    parents = {"checkpoint": file_id(context.path("checkpoints", "last.json"))}
+    write_json(context.path("scores.json"), SCORES_FORMAT, body, parents)
+    context.tracking.current.log_metrics({"test_wer": body["wer"], "test_cer": body["cer"]}, 0, 0.0)
+    for name in ("scores.json", "hypotheses.jsonl"):
+        context.tracking.current.log_artifact(context.path(name))
+    if body["unreadable"]:
+        context.console.warn(f"{body['unreadable']} recording(s) can't be read; hypotheses.jsonl says why")
+    return f"WER {body['wer']:.1%} on {body['utterances']} utterances"
+
+
+# --- report
+
+
+def report_key(workspace: Workspace) -> Any:
+    names = ("statistics.json", "bucket_plan.json", "assignment/index.json", "batch_profile.json")
+    results = ("checkpoints/last.json", "hypotheses.jsonl", "scores.json")
+    return [[name, file_id(workspace.path(name))] for name in (*names, *results)]
+
+
+def run_report(context: Context) -> str:
+    from raytrain.report.page import write_report
+
+    path = write_report(context.workspace.run_dir, context.path("report.html"), title=context.config.name)
+    context.tracking.current.log_artifact(path)
+    return str(path)

@@ -1,0 +1,101 @@
+"""MLflow for a pipeline: one parent run, a child run per stage; nothing reads back from it."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from raytrain.artifacts import atomic_write_bytes, canonical_json
+from raytrain.config import Config
+from raytrain.tracking import NullTracker, Tracker
+
+
+def tracking_uri(config: Config, run_dir: Path) -> str:
+    """The configured server, or an absolute SQLite address: workers have other current folders."""
+    return config.tracking.uri or f"sqlite:///{run_dir / 'mlflow.db'}"
+
+
+class RunTracking:
+    """Opens the parent run when the first stage runs, so that a run with nothing to do leaves no trace."""
+
+    def __init__(self, config: Config, run_dir: Path) -> None:
+        self._config, self._run_dir = config, run_dir
+        self._parent: Any = None
+        self.current: Tracker = NullTracker()
+        self._child_id: str | None = None
+        self._status = "FINISHED"
+
+    def __enter__(self) -> RunTracking:
+        return self
+
+    def __exit__(self, kind: Any, *_: object) -> None:
+        if self._parent is not None:
+            self._parent.close("FAILED" if kind else "FINISHED")
+
+    @contextlib.contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        """A child run around one stage; FAILED where the body raises."""
+        if not self._config.tracking.enabled:
+            yield
+            return
+        if self._parent is None:
+            self._parent = self._open_parent()
+        child = self._open(name, self._parent.run_id)
+        self.current, self._child_id = child, child.run_id
+        status = "FAILED"
+        try:
+            yield
+            status = "FINISHED"
+        finally:
+            child.close(status)
+            self.current, self._child_id = NullTracker(), None
+
+    def worker_arguments(self) -> dict[str, Any] | None:
+        """What rank 0 needs to write into the current child run; None without tracking."""
+        if self._child_id is None:
+            return None
+        return {
+            "tracking_uri": tracking_uri(self._config, self._run_dir),
+            "experiment": self._config.tracking.experiment,
+            "run_name": "train",
+            "run_id": self._child_id,
+        }
+
+    def _open_parent(self) -> Any:
+        note = self._run_dir / "mlflow_run.json"
+        uri = tracking_uri(self._config, self._run_dir)
+        with contextlib.suppress(OSError, ValueError, KeyError):
+            known = json.loads(note.read_bytes())
+            if known["uri"] == uri:
+                return self._open(self._config.name, None, run_id=known["run_id"])
+        parent = self._open(self._config.name, None)
+        if parent.run_id:
+            atomic_write_bytes(note, canonical_json({"uri": uri, "run_id": parent.run_id}))
+            parent.log_params(_flat(self._config.model_dump(mode="json")))
+        return parent
+
+    def _open(self, name: str, parent: str | None, run_id: str | None = None) -> Any:
+        from raytrain.tracking.mlflow import MlflowTracker
+
+        location = None if self._config.tracking.uri else (self._run_dir / "mlartifacts").as_uri()
+        return MlflowTracker.open(
+            tracking_uri(self._config, self._run_dir),
+            self._config.tracking.experiment,
+            name,
+            run_id=run_id,
+            parent_run_id=parent,
+            artifact_location=location,
+        )
+
+
+def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        if isinstance(value, dict):
+            flat.update(_flat(value, f"{prefix}{key}."))
+        else:
+            flat[prefix + key] = value
+    return flat

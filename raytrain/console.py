@@ -1,0 +1,62 @@
+"""What a person sees: one line per finished stage, a progress bar while one works, and warnings."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from rich.console import Console as RichConsole
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+
+class Console:
+    """Prints to standard error, so that standard output stays free for results."""
+
+    def __init__(self, quiet: bool = False) -> None:
+        self.rich = RichConsole(stderr=True, quiet=quiet)
+
+    def say(self, text: str) -> None:
+        """One line."""
+        self.rich.print(text, highlight=False, markup=False)
+
+    def warn(self, text: str) -> None:
+        """One line that stands out."""
+        self.rich.print(f"warning: {text}", style="yellow", highlight=False, markup=False)
+
+    def skipped(self, stage: str) -> None:
+        """A stage that is up to date."""
+        self.rich.print(f"[dim]·[/dim] {stage:<11} [dim]up to date[/dim]", highlight=False)
+
+    @contextlib.contextmanager
+    def stage(self, name: str) -> Iterator[Callable[[str], None]]:
+        """Around a stage; call the yielded function with what it did."""
+        start = time.perf_counter()
+        summary = ""
+
+        def finish(text: str) -> None:
+            nonlocal summary
+            summary = text
+
+        yield finish
+        elapsed = time.perf_counter() - start
+        self.rich.print(f"[green]✓[/green] {name:<11} {summary} [dim]({elapsed:.1f} s)[/dim]", highlight=False)
+
+    @contextlib.contextmanager
+    def progress(self, text: str, total: int | None) -> Iterator[Callable[..., None]]:
+        """A bar; call the yielded function with `completed=`, `advance=` or `text=`."""
+        columns: tuple[Any, ...] = (
+            SpinnerColumn(),
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=30),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+        )
+        with Progress(*columns, console=self.rich, transient=True) as bar:
+            task = bar.add_task(text, total=total)
+
+            def update(*, advance: int | None = None, completed: int | None = None, text: str | None = None) -> None:
+                bar.update(task, advance=advance, completed=completed, description=text)
+
+            yield update

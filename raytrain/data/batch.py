@@ -1,0 +1,109 @@
+"""`SpeechBatch`: what a training step takes; real and synthetic batches have one constructor each and one shape.
+
+Shapes: B utterances, S samples, L tokens (prompt + text + end of text).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from raytrain.errors import DataError
+
+
+@dataclass(frozen=True)
+class SpeechBatch:
+    """`audio` (B, S) float32, zero-padded; `tokens` (B, L) int64, padded; lengths (B,) int64."""
+
+    audio: Tensor
+    audio_lengths: Tensor
+    tokens: Tensor
+    token_lengths: Tensor
+    prompt_lengths: Tensor
+
+    @classmethod
+    def collate(
+        cls, audios: list[np.ndarray], tokens: list[list[int]], prompt_lengths: list[int], *, pad_id: int
+    ) -> SpeechBatch:
+        """Pad utterances to the longest: `audios` are (num_samples,) float32 each."""
+        if not audios or len(audios) != len(tokens):
+            raise DataError("a batch needs audio and tokens of the same utterances", got=(len(audios), len(tokens)))
+        audio = torch.zeros(len(audios), max(len(one) for one in audios))
+        ids = torch.full((len(tokens), max(len(one) for one in tokens)), pad_id)
+        for row, (samples, sequence) in enumerate(zip(audios, tokens, strict=True)):
+            audio[row, : len(samples)] = torch.from_numpy(samples)
+            ids[row, : len(sequence)] = torch.tensor(sequence)
+        return cls(
+            audio,
+            torch.tensor([len(one) for one in audios]),
+            ids,
+            torch.tensor([len(one) for one in tokens]),
+            torch.tensor(prompt_lengths),
+        )
+
+    @classmethod
+    def synthetic(
+        cls,
+        batch_size: int,
+        max_duration_ms: int,
+        max_tokens: int,
+        *,
+        vocab: int,
+        device: torch.device | str,
+        sample_rate: int = 16000,
+        prompt_length: int = 9,
+    ) -> SpeechBatch:
+        """A full batch at a bucket's upper edges; what a memory probe runs. `device` may be `meta`."""
+        samples = max_duration_ms * sample_rate // 1000
+        prompt = min(prompt_length, max(max_tokens - 2, 1))
+        full = {"device": device, "dtype": torch.int64}
+        return cls(
+            torch.randn(batch_size, samples, device=device),
+            torch.full((batch_size,), samples, **full),
+            torch.randint(0, vocab, (batch_size, max(max_tokens, 2)), device=device),
+            torch.full((batch_size,), max(max_tokens, 2), **full),
+            torch.full((batch_size,), prompt, **full),
+        )
+
+    def __len__(self) -> int:
+        return self.audio.shape[0]
+
+    def tensors(self) -> list[Tensor]:
+        """All tensors in field order."""
+        return [getattr(self, field.name) for field in fields(self)]
+
+    def to(self, device: torch.device | str) -> SpeechBatch:
+        """The batch on another device; from pinned memory the copy does not wait."""
+        return SpeechBatch(*(tensor.to(device, non_blocking=True) for tensor in self.tensors()))
+
+    def pin_memory(self) -> SpeechBatch:
+        """The batch in page-locked memory."""
+        return SpeechBatch(*(tensor.pin_memory() for tensor in self.tensors()))
+
+    @property
+    def input_ids(self) -> Tensor:
+        """(B, L−1) decoder input."""
+        return self.tokens[:, :-1]
+
+    @property
+    def labels(self) -> Tensor:
+        """(B, L−1) next tokens."""
+        return self.tokens[:, 1:]
+
+    @property
+    def input_lengths(self) -> Tensor:
+        """(B,) valid positions of input and labels."""
+        return self.token_lengths - 1
+
+    def ctc_target_lengths(self) -> Tensor:
+        """(B,) number of text tokens: neither prompt nor end of text."""
+        return self.token_lengths - self.prompt_lengths - 1
+
+    def ctc_targets(self) -> Tensor:
+        """(B, L) text tokens moved to the front; what follows them has no meaning."""
+        width = self.tokens.shape[1]
+        index = torch.arange(width, device=self.tokens.device)[None] + self.prompt_lengths[:, None]
+        return self.tokens.gather(1, index.clamp_max(width - 1))

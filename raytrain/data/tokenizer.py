@@ -1,0 +1,212 @@
+"""Aggregate tokenizer: one SentencePiece model per language behind one model of special tokens.
+
+Ids are concatenated in order, specials first: id = sub-id + offset of its language. Ids of specials are read
+from the special model, never assumed. On disk a tokenizer is a folder of `.model` files and `tokenizer.json`.
+
+    tokenizer = CanaryTokenizer.load(Path("runs/demo/tokenizer"))
+    tokenizer.decode(tokenizer.encode_text("three seven", "en"))     # 'three seven'
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+from bisect import bisect_right
+from collections.abc import Iterable
+from functools import cached_property
+from pathlib import Path
+
+import sentencepiece
+
+from raytrain.artifacts import atomic_write_bytes, read_json, write_json
+from raytrain.errors import ArtifactError, TokenizerError
+
+FORMAT = "raytrain.tokenizer/1"
+SPECIALS = "spl_tokens"
+EOS, BOS, PAD, NOSPEECH = "<|endoftext|>", "<|startoftranscript|>", "<pad>", "<|nospeech|>"
+_SPECIAL_ORDER = (
+    NOSPEECH, PAD, EOS, BOS, "<|pnc|>", "<|nopnc|>", "<|startofcontext|>", "<|itn|>", "<|noitn|>",
+    "<|timestamp|>", "<|notimestamp|>", "<|diarize|>", "<|nodiarize|>", "<|emo:undefined|>", "<|emo:neutral|>",
+    "<|emo:happy|>", "<|emo:sad|>", "<|emo:angry|>", "<|transcribe|>", "<|translate|>",
+)  # fmt: skip
+
+
+class CanaryTokenizer:
+    """`models` maps `spl_tokens`, then each language, to its serialized SentencePiece model, in id order."""
+
+    def __init__(self, models: dict[str, bytes]) -> None:
+        if next(iter(models), None) != SPECIALS or len(models) < 2:
+            raise TokenizerError("an aggregate tokenizer needs special tokens first, then languages", got=list(models))
+        self._models = dict(models)
+        self._processors = {}
+        self._offsets: dict[str, int] = {}
+        size = 0
+        for name, proto in models.items():
+            processor = sentencepiece.SentencePieceProcessor(model_proto=proto)
+            self._processors[name], self._offsets[name] = processor, size
+            size += processor.get_piece_size()
+        self.vocab_size = size
+
+    def __reduce__(self):
+        return CanaryTokenizer, (self._models,)
+
+    @property
+    def languages(self) -> tuple[str, ...]:
+        """Languages in id order."""
+        return tuple(name for name in self._models if name != SPECIALS)
+
+    @property
+    def models(self) -> dict[str, bytes]:
+        """Serialized SentencePiece models in id order."""
+        return dict(self._models)
+
+    @cached_property
+    def id(self) -> str:
+        """Content id of all models."""
+        digest = hashlib.blake2b(digest_size=8)
+        for name, proto in self._models.items():
+            digest.update(name.encode() + b"\0" + len(proto).to_bytes(8, "big") + proto)
+        return digest.hexdigest()
+
+    @cached_property
+    def _special_ids(self) -> dict[str, int]:
+        processor = self._processors[SPECIALS]
+        return {processor.id_to_piece(i): i for i in range(processor.get_piece_size())}
+
+    def special(self, token: str) -> int:
+        """Id of a special token. Raises `TokenizerError` that lists what there is."""
+        found = self._special_ids.get(token)
+        if found is None:
+            raise TokenizerError(
+                "the tokenizer lacks a special token", got=token, allowed=", ".join(sorted(self._special_ids))
+            )
+        return found
+
+    def has_special(self, token: str) -> bool:
+        """Whether there is such a special token."""
+        return token in self._special_ids
+
+    @cached_property
+    def pad_id(self) -> int:
+        """Id that fills short rows."""
+        return self.special(PAD)
+
+    @cached_property
+    def bos_id(self) -> int:
+        """Id of the start of the transcript."""
+        return self.special(BOS)
+
+    @cached_property
+    def eos_id(self) -> int:
+        """Id of the end of the text."""
+        return self.special(EOS)
+
+    def encode_text(self, text: str, language: str) -> list[int]:
+        """Ids of a text by its language's model. Raises `TokenizerError` for an unknown language."""
+        processor = self._processors.get(language) if language != SPECIALS else None
+        if processor is None:
+            raise TokenizerError("unknown language", got=language, allowed=", ".join(self.languages))
+        offset = self._offsets[language]
+        return [offset + piece for piece in processor.encode(text)]
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """Text of ids: specials dropped, pieces joined, ▁ as space."""
+        names, starts = list(self._offsets), list(self._offsets.values())
+        pieces = []
+        for number in ids:
+            if number >= self.vocab_size:  # the head's padding rows have no piece
+                continue
+            name = names[bisect_right(starts, number) - 1]
+            if name == SPECIALS:
+                continue
+            piece = number - self._offsets[name]
+            if not self._processors[name].is_control(piece):
+                pieces.append(self._processors[name].id_to_piece(piece))
+        return "".join(pieces).replace("▁", " ").strip()
+
+    def save(self, folder: Path) -> str:
+        """Write the models and `tokenizer.json`; returns the tokenizer's id."""
+        for name, proto in self._models.items():
+            atomic_write_bytes(Path(folder) / f"{name}.model", proto)
+        body = {"languages": list(self.languages), "vocab_size": self.vocab_size, "tokenizer_id": self.id}
+        write_json(Path(folder) / "tokenizer.json", FORMAT, body)
+        return self.id
+
+    @classmethod
+    def load(cls, folder: Path) -> CanaryTokenizer:
+        """Read a folder written by `save`. Raises `ArtifactError` where it is missing or damaged."""
+        body = read_json(Path(folder) / "tokenizer.json", FORMAT)["body"]
+        try:
+            names = (SPECIALS, *body["languages"])
+            tokenizer = cls({name: (Path(folder) / f"{name}.model").read_bytes() for name in names})
+        except (OSError, RuntimeError) as error:
+            raise ArtifactError(f"tokenizer {folder} can't be read", why=str(error)) from error
+        if tokenizer.id != body["tokenizer_id"]:
+            raise ArtifactError(f"tokenizer {folder} was changed after it was written", remedy="rerun statistics")
+        return tokenizer
+
+
+def train_tokenizer(
+    texts: dict[str, list[str]], vocab_size: int, folder: Path | None = None, *, model_type: str = "bpe"
+) -> CanaryTokenizer:
+    """One SentencePiece model of at most `vocab_size` pieces per language, and the special tokens.
+
+    A corpus of few words supports fewer pieces; then the model has as many as there are.
+    """
+    languages = sorted(texts)
+    models = {SPECIALS: train_specials(languages)}
+    for language in languages:
+        models[language] = _train(texts[language], vocab_size, model_type)
+    tokenizer = CanaryTokenizer(models)
+    if folder is not None:
+        tokenizer.save(folder)
+    return tokenizer
+
+
+def train_specials(languages: Iterable[str]) -> bytes:
+    """SentencePiece model whose pieces are the special tokens in NeMo's order, then `<|language|>` each."""
+    symbols = [*_SPECIAL_ORDER, *(f"<|{language}|>" for language in languages)]
+    writer = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter([" ".join(symbols)]),
+        model_writer=writer,
+        model_type="bpe",
+        vocab_size=len(symbols) + 2,  # <unk> and the bare ▁
+        user_defined_symbols=symbols,
+        unk_id=0,
+        bos_id=-1,
+        eos_id=-1,
+        pad_id=-1,
+        character_coverage=1.0,
+        hard_vocab_limit=False,
+        minloglevel=2,
+    )
+    return writer.getvalue()
+
+
+def _train(texts: list[str], vocab_size: int, model_type: str) -> bytes:
+    characters = len(set("".join(texts))) + 2
+    size = max(vocab_size, characters + 1)
+    while True:
+        writer = io.BytesIO()
+        try:
+            sentencepiece.SentencePieceTrainer.train(
+                sentence_iterator=iter(texts),
+                model_writer=writer,
+                model_type=model_type,
+                vocab_size=size,
+                character_coverage=1.0,
+                bos_id=-1,
+                eos_id=-1,
+                pad_id=-1,
+                unk_id=0,
+                hard_vocab_limit=False,
+                num_threads=1,  # threads would make the result depend on the machine
+                minloglevel=2,
+            )
+        except RuntimeError as error:
+            if "ocabulary size" not in str(error) or size <= characters:
+                raise TokenizerError("SentencePiece can't train a tokenizer", why=str(error)) from error
+            size = max(characters, size * 3 // 4)
+            continue
+        return writer.getvalue()

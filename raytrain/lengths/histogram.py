@@ -1,0 +1,96 @@
+"""`LengthHistogram`: how many utterances have which duration and how many tokens, in bounded space.
+
+Durations are counted in cells of 10 ms, and a cell stands for its upper edge; tokens are exact. Histograms add:
+parts of a corpus can be counted anywhere in any order.
+
+    >>> import numpy as np
+    >>> a = LengthHistogram.from_lengths(np.array([1001, 1010]), np.array([7, 7]))
+    >>> (a + a).total, a.cells.tolist(), a.counts.tolist()
+    (4, [1010], [2])
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from raytrain.errors import DataError
+
+DURATION_CELL_MS = 10
+
+
+@dataclass(frozen=True, eq=False)
+class LengthHistogram:
+    """Sparse counts, sorted by (duration, tokens).
+
+    `cells`: (N,) int64, upper edge of the duration cell in ms; `tokens`, `counts`: (N,) int64;
+    `real_duration_ms`: exact sum of all durations.
+    """
+
+    cells: np.ndarray
+    tokens: np.ndarray
+    counts: np.ndarray
+    real_duration_ms: int = 0
+
+    @classmethod
+    def empty(cls) -> LengthHistogram:
+        """A histogram of nothing, the neutral element of `+`."""
+        none = np.zeros(0, np.int64)
+        return cls(none, none, none)
+
+    @classmethod
+    def from_lengths(cls, duration_ms: np.ndarray, tokens: np.ndarray) -> LengthHistogram:
+        """Count utterances of given durations (ms) and tokens, (N,) integers ≥ 1 each."""
+        duration_ms, tokens = np.asarray(duration_ms, np.int64), np.asarray(tokens, np.int64)
+        if duration_ms.shape != tokens.shape:
+            raise DataError("durations and tokens differ in number", got=f"{duration_ms.shape} and {tokens.shape}")
+        if duration_ms.size and (duration_ms.min() < 1 or tokens.min() < 1):
+            raise DataError("lengths must be at least 1", got=f"{duration_ms.min()} ms, {tokens.min()} tokens")
+        cells = -(-duration_ms // DURATION_CELL_MS) * DURATION_CELL_MS
+        return cls.from_arrays(cells, tokens, np.ones_like(tokens), int(duration_ms.sum()))
+
+    @classmethod
+    def from_arrays(
+        cls, cells: np.ndarray, tokens: np.ndarray, counts: np.ndarray, real_duration_ms: int
+    ) -> LengthHistogram:
+        """From cells in any order, equal ones merged."""
+        if not len(cells):
+            return cls.empty()
+        keys, inverse = np.unique(np.stack((cells, tokens), axis=1), axis=0, return_inverse=True)
+        merged = np.zeros(len(keys), np.int64)
+        np.add.at(merged, inverse.ravel(), counts)
+        return cls(keys[:, 0].copy(), keys[:, 1].copy(), merged, int(real_duration_ms))
+
+    def __add__(self, other: LengthHistogram) -> LengthHistogram:
+        return LengthHistogram.from_arrays(
+            np.concatenate((self.cells, other.cells)),
+            np.concatenate((self.tokens, other.tokens)),
+            np.concatenate((self.counts, other.counts)),
+            self.real_duration_ms + other.real_duration_ms,
+        )
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, LengthHistogram):
+            return NotImplemented
+        pairs = ((self.cells, other.cells), (self.tokens, other.tokens), (self.counts, other.counts))
+        return self.real_duration_ms == other.real_duration_ms and all(np.array_equal(a, b) for a, b in pairs)
+
+    __hash__ = None  # type: ignore[assignment]
+
+    @property
+    def total(self) -> int:
+        """Number of utterances."""
+        return int(self.counts.sum())
+
+    def select(self, chosen: np.ndarray) -> LengthHistogram:
+        """The cells where the (N,) mask is true; their exact duration is not known, so cells' edges stand in."""
+        cells, counts = self.cells[chosen], self.counts[chosen]
+        return LengthHistogram(cells, self.tokens[chosen], counts, int((cells * counts).sum()))
+
+    def quantile(self, q: float) -> int:
+        """Smallest cell edge (ms) that at least a share `q` of the utterances does not exceed; 0 if empty."""
+        if not len(self.cells):
+            return 0
+        reached = np.cumsum(self.counts)
+        return int(self.cells[np.searchsorted(reached, q * reached[-1], side="left").clip(max=len(self.cells) - 1)])

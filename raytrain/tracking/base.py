@@ -1,0 +1,94 @@
+"""Where numbers go: a small protocol, one that does nothing, one that writes JSON lines, one for several."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+from raytrain.artifacts import make_folder, storage_error
+
+
+class Tracker(Protocol):
+    """Takes what a run has to tell. No method raises because a server is away."""
+
+    def log_params(self, params: Mapping[str, Any]) -> None:
+        """Settings, once."""
+
+    def log_metrics(self, metrics: Mapping[str, float], step: int, seconds: float) -> None:
+        """Numbers at an optimizer step and at a training time."""
+
+    def log_artifact(self, path: Path) -> None:
+        """A file worth keeping with the run."""
+
+    def close(self, status: str = "FINISHED") -> None:
+        """Write what is left; `status` is FINISHED or FAILED."""
+
+
+class NullTracker:
+    """Tells nobody."""
+
+    def log_params(self, params: Mapping[str, Any]) -> None:
+        """Drop them."""
+
+    def log_metrics(self, metrics: Mapping[str, float], step: int, seconds: float) -> None:
+        """Drop them."""
+
+    def log_artifact(self, path: Path) -> None:
+        """Drop it."""
+
+    def close(self, status: str = "FINISHED") -> None:
+        """Nothing is open."""
+
+
+class JsonLinesTracker(NullTracker):
+    """Appends one JSON object per call: `step`, `time_s`, and the metrics. Flushed at once."""
+
+    def __init__(self, path: Path) -> None:
+        make_folder(Path(path).parent)
+        try:
+            self._file = open(path, "ab")  # noqa: SIM115 - closed by close()
+        except OSError as error:
+            raise storage_error(path, error) from error
+        self._path = path
+
+    def log_metrics(self, metrics: Mapping[str, float], step: int, seconds: float) -> None:
+        """Append one line. Raises `StorageError` where the disk is full."""
+        line = {"step": step, "time_s": round(seconds, 3), **metrics}
+        try:
+            self._file.write(json.dumps(line).encode() + b"\n")
+            self._file.flush()
+        except OSError as error:
+            raise storage_error(self._path, error) from error
+
+    def close(self, status: str = "FINISHED") -> None:
+        """Close the file."""
+        self._file.close()
+
+
+class MultiTracker:
+    """Tells several trackers in order."""
+
+    def __init__(self, *trackers: Tracker) -> None:
+        self.trackers = trackers
+
+    def log_params(self, params: Mapping[str, Any]) -> None:
+        """Tell all."""
+        for tracker in self.trackers:
+            tracker.log_params(params)
+
+    def log_metrics(self, metrics: Mapping[str, float], step: int, seconds: float) -> None:
+        """Tell all."""
+        for tracker in self.trackers:
+            tracker.log_metrics(metrics, step, seconds)
+
+    def log_artifact(self, path: Path) -> None:
+        """Tell all."""
+        for tracker in self.trackers:
+            tracker.log_artifact(path)
+
+    def close(self, status: str = "FINISHED") -> None:
+        """Close all."""
+        for tracker in self.trackers:
+            tracker.close(status)
