@@ -16,11 +16,20 @@ from raytrain.errors import PlanError
 
 
 class BatchSizeSearch:
-    """Largest size in 1 … `max_size` that fits, to within `tolerance` of the smallest that fails."""
+    """Largest size in 1 … `max_size` that fits, to within `tolerance` of the smallest that fails.
 
-    def __init__(self, start: int = 32, max_size: int = 4096, tolerance: float = 0.05) -> None:
+    `growth` is the factor upwards while nothing failed yet: 2 where `start` is a guess, little more than 1 where
+    it is a prediction.
+    """
+
+    def __init__(
+        self, start: int = 32, max_size: int = 4096, tolerance: float = 0.05, growth: float = 2.0
+    ) -> None:
         if max_size < 1 or start < 1:
             raise PlanError("batch sizes start at 1", got=f"start {start}, max_size {max_size}")
+        if growth <= 1:
+            raise PlanError("the search must grow", got=f"growth {growth}", allowed="more than 1")
+        self._growth = growth
         self._start, self._max_size, self._tolerance = min(start, max_size), max_size, tolerance
         self.largest_fit = 0
         self.smallest_failure = max_size + 1
@@ -34,7 +43,7 @@ class BatchSizeSearch:
         if untried_above and untried_below:
             return self._start
         if untried_above:
-            return min(2 * low, self._max_size)
+            return min(max(low + 1, int(low * self._growth)), self._max_size)
         if untried_below:
             return high // 2
         if (high - low) / high <= self._tolerance:

@@ -9,7 +9,6 @@ import math
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from raytrain.model.config import SpecAugmentSettings
 
@@ -66,6 +65,8 @@ class LogMelFeatures(nn.Module):
 
     @torch.no_grad()
     def forward(self, audio_BS: Tensor, lengths_B: Tensor) -> tuple[Tensor, Tensor]:
+        if audio_BS.is_meta:  # meta has no autocast to turn off
+            return self._features(audio_BS.float(), lengths_B)
         with torch.autocast(audio_BS.device.type, enabled=False):
             return self._features(audio_BS.float(), lengths_B)
 

@@ -127,7 +127,7 @@ def search_batch_size(meter: Meter, predictor: TraceMeter, *, max_size: int, tol
     first, second = predictor.measure(1), predictor.measure(4)
     line = MemoryLine.through(1, first.peak_bytes, 4, second.peak_bytes)
     start = min(max_size, line.largest_batch(predictor.budget_bytes))
-    search = BatchSizeSearch(start=start, max_size=max_size, tolerance=tolerance)
+    search = BatchSizeSearch(start=start, max_size=max_size, tolerance=tolerance, growth=1.1)
     best: Probe | None = None
     num_probes = 0
     while (size := search.next()) is not None:
