@@ -23,6 +23,9 @@ _QUIET = {
     "RAY_TRAIN_V2_ENABLED": "1",
     "RAY_DISABLE_IMPORT_WARNING": "1",
     "PYTHONWARNINGS": "ignore",
+    # oneDNN keeps compiled convolutions for 1024 shapes; bucketed batches have thousands, and the cache then
+    # holds gigabytes on a CPU.
+    "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "64",
 }
 
 
