@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from raytrain.artifacts import atomic_write_bytes, canonical_json, content_id, file_id, make_folder
 from raytrain.cluster import stages
 from raytrain.cluster.session import ray_session
@@ -61,7 +63,8 @@ def run_pipeline(config: Config, console: Console, names: tuple[str, ...] = STAG
     Raises `ArtifactError` where a stage that is not among `names` has not run before.
     """
     run_dir = make_folder(config.run_dir)
-    workspace = Workspace(config, run_dir)
+    resolved = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+    atomic_write_bytes(run_dir / "config.yaml", resolved.encode())
     done = _read_state(run_dir)
     ran: list[str] = []
     with RunTracking(config, run_dir) as tracking:

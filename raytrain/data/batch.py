@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from raytrain.errors import DataError
+from raytrain.lengths.schedule import ScheduleState, StepPlan
 
 
 @dataclass(frozen=True)
@@ -107,3 +108,13 @@ class SpeechBatch:
         width = self.tokens.shape[1]
         index = torch.arange(width, device=self.tokens.device)[None] + self.prompt_lengths[:, None]
         return self.tokens.gather(1, index.clamp_max(width - 1))
+
+
+@dataclass(frozen=True)
+class LoadedStep:
+    """One rank's share of a step, and the schedule's state after it (what a checkpoint keeps)."""
+
+    batch: SpeechBatch
+    plan: StepPlan
+    state: ScheduleState
+    num_replaced: int

@@ -11,28 +11,17 @@ import queue
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 from raytrain.data.assignment import Assignment, Row
 from raytrain.data.audio import AudioError, read_audio
-from raytrain.data.batch import SpeechBatch
+from raytrain.data.batch import LoadedStep, SpeechBatch
 from raytrain.errors import DataError
 from raytrain.lengths.schedule import BatchSchedule, ScheduleState, StepPlan
 
 _MAX_REPLACEMENTS = 32
-
-
-@dataclass(frozen=True)
-class LoadedStep:
-    """One rank's share of a step, and the schedule's state after it (what a checkpoint keeps)."""
-
-    batch: SpeechBatch
-    plan: StepPlan
-    state: ScheduleState
-    num_replaced: int
 
 
 class Quarantine:

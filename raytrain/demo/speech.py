@@ -11,7 +11,6 @@ from __future__ import annotations
 import ctypes
 import random
 from collections.abc import Callable
-from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -68,11 +67,9 @@ class Synthesizer:
         self._library.espeak_Synchronize()
         return _trim(np.concatenate(self._blocks)) if self._blocks else np.zeros(0, np.int16)
 
-
-@lru_cache(maxsize=1)
-def synthesizer() -> Synthesizer:
-    """The process's one synthesizer."""
-    return Synthesizer()
+    def close(self) -> None:
+        """Forget all state, so that the next synthesizer speaks as a first one does."""
+        self._library.espeak_Terminate()
 
 
 def _trim(samples: np.ndarray, margin: int = 1500) -> np.ndarray:
@@ -102,18 +99,17 @@ def make_corpus(
         return manifests
     texts = _draw_texts(utterances, languages, random.Random(seed))
     make_folder(folder / "audio")
+    voice = Synthesizer()
     for split, rows in texts.items():
-        lines = [_make_utterance(folder, split, i, *row, seed) for i, row in enumerate(_ticking(rows, on_utterance))]
+        lines = []
+        for number, (language, text) in enumerate(rows):
+            lines.append(_make_utterance(voice, folder, split, number, language, text, seed))
+            if on_utterance is not None:
+                on_utterance()
         atomic_write_bytes(manifests[split], b"".join(orjson.dumps(line) + b"\n" for line in lines))
+    voice.close()
     atomic_write_bytes(marker, made_of)
     return manifests
-
-
-def _ticking(rows: list, on_row: Callable[[], None] | None) -> list:
-    for row in rows:
-        yield row
-        if on_row is not None:
-            on_row()
 
 
 def _draw_texts(
@@ -138,10 +134,11 @@ def _draw_texts(
     return drawn
 
 
-def _make_utterance(folder: Path, split: str, number: int, language: str, text: str, seed: int) -> dict:
+def _make_utterance(
+    voice: Synthesizer, folder: Path, split: str, number: int, language: str, text: str, seed: int
+) -> dict:
     import soundfile
 
-    voice = synthesizer()
     rng = random.Random(f"{seed} {split} {number}")
     samples = voice.speak(text, language, words_per_minute=rng.randint(130, 200), pitch=rng.randint(25, 75))
     name = f"audio/{split}-{number:05d}.flac"

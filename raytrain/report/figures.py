@@ -20,6 +20,7 @@ _STYLE = {
     "axes.spines.right": False,
     "axes.edgecolor": _GREY,
     "axes.grid": True,
+    "axes.axisbelow": True,
     "grid.color": "#e6e8eb",
     "grid.linewidth": 0.6,
     "svg.fonttype": "path",
@@ -52,7 +53,7 @@ def lengths(durations_ms: np.ndarray, tokens: np.ndarray, counts: np.ndarray, pl
 
     def paint(axes: Any) -> None:
         marks = axes.scatter(
-            durations_ms / 1000, tokens, c=counts, s=9, marker="s", cmap="Blues", norm="log", vmin=0.5, linewidths=0
+            durations_ms / 1000, tokens, c=counts, s=9, marker="s", cmap="Blues", vmin=0, linewidths=0
         )
         axes.figure.colorbar(marks, ax=axes, label="utterances")
         left, low = 0.0, 0

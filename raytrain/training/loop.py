@@ -17,8 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from raytrain.data.batch import SpeechBatch
-from raytrain.data.loader import LoadedStep
+from raytrain.data.batch import LoadedStep, SpeechBatch
 from raytrain.errors import TrainingError
 from raytrain.training.checkpoint import CheckpointFolder
 from raytrain.training.optim import learning_rate, set_learning_rate

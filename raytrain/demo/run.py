@@ -1,0 +1,100 @@
+"""`raytrain demo`: make the corpus, run the pipeline, show what it did, and say whether all is well."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import yaml
+from rich.table import Table
+
+from raytrain.cluster.pipeline import run_pipeline
+from raytrain.config import Config, load_config
+from raytrain.console import Console
+from raytrain.demo.speech import make_corpus
+
+UTTERANCES = {"train": 2400, "dev": 80, "test": 160}
+MAX_WER = 0.20
+ARTEFACTS = (
+    "tokenizer/tokenizer.json", "histogram.parquet", "statistics.json", "bucket_plan.json", "assignment/index.json",
+    "batch_profile.json", "checkpoints/last.json", "metrics.jsonl", "hypotheses.jsonl", "scores.json", "report.html",
+    "mlflow.db",
+)  # fmt: skip
+
+
+def run_demo(root: Path, overrides: list[str], utterances: dict[str, int] | None = None) -> int:
+    """Run the demo below `root`; returns 0 only if every artefact is there and the WER is low enough."""
+    console = Console()
+    corpus = (root / "demo-corpus").absolute()
+    sizes = utterances or UTTERANCES
+    config = demo_config(root, corpus, overrides)
+    with console.stage("corpus") as finish:
+        with console.progress("speaking", sum(sizes.values())) as update:
+            make_corpus(corpus, sizes, seed=config.seed, on_utterance=lambda: update(advance=1))
+        finish(f"{sum(sizes.values())} spoken number strings in English, German, Spanish and French")
+    run_pipeline(config, console)
+    return _show(config, console)
+
+
+def demo_config(root: Path, corpus: Path, overrides: list[str]) -> Config:
+    """The embedded configuration with the demo's folders."""
+    values = yaml.safe_load(Path(__file__).with_name("demo.yaml").read_text())
+    values["data"]["root"] = str(corpus)
+    values["run"] = {"root": str(root.absolute())}
+    return load_config(None, overrides, base=values)
+
+
+def _show(config: Config, console: Console) -> int:
+    run_dir = config.run_dir
+    missing = [name for name in ARTEFACTS if not (run_dir / name).exists()]
+    if missing:
+        console.warn(f"the demo did not write {', '.join(missing)}")
+        return 1
+    scores = _body(run_dir / "scores.json")
+    out = console.rich
+    out.print(_summary(run_dir, scores))
+    out.print(_transcripts(run_dir))
+    program = Path(sys.argv[0]).name if Path(sys.argv[0]).name != "__main__.py" else "python -m raytrain"
+    console.say(f"report:  {run_dir / 'report.html'}")
+    console.say(f"MLflow:  {program} ui --config {run_dir / 'config.yaml'}")
+    if scores["wer"] > MAX_WER:
+        console.warn(f"WER {scores['wer']:.1%} is above {MAX_WER:.0%}; something is wrong")
+        return 1
+    return 0
+
+
+def _summary(run_dir: Path, scores: dict[str, Any]) -> Table:
+    statistics, plan = _body(run_dir / "statistics.json"), _body(run_dir / "bucket_plan.json")
+    profile = _body(run_dir / "batch_profile.json")
+    before, after = plan["padding_by_scheme"][0], plan["padding_by_scheme"][-1]
+    metrics = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    table = Table(title="What the demo did", show_header=False, title_justify="left")
+    rows = [
+        ("training speech", f"{statistics['hours']:.2f} h, {statistics['utterances']} utterances"),
+        ("buckets", f"{len(plan['plan']['buckets'])} (duration × tokens)"),
+        ("audio padding", f"{before['audio_padding']:.1%} in random batches → {after['audio_padding']:.1%}"),
+        ("token padding", f"{before['token_padding']:.1%} in random batches → {after['token_padding']:.1%}"),
+        ("batch sizes", f"{max(profile['batch_sizes'])} … {min(profile['batch_sizes'])} per worker"),
+        ("training", f"{metrics[-1]['step']} steps, {metrics[-1]['time_s'] / 60:.1f} min"),
+        ("WER, held out", f"{scores['wer']:.1%} on {scores['utterances']} utterances"),
+    ]
+    rows += [(f"  {language}", f"{row['wer']:.1%}") for language, row in scores["by_language"].items()]
+    for name, value in rows:
+        table.add_row(name, value)
+    return table
+
+
+def _transcripts(run_dir: Path) -> Table:
+    table = Table(title="Five transcripts", title_justify="left")
+    for heading in ("language", "said", "transcribed"):
+        table.add_column(heading)
+    for line in (run_dir / "hypotheses.jsonl").read_text().splitlines()[:5]:
+        item = json.loads(line)
+        table.add_row(item["lang"], item["text"], item["hypothesis"] or f"({item.get('error', '')})")
+    return table
+
+
+def _body(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_bytes())["body"]

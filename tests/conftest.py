@@ -1,0 +1,60 @@
+"""Shared by all tests: one small spoken corpus, one local Ray, and configurations for both."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from raytrain.config import ClusterSection, Config, check_config
+
+SHARED = Path(os.environ.get("RAYTRAIN_SHARED") or Path(__file__).parents[2] / "shared")
+
+
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder with train, dev and test manifests of real synthesised speech in two languages."""
+    from raytrain.demo.speech import make_corpus
+
+    folder = tmp_path_factory.mktemp("corpus")
+    make_corpus(folder, {"train": 96, "dev": 8, "test": 10}, seed=3, languages=("en", "de"))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def local_ray():
+    """One local Ray with two CPUs for the whole session."""
+    from raytrain.cluster.session import ray_session
+
+    with ray_session(ClusterSection(num_cpus=2)):
+        yield
+
+
+def tiny_values(corpus: Path, root: Path, **sections: dict) -> dict:
+    """Plain configuration of a run that takes seconds; `sections` are merged in by section."""
+    values = {
+        "name": "tiny",
+        "run": {"root": str(root)},
+        "data": {"root": str(corpus), "train": ["train.jsonl"], "dev": ["dev.jsonl"], "test": ["test.jsonl"]},
+        "tokenizer": {"vocab_size": 32},
+        "buckets": {"num_duration_buckets": 2, "num_token_buckets": 2, "max_duration_ms": 8000, "max_tokens": 64},
+        "oomptimize": {"device_memory": "64MiB", "max_batch_size": 8},
+        "model": {
+            "encoder_layers": 1, "encoder_width": 32, "encoder_heads": 2, "subsampling_channels": 8,
+            "decoder_layers": 1, "decoder_width": 32, "decoder_heads": 2, "max_positions": 96,
+        },
+        "train": {
+            "num_workers": 2, "max_steps": 6, "warmup_steps": 2, "learning_rate": 1e-3, "ctc_weight": 0.5,
+            "validate_every_steps": 6, "checkpoint_every_steps": 3, "log_every_steps": 1,
+        },
+        "evaluate": {"batch_size": 5, "max_generation_delta": 5},
+    }  # fmt: skip
+    for name, settings in sections.items():
+        values[name] = {**values.get(name, {}), **settings}
+    return values
+
+
+def tiny_config(corpus: Path, root: Path, **sections: dict) -> Config:
+    """`tiny_values`, checked."""
+    return check_config(tiny_values(corpus, root, **sections))

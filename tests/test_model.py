@@ -1,0 +1,176 @@
+"""The model: shapes, sizes, gradients, meta tensors; and equality with NeMo where its outputs are at hand."""
+
+import io
+import json
+import tarfile
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from conftest import SHARED
+
+from raytrain.data.batch import SpeechBatch
+from raytrain.model.canary import Canary, count_parameters, exported_state
+from raytrain.model.config import ModelConfig
+from raytrain.model.decoding import greedy
+from raytrain.model.encoder import shift
+from raytrain.model.loss import canary_loss
+
+TINY = ModelConfig(
+    encoder_layers=2, encoder_width=32, encoder_heads=2, subsampling_channels=8, decoder_layers=2, decoder_width=48,
+    decoder_heads=2, max_positions=64, vocab_size=61, ctc_head=True,
+)  # fmt: skip
+
+
+def loss_of(model: Canary, batch: SpeechBatch, smoothing: float = 0.1):
+    output = model(batch.audio, batch.audio_lengths, batch.input_ids, batch.input_lengths)
+    return canary_loss(
+        output, batch.labels, batch.input_lengths, ctc_targets=batch.ctc_targets(),
+        ctc_target_lengths=batch.ctc_target_lengths(), ctc_weight=0.5, label_smoothing=smoothing,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("name", "millions", "settings"),
+    [
+        ("canary-1b", 1016.7, {"encoder_layers": 24, "encoder_width": 1024, "decoder_layers": 24, "vocab_size": 4128,
+                               "max_positions": 512}),
+        ("canary-1b-flash", 883.6, {"encoder_layers": 32, "encoder_width": 1024}),
+        ("canary-180m-flash", 182.6, {}),
+    ],
+)  # fmt: skip
+def test_parameter_counts_of_the_published_models(name, millions, settings):
+    with torch.device("meta"):
+        model = Canary(ModelConfig(**settings))
+    assert round(count_parameters(model) / 1e6, 1) == millions
+
+
+def test_every_parameter_gets_a_finite_gradient():
+    torch.manual_seed(0)
+    model = Canary(TINY).train()
+    batch = SpeechBatch.synthetic(3, 900, 16, vocab=61, device="cpu")
+    loss = loss_of(model, batch)
+    loss.total_sum.backward()
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None and parameter.grad.isfinite().all(), name
+    assert int(loss.num_tokens) == 3 * 15
+
+
+def test_the_step_runs_on_meta_tensors():
+    with torch.device("meta"):
+        model = Canary(TINY).train()
+    loss = loss_of(model, SpeechBatch.synthetic(2, 700, 12, vocab=61, device="meta"))
+    loss.total_sum.backward()
+    assert all(parameter.grad is not None for parameter in model.parameters())
+
+
+def test_a_model_made_on_meta_equals_one_made_here_after_its_constants_are_filled():
+    direct = Canary(TINY)
+    with torch.device("meta"):
+        moved = Canary(TINY)
+    moved.to_empty(device="cpu")
+    moved.load_state_dict(direct.state_dict())
+    moved.reset_constants()
+    for name, value in direct.state_dict().items():
+        assert torch.equal(value, moved.state_dict()[name]), name
+
+
+def test_the_ctc_head_is_left_out_of_an_export():
+    model = Canary(TINY)
+    plain = Canary(replace(TINY, ctc_head=False))
+    plain.load_state_dict(exported_state(model))
+    assert not [name for name in plain.state_dict() if "ctc" in name]
+
+
+def test_padding_changes_nothing():
+    torch.manual_seed(0)
+    model = Canary(TINY).eval()
+    audio = torch.randn(1, 8000)
+    with torch.no_grad():
+        alone, length = model.encode(audio, torch.tensor([8000]))
+        padded, _ = model.encode(torch.nn.functional.pad(audio, (0, 5000)), torch.tensor([8000]))
+    size = int(length)
+    torch.testing.assert_close(alone[:, :size], padded[:, :size], atol=1e-5, rtol=1e-4)
+
+
+def test_relative_shift_puts_position_i_minus_j_at_i_j():
+    time = 4
+    positions = torch.arange(time - 1, -time, -1).float()
+    shifted = shift(positions.expand(1, 1, time, 2 * time - 1).contiguous())[0, 0]
+    wanted = torch.arange(time)[:, None] - torch.arange(time)[None]
+    assert torch.equal(shifted, wanted.float())
+
+
+def uncached_greedy(model, states, lengths, prompt, eos, delta):
+    ids, limit = list(prompt), min(model.config.max_positions, int(lengths) + delta)
+    while len(ids) < limit:
+        logits = model.decode_logits(torch.tensor([ids]), states[:, : int(lengths)], lengths)
+        best = int(logits[0, -1].argmax())
+        if best == eos:
+            break
+        ids.append(best)
+    return ids[len(prompt) :]
+
+
+def test_cached_decoding_equals_uncached_and_batch_equals_single():
+    torch.manual_seed(1)
+    model = Canary(TINY).eval()
+    for name, weight in model.named_parameters():
+        if "transf_decoder" in name and weight.ndim == 2:
+            weight.data *= 3  # varied outputs
+    audio, lengths = torch.randn(4, 16000), torch.tensor([16000, 9000, 3000, 12000])
+    prompt = [7, 4, 8]
+    with torch.no_grad():
+        states, sizes = model.encode(audio, lengths)
+        found = greedy(
+            model, states, sizes, torch.tensor([prompt] * 4), torch.full((4,), 3), 3, max_generation_delta=20
+        )
+        for row in range(4):
+            wanted = uncached_greedy(model, states[row : row + 1], sizes[row : row + 1], prompt, 3, 20)
+            assert found[row] == wanted
+    assert len({tuple(ids) for ids in found}) > 1
+
+
+def reference(name: str):
+    root = SHARED / "reference" / name
+    if not root.exists():
+        pytest.skip(f"the recorded outputs of NeMo are not at hand (looked for {root.name} in $RAYTRAIN_SHARED)")
+    with tarfile.open(root / "model.nemo") as archive:
+        config = yaml.safe_load(archive.extractfile("./model_config.yaml"))
+        weights = io.BytesIO(archive.extractfile("./model_weights.ckpt").read())
+    encoder, decoder = config["encoder"], config["transf_decoder"]["config_dict"]
+    model = Canary(
+        ModelConfig(
+            encoder_layers=encoder["n_layers"], encoder_width=encoder["d_model"], encoder_heads=encoder["n_heads"],
+            subsampling_channels=encoder["subsampling_conv_channels"], decoder_layers=decoder["num_layers"],
+            decoder_width=decoder["hidden_size"], decoder_heads=decoder["num_attention_heads"],
+            max_positions=decoder["max_sequence_length"], vocab_size=config["head"]["num_classes"],
+        )
+    )  # fmt: skip
+    model.load_state_dict(torch.load(weights, weights_only=True))
+    expected = {key: torch.tensor(value) for key, value in np.load(root / "expected.npz").items()}
+    return model.eval(), expected, json.loads(Path(root / "decode_single.json").read_text())
+
+
+@pytest.mark.parametrize("name", ["tiny-canary", "tiny-canary2"])
+def test_equal_to_nemo(name):
+    model, expected, decoded = reference(name)
+    with torch.no_grad():
+        mel, frames = model.preprocessor(expected["wave"], expected["wave_len"])
+        states, lengths = model.encode(expected["wave"], expected["wave_len"])
+        log_probs = model.decode_logits(expected["ids"], states, lengths).log_softmax(-1)
+        assert torch.equal(frames, expected["mel_len"]) and torch.equal(lengths, expected["enc_len"])
+        prompt = torch.tensor([decoded["prompt"]] * 3)
+        sizes = torch.full((3,), prompt.shape[1])
+        found = greedy(model, states, lengths, prompt, sizes, 3, max_generation_delta=decoded["max_generation_delta"])
+    for row in range(3):
+        for value, key, size in ((mel[row].T, "mel", frames[row]), (states[row], "enc", lengths[row]),
+                                 (log_probs[row], "logp", expected["ids_len"][row])):  # fmt: skip
+            wanted = expected[key][row].T if key == "mel" else expected[key][row]
+            assert (value[:size] - wanted[:size]).abs().max() < 1e-4, key
+        wanted = decoded["beam1"][row]
+        size = min(len(wanted), len(found[row]))
+        assert size and found[row][:size] == wanted[:size]

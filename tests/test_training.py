@@ -1,0 +1,144 @@
+"""Memory traces, the step's loss over ranks, checkpoints, error counts."""
+
+import os
+import shutil
+
+import pytest
+import torch
+
+from raytrain.data.batch import SpeechBatch
+from raytrain.errors import CheckpointError, TrainingError
+from raytrain.model.canary import Canary
+from raytrain.model.config import ModelConfig
+from raytrain.training.checkpoint import CheckpointFolder
+from raytrain.training.evaluation import ErrorCounts, count_errors
+from raytrain.training.memory import MemoryLine, trace_step
+from raytrain.training.optim import learning_rate, make_optimizer
+from raytrain.training.probe import Probe, TraceMeter, search_batch_size
+from raytrain.training.settings import TrainSettings
+from raytrain.training.step import train_step
+
+MODEL = ModelConfig(
+    encoder_layers=1, encoder_width=32, encoder_heads=2, subsampling_channels=8, decoder_layers=1, decoder_width=32,
+    decoder_heads=2, max_positions=64, vocab_size=40, dropout=0.0, ctc_head=True,
+)  # fmt: skip
+SETTINGS = TrainSettings(ctc_weight=0.5, warmup_steps=10, learning_rate=1e-3)
+
+
+def trace(batch_size: int, duration: int = 2000, world_size: int = 1):
+    return trace_step(
+        MODEL, SETTINGS, batch_size=batch_size, max_duration_ms=duration, max_tokens=20, world_size=world_size
+    )
+
+
+def test_traced_memory_holds_parameters_states_and_grows_with_either_edge():
+    model = Canary(MODEL)
+    weights = sum(parameter.numel() * 4 for parameter in model.parameters())
+    memory = trace(2)
+    # Parameters and two AdamW moments stay; the gradients come and go.
+    assert memory.resident_bytes > 3 * weights
+    assert memory.peak_bytes > memory.resident_bytes + weights
+    assert trace(4).peak_bytes > memory.peak_bytes
+    assert trace(2, duration=4000).peak_bytes > memory.peak_bytes
+    assert trace(2, world_size=2).peak_bytes == memory.peak_bytes + weights
+
+
+def test_traced_memory_is_close_to_affine_in_the_batch_size():
+    small, middle, large = (trace(size).peak_bytes for size in (2, 8, 16))
+    line = MemoryLine.through(2, small, 8, middle)
+    assert abs(line.base_bytes + 16 * line.slope_bytes - large) / large < 0.02
+
+
+def test_the_search_finds_the_largest_batch_of_a_traced_bucket():
+    budget = trace(11).peak_bytes
+    meter = TraceMeter(MODEL, SETTINGS, 2000, 20, budget)
+    found = search_batch_size(meter, meter, max_size=500, tolerance=0.0)
+    assert found.batch_size == 11 and found.peak_bytes == budget
+    assert found.num_probes <= 4
+    capped = search_batch_size(meter, meter, max_size=6, tolerance=0.0)
+    assert capped.batch_size == 6
+
+
+def test_a_bucket_where_not_even_one_fits_is_a_result():
+    meter = TraceMeter(MODEL, SETTINGS, 2000, 20, budget_bytes=1000)
+    assert search_batch_size(meter, meter, max_size=8, tolerance=0.05).batch_size is None
+
+
+def test_a_meter_that_fails_where_the_prediction_fits_is_believed():
+    class Device:
+        def measure(self, batch_size: int) -> Probe:
+            return Probe(fits=batch_size <= 3, peak_bytes=batch_size)
+
+    predictor = TraceMeter(MODEL, SETTINGS, 2000, 20, trace(9).peak_bytes)
+    assert search_batch_size(Device(), predictor, max_size=50, tolerance=0.0).batch_size == 3
+
+
+def test_steps_lower_the_loss_of_a_batch():
+    torch.manual_seed(0)
+    model = Canary(MODEL).train()
+    optimizer = make_optimizer(model, SETTINGS)
+    batch = SpeechBatch.synthetic(4, 1500, 18, vocab=40, device="cpu")
+    losses = [train_step(model, batch, optimizer, SETTINGS, precision="fp32").sums for _ in range(15)]
+    first, last = (float(sums[0] / sums[3]) for sums in (losses[0], losses[-1]))
+    assert last < 0.8 * first
+    assert int(losses[0][3]) == 4 * 17
+
+
+def test_learning_rate_warms_up_and_decays_with_the_inverse_square_root():
+    settings = TrainSettings(learning_rate=1.0, warmup_steps=100, min_learning_rate=0.2)
+    assert learning_rate(50, settings) == pytest.approx(0.5)
+    assert learning_rate(100, settings) == 1.0
+    assert learning_rate(400, settings) == pytest.approx(0.5)
+    assert learning_rate(10**6, settings) == 0.2
+
+
+def save(folder: CheckpointFolder, step: int) -> None:
+    folder.save(step, {"model": {"w": torch.full((3,), float(step))}, "optimizer": {}}, {"schedule": {}, "seconds": 1})
+
+
+def test_checkpoints_keep_the_newest_and_the_best_and_pass_over_broken_ones(tmp_path):
+    folder = CheckpointFolder(tmp_path / "c", keep=2)
+    assert folder.newest() is None
+    for step, wer in ((10, 0.5), (20, 0.2), (30, 0.4), (40, 0.3)):
+        save(folder, step)
+        folder.mark_best(step, wer)
+    save(folder, 50)
+    assert sorted(path.name for path in folder.folder.glob("step_*")) == [
+        "step_00000020", "step_00000040", "step_00000050",
+    ]  # fmt: skip
+    assert folder.best().step == 20
+    assert folder.newest().load("model")["w"].tolist() == [50.0] * 3
+    with open(folder.folder / "step_00000050" / "model.pt", "r+b") as file:
+        file.truncate(100)
+    assert folder.newest().step == 40
+    (folder.folder / "step_00000040" / "meta.json").unlink()
+    assert folder.newest().step == 20
+
+
+def test_a_checkpoint_that_would_run_code_is_refused(tmp_path):
+    class Evil:
+        def __reduce__(self):
+            return os.system, ("true",)
+
+    folder = CheckpointFolder(tmp_path)
+    save(folder, 1)
+    found = folder.newest()
+    torch.save({"w": Evil()}, found.folder / "model.pt")
+    assert folder.newest() is None  # its hash is not what was written
+    with pytest.raises(CheckpointError, match="can't be read"):
+        found.load("model")
+    shutil.rmtree(tmp_path)
+
+
+def test_error_counts_add_up():
+    counts = count_errors(["a b c", "d"], ["a x c c", ""])
+    assert counts == ErrorCounts(substitutions=1, deletions=1, insertions=1, reference_length=4, utterances=2)
+    assert counts.rate == 0.75
+    assert (counts + counts).rate == 0.75 and ErrorCounts().rate == 0.0
+    assert count_errors(["abc"], ["abd"], unit="character").rate == pytest.approx(1 / 3)
+
+
+def test_settings_name_all_problems():
+    with pytest.raises(ValueError, match="max_steps.*precision must be one of auto, fp32, bf16"):
+        TrainSettings(max_steps=0, precision="int4")
+    assert issubclass(CheckpointError, TrainingError)
