@@ -42,7 +42,10 @@ def test_a_full_disk_keeps_the_old_file_and_leaves_no_scraps(tmp_path):
     path = tmp_path / "a.bin"
     atomic_write_bytes(path, b"old")
     # A file-size limit makes the kernel refuse the write, as a full disk does.
-    old_limit, old_handler = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    old_limit, old_handler = (
+        resource.getrlimit(resource.RLIMIT_FSIZE),
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN),
+    )
     resource.setrlimit(resource.RLIMIT_FSIZE, (1000, old_limit[1]))
     try:
         with pytest.raises(StorageError, match="can't write .*a.bin; because file too large; to do: free space"):

@@ -31,7 +31,9 @@ def write_manifest(path, rows) -> None:
 
 
 @given(
-    lines=st.lists(st.integers(0, 60), min_size=1, max_size=30), chunk=st.integers(1, 200), newline=st.booleans()
+    lines=st.lists(st.integers(0, 60), min_size=1, max_size=30),
+    chunk=st.integers(1, 200),
+    newline=st.booleans(),
 )
 @settings(max_examples=60)
 def test_chunks_hold_every_line_once(tmp_path_factory, lines, chunk, newline):

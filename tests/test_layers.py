@@ -70,7 +70,18 @@ import {modules}
         (
             "raytrain.model.canary, raytrain.model.decoding, raytrain.training.loop, raytrain.training.memory, "
             "raytrain.training.checkpoint, raytrain.training.validation, raytrain.training.probe",
-            {"ray", "mlflow", "pydantic", "lhotse", "yaml", "soundfile", "pyarrow", "orjson", "jiwer", "rich"},
+            {
+                "ray",
+                "mlflow",
+                "pydantic",
+                "lhotse",
+                "yaml",
+                "soundfile",
+                "pyarrow",
+                "orjson",
+                "jiwer",
+                "rich",
+            },
         ),
     ],
 )

@@ -6,7 +6,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from raytrain.errors import DataError, PlanError
-from raytrain.lengths import Bucket, BucketGrid, BucketPlan, BucketSettings, LengthHistogram, make_plan, padding_by_scheme
+from raytrain.lengths import (
+    Bucket,
+    BucketGrid,
+    BucketPlan,
+    BucketSettings,
+    LengthHistogram,
+    make_plan,
+    padding_by_scheme,
+)
 from raytrain.lengths.plan import equal_mass_edges
 
 lengths = st.lists(st.tuples(st.integers(1, 50_000), st.integers(1, 300)), max_size=60)

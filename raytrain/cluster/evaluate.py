@@ -53,7 +53,11 @@ class Transcriber:
         settings, tokenizer = self.workspace.config, self.workspace.tokenizer
         with torch.inference_mode():
             for kept, speech in read_rows(
-                rows, settings.model.sample_rate, tokenizer.pad_id, len(rows), lambda row, e: errors.update({row: str(e)})
+                rows,
+                settings.model.sample_rate,
+                tokenizer.pad_id,
+                len(rows),
+                lambda row, e: errors.update({row: str(e)}),
             ):
                 speech = speech.to(self.device)
                 states, lengths = self.model.encode(speech.audio, speech.audio_lengths)
@@ -63,7 +67,11 @@ class Transcriber:
                     max_generation_delta=settings.evaluate.max_generation_delta,
                 )  # fmt: skip
                 found.update(zip(kept, (tokenizer.decode(one) for one in ids), strict=True))
-        return {"result": [orjson.dumps(_result(item["id"], row, found, errors)) for item, row in zip(items, rows, strict=True)]}
+        return {
+            "result": [
+                orjson.dumps(_result(item["id"], row, found, errors)) for item, row in zip(items, rows, strict=True)
+            ]
+        }
 
 
 def _result(identity: int, row: Any, found: dict, errors: dict) -> dict[str, Any]:
@@ -117,9 +125,7 @@ def score(results: list[dict[str, Any]]) -> dict[str, Any]:
     languages = sorted({item["lang"] for item in good})
     by_language = {language: _words([item for item in good if item["lang"] == language]) for language in languages}
     total = sum(by_language.values(), ErrorCounts())
-    characters = count_errors(
-        [item["text"] for item in good], [item["hypothesis"] for item in good], unit="character"
-    )
+    characters = count_errors([item["text"] for item in good], [item["hypothesis"] for item in good], unit="character")
     return {
         "wer": total.rate,
         "cer": characters.rate,

@@ -194,7 +194,12 @@ def run_assign(context: Context) -> str:
     notes = []
     with context.console.progress("assigning", len(chunks)) as update:
         for note in job.assign_all(
-            chunks, workspace.tokenizer, workspace.plan, folder, key=key, language=config.data.default_language
+            chunks,
+            workspace.tokenizer,
+            workspace.plan,
+            folder,
+            key=key,
+            language=config.data.default_language,
         ):
             notes.append(note)
             update(advance=1)
@@ -236,7 +241,10 @@ def run_oomptimize(context: Context) -> str:
             on_trial=lambda: update(advance=1),
         )
     write_json(
-        context.path("batch_profile.json"), PROFILE_FORMAT, profile.to_body(), {"bucket_plan": workspace.plan_id}
+        context.path("batch_profile.json"),
+        PROFILE_FORMAT,
+        profile.to_body(),
+        {"bucket_plan": workspace.plan_id},
     )
     for number, (size, peak) in enumerate(zip(profile.batch_sizes, profile.peak_gib, strict=True)):
         context.tracking.current.log_metrics({"batch_size": size, "peak_gib": peak}, number, 0.0)

@@ -131,7 +131,10 @@ def run_training(
     cpus = int(ray.cluster_resources().get("CPU", 1))
     if not cuda and workers > cpus:
         raise TrainingError(
-            "there are more training workers than CPUs", got=workers, allowed=cpus, remedy="lower train.num_workers"
+            "there are more training workers than CPUs",
+            got=workers,
+            allowed=cpus,
+            remedy="lower train.num_workers",
         )
     job = {
         "config": config.model_dump(mode="json"),

@@ -112,9 +112,9 @@ class Workspace:
         if not self.config.data.dev:
             return None
         # Longest first and dealt out in turn, so that every rank gets about the same work.
-        rows = sorted(
-            self.rows("dev", self.config.train.max_validation_utterances), key=lambda row: -row.duration_ms
-        )[rank::world_size]
+        rows = sorted(self.rows("dev", self.config.train.max_validation_utterances), key=lambda row: -row.duration_ms)[
+            rank::world_size
+        ]
         quarantine = Quarantine(self.path("quarantine.jsonl"))
         sample_rate, size = self.config.model.sample_rate, self.config.evaluate.batch_size
 

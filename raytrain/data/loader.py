@@ -146,14 +146,16 @@ class BatchLoader:
 
 def load_row(row: Row, sample_rate: int) -> np.ndarray:
     """Audio of one row, (num_samples,) float32, cut to the row's duration so that it never outgrows its bucket."""
-    audio = read_audio(
-        row.audio_path, offset_ms=row.offset_ms, duration_ms=row.duration_ms, sample_rate=sample_rate
-    )
+    audio = read_audio(row.audio_path, offset_ms=row.offset_ms, duration_ms=row.duration_ms, sample_rate=sample_rate)
     return audio[: row.duration_ms * sample_rate // 1000]
 
 
 def read_rows(
-    rows: list[Row], sample_rate: int, pad_id: int, batch_size: int, on_error: Callable[[Row, AudioError], None]
+    rows: list[Row],
+    sample_rate: int,
+    pad_id: int,
+    batch_size: int,
+    on_error: Callable[[Row, AudioError], None],
 ) -> Iterator[tuple[list[Row], SpeechBatch]]:
     """Batches of given rows, longest first, for decoding; a broken recording is left out after `on_error`."""
     ordered = sorted(rows, key=lambda row: -row.duration_ms)

@@ -126,7 +126,10 @@ def _parse(
     missing = [name for name in ("audio_filepath", "duration", "text") if row.get(name) is None]
     if missing or not isinstance(row["audio_filepath"], str):
         return "missing_field", f"needs {', '.join(missing) or 'audio_filepath as text'}"
-    duration, offset = _milliseconds(row["duration"], up=True), _milliseconds(row.get("offset") or 0, up=False)
+    duration, offset = (
+        _milliseconds(row["duration"], up=True),
+        _milliseconds(row.get("offset") or 0, up=False),
+    )
     if duration is None or duration <= 0 or offset is None or offset < 0:
         return "bad_duration", f"duration {row['duration']!r}, offset {row.get('offset')!r}"
     text = row["text"]

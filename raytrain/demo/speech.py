@@ -9,7 +9,10 @@ do not occur in training. The same seed makes the same files.
 from __future__ import annotations
 
 import ctypes
+import json
 import random
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -67,10 +70,6 @@ class Synthesizer:
         self._library.espeak_Synchronize()
         return _trim(np.concatenate(self._blocks)) if self._blocks else np.zeros(0, np.int16)
 
-    def close(self) -> None:
-        """Forget all state, so that the next synthesizer speaks as a first one does."""
-        self._library.espeak_Terminate()
-
 
 def _trim(samples: np.ndarray, margin: int = 1500) -> np.ndarray:
     loud = np.flatnonzero(np.abs(samples) > _SILENCE)
@@ -97,19 +96,30 @@ def make_corpus(
     marker = folder / _COMPLETE
     if marker.exists() and marker.read_bytes() == made_of:
         return manifests
-    texts = _draw_texts(utterances, languages, random.Random(seed))
     make_folder(folder / "audio")
+    arguments = {"folder": str(folder), "utterances": utterances, "seed": seed, "languages": languages}
+    # What the library says depends on what it said before in the same process, hence a process of its own.
+    command = [sys.executable, "-m", "raytrain.demo.speech", json.dumps(arguments)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        for _ in process.stdout:
+            if on_utterance is not None:
+                on_utterance()
+        problem = process.stderr.read().decode().strip().splitlines()
+    if process.returncode:
+        raise DataError("the demo's speech can't be made", why=problem[-1] if problem else "the process died")
+    atomic_write_bytes(marker, made_of)
+    return manifests
+
+
+def _synthesise(folder: Path, utterances: dict[str, int], seed: int, languages: tuple[str, ...]) -> None:
+    """Write manifests and audio; one line of output per utterance."""
     voice = Synthesizer()
-    for split, rows in texts.items():
+    for split, rows in _draw_texts(utterances, languages, random.Random(seed)).items():
         lines = []
         for number, (language, text) in enumerate(rows):
             lines.append(_make_utterance(voice, folder, split, number, language, text, seed))
-            if on_utterance is not None:
-                on_utterance()
-        atomic_write_bytes(manifests[split], b"".join(orjson.dumps(line) + b"\n" for line in lines))
-    voice.close()
-    atomic_write_bytes(marker, made_of)
-    return manifests
+            print(flush=True)
+        atomic_write_bytes(folder / f"{split}.jsonl", b"".join(orjson.dumps(line) + b"\n" for line in lines))
 
 
 def _draw_texts(
@@ -152,3 +162,8 @@ def _make_utterance(
         "taskname": "asr",
         "pnc": "no",
     }
+
+
+if __name__ == "__main__":
+    given = json.loads(sys.argv[1])
+    _synthesise(Path(given["folder"]), given["utterances"], given["seed"], tuple(given["languages"]))

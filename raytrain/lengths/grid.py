@@ -1,8 +1,8 @@
 """`BucketGrid`: the one place that compares lengths with bucket edges. Edges belong to their bucket.
 
-    >>> grid = BucketGrid((Bucket(2000, 10), Bucket(2000, 20), Bucket(5000, 30)))
-    >>> grid.assign(2000, 10), grid.assign(2000, 11), grid.assign(2001, 11), grid.assign(2000, 21)
-    (0, 1, 2, -1)
+>>> grid = BucketGrid((Bucket(2000, 10), Bucket(2000, 20), Bucket(5000, 30)))
+>>> grid.assign(2000, 10), grid.assign(2000, 11), grid.assign(2001, 11), grid.assign(2000, 21)
+(0, 1, 2, -1)
 """
 
 from __future__ import annotations

@@ -67,7 +67,12 @@ def _sample(histogram: LengthHistogram, plan: BucketPlan, seed: int) -> tuple[np
 
 
 def _bucketed(
-    scheme: str, durations: np.ndarray, tokens: np.ndarray, grid: BucketGrid, sizes: tuple[int, ...], rng: np.random.Generator
+    scheme: str,
+    durations: np.ndarray,
+    tokens: np.ndarray,
+    grid: BucketGrid,
+    sizes: tuple[int, ...],
+    rng: np.random.Generator,
 ) -> PaddingRow:
     """Shuffle, cut every bucket into batches, pad each to its longest member."""
     buckets = grid.assign_many(durations, tokens)

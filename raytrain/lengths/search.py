@@ -22,9 +22,7 @@ class BatchSizeSearch:
     it is a prediction.
     """
 
-    def __init__(
-        self, start: int = 32, max_size: int = 4096, tolerance: float = 0.05, growth: float = 2.0
-    ) -> None:
+    def __init__(self, start: int = 32, max_size: int = 4096, tolerance: float = 0.05, growth: float = 2.0) -> None:
         if max_size < 1 or start < 1:
             raise PlanError("batch sizes start at 1", got=f"start {start}, max_size {max_size}")
         if growth <= 1:

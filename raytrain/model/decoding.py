@@ -38,7 +38,12 @@ def greedy(
         rows = (prompt_lengths == size).nonzero().flatten()
         longest = int(lengths[rows].max())
         group = _greedy_group(
-            model, states[rows, : max(longest, 1)], lengths[rows], prompt_ids[rows, :size], eos_id, max_generation_delta
+            model,
+            states[rows, : max(longest, 1)],
+            lengths[rows],
+            prompt_ids[rows, :size],
+            eos_id,
+            max_generation_delta,
         )
         for row, ids in zip(rows.tolist(), group, strict=True):
             results[row] = ids

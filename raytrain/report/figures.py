@@ -52,9 +52,7 @@ def lengths(durations_ms: np.ndarray, tokens: np.ndarray, counts: np.ndarray, pl
     """The length histogram with the bucket grid over it; arrays (N,) of histogram cells."""
 
     def paint(axes: Any) -> None:
-        marks = axes.scatter(
-            durations_ms / 1000, tokens, c=counts, s=9, marker="s", cmap="Blues", vmin=0, linewidths=0
-        )
+        marks = axes.scatter(durations_ms / 1000, tokens, c=counts, s=9, marker="s", cmap="Blues", vmin=0, linewidths=0)
         axes.figure.colorbar(marks, ax=axes, label="utterances")
         left, low = 0.0, 0
         for duration, limit in plan["buckets"]:
@@ -82,7 +80,10 @@ def padding(rows: list[dict[str, Any]]) -> Figure:
 
     def paint(axes: Any) -> None:
         places = np.arange(len(rows))
-        for shift, key, color, label in ((-0.2, "audio_padding", _BLUE, "audio"), (0.2, "token_padding", _ORANGE, "tokens")):
+        for shift, key, color, label in (
+            (-0.2, "audio_padding", _BLUE, "audio"),
+            (0.2, "token_padding", _ORANGE, "tokens"),
+        ):
             bars = axes.bar(places + shift, [100 * row[key] for row in rows], 0.38, color=color, label=label)
             axes.bar_label(bars, fmt="%.1f %%", fontsize=8)
         axes.set_xticks(places, [row["scheme"] for row in rows])
@@ -151,7 +152,14 @@ def curve(
         for color, (key, label) in zip((_BLUE, _ORANGE, _GREY), keys.items(), strict=False):
             points = [(row[by] * scale, row[key] * (100 if percent else 1)) for row in rows if key in row]
             if points:
-                axes.plot(*zip(*points, strict=True), color=color, label=label, lw=1.3, marker="o" if len(points) < 40 else "", ms=3)
+                axes.plot(
+                    *zip(*points, strict=True),
+                    color=color,
+                    label=label,
+                    lw=1.3,
+                    marker="o" if len(points) < 40 else "",
+                    ms=3,
+                )
         axes.set(xlabel="minutes of training" if by == "time_s" else "step", ylabel=ylabel)
         axes.set_ylim(0, None)
         if len(keys) > 1:

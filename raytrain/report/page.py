@@ -22,9 +22,7 @@ _NUM_SAMPLES = 12
 
 def write_report(run_dir: Path, out: Path, *, title: str) -> Path:
     """Write the page for the artefacts in `run_dir` and return its path."""
-    files = {
-        name: _body(run_dir / f"{name}.json") for name in ("statistics", "bucket_plan", "batch_profile", "scores")
-    }
+    files = {name: _body(run_dir / f"{name}.json") for name in ("statistics", "bucket_plan", "batch_profile", "scores")}
     files["assignment"] = _body(run_dir / "assignment" / "index.json")
     metrics, hypotheses = _lines(run_dir / "metrics.jsonl"), _lines(run_dir / "hypotheses.jsonl")
     drawn, missing = _figures(run_dir, files, metrics)
@@ -116,7 +114,10 @@ def _training_figures(metrics: list[dict[str, Any]]) -> list[figures.Figure]:
         first, last = steps[0], steps[-1]
         drawn.append(
             figures.curve(
-                "Loss", metrics, {"loss": "training", "val_loss": "validation (cross-entropy)"}, "loss per token",
+                "Loss",
+                metrics,
+                {"loss": "training", "val_loss": "validation (cross-entropy)"},
+                "loss per token",
                 f"The training loss fell from {first['loss']:.2f} to {last['loss']:.2f} per token in "
                 f"{last['step']} steps.",
             )  # fmt: skip
@@ -128,25 +129,46 @@ def _training_figures(metrics: list[dict[str, Any]]) -> list[figures.Figure]:
         drawn.append(figures.curve("WER by step", checks, keys, "WER (%)", f"{sentence}.", percent=True))
         drawn.append(
             figures.curve(
-                "WER by wall time", checks, keys, "WER (%)", f"{sentence}, after {best['time_s'] / 60:.1f} minutes.",
-                by="time_s", scale=1 / 60, percent=True,
+                "WER by wall time",
+                checks,
+                keys,
+                "WER (%)",
+                f"{sentence}, after {best['time_s'] / 60:.1f} minutes.",
+                by="time_s",
+                scale=1 / 60,
+                percent=True,
             )  # fmt: skip
         )
     if steps:
         peak = max(row["lr"] for row in steps)
         drawn.append(
-            figures.curve("Learning rate", steps, {"lr": "learning rate"}, "learning rate",
-                          f"Warm-up to {peak:.1e}, then inverse square root.")  # fmt: skip
+            figures.curve(
+                "Learning rate",
+                steps,
+                {"lr": "learning rate"},
+                "learning rate",
+                f"Warm-up to {peak:.1e}, then inverse square root.",
+            )  # fmt: skip
         )
         mean = sum(row["batch_size"] for row in steps) / len(steps)
         drawn.append(
-            figures.curve("Batch size", steps, {"batch_size": "utterances over all workers"}, "utterances per step",
-                          f"A step takes {mean:.1f} utterances over all workers on average.")  # fmt: skip
+            figures.curve(
+                "Batch size",
+                steps,
+                {"batch_size": "utterances over all workers"},
+                "utterances per step",
+                f"A step takes {mean:.1f} utterances over all workers on average.",
+            )  # fmt: skip
         )
         top = max(row["memory_gib"] for row in steps)
         drawn.append(
-            figures.curve("Memory", steps, {"memory_gib": "peak of worker 0"}, "GiB",
-                          f"The first worker's memory peaked at {top:.2f} GiB.")  # fmt: skip
+            figures.curve(
+                "Memory",
+                steps,
+                {"memory_gib": "peak of worker 0"},
+                "GiB",
+                f"The first worker's memory peaked at {top:.2f} GiB.",
+            )  # fmt: skip
         )
     return drawn
 

@@ -51,7 +51,7 @@ class MlflowTracker:
         """Start a run, or go on with `run_id`; metrics up to the steps already there are not sent again."""
         os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
         os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "5")
-        for name in ("alembic", "mlflow"):
+        for name in ("alembic", "mlflow", "urllib3"):
             logging.getLogger(name).setLevel(logging.ERROR)
         from mlflow.tracking import MlflowClient
 
@@ -118,10 +118,8 @@ class MlflowTracker:
             # Take all metrics that wait into one request; anything else keeps its place in the order.
             while isinstance(item, list):
                 points += item
-                if len(points) >= _MAX_BATCH or self._queue.empty():
-                    item = _NOTHING
-                else:
-                    item = self._queue.get()
+                full = len(points) >= _MAX_BATCH
+                item = _NOTHING if full or self._queue.empty() else self._queue.get()
             if points:
                 self._try(lambda points=points: self._client.log_batch(self.run_id, metrics=points))
             if item is None:

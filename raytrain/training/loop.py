@@ -52,7 +52,15 @@ class _Window:
 
     def totals(self, device: torch.device, stop: bool) -> list[float]:
         """Sums over all ranks; `stop` is true everywhere if it is on any rank."""
-        numbers = [self.rows, self.samples, self.padded_samples, self.tokens, self.padded_tokens, self.replaced, stop]
+        numbers = [
+            self.rows,
+            self.samples,
+            self.padded_samples,
+            self.tokens,
+            self.padded_tokens,
+            self.replaced,
+            stop,
+        ]
         values = torch.tensor([float(number) for number in numbers], dtype=torch.float64, device=device)
         if dist.is_initialized():
             dist.all_reduce(values)
@@ -173,7 +181,11 @@ class TrainingLoop:
         if self.rank != 0:
             return
         parts = {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict()}
-        meta = {**self.checkpoint_meta, "schedule": loaded.state.to_dict(), "seconds": round(self.seconds(), 3)}
+        meta = {
+            **self.checkpoint_meta,
+            "schedule": loaded.state.to_dict(),
+            "seconds": round(self.seconds(), 3),
+        }
         self.checkpoints.save(self.step, parts, meta)
         if wer is not None:
             self.checkpoints.mark_best(self.step, wer)
@@ -193,4 +205,3 @@ def _memory_gib(device: torch.device) -> float:
     import resource
 
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-

@@ -1,0 +1,218 @@
+"""The whole way on a small spoken corpus with a real local Ray and a real MLflow store."""
+
+import json
+import shutil
+
+import pytest
+import yaml
+from conftest import tiny_config, tiny_values
+
+from raytrain.artifacts import read_json
+from raytrain.cluster.pipeline import STAGE_NAMES, run_pipeline
+from raytrain.cluster.workspace import PROFILE_FORMAT, Workspace
+from raytrain.console import Console
+from raytrain.data.assignment import Assignment
+from raytrain.demo.run import ARTEFACTS
+from raytrain.errors import ArtifactError, ManifestError, ProfileError, RaytrainError, StorageError
+from raytrain.training.checkpoint import CheckpointFolder
+
+pytestmark = pytest.mark.usefixtures("local_ray")
+
+
+def run(config, *names: str) -> list[str]:
+    return run_pipeline(config, Console(quiet=True), names or STAGE_NAMES)
+
+
+@pytest.fixture(scope="module")
+def finished(corpus, tmp_path_factory, local_ray):
+    """A configuration whose pipeline has run once."""
+    config = tiny_config(corpus, tmp_path_factory.mktemp("runs"))
+    assert run(config) == list(STAGE_NAMES)
+    return config
+
+
+def lines(path) -> list[dict]:
+    return [json.loads(line) for line in path.read_bytes().splitlines()]
+
+
+def test_every_artefact_is_there_and_says_what_it_should(finished, corpus):
+    run_dir = finished.run_dir
+    assert [name for name in ARTEFACTS if not (run_dir / name).exists()] == []
+    statistics = read_json(run_dir / "statistics.json", "raytrain.statistics/1")["body"]
+    manifest = lines(corpus / "train.jsonl")
+    assert statistics["utterances"] == len(manifest) == 96
+    assert statistics["hours"] == pytest.approx(sum(row["duration"] for row in manifest) / 3600, rel=1e-3)
+    assert statistics["prompt_tokens_mean"] == 9
+    assignment = Assignment(run_dir / "assignment")
+    index = read_json(run_dir / "assignment" / "index.json", "raytrain.assignment/1")["body"]
+    assert sum(assignment.rows_per_bucket) + sum(index["rejected"].values()) == 96
+    paths = set()
+    for bucket, (duration, tokens) in enumerate(index["grid"]):
+        for number in range(assignment.rows_per_bucket[bucket]):
+            row = assignment.row(bucket, number)
+            assert row.duration_ms <= duration and len(row.tokens) <= tokens
+            paths.add(row.audio_path)
+    assert len(paths) == sum(assignment.rows_per_bucket)
+    profile = read_json(run_dir / "batch_profile.json", PROFILE_FORMAT)["body"]
+    assert all(1 <= size <= 8 for size in profile["batch_sizes"])
+    budget = 0.9 * 64 / 1024
+    assert all(0 < peak <= budget for peak in profile["peak_gib"])
+    metrics = lines(run_dir / "metrics.jsonl")
+    assert [row["step"] for row in metrics if "loss" in row] == [1, 2, 3, 4, 5, 6]
+    assert {"lr", "audio_padding", "batch_size", "memory_gib"} <= set(metrics[0])
+    hypotheses = lines(run_dir / "hypotheses.jsonl")
+    assert [row["text"] for row in hypotheses] == [row["text"] for row in lines(corpus / "test.jsonl")]
+    scores = read_json(run_dir / "scores.json", "raytrain.scores/1")["body"]
+    assert scores["utterances"] == 10 and scores["wer"] >= 0
+    assert yaml.safe_load((run_dir / "config.yaml").read_text())["name"] == "tiny"
+
+
+def test_mlflow_has_a_parent_and_a_child_for_each_stage(finished):
+    from mlflow.tracking import MlflowClient
+
+    client = MlflowClient(tracking_uri=f"sqlite:///{finished.run_dir / 'mlflow.db'}")
+    runs = client.search_runs([experiment.experiment_id for experiment in client.search_experiments()])
+    children = {run.info.run_name: run for run in runs if "mlflow.parentRunId" in run.data.tags}
+    assert set(STAGE_NAMES) <= set(children)
+    train = children["train"]
+    assert train.info.status == "FINISHED"
+    assert {"loss", "lr", "audio_padding", "batch_size", "audio_seconds_per_second", "memory_gib", "wer",
+            "wer_by_second"} <= set(train.data.metrics)  # fmt: skip
+    assert len(client.get_metric_history(train.info.run_id, "loss")) == 6
+    parent = client.get_run(train.data.tags["mlflow.parentRunId"])
+    assert parent.data.params["train.max_steps"] == "6"
+
+
+def test_the_report_is_one_page_that_needs_nothing_else(finished):
+    page = (finished.run_dir / "report.html").read_text()
+    assert page.count("<svg") >= 8
+    for text in (
+        "Lengths and buckets",
+        "Padding by scheme",
+        "Batch profile",
+        "WER by wall time",
+        "Transcripts",
+    ):
+        assert text in page
+    outside = [word for word in page.split() if word.startswith(("src=", 'href="http'))]
+    assert outside == []
+
+
+def test_a_second_run_does_nothing_and_a_changed_setting_redoes_what_depends_on_it(finished, corpus):
+    assert run(finished) == []
+    root = finished.run_dir.parent
+    changed = tiny_config(corpus, root, evaluate={"batch_size": 4, "max_generation_delta": 5})
+    # Other batches give the same hypotheses, so the report stands.
+    assert run(changed) == ["evaluate"]
+    (finished.run_dir / "report.html").unlink()
+    assert run(changed) == ["report"]
+
+
+def test_training_goes_on_when_more_steps_are_asked_for(finished, corpus):
+    config = tiny_config(corpus, finished.run_dir.parent, train={"max_steps": 8})
+    assert run(config) == ["train", "evaluate", "report"]
+    metrics = lines(config.run_dir / "metrics.jsonl")
+    assert [row["step"] for row in metrics if "loss" in row] == list(range(1, 9))
+    assert CheckpointFolder(config.run_dir / "checkpoints").newest().step == 8
+
+
+def test_equal_runs_write_equal_bytes(finished, corpus, tmp_path):
+    config = tiny_config(corpus, tmp_path)
+    run(config, "statistics", "buckets", "assign")
+    for name in ("histogram.parquet", "statistics.json", "bucket_plan.json", "assignment/index.json"):
+        assert (config.run_dir / name).read_bytes() == (finished.run_dir / name).read_bytes(), name
+
+
+def test_assignment_goes_on_where_it_was_stopped(corpus, tmp_path):
+    config = tiny_config(corpus, tmp_path, data={"chunk_bytes": 2048})
+    run(config, "statistics", "buckets", "assign")
+    folder = config.run_dir / "assignment"
+    whole = (folder / "index.json").read_bytes()
+    notes = sorted((folder / "parts").iterdir())
+    assert len(notes) > 3
+    untouched = {note: note.stat().st_mtime_ns for note in notes[:-2]}
+    for path in (*notes[-2:], folder / "index.json"):
+        path.unlink()
+    assert run(config, "assign") == ["assign"]
+    assert (folder / "index.json").read_bytes() == whole
+    assert {note: note.stat().st_mtime_ns for note in notes[:-2]} == untouched
+
+
+def test_broken_audio_is_quarantined_and_training_goes_on(finished, corpus, tmp_path):
+    copy = tmp_path / "corpus"
+    shutil.copytree(corpus, copy)
+    names = [row["audio_filepath"] for row in lines(copy / "train.jsonl")]
+    (copy / names[0]).unlink()
+    (copy / names[1]).write_bytes(b"broken")
+    (copy / lines(copy / "test.jsonl")[2]["audio_filepath"]).unlink()
+    config = tiny_config(copy, tmp_path, train={"max_steps": 12, "validate_every_steps": 12})
+    run(config)
+    quarantined = {line["audio_path"] for line in lines(config.run_dir / "quarantine.jsonl")}
+    assert quarantined == {str(copy / names[0]), str(copy / names[1])}
+    assert sum(row.get("replaced", 0) for row in lines(config.run_dir / "metrics.jsonl")) >= 2
+    scores = read_json(config.run_dir / "scores.json", "raytrain.scores/1")["body"]
+    assert scores["utterances"] == 9 and scores["unreadable"] == 1
+    assert lines(config.run_dir / "hypotheses.jsonl")[2]["hypothesis"] is None
+
+
+def test_bad_rows_are_counted_up_to_the_limit_then_an_error(corpus, tmp_path):
+    good = (corpus / "train.jsonl").read_text().splitlines()
+    good = [json.dumps({**json.loads(line), "audio_filepath": str(corpus / json.loads(line)["audio_filepath"])})
+            for line in good]  # fmt: skip
+    bad = [
+        "{oops",
+        json.dumps({**json.loads(good[0]), "duration": 0}),
+        json.dumps({**json.loads(good[0]), "text": ""}),
+    ]
+    manifest = tmp_path / "mixed.jsonl"
+    manifest.write_text("\n".join([*good[:5], *bad, *good[5:]]))
+    sections = {"root": str(tmp_path), "train": ["mixed.jsonl"]}
+    config = tiny_config(corpus, tmp_path, data={**sections, "max_bad_fraction": 0.05})
+    run(config, "statistics", "buckets", "assign")
+    statistics = read_json(config.run_dir / "statistics.json", "raytrain.statistics/1")["body"]
+    assert statistics["rejected"] == {"bad_duration": 1, "bad_json": 1, "empty_text": 1}
+    assert statistics["rejected_examples"]["bad_json"][0]["line"] == 6
+    rejected = lines(config.run_dir / "assignment" / "rejected" / "part-00000.jsonl")
+    assert {row["reason"] for row in rejected} >= {"bad_duration", "bad_json", "empty_text"}
+    strict = tiny_config(corpus, tmp_path, data={**sections, "max_bad_fraction": 0.01})
+    with pytest.raises(ManifestError, match=r"3 of 99 manifest rows are bad.*(?s:.)*mixed.jsonl:6: bad_json"):
+        run(strict, "statistics")
+
+
+def test_a_missing_manifest_and_a_missing_stage_are_named(corpus, tmp_path):
+    with pytest.raises(ManifestError, match="absent.jsonl can't be read"):
+        run(tiny_config(corpus, tmp_path, data={"train": ["absent.jsonl"]}))
+    with pytest.raises(ArtifactError, match="train needs what assign, oomptimize would have written"):
+        run(tiny_config(corpus, tmp_path), "train")
+
+
+def test_a_profile_of_another_model_is_refused(finished, corpus):
+    other = tiny_config(corpus, finished.run_dir.parent, model={"encoder_layers": 2})
+    with pytest.raises(ProfileError, match="model .* instead of .*run oomptimize again"):
+        Workspace(other, other.run_dir).profile()
+
+
+def test_a_bucket_where_nothing_fits_names_need_budget_and_remedy(finished, corpus, tmp_path):
+    shutil.copytree(finished.run_dir, tmp_path / "tiny")
+    config = tiny_config(corpus, tmp_path, oomptimize={"device_memory": "1MiB"})
+    with pytest.raises(ProfileError, match=r"bucket 0 \(≤ \d+ ms.*batch size 1 needs .* GiB of 0.00 GiB; to do"):
+        run(config, "oomptimize")
+
+
+def test_an_unwritable_run_folder_is_a_clear_error(corpus, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(StorageError, match="can't write .*not a directory.*run.root"):
+        run(tiny_config(corpus, tmp_path / "file"))
+
+
+def test_an_error_in_a_worker_reaches_the_user_readably(finished, corpus, tmp_path):
+    copy = tmp_path / "corpus"
+    shutil.copytree(corpus, copy)
+    values = tiny_values(copy, tmp_path, train={"max_failures": 0})
+    from raytrain.config import check_config
+
+    config = check_config(values)
+    run(config, "statistics", "buckets", "assign", "oomptimize")
+    shutil.rmtree(copy / "audio")
+    with pytest.raises(RaytrainError, match="can't be read; got .*flac; to do: check data.root"):
+        run(config, "train")
