@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import secrets
 import subprocess
 import sys
 import time
@@ -11,6 +12,11 @@ import psutil
 import pytest
 import yaml
 from conftest import tiny_values
+
+from raytrain.cluster.pipeline import run_pipeline
+from raytrain.cluster.session import ray_session
+from raytrain.config import ClusterSection, check_config
+from raytrain.console import Console
 
 ROOT = Path(__file__).parents[1]
 RAYTRAIN = [sys.executable, "-m", "raytrain"]
@@ -77,12 +83,14 @@ def test_a_command_leaves_no_ray_process(corpus, tmp_path):
 
 
 @pytest.fixture
-def head():
-    """A Ray head with a Jobs server on 127.0.0.1, ended by process id."""
+def head(monkeypatch):
+    """A Ray head with a Jobs server on 127.0.0.1 and token authentication, ended by process id."""
     before = ray_processes()
+    monkeypatch.setenv("RAY_AUTH_MODE", "token")
+    monkeypatch.setenv("RAY_AUTH_TOKEN", secrets.token_hex(32))
     environment = {**os.environ, "RAY_memory_monitor_refresh_ms": "0"}
     arguments = ["--head", "--num-cpus=2", "--port=6399", "--dashboard-host=127.0.0.1", "--dashboard-port=8299",
-                 "--node-ip-address=127.0.0.1", "--include-dashboard=true", "--block"]  # fmt: skip
+                 "--node-ip-address=127.0.0.1", "--include-dashboard=true", "--dashboard-agent-listen-port=52399", "--block"]  # fmt: skip
     program = Path(sys.executable).with_name("ray")
     process = subprocess.Popen(
         [program, "start", *arguments], env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
@@ -105,24 +113,32 @@ def wait_for(address: str) -> None:
     deadline = time.monotonic() + 60
     while time.monotonic() < deadline:
         with contextlib.suppress(requests.RequestException):
-            if requests.get(f"{address}/api/version", timeout=2).ok:
-                return
+            requests.get(f"{address}/api/version", timeout=2)
+            return  # any answer: it may ask for the token
         time.sleep(1)
     raise TimeoutError(f"no Jobs server at {address}")
 
 
-def test_ray_job_submit_trains(corpus, tmp_path, head):
+@pytest.fixture
+def prepared(corpus, tmp_path):
+    """A configuration file whose stages before training have run."""
     path = tmp_path / "a.yaml"
-    path.write_text(yaml.safe_dump(tiny_values(corpus, tmp_path)))
-    for stage in ("statistics", "buckets", "assign", "oomptimize"):
-        assert call(stage, "--config", str(path)).returncode == 0
+    values = tiny_values(corpus, tmp_path)
+    path.write_text(yaml.safe_dump(values))
+    with ray_session(ClusterSection(num_cpus=2)):
+        run_pipeline(check_config(values), Console(quiet=True), ("statistics", "buckets", "assign", "oomptimize"))
+    return path
+
+
+def test_ray_job_submit_trains(tmp_path, prepared, head):
     wait_for(head)
-    program = Path(sys.executable).with_name("ray")
-    done = subprocess.run(
-        [program, "job", "submit", "--address", head, "--working-dir", str(ROOT), "--",
-         sys.executable, "-m", "pipelines.train", "--config", str(path)],
-        capture_output=True, text=True, timeout=250, cwd=ROOT,
-    )  # fmt: skip
+    command = [Path(sys.executable).with_name("ray"), "job", "submit", "--address", head, "--working-dir", str(ROOT)]
+    job = [sys.executable, "-m", "pipelines.train", "--config", str(prepared)]
+    for _ in range(20):
+        done = subprocess.run([*command, "--", *job], capture_output=True, text=True, timeout=250, cwd=ROOT)
+        if "No available agent" not in done.stderr:  # the head's job agent starts after its server
+            break
+        time.sleep(2)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-2000:]
     assert "SUCCEEDED" in done.stdout + done.stderr or "succeeded" in done.stdout + done.stderr
     assert (tmp_path / "tiny" / "checkpoints" / "last.json").exists()

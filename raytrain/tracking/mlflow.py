@@ -51,6 +51,7 @@ class MlflowTracker:
         """Start a run, or go on with `run_id`; metrics up to the steps already there are not sent again."""
         os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
         os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "5")
+        os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "ERROR")
         for name in ("alembic", "mlflow", "urllib3"):
             logging.getLogger(name).setLevel(logging.ERROR)
         from mlflow.tracking import MlflowClient
