@@ -90,7 +90,8 @@ def head(monkeypatch):
     monkeypatch.setenv("RAY_AUTH_TOKEN", secrets.token_hex(32))
     environment = {**os.environ, "RAY_memory_monitor_refresh_ms": "0"}
     arguments = ["--head", "--num-cpus=2", "--port=6399", "--dashboard-host=127.0.0.1", "--dashboard-port=8299",
-                 "--node-ip-address=127.0.0.1", "--include-dashboard=true", "--dashboard-agent-listen-port=52399", "--block"]  # fmt: skip
+                 "--node-ip-address=127.0.0.1", "--include-dashboard=true", "--dashboard-agent-listen-port=52399",
+                 "--block"]  # fmt: skip
     program = Path(sys.executable).with_name("ray")
     process = subprocess.Popen(
         [program, "start", *arguments], env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL

@@ -1,12 +1,18 @@
 """Tracking: JSON lines, a real MLflow store, and a server that is not there."""
 
 import json
+import os
 import socket
+import subprocess
+import sys
 import time
+import urllib.request
+from pathlib import Path
 
 import pytest
 
 from raytrain.cluster.train import keep_metrics_until
+from raytrain.errors import StorageError
 from raytrain.tracking import JsonLinesTracker, MultiTracker
 from raytrain.tracking.mlflow import MlflowTracker
 
@@ -78,3 +84,104 @@ def test_closing_an_idle_run_is_quick(tmp_path, status):
     start = time.monotonic()
     tracker.close(status)
     assert time.monotonic() - start < 10
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> dict[str, str]:
+    """Arguments of `open` for a SQLite store in the test's folder."""
+    return {
+        "tracking_uri": f"sqlite:///{tmp_path / 'mlflow.db'}",
+        "experiment": "raytrain",
+        "artifact_location": (tmp_path / "mlartifacts").as_uri(),
+    }
+
+
+def _client(store: dict[str, str]):
+    from mlflow.tracking import MlflowClient
+
+    return MlflowClient(tracking_uri=store["tracking_uri"])
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def test_json_lines_name_an_unwritable_path(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(StorageError, match="file"):
+        JsonLinesTracker(tmp_path / "file" / "metrics.jsonl")
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
+def test_a_full_disk_is_a_storage_error() -> None:
+    with pytest.raises(StorageError):
+        JsonLinesTracker(Path("/dev/full")).log_metrics({"loss": 1.0}, 1, 0.0)
+
+
+@pytest.mark.slow
+def test_a_real_server_gets_it_all(tmp_path: Path) -> None:
+    port = _free_port()
+    uri = f"http://127.0.0.1:{port}"
+    command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port)]
+    command += ["--workers", "1", "--backend-store-uri", f"sqlite:///{tmp_path / 'server.db'}"]
+    command += ["--artifacts-destination", (tmp_path / "served").as_uri()]
+    with open(tmp_path / "server.log", "wb") as log:
+        # A session of its own: the server starts workers, and all of them must go with it.
+        server = subprocess.Popen(command, stdout=log, stderr=log, cwd=tmp_path, start_new_session=True)
+    try:
+        # /health answers before the store is ready; the first look-up is the one that takes long.
+        _wait_for(f"{uri}/api/2.0/mlflow/experiments/get-by-name?experiment_name=Default", server)
+        tracker = MlflowTracker.open(tracking_uri=uri, experiment="raytrain", run_name="train")
+        tracker.log_metrics({"loss": 1.5}, 7, 1.0)
+        tracker.close()
+        run = _client({"tracking_uri": uri}).get_run(tracker.run_id)
+        assert (run.info.status, run.data.metrics) == ("FINISHED", {"loss": 1.5})
+    finally:
+        if server.poll() is None:
+            os.killpg(server.pid, 15)
+        server.wait(20)
+
+
+def _wait_for(url: str, server: subprocess.Popen, seconds: float = 90) -> None:
+    until = time.monotonic() + seconds
+    while time.monotonic() < until and server.poll() is None:
+        try:
+            urllib.request.urlopen(url, timeout=60).close()
+            return
+        except OSError:
+            time.sleep(0.5)
+    pytest.skip("mlflow server did not start in time")
+
+
+def test_what_is_refused_costs_that_item_only(store: dict[str, str], tmp_path: Path) -> None:
+    tracker = MlflowTracker.open(**store, run_name="train")
+    tracker.log_params({"a": 1})
+    tracker.log_params({"a": 2})  # MLflow lets no parameter change
+    tracker.log_artifact(tmp_path / "missing.json")
+    tracker.log_metrics({"loss": 1.0, "nothing": None}, 1, 0.0)  # type: ignore[dict-item]
+    tracker.close()
+    run = _client(store).get_run(tracker.run_id)
+    assert (run.info.status, run.data.metrics, run.data.params) == ("FINISHED", {"loss": 1.0}, {"a": "1"})
+
+
+def test_a_server_that_comes_back_is_used_again(store: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+    from raytrain.tracking import mlflow as module
+
+    start_run = module._start_run
+    monkeypatch.setattr(module, "_RETRY_SECONDS", 0.2)
+    monkeypatch.setattr(module, "_start_run", _away)
+    tracker = MlflowTracker.open(**store, run_name="train")
+    tracker.log_metrics({"loss": 9.0}, 1, 0.0)
+    assert tracker.run_id is None
+    monkeypatch.setattr(module, "_start_run", start_run)
+    time.sleep(0.3)
+    tracker.log_metrics({"loss": 1.0}, 2, 0.0)
+    tracker.close()
+    run = _client(store).get_run(tracker.run_id)
+    assert (run.info.status, run.data.metrics) == ("FINISHED", {"loss": 1.0})
+
+
+def _away(*_: object) -> str:
+    raise ConnectionError("nobody is there")

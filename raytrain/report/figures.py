@@ -42,17 +42,24 @@ def _draw(paint: Callable[[Any], None], width: float = 6.4, height: float = 3.2)
         figure, axes = plt.subplots(figsize=(width, height), layout="constrained")
         paint(axes)
         buffer = io.StringIO()
-        figure.savefig(buffer, format="svg", metadata={"Date": None})
+        figure.savefig(buffer, format="svg", metadata={"Date": None}, dpi=200)
         plt.close(figure)
     text = buffer.getvalue()
     return text[text.index("<svg") :]
+
+
+def _every(number: int, most: int = 11) -> int:
+    """Label each how-many-th of `number` places, so that labels never overlap."""
+    return max(1, -(-number // most))
 
 
 def lengths(durations_ms: np.ndarray, tokens: np.ndarray, counts: np.ndarray, plan: dict[str, Any]) -> Figure:
     """The length histogram with the bucket grid over it; arrays (N,) of histogram cells."""
 
     def paint(axes: Any) -> None:
-        marks = axes.scatter(durations_ms / 1000, tokens, c=counts, s=9, marker="s", cmap="Blues", vmin=0, linewidths=0)
+        # Rasterized: as vectors the page would grow with the number of cells.
+        style = {"s": 9, "marker": "s", "cmap": "Blues", "vmin": 0, "linewidths": 0, "rasterized": True}
+        marks = axes.scatter(durations_ms / 1000, tokens, c=counts, **style)
         axes.figure.colorbar(marks, ax=axes, label="utterances")
         left, low = 0.0, 0
         for duration, limit in plan["buckets"]:
@@ -67,6 +74,8 @@ def lengths(durations_ms: np.ndarray, tokens: np.ndarray, counts: np.ndarray, pl
     def right_of(axes: Any) -> float:
         return getattr(axes, "raytrain_right", 0.0)
 
+    if not counts.sum():
+        raise ValueError("the histogram is empty")
     share = counts[np.argsort(-counts)].cumsum() / counts.sum()
     sentence = (
         f"{int(counts.sum())} utterances in {len(plan['buckets'])} buckets; each orange box is one bucket, and "
@@ -105,27 +114,35 @@ def speaking_rate(rows: list[dict[str, Any]]) -> Figure:
 
     def paint(axes: Any) -> None:
         names = [f"{row['from_ms'] // 1000}–{row['to_ms'] // 1000}" for row in rows]
-        axes.bar(names, [row["mean"] for row in rows], yerr=[row["std"] for row in rows], color=_BLUE, ecolor=_GREY)
+        places, step = np.arange(len(rows)), _every(len(rows))
+        heights, spread = [row["mean"] for row in rows], [row["std"] for row in rows]
+        axes.bar(places, heights, yerr=spread, color=_BLUE, ecolor=_GREY)
+        axes.set_xticks(places[::step], names[::step])
         axes.set(xlabel="duration (s)", ylabel="tokens per second")
         axes.grid(axis="x", visible=False)
 
     sentence = (
         f"Utterances under {rows[0]['to_ms'] / 1000:.0f} s have {rows[0]['mean']:.1f} tokens per second, the longest "
-        f"{rows[-1]['mean']:.1f}: the prompt's fixed tokens weigh more in short ones."
+        f"{rows[-1]['mean']:.1f}"
     )
+    falls = rows[0]["mean"] > rows[-1]["mean"]
+    sentence += ": the prompt's fixed tokens weigh more in short ones." if falls else "."
     return Figure("Tokens per second", _draw(paint), sentence)
 
 
 def batch_profile(plan: dict[str, Any], profile: dict[str, Any]) -> Figure:
     """Batch size and peak memory of every bucket."""
     sizes, peaks = profile["batch_sizes"], profile["peak_gib"]
+    if len(sizes) != len(plan["buckets"]):
+        raise ValueError(f"{len(sizes)} sizes for {len(plan['buckets'])} buckets: it is of another plan")
     budget = profile["setting"]["device_gib"] * profile["setting"]["memory_fraction"]
 
     def paint(axes: Any) -> None:
         places = np.arange(len(sizes))
         axes.bar(places, sizes, color=_BLUE)
         names = [f"{duration / 1000:g}s\n{tokens}" for duration, tokens in plan["buckets"]]
-        axes.set_xticks(places, names, fontsize=6 if len(names) > 10 else 8)
+        step = _every(len(names))
+        axes.set_xticks(places[::step], names[::step], fontsize=7)
         axes.set(xlabel="bucket (longest, most tokens)", ylabel="batch size")
         axes.grid(axis="x", visible=False)
         right = axes.twinx()
@@ -151,6 +168,7 @@ def curve(
     def paint(axes: Any) -> None:
         for color, (key, label) in zip((_BLUE, _ORANGE, _GREY), keys.items(), strict=False):
             points = [(row[by] * scale, row[key] * (100 if percent else 1)) for row in rows if key in row]
+            points = points[:: _every(len(points), 2000)]  # more than a screen has pixels
             if points:
                 axes.plot(
                     *zip(*points, strict=True),

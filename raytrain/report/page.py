@@ -1,19 +1,20 @@
 """`report.html`: the run's own story from the files of its folder, one page that needs nothing else.
 
-What a stage did not write is said on the page in plain words.
+What a stage did not write, or what can't be read or drawn, is said on the page in plain words: a report on a run
+that went wrong is when one is needed most.
 """
 
 from __future__ import annotations
 
 import difflib
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import jinja2
 
 from raytrain.artifacts import atomic_write_bytes
-from raytrain.errors import ArtifactError
 from raytrain.report import figures
 
 _TEMPLATE = Path(__file__).with_name("template.html")
@@ -22,15 +23,18 @@ _NUM_SAMPLES = 12
 
 def write_report(run_dir: Path, out: Path, *, title: str) -> Path:
     """Write the page for the artefacts in `run_dir` and return its path."""
-    files = {name: _body(run_dir / f"{name}.json") for name in ("statistics", "bucket_plan", "batch_profile", "scores")}
-    files["assignment"] = _body(run_dir / "assignment" / "index.json")
-    metrics, hypotheses = _lines(run_dir / "metrics.jsonl"), _lines(run_dir / "hypotheses.jsonl")
+    notes: list[str] = []
+    names = ("statistics", "bucket_plan", "batch_profile", "scores")
+    files = {name: _body(run_dir / f"{name}.json", notes) for name in names}
+    files["assignment"] = _body(run_dir / "assignment" / "index.json", notes)
+    metrics = _lines(run_dir / "metrics.jsonl", notes)
+    hypotheses = _lines(run_dir / "hypotheses.jsonl", notes)
     drawn, missing = _figures(run_dir, files, metrics)
     page = _environment().from_string(_TEMPLATE.read_text()).render(
         title=title,
         facts=_facts(files, metrics),
         figures=drawn,
-        missing=missing,
+        missing=notes + missing,
         samples=_samples(hypotheses),
         scores=files["scores"],
         rejected=(files["assignment"] or {}).get("rejected", {}),
@@ -47,19 +51,28 @@ def _environment() -> jinja2.Environment:
     return environment
 
 
-def _body(path: Path) -> Any:
+def _body(path: Path, notes: list[str]) -> Any:
     try:
         return json.loads(path.read_bytes())["body"]
     except FileNotFoundError:
         return None
-    except (OSError, ValueError, KeyError) as error:
-        raise ArtifactError(f"{path} can't be read", why=str(error), remedy="rerun its stage") from error
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        notes.append(f"{path.name} can't be read ({error}): rerun its stage.")
+        return None
 
 
-def _lines(path: Path) -> list[dict[str, Any]]:
-    if not path.exists():
-        return []
-    return [json.loads(line) for line in path.read_bytes().splitlines() if line.strip()]
+def _lines(path: Path, notes: list[str]) -> list[dict[str, Any]]:
+    """The whole lines of a JSON Lines file; a killed writer leaves half a line, which is counted."""
+    rows, broken = [], 0
+    for line in path.read_bytes().splitlines() if path.exists() else ():
+        try:
+            row = json.loads(line)
+            rows.append(row) if isinstance(row, dict) else None
+        except ValueError:
+            broken += bool(line.strip())
+    if broken:
+        notes.append(f"{path.name} has {broken} broken lines, which are left out here.")
+    return rows
 
 
 def _facts(files: dict[str, Any], metrics: list[dict[str, Any]]) -> list[tuple[str, str]]:
@@ -68,7 +81,7 @@ def _facts(files: dict[str, Any], metrics: list[dict[str, Any]]) -> list[tuple[s
         facts += [("utterances", f"{statistics['utterances']}"), ("hours", f"{statistics['hours']:.2f}")]
     if plan := files["bucket_plan"]:
         facts.append(("buckets", str(len(plan["plan"]["buckets"]))))
-    if profile := files["batch_profile"]:
+    if (profile := files["batch_profile"]) and profile["batch_sizes"]:
         facts.append(("batch sizes", f"{max(profile['batch_sizes'])} … {min(profile['batch_sizes'])}"))
     if metrics:
         facts += [("steps", str(metrics[-1]["step"])), ("training", f"{metrics[-1]['time_s'] / 60:.1f} min")]
@@ -80,30 +93,42 @@ def _facts(files: dict[str, Any], metrics: list[dict[str, Any]]) -> list[tuple[s
 def _figures(
     run_dir: Path, files: dict[str, Any], metrics: list[dict[str, Any]]
 ) -> tuple[list[figures.Figure], list[str]]:
-    drawn, missing = [], []
+    drawn: list[figures.Figure] = []
+    missing: list[str] = []
+
+    def add(name: str, draw: Callable[[], list[figures.Figure]]) -> None:
+        # One bad file must not cost the other figures.
+        try:
+            drawn.extend(draw())
+        except (ArithmeticError, LookupError, OSError, TypeError, ValueError) as error:
+            missing.append(f"{name} can't be drawn ({type(error).__name__}: {error}).")
+
     plan, profile, statistics = files["bucket_plan"], files["batch_profile"], files["statistics"]
     histogram = run_dir / "histogram.parquet"
     if plan and histogram.exists():
-        import pyarrow.parquet as pq
-
-        table = pq.read_table(histogram)
-        columns = [table[name].to_numpy() for name in ("duration_ms", "tokens", "count")]
-        drawn.append(figures.lengths(*columns, plan["plan"]))
+        add("The length histogram", lambda: [figures.lengths(*_histogram(histogram), plan["plan"])])
     else:
         missing.append("There is no bucket plan yet: run the stages statistics and buckets.")
-    if plan and plan["padding_by_scheme"]:
-        drawn.append(figures.padding(plan["padding_by_scheme"]))
-    if statistics and statistics["tokens_per_second"]:
-        drawn.append(figures.speaking_rate(statistics["tokens_per_second"]))
+    if plan and plan.get("padding_by_scheme"):
+        add("Padding by scheme", lambda: [figures.padding(plan["padding_by_scheme"])])
+    if statistics and statistics.get("tokens_per_second"):
+        add("Tokens per second", lambda: [figures.speaking_rate(statistics["tokens_per_second"])])
     if plan and profile:
-        drawn.append(figures.batch_profile(plan["plan"], profile))
+        add("The batch profile", lambda: [figures.batch_profile(plan["plan"], profile)])
     else:
         missing.append("There is no batch profile yet: run the stage oomptimize.")
     if metrics:
-        drawn += _training_figures(metrics)
+        add("The training curves", lambda: _training_figures(metrics))
     else:
         missing.append("There are no training metrics yet: run the stage train.")
     return drawn, missing
+
+
+def _histogram(path: Path) -> list[Any]:
+    import pyarrow.parquet as pq
+
+    table = pq.read_table(path)
+    return [table[name].to_numpy() for name in ("duration_ms", "tokens", "count")]
 
 
 def _training_figures(metrics: list[dict[str, Any]]) -> list[figures.Figure]:
@@ -112,13 +137,14 @@ def _training_figures(metrics: list[dict[str, Any]]) -> list[figures.Figure]:
     drawn = []
     if steps:
         first, last = steps[0], steps[-1]
+        went = "fell" if last["loss"] < first["loss"] else "did not fall: it went"
         drawn.append(
             figures.curve(
                 "Loss",
                 metrics,
                 {"loss": "training", "val_loss": "validation (cross-entropy)"},
                 "loss per token",
-                f"The training loss fell from {first['loss']:.2f} to {last['loss']:.2f} per token in "
+                f"The training loss {went} from {first['loss']:.2f} to {last['loss']:.2f} per token in "
                 f"{last['step']} steps.",
             )  # fmt: skip
         )
@@ -139,18 +165,21 @@ def _training_figures(metrics: list[dict[str, Any]]) -> list[figures.Figure]:
                 percent=True,
             )  # fmt: skip
         )
-    if steps:
-        peak = max(row["lr"] for row in steps)
+    rates = [row for row in steps if "lr" in row]
+    if rates:
+        top = max(rates, key=lambda row: row["lr"])
         drawn.append(
             figures.curve(
                 "Learning rate",
                 steps,
                 {"lr": "learning rate"},
                 "learning rate",
-                f"Warm-up to {peak:.1e}, then inverse square root.",
+                f"The learning rate peaks at {top['lr']:.1e} at step {top['step']} and ends at {rates[-1]['lr']:.1e}.",
             )  # fmt: skip
         )
-        mean = sum(row["batch_size"] for row in steps) / len(steps)
+    sizes = [row["batch_size"] for row in steps if "batch_size" in row]
+    if sizes:
+        mean = sum(sizes) / len(sizes)
         drawn.append(
             figures.curve(
                 "Batch size",
@@ -160,14 +189,15 @@ def _training_figures(metrics: list[dict[str, Any]]) -> list[figures.Figure]:
                 f"A step takes {mean:.1f} utterances over all workers on average.",
             )  # fmt: skip
         )
-        top = max(row["memory_gib"] for row in steps)
+    peaks = [row["memory_gib"] for row in steps if "memory_gib" in row]
+    if peaks:
         drawn.append(
             figures.curve(
                 "Memory",
                 steps,
                 {"memory_gib": "peak of worker 0"},
                 "GiB",
-                f"The first worker's memory peaked at {top:.2f} GiB.",
+                f"The first worker's memory peaked at {max(peaks):.2f} GiB.",
             )  # fmt: skip
         )
     return drawn
@@ -177,8 +207,8 @@ def _samples(hypotheses: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """The first transcripts of each language in turn, with the words that differ marked."""
     by_language: dict[str, list[dict]] = {}
     for item in hypotheses:
-        if item["hypothesis"] is not None:
-            by_language.setdefault(item["lang"], []).append(item)
+        if item.get("hypothesis") is not None and "text" in item:
+            by_language.setdefault(str(item.get("lang", "")), []).append(item)
     chosen = []
     for place in range(_NUM_SAMPLES):
         chosen += [items[place] for items in by_language.values() if place < len(items)]

@@ -1,7 +1,8 @@
 """MLflow behind a queue: training never waits for the tracking server and never fails because of it.
 
 One background thread sends what the queue holds. When the server does not answer, it warns once, drops what it
-could not send (metrics.jsonl has it all) and tries again half a minute later.
+could not send (metrics.jsonl has it all) and tries again half a minute later, opening the run included. What the
+server or the disk refuses (a missing artefact, a changed parameter) costs that one item only.
 
     tracker = MlflowTracker.open(tracking_uri="sqlite:////runs/a/mlflow.db", experiment="raytrain", run_name="a")
     child = MlflowTracker.open(..., run_name="train", parent_run_id=tracker.run_id)
@@ -10,11 +11,13 @@ could not send (metrics.jsonl has it all) and tries again half a minute later.
 from __future__ import annotations
 
 import logging
+import numbers
 import os
 import queue
 import threading
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,17 +26,24 @@ _RETRY_SECONDS = 30.0
 _CLOSE_SECONDS = 20.0
 _MAX_QUEUED = 10_000
 _MAX_BATCH = 500  # metrics in one request; the server takes 1000
+_AWAY = "MLflow is away (%s); metrics.jsonl keeps everything"
+# The server is there and said no: the next item may well go through.
+_REFUSALS = {"INVALID_PARAMETER_VALUE", "BAD_REQUEST", "RESOURCE_DOES_NOT_EXIST", "RESOURCE_ALREADY_EXISTS"}
 
 
 class MlflowTracker:
     """One MLflow run. Made by `open`; `run_id` is None where the server was away at that time."""
 
-    def __init__(self, client: Any, run_id: str | None, last_steps: dict[str, int] | None = None) -> None:
-        self._client, self.run_id = client, run_id
-        self._last_steps = last_steps or {}
+    def __init__(self, connect: Callable[[], tuple[Any, str, dict[str, int]]]) -> None:
+        """`connect` returns client, run id and the last step of each metric; it may raise and is tried again."""
+        self._connect = connect
+        self._client: Any = None
+        self.run_id: str | None = None
+        self._last_steps: dict[str, int] = {}
         self._queue: queue.Queue = queue.Queue(_MAX_QUEUED)
         self._silent_until = 0.0
-        self._warned = False
+        self._warned: set[str] = set()
+        self._try(lambda: None)  # opens the run here, so that a child can name its parent
         self._thread = threading.Thread(target=self._send, name="mlflow", daemon=True)
         self._thread.start()
 
@@ -54,21 +64,17 @@ class MlflowTracker:
         os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "ERROR")
         for name in ("alembic", "mlflow", "urllib3"):
             logging.getLogger(name).setLevel(logging.ERROR)
-        from mlflow.tracking import MlflowClient
 
-        client, last_steps = None, {}
-        try:
+        def connect() -> tuple[Any, str, dict[str, int]]:
+            from mlflow.tracking import MlflowClient
+
             client = MlflowClient(tracking_uri=tracking_uri)
             if run_id is None:
-                run_id = _start_run(client, experiment, run_name, parent_run_id, artifact_location)
-            else:
-                client.update_run(run_id, status="RUNNING")
-                for key in client.get_run(run_id).data.metrics:
-                    last_steps[key] = max(point.step for point in client.get_metric_history(run_id, key))
-        except Exception as error:
-            _LOG.warning("MLflow at %s is away (%s); metrics go to metrics.jsonl only", tracking_uri, _short(error))
-            client = None
-        return cls(client, run_id if client else None, last_steps)
+                return client, _start_run(client, experiment, run_name, parent_run_id, artifact_location), {}
+            client.update_run(run_id, status="RUNNING")
+            return client, run_id, _last_steps(client, run_id)
+
+        return cls(connect)
 
     def log_params(self, params: Mapping[str, Any]) -> None:
         """Flat settings; values are cut at MLflow's limit."""
@@ -84,13 +90,15 @@ class MlflowTracker:
         from mlflow.entities import Metric
 
         now = int(time.time() * 1000)
-        points = [
-            Metric(key, float(value), now, step)
+        # A None would raise here, in the training loop; MLflow has no use for one.
+        new = {
+            key: float(value)
             for key, value in metrics.items()
-            if step > self._last_steps.get(key, -1)
-        ]
-        if "wer" in metrics and step > self._last_steps.get("wer", -1):
-            points.append(Metric("wer_by_second", float(metrics["wer"]), now, int(seconds)))
+            if isinstance(value, numbers.Real) and step > self._last_steps.get(key, -1)
+        }
+        points = [Metric(key, value, now, step) for key, value in new.items()]
+        if "wer" in new:
+            points.append(Metric("wer_by_second", new["wer"], now, int(seconds)))
         self._put(points)
 
     def log_artifact(self, path: Path) -> None:
@@ -99,13 +107,14 @@ class MlflowTracker:
 
     def close(self, status: str = "FINISHED") -> None:
         """Send what is queued, for at most 20 s, and end the run."""
-        self._put(lambda: self._client.set_terminated(self.run_id, status))
-        self._put(None)
-        self._thread.join(_CLOSE_SECONDS)
+        until = time.monotonic() + _CLOSE_SECONDS
+        try:
+            self._queue.put(_End(status), timeout=_CLOSE_SECONDS)
+        except queue.Full:
+            self._warn("its queue is full")
+        self._thread.join(max(0.0, until - time.monotonic()))
 
-    def _put(self, item: list | Callable | None) -> None:
-        if self._client is None and item is not None:
-            return
+    def _put(self, item: list | Callable) -> None:
         try:
             self._queue.put_nowait(item)
         except queue.Full:
@@ -123,8 +132,9 @@ class MlflowTracker:
                 item = _NOTHING if full or self._queue.empty() else self._queue.get()
             if points:
                 self._try(lambda points=points: self._client.log_batch(self.run_id, metrics=points))
-            if item is None:
+            if isinstance(item, _End):
                 ended = True
+                self._end(item.status)
             elif item is not _NOTHING:
                 self._try(item)
 
@@ -132,18 +142,40 @@ class MlflowTracker:
         if time.monotonic() < self._silent_until:
             return
         try:
+            if self._client is None:
+                self._client, self.run_id, self._last_steps = self._connect()
             call()
         except Exception as error:
-            self._silent_until = time.monotonic() + _RETRY_SECONDS
-            self._warn(_short(error))
+            refused = isinstance(error, FileNotFoundError) or getattr(error, "error_code", "") in _REFUSALS
+            if refused and self._client is not None:
+                self._warn(_short(error), "MLflow refused an entry (%s)")
+            else:
+                self._silent_until = time.monotonic() + _RETRY_SECONDS
+                self._warn(_short(error))
 
-    def _warn(self, why: str) -> None:
-        if not self._warned:
-            self._warned = True
-            _LOG.warning("MLflow does not answer (%s); metrics.jsonl keeps everything", why)
+    def _end(self, status: str) -> None:
+        # Tried in a silence too, or one lost request in the last half minute leaves the run RUNNING for ever.
+        if self._client is not None:
+            self._silent_until = 0.0
+            self._try(lambda: self._client.set_terminated(self.run_id, status))
+
+    def _warn(self, why: str, text: str = _AWAY) -> None:
+        if text not in self._warned:
+            self._warned.add(text)
+            _LOG.warning(text, why)
+
+
+@dataclass(frozen=True)
+class _End:
+    status: str
 
 
 _NOTHING = object()
+
+
+def _last_steps(client: Any, run_id: str) -> dict[str, int]:
+    keys = client.get_run(run_id).data.metrics
+    return {key: max(point.step for point in client.get_metric_history(run_id, key)) for key in keys}
 
 
 def _start_run(client: Any, experiment: str, run_name: str, parent: str | None, location: str | None) -> str:
