@@ -15,6 +15,7 @@ lint: .venv/ready
 
 benchmark: .venv/ready
 	$(BIN)/python benchmarks/padding.py
+	$(BIN)/python benchmarks/host_memory.py
 
 .venv/ready: requirements.lock pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "raytrain needs Python 3.11 or newer; set PYTHON=python3.x")'

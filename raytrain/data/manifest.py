@@ -17,6 +17,8 @@ import orjson
 from raytrain.errors import ManifestError
 
 REASONS = ("bad_json", "missing_field", "bad_duration", "empty_text", "unknown_language", "skipme")
+# About thirty years; what lies beyond is a fault, and would not fit an int64 of milliseconds.
+_MAX_SECONDS = 1e9
 
 
 @dataclass(frozen=True)
@@ -58,8 +60,11 @@ def split_manifests(paths: list[Path], chunk_bytes: int = 16 << 20) -> list[Mani
         raise ManifestError("no manifest is configured", remedy="list manifests under data.train, dev, test")
     chunks: list[ManifestChunk] = []
     for path in paths:
+        # Workers have other working folders.
+        path = Path(path).absolute()
         try:
-            size = Path(path).stat().st_size
+            with open(path, "rb") as file:  # a folder or a forbidden file fails here, not on a worker
+                size = file.seek(0, 2)
         except OSError as error:
             raise ManifestError(
                 f"manifest {path} can't be read",
@@ -124,7 +129,7 @@ def _parse(
     if row.get("_skipme"):
         return "skipme", "_skipme is set"
     missing = [name for name in ("audio_filepath", "duration", "text") if row.get(name) is None]
-    if missing or not isinstance(row["audio_filepath"], str):
+    if missing or not isinstance(row["audio_filepath"], str) or not row["audio_filepath"]:
         return "missing_field", f"needs {', '.join(missing) or 'audio_filepath as text'}"
     duration, offset = (
         _milliseconds(row["duration"], up=True),
@@ -139,6 +144,8 @@ def _parse(
     target = row.get("target_lang") or source
     if source is None:
         return "missing_field", "needs source_lang or lang, or data.default_language"
+    if not (isinstance(source, str) and isinstance(target, str)):
+        return "unknown_language", f"{source!r} → {target!r}: a language is a text"
     if languages is not None and not {source, target} <= languages:
         return "unknown_language", f"{source} → {target}; the tokenizer has {', '.join(sorted(languages))}"
     return Utterance(
@@ -148,12 +155,12 @@ def _parse(
         text=" ".join(text.split()),
         source_lang=source,
         target_lang=target,
-        pnc=row.get("pnc", "yes") in (True, "yes", "true", "pnc"),
+        pnc=str(row.get("pnc", "yes")).lower() in ("yes", "true", "pnc"),
     )
 
 
 def _milliseconds(seconds: Any, *, up: bool) -> int | None:
-    if isinstance(seconds, bool) or not isinstance(seconds, (int, float)) or not math.isfinite(seconds):
+    if isinstance(seconds, bool) or not isinstance(seconds, (int, float)) or not abs(seconds) <= _MAX_SECONDS:
         return None
     # Nanometre-sized float noise (2.3 s read as 2.3000000000000003) must not cost a millisecond.
     value = round(seconds * 1000, 6)

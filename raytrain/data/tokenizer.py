@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import re
 from bisect import bisect_right
 from collections.abc import Iterable
 from functools import cached_property
@@ -24,6 +25,8 @@ from raytrain.errors import ArtifactError, TokenizerError
 FORMAT = "raytrain.tokenizer/1"
 SPECIALS = "spl_tokens"
 EOS, BOS, PAD, NOSPEECH = "<|endoftext|>", "<|startoftranscript|>", "<pad>", "<|nospeech|>"
+# A language names a file and a special token; manifests may hold anything.
+_LANGUAGE = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
 _SPECIAL_ORDER = (
     NOSPEECH, PAD, EOS, BOS, "<|pnc|>", "<|nopnc|>", "<|startofcontext|>", "<|itn|>", "<|noitn|>",
     "<|timestamp|>", "<|notimestamp|>", "<|diarize|>", "<|nodiarize|>", "<|emo:undefined|>", "<|emo:neutral|>",
@@ -137,7 +140,7 @@ class CanaryTokenizer:
         """Read a folder written by `save`. Raises `ArtifactError` where it is missing or damaged."""
         body = read_json(Path(folder) / "tokenizer.json", FORMAT)["body"]
         try:
-            names = (SPECIALS, *body["languages"])
+            names = (SPECIALS, *_check_languages(body["languages"]))
             tokenizer = cls({name: (Path(folder) / f"{name}.model").read_bytes() for name in names})
         except (OSError, RuntimeError) as error:
             raise ArtifactError(f"tokenizer {folder} can't be read", why=str(error)) from error
@@ -147,16 +150,17 @@ class CanaryTokenizer:
 
 
 def train_tokenizer(
-    texts: dict[str, list[str]], vocab_size: int, folder: Path | None = None, *, model_type: str = "bpe"
+    texts: dict[str, Iterable[str]], vocab_size: int, folder: Path | None = None, *, model_type: str = "bpe"
 ) -> CanaryTokenizer:
     """One SentencePiece model of at most `vocab_size` pieces per language, and the special tokens.
 
-    A corpus of few words supports fewer pieces; then the model has as many as there are.
+    A corpus of few words supports fewer pieces; then the model has as many as there are. Raises `TokenizerError`
+    for a language that is not a plain name.
     """
-    languages = sorted(texts)
+    languages = sorted(_check_languages(texts))
     models = {SPECIALS: train_specials(languages)}
     for language in languages:
-        models[language] = _train(texts[language], vocab_size, model_type)
+        models[language] = _train(list(texts[language]), vocab_size, model_type)
     tokenizer = CanaryTokenizer(models)
     if folder is not None:
         tokenizer.save(folder)
@@ -182,6 +186,15 @@ def train_specials(languages: Iterable[str]) -> bytes:
         minloglevel=2,
     )
     return writer.getvalue()
+
+
+def _check_languages(languages: Iterable[str]) -> list[str]:
+    """The languages as a list. Raises `TokenizerError` where a name could lead out of the tokenizer's folder."""
+    names = list(languages)
+    bad = [name for name in names if not _LANGUAGE.fullmatch(name) or name == SPECIALS]
+    if bad:
+        raise TokenizerError("not a language's name", got=bad, allowed="letters, digits, - and _, such as en or pt-BR")
+    return names
 
 
 def _train(texts: list[str], vocab_size: int, model_type: str) -> bytes:

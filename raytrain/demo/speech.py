@@ -94,7 +94,8 @@ def make_corpus(
     manifests = {split: folder / f"{split}.jsonl" for split in utterances}
     made_of = canonical_json({"utterances": utterances, "seed": seed, "languages": languages, "version": 1})
     marker = folder / _COMPLETE
-    if marker.exists() and marker.read_bytes() == made_of:
+    files = (marker, *manifests.values())
+    if all(path.exists() for path in files) and marker.read_bytes() == made_of:
         return manifests
     make_folder(folder / "audio")
     arguments = {"folder": str(folder), "utterances": utterances, "seed": seed, "languages": languages}

@@ -1,0 +1,116 @@
+"""Manifests: byte ranges, encodings of text files, defaults of a row."""
+
+import json
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from raytrain.data.manifest import BadRow, Utterance, read_chunk, split_manifests
+from raytrain.errors import ManifestError
+
+GOOD = {"audio_filepath": "a.flac", "duration": 1.2, "text": "one two", "lang": "en"}
+
+
+def read(path, rows=None, languages=None, chunk_bytes=16 << 20, default_language=None):
+    """All rows of a manifest; `rows` are written to it first."""
+    if rows is not None:
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    chunks = split_manifests([path], chunk_bytes)
+    return [row for chunk in chunks for row in read_chunk(chunk, languages, default_language)]
+
+
+@given(
+    sizes=st.lists(st.one_of(st.none(), st.integers(0, 40)), min_size=1, max_size=20),
+    chunk_bytes=st.integers(1, 150),
+    newline=st.sampled_from([b"\n", b"\r\n"]),
+    has_bom=st.booleans(),
+    ends=st.booleans(),
+)
+@settings(max_examples=50, deadline=None)
+def test_every_line_is_read_once_by_any_chunks(tmp_path_factory, sizes, chunk_bytes, newline, has_bom, ends):
+    path = tmp_path_factory.mktemp("m") / "m.jsonl"
+    texts = [None if size is None else f"ü{number}" + "x" * size for number, size in enumerate(sizes)]
+    lines = [b"" if text is None else json.dumps({**GOOD, "text": text}).encode() for text in texts]
+    path.write_bytes(b"\xef\xbb\xbf" * has_bom + newline.join(lines) + newline * ends)
+    assert [row.text for row in read(path, chunk_bytes=chunk_bytes)] == [text for text in texts if text is not None]
+
+
+def test_chunks_of_several_files_tile_them_and_are_numbered_through(tmp_path):
+    for name, size in (("a", 250), ("b", 0), ("c", 100)):
+        (tmp_path / name).write_bytes(b"\n" * size)
+    chunks = split_manifests([tmp_path / name for name in "abc"], 100)
+    assert [(chunk.path[-1], chunk.start, chunk.end) for chunk in chunks] == [
+        ("a", 0, 100), ("a", 100, 200), ("a", 200, 250), ("b", 0, 0), ("c", 0, 100),
+    ]  # fmt: skip
+    assert [chunk.index for chunk in chunks] == [0, 1, 2, 3, 4]
+
+
+def test_line_numbers_count_from_the_start_of_the_file_in_every_chunk(tmp_path):
+    path = tmp_path / "m.jsonl"
+    rows = [{**GOOD, "text": "" if number % 7 == 0 else "x"} for number in range(1, 40)]
+    for chunk_bytes in (1, 64, 1000):
+        bad = [row.line for row in read(path, rows, chunk_bytes=chunk_bytes) if isinstance(row, BadRow)]
+        assert bad == [7, 14, 21, 28, 35]
+
+
+@pytest.mark.parametrize(("seconds", "ms"), [(1.2345, 1235), (2.3000000000000003, 2300), (0.0001, 1), (3, 3000)])
+def test_durations_are_rounded_up(tmp_path, seconds, ms):
+    (row,) = read(tmp_path / "m.jsonl", [{**GOOD, "duration": seconds}])
+    assert row.duration_ms == ms
+
+
+def test_languages_fall_back_from_target_to_source_to_lang_to_the_reader(tmp_path):
+    bare = {key: value for key, value in GOOD.items() if key != "lang"}
+    rows = [GOOD, {**GOOD, "target_lang": "de"}, {**GOOD, "source_lang": "fr"}, bare]
+    found = read(tmp_path / "m.jsonl", rows, default_language="es")
+    assert [(row.source_lang, row.target_lang) for row in found] == [
+        ("en", "en"), ("en", "de"), ("fr", "fr"), ("es", "es"),
+    ]  # fmt: skip
+    (row,) = read(tmp_path / "m.jsonl", [bare])
+    assert isinstance(row, BadRow) and row.reason == "missing_field"
+
+
+@pytest.mark.parametrize(("value", "pnc"), [("yes", True), ("no", False), ("Yes", True), (True, True), (False, False)])
+def test_punctuation_may_be_a_word_or_a_boolean(tmp_path, value, pnc):
+    (row,) = read(tmp_path / "m.jsonl", [{**GOOD, "pnc": value}])
+    assert row.pnc is pnc
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"offset": -0.5}, "bad_duration"), ({"offset": "1"}, "bad_duration"), ({"duration": True}, "bad_duration"),
+        ({"duration": None}, "missing_field"), ({"text": 7}, "empty_text"), ({"audio_filepath": 3}, "missing_field"),
+        ({"target_lang": "xx"}, "unknown_language"), ({"_skipme": True, "duration": -1}, "skipme"),
+        ({"lang": ["en"]}, "unknown_language"), ({"lang": 5}, "unknown_language"),
+        ({"duration": 1e307}, "bad_duration"), ({"duration": 1e20}, "bad_duration"),
+        ({"offset": 1e307}, "bad_duration"), ({"audio_filepath": ""}, "missing_field"),
+    ],
+)  # fmt: skip
+def test_a_bad_row_has_a_reason(tmp_path, change, reason):
+    (row,) = read(tmp_path / "m.jsonl", [{**GOOD, **change}], languages={"en"})
+    assert isinstance(row, BadRow) and (row.line, row.reason) == (1, reason)
+
+
+def test_absolute_audio_paths_stay_and_others_start_at_the_manifest(tmp_path):
+    first, second = read(tmp_path / "m.jsonl", [{**GOOD, "audio_filepath": "/data/b.wav"}, GOOD])
+    assert isinstance(first, Utterance)
+    assert (first.audio_path, second.audio_path) == ("/data/b.wav", str(tmp_path / "a.flac"))
+
+
+def test_no_manifests_at_all_is_an_error_with_a_remedy():
+    with pytest.raises(ManifestError, match="data.train"):
+        split_manifests([])
+
+
+def test_a_folder_is_no_manifest(tmp_path):
+    with pytest.raises(ManifestError, match="is a directory"):
+        split_manifests([tmp_path])
+
+
+def test_relative_manifests_give_absolute_audio_paths(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "m.jsonl").write_text(json.dumps(GOOD))
+    (row,) = read_chunk(split_manifests(["m.jsonl"])[0], None)
+    assert row.audio_path == str(tmp_path / "a.flac")
