@@ -56,7 +56,7 @@ def _show(config: Config, console: Console) -> int:
     out = console.rich
     out.print(_summary(run_dir, scores))
     out.print(_transcripts(run_dir))
-    program = Path(sys.argv[0]).name if Path(sys.argv[0]).name != "__main__.py" else "python -m raytrain"
+    program = sys.argv[0] if Path(sys.argv[0]).name != "__main__.py" else "python -m raytrain"
     console.say(f"report:  {run_dir / 'report.html'}")
     console.say(f"MLflow:  {program} ui --config {run_dir / 'config.yaml'}")
     if scores["wer"] > MAX_WER:
