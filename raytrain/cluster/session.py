@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import sys
 from collections.abc import Iterator
 
 from raytrain.config import ClusterSection
@@ -44,21 +45,33 @@ def ray_session(settings: ClusterSection) -> Iterator[None]:
         return
     address = settings.address or os.environ.get("RAY_ADDRESS")
     common = {"logging_level": logging.ERROR, "log_to_driver": False, "configure_logging": True}
-    if address:
-        ray.init(address=address, **common)
-    else:
-        ray.init(
-            address="local",
-            num_cpus=settings.num_cpus or max(2, os.cpu_count() or 2),
-            include_dashboard=False,
-            _node_ip_address="127.0.0.1",
-            **common,
-        )
+    if not address:
+        common |= {
+            "num_cpus": settings.num_cpus or max(2, os.cpu_count() or 2),
+            "include_dashboard": False,
+            "_node_ip_address": "127.0.0.1",
+        }
+    with _no_native_stderr():
+        ray.init(address=address or "local", **common)
     try:
         _quiet_data()
         yield
     finally:
         ray.shutdown()
+
+
+@contextlib.contextmanager
+def _no_native_stderr() -> Iterator[None]:
+    """Drop what Ray's C++ parts print while they start; what goes wrong there is raised as an exception."""
+    sys.stderr.flush()
+    kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 2)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(nowhere)
 
 
 def _quiet_data() -> None:
