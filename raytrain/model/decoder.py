@@ -26,9 +26,21 @@ class LayerCache:
     cross_keys: Tensor
     cross_values: Tensor
 
-    def select(self, rows: Tensor) -> LayerCache:
-        """Keep some rows of the batch."""
-        return LayerCache(self.self_keys[rows], self.self_values[rows], self.cross_keys[rows], self.cross_values[rows])
+    def select(self, rows: Tensor, filled: int, cross_rows: Tensor | slice | None = None) -> LayerCache:
+        """Some rows of the batch, of which `filled` positions are in use; cross-attention rows are the same ones
+        unless given (beams of one utterance share them)."""
+        cross_rows = rows if cross_rows is None else cross_rows
+        own = []
+        for old in (self.self_keys, self.self_values):
+            new = old.new_empty(len(rows), *old.shape[1:])
+            new[:, :, :filled] = old[rows, :, :filled]
+            own.append(new)
+        return LayerCache(*own, self.cross_keys[cross_rows], self.cross_values[cross_rows])
+
+    def reorder(self, rows: Tensor, filled: int) -> None:
+        """Let each row go on from another row's `filled` positions (beam search)."""
+        for own in (self.self_keys, self.self_values):
+            own[:, :, :filled] = own[rows, :, :filled]
 
 
 class Attention(nn.Module):
@@ -90,15 +102,21 @@ class DecoderBlock(nn.Module):
         x = x + self.second_sub_layer(y, *self.second_sub_layer.keys_values(states_BTD), cross_mask)
         return x + self.third_sub_layer(self.layer_norm_3(x))
 
-    def extend(self, x: Tensor, cache: LayerCache, start: int, self_mask: Tensor | None, cross_mask: Tensor) -> Tensor:
-        """Tokens at positions `start` on, against the cache, which takes their keys and values."""
+    def extend(
+        self, x: Tensor, cache: LayerCache, start: int, self_mask: Tensor | None, cross_mask: Tensor, beams: int = 1
+    ) -> Tensor:
+        """Tokens at positions `start` on, against the cache, which takes their keys and values.
+
+        With `beams`, rows are (utterance, beam) and the beams of an utterance are queries to one set of frames.
+        """
         y = self.layer_norm_1(x)
         keys, values = self.first_sub_layer.keys_values(y)
         end = start + x.shape[1]
         cache.self_keys[:, :, start:end], cache.self_values[:, :, start:end] = keys, values
         x = x + self.first_sub_layer(y, cache.self_keys[:, :, :end], cache.self_values[:, :, :end], self_mask)
         y = self.layer_norm_2(x)
-        x = x + self.second_sub_layer(y, cache.cross_keys, cache.cross_values, cross_mask)
+        y = y.view(-1, beams * y.shape[1], y.shape[2])
+        x = x + self.second_sub_layer(y, cache.cross_keys, cache.cross_values, cross_mask).view_as(x)
         return x + self.third_sub_layer(self.layer_norm_3(x))
 
 
@@ -172,15 +190,15 @@ class TransformerDecoder(nn.Module):
             for layer in self._decoder.layers
         ]
 
-    def extend(self, ids_BU: Tensor, cache: list[LayerCache], start: int, cross_mask: Tensor) -> Tensor:
-        """Hidden states (B, U, D) of tokens at positions `start` on."""
+    def extend(self, ids_BU: Tensor, cache: list[LayerCache], start: int, cross_mask: Tensor, beams: int = 1) -> Tensor:
+        """Hidden states (B, U, D) of tokens at positions `start` on; see `DecoderBlock.extend`."""
         x = self._embedding(ids_BU, start)
         mask = None
         if ids_BU.shape[1] > 1:
             size = (ids_BU.shape[1], start + ids_BU.shape[1])
             mask = torch.ones(size, dtype=torch.bool, device=ids_BU.device).tril(start)
         for layer, own in zip(self._decoder.layers, cache, strict=True):
-            x = layer.extend(x, own, start, mask, cross_mask)
+            x = layer.extend(x, own, start, mask, cross_mask, beams)
         return self._decoder.final_layer_norm(x)
 
 

@@ -1,20 +1,105 @@
-"""Greedy decoding with a preallocated key/value cache.
+"""Greedy and beam decoding with a preallocated key/value cache.
 
 Rows that have ended leave the batch, so late steps cost what the unfinished rows cost. The length cap is each
 utterance's own, not that of the batch's padding, so a batch gives what its members give alone.
+
+    hypotheses = decode(model, states, lengths, prompt_ids, prompt_lengths, eos_id, DecodeSettings(beam_size=4))
+    hypotheses[0][0].ids         # best of the first utterance
+
+Shapes: B utterances, K beams, T encoder frames, V vocabulary.
 """
 
 from __future__ import annotations
+
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from raytrain.errors import DataError
 from raytrain.model.canary import Canary
-from raytrain.model.features import mask_until
+from raytrain.model.decoder import LayerCache
+
+
+@dataclass(frozen=True)
+class DecodeSettings:
+    """How to search.
+
+    `beam_size` 1 is greedy. Hypotheses of n generated tokens (the end included) rank by
+    log-probability / ((5 + n) / 6)^`length_penalty` (Wu et al. 2016); `n_best` of them are returned. The prompt
+    and what is generated take at most min(max positions, encoder frames + `max_generation_delta`) tokens.
+    """
+
+    __pydantic_config__ = {"extra": "forbid"}
+
+    beam_size: int = 1
+    length_penalty: float = 0.0
+    n_best: int = 1
+    max_generation_delta: int = 50
+
+    def __post_init__(self) -> None:
+        problems = []
+        if self.beam_size < 1:
+            problems.append(f"beam_size must be at least 1, got {self.beam_size}")
+        if not 1 <= self.n_best <= max(self.beam_size, 1):
+            problems.append(f"n_best must be from 1 to beam_size ({self.beam_size}), got {self.n_best}")
+        if self.length_penalty < 0:
+            problems.append(f"length_penalty must be at least 0, got {self.length_penalty}")
+        if self.max_generation_delta < 1:
+            problems.append(f"max_generation_delta must be at least 1, got {self.max_generation_delta}")
+        if problems:
+            raise ValueError("; ".join(problems))
+
+
+@dataclass(frozen=True)
+class Hypothesis:
+    """One decoded text: generated `ids` without prompt and end, the log-probability of each, the sum of them
+    and of the end of text in `log_prob`, and the `score` that hypotheses rank by. `ended` is false where the
+    length cap cut it off."""
+
+    ids: list[int]
+    token_log_probs: list[float]
+    log_prob: float
+    score: float
+    ended: bool
 
 
 @torch.no_grad()
+def decode(
+    model: Canary,
+    states: Tensor,
+    lengths: Tensor,
+    prompt_ids: Tensor,
+    prompt_lengths: Tensor,
+    eos_id: int,
+    settings: DecodeSettings | None = None,
+) -> list[list[Hypothesis]]:
+    """The `n_best` hypotheses of each utterance, best first.
+
+    `states` (B, T, D) and `lengths` (B,) come from `Canary.encode`, `prompt_ids` (B, P) with `prompt_lengths`
+    (B,) from the tokenizer; prompts of unequal length are decoded group by group. Raises `DataError` for an
+    empty prompt and for one that leaves no position to generate.
+    """
+    settings = settings or DecodeSettings()
+    results: list[list[Hypothesis]] = [[] for _ in range(states.shape[0])]
+    sizes = prompt_lengths.tolist()
+    if sizes and (min(sizes) < 1 or max(sizes) >= model.config.max_positions):
+        raise DataError(
+            "a prompt must hold at least one token and leave room for text",
+            got=f"{min(sizes)} to {max(sizes)} tokens",
+            allowed=f"1 to {model.config.max_positions - 1}",
+        )
+    search = _greedy if settings.beam_size == 1 else _beam
+    for size in sorted(set(sizes)):
+        rows = (prompt_lengths == size).nonzero().flatten()
+        limits = (lengths[rows] + settings.max_generation_delta).clamp_max(model.config.max_positions) - size
+        own = lengths[rows].clamp_min(1)
+        group = search(model, states[rows, : int(own.max())], own, prompt_ids[rows, :size], limits, eos_id, settings)
+        for row, hypotheses in zip(rows.tolist(), group, strict=True):
+            results[row] = hypotheses
+    return results
+
+
 def greedy(
     model: Canary,
     states: Tensor,
@@ -25,54 +110,196 @@ def greedy(
     *,
     max_generation_delta: int = 50,
 ) -> list[list[int]]:
-    """Most probable next tokens until `eos_id`, or a total of min(max positions, frames + delta) tokens.
+    """Generated ids of each utterance by greedy search; see `decode`."""
+    settings = DecodeSettings(max_generation_delta=max_generation_delta)
+    found = decode(model, states, lengths, prompt_ids, prompt_lengths, eos_id, settings)
+    return [hypotheses[0].ids for hypotheses in found]
 
-    `states` (B, T, D), `lengths` (B,) from `Canary.encode`; `prompt_ids` (B, P) with their `prompt_lengths`.
-    Returns each row's generated ids without prompt and end. Prompts of unequal length are decoded group by group.
+
+def _greedy(
+    model: Canary,
+    states: Tensor,
+    lengths: Tensor,
+    prompt: Tensor,
+    limits: Tensor,
+    eos_id: int,
+    settings: DecodeSettings,
+) -> list[list[Hypothesis]]:
+    """One prompt length; `limits` (B,): how many tokens each row may generate, the end included."""
+    batch, size = prompt.shape
+    most = max(int(limits.max()), 0)
+    decoder = model.transf_decoder
+    cache = decoder.make_cache(states, size + most)
+    mask = model.cross_mask(states, lengths)
+    # Ids stay on the device; what follows a row's end is `eos` with log-probability 0.
+    ids = torch.full((batch, most), eos_id, device=states.device)
+    log_probs = torch.zeros(batch, most, device=states.device)
+    active = torch.arange(batch, device=states.device)
+    inputs, position = prompt, 0
+    for step in range(most):
+        hidden = decoder.extend(inputs, cache, position, mask)
+        position += inputs.shape[1]
+        logits = model.log_softmax(hidden[:, -1]).float()
+        best, chosen = logits.max(-1)
+        ids[active, step], log_probs[active, step] = chosen, best - logits.logsumexp(-1)
+        keep = ((chosen != eos_id) & (step + 1 < limits[active])).nonzero().flatten()
+        if not len(keep):
+            break
+        if len(keep) < len(active):
+            active, mask, chosen = active[keep], mask[keep], chosen[keep]
+            cache = [layer.select(keep, position) for layer in cache]
+        inputs = chosen[:, None]
+    scores = [
+        _finish(row, values, eos_id, limit, settings.length_penalty)
+        for row, values, limit in zip(ids.tolist(), log_probs.tolist(), limits.tolist(), strict=True)
+    ]
+    return [[one] for one in scores]
+
+
+def _finish(ids: list[int], log_probs: list[float], eos_id: int, limit: int, alpha: float) -> Hypothesis:
+    ids, log_probs = ids[: max(limit, 0)], log_probs[: max(limit, 0)]
+    ended = eos_id in ids
+    size = ids.index(eos_id) if ended else len(ids)
+    used = size + ended
+    total = float(sum(log_probs[:used]))
+    return Hypothesis(ids[:size], log_probs[:size], total, total / _penalty(used, alpha), ended)
+
+
+def _penalty(num_tokens: int | Tensor, alpha: float) -> float | Tensor:
+    return ((5 + num_tokens) / 6) ** alpha
+
+
+@dataclass
+class _Beams:
+    """Search state of the unfinished utterances, (B, K) each; a beam that has ended keeps its slot and score.
+
+    `ids` and `log_probs` (B, K, most) hold what was generated; `sizes` counts tokens, the end included.
     """
-    results: list[list[int]] = [[] for _ in range(states.shape[0])]
-    sizes = prompt_lengths.tolist()
-    if min(sizes, default=1) < 1:
-        raise DataError("a prompt must hold at least one token", got=min(sizes))
-    for size in sorted(set(sizes)):
-        rows = (prompt_lengths == size).nonzero().flatten()
-        longest = int(lengths[rows].max())
-        group = _greedy_group(
-            model,
-            states[rows, : max(longest, 1)],
-            lengths[rows],
-            prompt_ids[rows, :size],
-            eos_id,
-            max_generation_delta,
-        )
-        for row, ids in zip(rows.tolist(), group, strict=True):
-            results[row] = ids
+
+    ids: Tensor
+    log_probs: Tensor
+    totals: Tensor
+    sizes: Tensor
+    ended: Tensor
+    cache: list[LayerCache] = field(default_factory=list)
+
+    def scores(self, alpha: float) -> Tensor:
+        """(B, K): what hypotheses rank by."""
+        return self.totals / _penalty(self.sizes, alpha)
+
+    def rows(self, keep: Tensor, filled: int) -> _Beams:
+        """Keep some utterances."""
+        beams = self.ids.shape[1]
+        flat = (keep[:, None] * beams + torch.arange(beams, device=keep.device)).flatten()
+        cache = [layer.select(flat, filled, keep) for layer in self.cache]
+        parts = (self.ids, self.log_probs, self.totals, self.sizes, self.ended)
+        return _Beams(*(part[keep] for part in parts), cache=cache)
+
+
+def _beam(
+    model: Canary,
+    states: Tensor,
+    lengths: Tensor,
+    prompt: Tensor,
+    limits: Tensor,
+    eos_id: int,
+    settings: DecodeSettings,
+) -> list[list[Hypothesis]]:
+    """Beam search over one prompt length; see `_greedy`. An utterance ends when no live beam can still overtake
+    its `n_best` ended ones."""
+    batch, size = prompt.shape
+    device, beams, most = states.device, settings.beam_size, int(limits.max())
+    results: list[list[Hypothesis]] = [[Hypothesis([], [], 0.0, 0.0, False)] for _ in range(batch)]
+    if most < 1:
+        return results
+    decoder, mask = model.transf_decoder, model.cross_mask(states, lengths)
+    # The prompt is the same in all beams: it runs once per utterance and its keys are then repeated.
+    cache = decoder.make_cache(states, size + most)
+    log_probs = model.log_softmax(decoder.extend(prompt, cache, 0, mask)[:, -1]).float().log_softmax(-1)
+    search = _first_beams(log_probs, beams, most, eos_id)
+    repeat = torch.arange(batch, device=device).repeat_interleave(beams)
+    search.cache = [layer.select(repeat, size, slice(None)) for layer in cache]
+    active = torch.arange(batch, device=device)
+    active, search, mask = _retire(results, active, search, mask, limits, eos_id, settings, 1, size)
+    step = 1
+    while len(active):
+        inputs = search.ids[:, :, step - 1].reshape(-1, 1)
+        hidden = decoder.extend(inputs, search.cache, size + step - 1, mask, beams)
+        log_probs = model.log_softmax(hidden[:, -1]).float().log_softmax(-1).unflatten(0, (-1, beams))
+        _grow(search, log_probs, step, size, eos_id, settings.length_penalty)
+        step += 1
+        active, search, mask = _retire(results, active, search, mask, limits, eos_id, settings, step, size + step - 1)
     return results
 
 
-def _greedy_group(
-    model: Canary, states: Tensor, lengths: Tensor, prompt: Tensor, eos_id: int, delta: int
-) -> list[list[int]]:
-    batch, size = prompt.shape
-    limits = (lengths + delta).clamp_max(model.config.max_positions)
-    most = int(limits.max())
-    cache = model.transf_decoder.make_cache(states, max(most, size))
-    mask = mask_until(lengths.clamp_min(1), states.shape[1])[:, None, None]
-    # Ids stay on the device; a row's column is filled with `eos` once it has ended.
-    generated = torch.full((batch, max(most - size, 0)), eos_id, device=states.device)
-    active = torch.arange(batch, device=states.device)
-    ids, position = prompt, 0
-    while position + ids.shape[1] < most:
-        hidden = model.transf_decoder.extend(ids, cache, position, mask)
-        position += ids.shape[1]
-        chosen = model.log_softmax(hidden[:, -1]).argmax(-1)
-        generated[active, position - size] = chosen
-        going = (chosen != eos_id) & (position + 1 < limits[active])
-        if not bool(going.all()):
-            keep = going.nonzero().flatten()
-            if not len(keep):
-                break
-            active, mask, chosen = active[keep], mask[keep], chosen[keep]
-            cache = [layer.select(keep) for layer in cache]
-        ids = chosen[:, None]
-    return [row[: row.index(eos_id)] if eos_id in row else row for row in generated.tolist()]
+def _first_beams(log_probs_BV: Tensor, beams: int, most: int, eos_id: int) -> _Beams:
+    batch, vocab = log_probs_BV.shape
+    best, chosen = log_probs_BV.topk(min(beams, vocab))
+    if beams > vocab:
+        raise DataError("beam_size is larger than the vocabulary", got=beams, allowed=f"1 to {vocab}")
+    ids = torch.full((batch, beams, most), eos_id, device=chosen.device)
+    values = torch.zeros(batch, beams, most, device=chosen.device)
+    ids[:, :, 0], values[:, :, 0] = chosen, best
+    return _Beams(ids, values, best, torch.ones_like(chosen), chosen == eos_id)
+
+
+def _grow(search: _Beams, log_probs_BKV: Tensor, step: int, prompt_size: int, eos_id: int, alpha: float) -> None:
+    """Extend live beams by one token each and keep the best K of all; ended beams stand for themselves."""
+    beams, vocab = log_probs_BKV.shape[1:]
+    # K candidates of each beam suffice, since at most K survive.
+    gains, chosen = log_probs_BKV.topk(beams)
+    ended = search.ended[:, :, None]
+    first = torch.arange(beams, device=chosen.device) == 0
+    gains = torch.where(ended, torch.where(first, 0.0, float("-inf")), gains)
+    chosen = chosen.masked_fill(ended, eos_id)
+    totals = search.totals[:, :, None] + gains
+    sizes = search.sizes[:, :, None] + ~ended
+    ranking = (totals / _penalty(sizes, alpha)).flatten(1).topk(beams).indices
+    parent = ranking // beams
+    index = parent[:, :, None].expand(-1, -1, search.ids.shape[2])
+    picked = chosen.flatten(1).gather(1, ranking)
+    search.ids = search.ids.gather(1, index)
+    search.log_probs = search.log_probs.gather(1, index)
+    search.ids[:, :, step] = picked
+    search.log_probs[:, :, step] = gains.flatten(1).gather(1, ranking)
+    search.totals = totals.flatten(1).gather(1, ranking)
+    search.sizes = sizes.expand(-1, -1, beams).flatten(1).gather(1, ranking)
+    search.ended = search.ended.gather(1, parent) | (picked == eos_id)
+    rows = torch.arange(parent.shape[0], device=parent.device)[:, None] * beams + parent
+    filled = prompt_size + step
+    for layer in search.cache:
+        layer.reorder(rows.flatten(), filled)
+
+
+def _retire(
+    results: list[list[Hypothesis]],
+    active: Tensor,
+    search: _Beams,
+    mask: Tensor,
+    limits: Tensor,
+    eos_id: int,
+    settings: DecodeSettings,
+    step: int,
+    filled: int,
+) -> tuple[Tensor, _Beams, Tensor]:
+    """Write the hypotheses of utterances that are decided, and go on with the others."""
+    alpha, own = settings.length_penalty, limits[active]
+    scores = search.scores(alpha)
+    # A live beam can at best keep its log-probability and use up its length.
+    reachable = torch.where(search.ended, float("-inf"), search.totals / _penalty(own[:, None], alpha))
+    ended = torch.where(search.ended, scores, float("-inf"))
+    decided = ended.topk(settings.n_best).values[:, -1] >= reachable.amax(1)
+    done = decided | search.ended.all(1) | (step >= own)
+    if not bool(done.any()):
+        return active, search, mask
+    for row in done.nonzero().flatten().tolist():
+        order = scores[row].argsort(descending=True, stable=True)[: settings.n_best].tolist()
+        limit = int(own[row])
+        results[int(active[row])] = [
+            _finish(
+                search.ids[row, beam].tolist(), search.log_probs[row, beam].tolist(), eos_id, min(step, limit), alpha
+            )
+            for beam in order
+        ]
+    keep = (~done).nonzero().flatten()
+    return active[keep], search.rows(keep, filled), mask[keep]

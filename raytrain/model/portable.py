@@ -1,0 +1,72 @@
+"""A model apart from where it came from: what `.nemo`, Hugging Face folders and our checkpoints all hold.
+
+parts = read_nemo(Path("canary.nemo"))
+parts.config.decoder_layers, list(parts.tokenizers)      # 4, ['spl_tokens', 'en', 'de']
+model = parts.build()
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from raytrain.errors import CheckpointError
+from raytrain.model.canary import Canary, exported_state
+from raytrain.model.config import ModelConfig
+
+
+@dataclass(frozen=True)
+class ModelParts:
+    """Settings, weights under NeMo's names without the CTC head, and the tokenizer.
+
+    `tokenizers` maps `spl_tokens`, then each language, to a serialized SentencePiece model, in id order.
+    """
+
+    config: ModelConfig
+    state: dict[str, Tensor]
+    tokenizers: dict[str, bytes]
+
+    @classmethod
+    def of(cls, model: Canary, tokenizers: dict[str, bytes]) -> ModelParts:
+        """The parts of a live model."""
+        return cls(replace(model.config, ctc_head=False), exported_state(model), dict(tokenizers))
+
+    def build(self) -> Canary:
+        """The model in eval mode, its weights those of `state` (not copied). Raises `CheckpointError`."""
+        with torch.device("meta"):
+            model = Canary(replace(self.config, ctc_head=False))
+        check_state(self.config, self.state)
+        model.load_state_dict(self.state, assign=True)
+        head, embedding = model.log_softmax.mlp["layer0"], model.transf_decoder._embedding.token_embedding
+        head.weight = embedding.weight
+        return model.requires_grad_(True).eval()
+
+
+def check_state(config: ModelConfig, state: dict[str, Tensor]) -> None:
+    """Raises `CheckpointError` that names missing, unknown and wrongly shaped weights, and an untied head."""
+    with torch.device("meta"):
+        wanted = exported_state(Canary(replace(config, ctc_head=False)))
+    missing, unknown = sorted(wanted.keys() - state.keys()), sorted(state.keys() - wanted.keys())
+    problems = [f"missing {name}" for name in missing[:3]] + [f"unknown {name}" for name in unknown[:3]]
+    problems += [
+        f"{name} has shape {tuple(state[name].shape)} instead of {tuple(value.shape)}"
+        for name, value in wanted.items()
+        if name in state and state[name].shape != value.shape
+    ][:3]
+    if problems:
+        raise CheckpointError(
+            "the weights do not fit the model's settings",
+            got="; ".join(problems),
+            why=f"{len(missing)} names are missing and {len(unknown)} unknown",
+        )
+    head, embedding = (
+        state["log_softmax.mlp.layer0.weight"],
+        state["transf_decoder._embedding.token_embedding.weight"],
+    )
+    if not torch.equal(head, embedding):
+        raise CheckpointError(
+            "the head's weight differs from the token embedding",
+            allowed="models whose head is tied to the embedding, as all published Canary models are",
+        )
