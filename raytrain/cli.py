@@ -1,4 +1,4 @@
-"""The command line: one command per stage, `run` for all of them, `demo`, `ui`."""
+"""The command line: one command per stage, `run` for all of them, `convert`, `transcribe`, `demo`, `ui`."""
 
 from __future__ import annotations
 
@@ -70,6 +70,70 @@ def demo(
     from raytrain.demo.run import run_demo
 
     raise typer.Exit(run_demo(root, set or []))
+
+
+@app.command()
+def convert(
+    source: Annotated[Path, typer.Argument(help="A .nemo file, run folder, checkpoint or Hugging Face folder.")],
+    target: Annotated[Path, typer.Argument(help="What to write: a .nemo file, or a new folder.")],
+    to: Annotated[
+        str | None, typer.Option(help="nemo, raytrain or huggingface; by default told from TARGET's ending.")
+    ] = None,
+) -> None:
+    """Convert a model between NeMo, raytrain and Hugging Face."""
+    from raytrain.convert import Format, describe, format_of, load_model, save_model
+
+    if to is not None and to not in list(Format):
+        raise typer.BadParameter(f"{to!r} is not one of {', '.join(Format)}", param_hint="--to")
+    parts = load_model(source)
+    save_model(parts, target, Format(to) if to else format_of(target))
+    typer.echo(f"{target} written: {describe(parts)}")
+
+
+@app.command()
+def transcribe(
+    files: Annotated[list[Path], typer.Argument(help="Recordings that libsndfile reads (WAV, FLAC, OGG, MP3).")],
+    checkpoint: Annotated[
+        Path, typer.Option("--checkpoint", "-m", help="A .nemo file, run folder, checkpoint or Hugging Face folder.")
+    ],
+    language: Annotated[str | None, typer.Option(help="Spoken language; not needed if the model knows one.")] = None,
+    target_language: Annotated[str | None, typer.Option(help="Translate into this language.")] = None,
+    pnc: Annotated[bool, typer.Option(help="Ask for punctuation and capitals.")] = True,
+    beam_size: Annotated[int, typer.Option(min=1, help="1 is greedy.")] = 1,
+    length_penalty: Annotated[float, typer.Option(min=0, help="Above 0 favours longer texts of a beam.")] = 0.0,
+    n_best: Annotated[int, typer.Option(min=1, help="Texts to give with --json.")] = 1,
+    batch_size: Annotated[int, typer.Option(min=1, help="Recordings or windows decoded together.")] = 8,
+    window_seconds: Annotated[float, typer.Option(help="Longest piece of a recording, at most 40.")] = 40.0,
+    overlap_seconds: Annotated[float, typer.Option(help="What neighbouring pieces share.")] = 4.0,
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    json: Annotated[bool, typer.Option("--json", help="One JSON object a line, with times and confidence.")] = False,
+) -> None:
+    """Print the text of each recording; exit code 1 if one could not be read."""
+    import orjson
+
+    from raytrain.convert import load_model
+    from raytrain.model.decoding import DecodeSettings
+    from raytrain.transcribe import Transcriber
+
+    try:
+        settings = DecodeSettings(beam_size, length_penalty, n_best)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from None
+    transcriber = Transcriber(
+        load_model(checkpoint), language=language, target_language=target_language, pnc=pnc, device=device,
+        settings=settings, batch_size=batch_size, window_s=window_seconds, overlap_s=overlap_seconds, times=json,
+    )  # fmt: skip
+    failed = False
+    for result in transcriber.run([str(file) for file in files]):
+        failed = failed or result.error is not None
+        if json:
+            typer.echo(orjson.dumps(result.to_dict()).decode())
+        elif result.error is not None:
+            typer.echo(f"error: {result.error}", err=True)
+        else:
+            typer.echo(result.text if len(files) == 1 else f"{result.path}\t{result.text}")
+    if failed:
+        raise typer.Exit(1)
 
 
 @app.command()

@@ -33,6 +33,12 @@ class ModelParts:
         """The parts of a live model."""
         return cls(replace(model.config, ctc_head=False), exported_state(model), dict(tokenizers))
 
+    @classmethod
+    def of_state(cls, config: ModelConfig, state: dict[str, Tensor], tokenizers: dict[str, bytes]) -> ModelParts:
+        """The parts of a state dict that `check_state` accepts; a CTC head is dropped."""
+        kept = {name: value for name, value in state.items() if not name.startswith("ctc_head.")}
+        return cls(replace(config, ctc_head=False), kept, dict(tokenizers))
+
     def build(self) -> Canary:
         """The model in eval mode, its weights those of `state` (not copied). Raises `CheckpointError`."""
         with torch.device("meta"):

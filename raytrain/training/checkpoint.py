@@ -13,6 +13,7 @@ import json
 import os
 import shutil
 import tempfile
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -48,6 +49,52 @@ class Checkpoint:
             raise CheckpointError(f"{path} can't be read", why=str(error).splitlines()[0]) from error
 
 
+def write_checkpoint(
+    final: Path,
+    step: int,
+    parts: dict[str, dict],
+    meta: dict[str, Any],
+    extra: Callable[[Path], object] | None = None,
+) -> Checkpoint:
+    """Write one checkpoint folder, which appears whole or not at all and replaces an older one of its name.
+
+    `extra` may add files to the folder before it appears. Raises `StorageError`.
+    """
+    make_folder(final.parent)
+    temporary = Path(tempfile.mkdtemp(prefix=".writing.", dir=final.parent))
+    try:
+        for name, state in parts.items():
+            torch.save(state, temporary / f"{name}.pt")
+        if extra is not None:
+            extra(temporary)
+        files = {f"{name}.pt": file_id(temporary / f"{name}.pt") for name in parts}
+        document = {"format": _FORMAT, "step": step, "files": files, **meta}
+        (temporary / _META).write_bytes(canonical_json(document))
+        os.chmod(temporary, 0o755)
+        if final.exists():
+            shutil.rmtree(final)
+        os.replace(temporary, final)
+    except OSError as error:
+        raise storage_error(final, error) from error
+    except RuntimeError as error:  # how torch.save reports a full disk
+        raise storage_error(final, OSError(str(error))) from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return Checkpoint(final, document)
+
+
+def read_checkpoint(folder: Path) -> Checkpoint | None:
+    """A checkpoint folder whose files are all there and unchanged, else None."""
+    try:
+        meta = json.loads((folder / _META).read_bytes())
+        whole = meta["format"] == _FORMAT and all(
+            file_id(folder / name) == identity for name, identity in meta["files"].items()
+        )
+    except (OSError, ValueError, KeyError):
+        return None
+    return Checkpoint(folder, meta) if whole else None
+
+
 class CheckpointFolder:
     """Writes, lists and prunes the checkpoints of one run; keeps the newest `keep` and the best by WER."""
 
@@ -56,27 +103,9 @@ class CheckpointFolder:
 
     def save(self, step: int, parts: dict[str, dict], meta: dict[str, Any]) -> Checkpoint:
         """Write `parts` (name → state dict) as `step_N`. Raises `StorageError`; older ones stay as they are."""
-        make_folder(self.folder)
-        final = self.folder / f"step_{step:08d}"
-        temporary = Path(tempfile.mkdtemp(prefix=".writing.", dir=self.folder))
-        try:
-            for name, state in parts.items():
-                torch.save(state, temporary / f"{name}.pt")
-            files = {f"{name}.pt": file_id(temporary / f"{name}.pt") for name in parts}
-            document = {"format": _FORMAT, "step": step, "files": files, **meta}
-            (temporary / _META).write_bytes(canonical_json(document))
-            os.chmod(temporary, 0o755)
-            if final.exists():
-                shutil.rmtree(final)
-            os.replace(temporary, final)
-        except OSError as error:
-            raise storage_error(final, error) from error
-        except RuntimeError as error:  # how torch.save reports a full disk
-            raise storage_error(final, OSError(str(error))) from error
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)
+        checkpoint = write_checkpoint(self.folder / f"step_{step:08d}", step, parts, meta)
         self._prune()
-        return Checkpoint(final, document)
+        return checkpoint
 
     def mark_best(self, step: int, wer: float) -> bool:
         """Note a checkpoint's validation WER; True if it is the lowest so far."""
@@ -89,7 +118,7 @@ class CheckpointFolder:
     def newest(self) -> Checkpoint | None:
         """The newest complete checkpoint; broken ones are passed over."""
         for folder in sorted(self.folder.glob("step_*"), reverse=True):
-            checkpoint = self._read(folder)
+            checkpoint = read_checkpoint(folder)
             if checkpoint is not None:
                 return checkpoint
         return None
@@ -97,7 +126,7 @@ class CheckpointFolder:
     def best(self) -> Checkpoint | None:
         """The checkpoint with the lowest validation WER, else the newest."""
         note = self._best_note()
-        found = self._read(self.folder / f"step_{note['step']:08d}") if note else None
+        found = read_checkpoint(self.folder / f"step_{note['step']:08d}") if note else None
         return found or self.newest()
 
     def _best_note(self) -> dict[str, Any] | None:
@@ -105,16 +134,6 @@ class CheckpointFolder:
             return json.loads((self.folder / _BEST).read_bytes())
         except (OSError, ValueError):
             return None
-
-    def _read(self, folder: Path) -> Checkpoint | None:
-        try:
-            meta = json.loads((folder / _META).read_bytes())
-            whole = meta["format"] == _FORMAT and all(
-                file_id(folder / name) == identity for name, identity in meta["files"].items()
-            )
-        except (OSError, ValueError, KeyError):
-            return None
-        return Checkpoint(folder, meta) if whole else None
 
     def _prune(self) -> None:
         note = self._best_note()

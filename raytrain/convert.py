@@ -1,0 +1,128 @@
+"""Models by path: read `.nemo`, Hugging Face folders and raytrain checkpoints, write any of the three.
+
+parts = load_model(Path("runs/digits"))                    # the run's best checkpoint
+save_model(parts, Path("digits.nemo"))
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from enum import StrEnum
+from pathlib import Path
+from typing import Any
+
+from raytrain.artifacts import storage_error
+from raytrain.data.tokenizer import CanaryTokenizer
+from raytrain.errors import CheckpointError
+from raytrain.model.config import ModelConfig, SpecAugmentSettings
+from raytrain.model.huggingface import read_huggingface, write_huggingface
+from raytrain.model.nemo import read_nemo, write_nemo
+from raytrain.model.portable import ModelParts, check_state
+from raytrain.training.checkpoint import Checkpoint, CheckpointFolder, read_checkpoint, write_checkpoint
+
+_KINDS = "a .nemo file, a run folder, a checkpoint folder (step_N) or a Hugging Face folder"
+
+
+class Format(StrEnum):
+    """What `save_model` writes."""
+
+    nemo = "nemo"
+    raytrain = "raytrain"
+    huggingface = "huggingface"
+
+
+def load_model(path: Path) -> ModelParts:
+    """Read a model of any kind; of a run folder the checkpoint with the best validation WER.
+
+    Raises `CheckpointError` where there is none, it is damaged, or its architecture is another one.
+    """
+    path = Path(path)
+    if path.is_file():
+        return read_nemo(path)
+    if not path.exists():
+        raise CheckpointError(f"there is no model at {path}", allowed=_KINDS)
+    if (path / "config.json").exists():
+        return read_huggingface(path)
+    checkpoint = find_checkpoint(path)
+    if checkpoint is None:
+        raise CheckpointError(f"{path} holds no model", allowed=_KINDS)
+    return _read_own(checkpoint)
+
+
+def find_checkpoint(path: Path) -> Checkpoint | None:
+    """The checkpoint that a run folder, its `checkpoints` or one `step_N` stands for."""
+    if (path / "meta.json").exists():
+        return read_checkpoint(path)
+    folder = path / "checkpoints"
+    return CheckpointFolder(folder if folder.is_dir() else path).best()
+
+
+def model_config_of(meta: dict[str, Any]) -> ModelConfig:
+    """`ModelConfig` from a checkpoint's meta data. Raises `CheckpointError`."""
+    try:
+        values = dict(meta["model"])
+        return ModelConfig(**{**values, "spec_augment": SpecAugmentSettings(**values["spec_augment"])})
+    except (KeyError, TypeError, ValueError) as error:
+        raise CheckpointError("a checkpoint has no usable model settings", why=str(error)) from error
+
+
+def _read_own(checkpoint: Checkpoint) -> ModelParts:
+    folder = checkpoint.folder.resolve()
+    # A training run keeps its tokenizer once, beside its checkpoints; an exported model has its own.
+    places = [folder / "tokenizer", folder.parent.parent / "tokenizer"]
+    found = next((place for place in places if (place / "tokenizer.json").exists()), None)
+    if found is None:
+        raise CheckpointError(
+            f"{checkpoint.folder} has no tokenizer", allowed="a folder tokenizer in it or in its run folder"
+        )
+    config = model_config_of(checkpoint.meta)
+    parts = ModelParts.of_state(config, checkpoint.load("model"), CanaryTokenizer.load(found).models)
+    check_state(parts.config, parts.state)
+    return parts
+
+
+def save_model(parts: ModelParts, path: Path, format: Format) -> None:
+    """Write a model. A folder must not exist yet or be empty; a `.nemo` file is replaced whole.
+
+    Raises `CheckpointError` where the format can't hold the architecture, `StorageError` where nothing can be written.
+    """
+    path = Path(path)
+    if format is Format.nemo:
+        write_nemo(path, parts)
+        return
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise CheckpointError(f"{path} exists already", remedy="choose a new folder; nothing was overwritten")
+    if format is Format.huggingface:
+        try:
+            write_huggingface(parts, path)
+        except OSError as error:
+            raise storage_error(path, error) from error
+        return
+    tokenizer = CanaryTokenizer(parts.tokenizers)
+    meta = {"ids": {"tokenizer": tokenizer.id}, "model": asdict(parts.config)}
+    write_checkpoint(path, 0, {"model": parts.state}, meta, extra=lambda folder: tokenizer.save(folder / "tokenizer"))
+
+
+def format_of(path: Path) -> Format:
+    """What an output path asks for by its ending: `.nemo`, else our own folder."""
+    return Format.nemo if path.suffix == ".nemo" else Format.raytrain
+
+
+def describe(parts: ModelParts) -> str:
+    """One line about a model."""
+    config = parts.config
+    tied = parts.state["log_softmax.mlp.layer0.weight"].numel()
+    buffers = ("running_mean", "running_var", "num_batches_tracked", "featurizer.window", "featurizer.fb", "pos_enc")
+    numbers = sum(value.numel() for name, value in parts.state.items() if not name.endswith(buffers)) - tied
+    languages = [name for name in parts.tokenizers if name != "spl_tokens"]
+    return json.dumps(
+        {
+            "parameters_millions": round(numbers / 1e6, 2),
+            "encoder": f"{config.encoder_layers}x{config.encoder_width}",
+            "decoder": f"{config.decoder_layers}x{config.decoder_width}",
+            "prompt_format": config.prompt_format,
+            "languages": languages,
+            "vocab_size": config.vocab_size,
+        }
+    )

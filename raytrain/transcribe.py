@@ -1,0 +1,214 @@
+"""Transcribe recordings of any length with a trained model.
+
+    transcriber = Transcriber(load_model(Path("canary.nemo")), language="en")
+    for result in transcriber.run(["talk.wav"]):
+        print(result.text)
+
+A recording longer than `window_s` is cut into windows that overlap; see `raytrain.model.longform`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+
+from raytrain.data.audio import AudioError, read_audio
+from raytrain.data.prompt import prompt_ids
+from raytrain.data.tokenizer import CanaryTokenizer
+from raytrain.errors import DataError
+from raytrain.model.alignment import token_spans
+from raytrain.model.decoding import DecodeSettings, Hypothesis, decode
+from raytrain.model.longform import TimedToken, join, windows
+from raytrain.model.portable import ModelParts
+
+
+@dataclass(frozen=True)
+class Word:
+    """A word, when it was spoken (estimated from cross-attention, null without times), and its confidence: the
+    model's probability of it, given the words before it."""
+
+    text: str
+    start_s: float | None
+    end_s: float | None
+    confidence: float
+
+
+@dataclass(frozen=True)
+class Transcript:
+    """One recording's text. `confidence` is the geometric mean of its tokens' probabilities; `alternatives` are
+    the other texts of the beam, best first (short recordings only); `error` says why there is no text."""
+
+    path: str
+    text: str | None
+    duration_s: float | None = None
+    confidence: float | None = None
+    words: list[Word] = field(default_factory=list)
+    alternatives: list[str] = field(default_factory=list)
+    cut_off: bool = False
+    error: str | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON, times to the hundredth of a second."""
+        return _rounded(asdict(self))
+
+
+class _Window(NamedTuple):
+    recording: int
+    start_s: float
+    samples: np.ndarray
+
+
+class _Decoded(NamedTuple):
+    tokens: list[TimedToken]
+    others: list[list[int]]
+    ended: bool
+
+
+class Transcriber:
+    """Holds a model on a device; `run` yields one `Transcript` per recording, in order.
+
+    `times` aligns words (one more decoder pass per window); recordings of more than one window are always aligned.
+    """
+
+    def __init__(
+        self,
+        parts: ModelParts,
+        *,
+        language: str | None = None,
+        target_language: str | None = None,
+        pnc: bool = True,
+        device: str = "auto",
+        settings: DecodeSettings | None = None,
+        batch_size: int = 8,
+        window_s: float = 40.0,
+        overlap_s: float = 4.0,
+        times: bool = False,
+    ) -> None:
+        self.tokenizer = CanaryTokenizer(parts.tokenizers)
+        language = language or _only(self.tokenizer.languages)
+        self.prompt = prompt_ids(
+            self.tokenizer,
+            language,
+            target_language or language,
+            pnc=pnc,
+            prompt_format=parts.config.prompt_format,
+        )
+        self.sample_rate = parts.config.sample_rate
+        windows(1, self.sample_rate, window_s=window_s, overlap_s=overlap_s)  # refuse bad lengths before any work
+        if device == "auto":
+            device = "cuda" if torch.cuda.is_available() else "cpu"
+        self.model = parts.build().to(device)
+        self.device = torch.device(device)
+        self.settings = settings or DecodeSettings()
+        self.batch_size, self.times = batch_size, times
+        self.window_s, self.overlap_s = window_s, overlap_s
+
+    def run(self, paths: Sequence[str]) -> Iterator[Transcript]:
+        """Transcripts in the order of `paths`. A recording that can't be read has `error` set, and no text."""
+        for first in range(0, len(paths), self.batch_size):
+            yield from self._group(paths[first : first + self.batch_size])
+
+    def _group(self, paths: Sequence[str]) -> Iterator[Transcript]:
+        pieces: list[_Window] = []
+        results: list[Transcript | None] = [None] * len(paths)
+        spans: dict[int, list[tuple[float, float]]] = {}
+        for number, path in enumerate(paths):
+            try:
+                audio = read_audio(str(path), sample_rate=self.sample_rate)
+            except AudioError as error:
+                results[number] = Transcript(str(path), None, error=str(error))
+                continue
+            cuts = windows(len(audio), self.sample_rate, window_s=self.window_s, overlap_s=self.overlap_s)
+            spans[number] = [(start / self.sample_rate, end / self.sample_rate) for start, end in cuts]
+            pieces += [_Window(number, start / self.sample_rate, audio[start:end]) for start, end in cuts]
+        decoded: dict[int, list[_Decoded]] = {number: [] for number in spans}
+        # Windows of like length share a batch, so that little of it is padding.
+        order = sorted(range(len(pieces)), key=lambda i: -len(pieces[i].samples))
+        found: dict[int, _Decoded] = {}
+        for first in range(0, len(order), self.batch_size):
+            chosen = order[first : first + self.batch_size]
+            timed = [self.times or len(spans[pieces[i].recording]) > 1 for i in chosen]
+            found.update(zip(chosen, self._decode([pieces[i] for i in chosen], timed), strict=True))
+        for number, piece in enumerate(pieces):
+            decoded[piece.recording].append(found[number])
+        for number, path in enumerate(paths):
+            yield results[number] or self._transcript(str(path), spans[number], decoded[number])
+
+    @torch.inference_mode()
+    def _decode(self, pieces: list[_Window], timed: list[bool]) -> list[_Decoded]:
+        audio = torch.zeros(len(pieces), max(len(piece.samples) for piece in pieces))
+        for row, piece in enumerate(pieces):
+            audio[row, : len(piece.samples)] = torch.from_numpy(piece.samples)
+        lengths = torch.tensor([len(piece.samples) for piece in pieces], device=self.device)
+        states, sizes = self.model.encode(audio.to(self.device), lengths)
+        prompt = torch.tensor([self.prompt] * len(pieces), device=self.device)
+        prompt_sizes = torch.full((len(pieces),), prompt.shape[1], device=self.device)
+        found = decode(self.model, states, sizes, prompt, prompt_sizes, self.tokenizer.eos_id, self.settings)
+        results = []
+        for row, (piece, hypotheses) in enumerate(zip(pieces, found, strict=True)):
+            own = slice(row, row + 1)
+            spans = None
+            if timed[row]:
+                spans = token_spans(self.model, states[own], sizes[own], self.prompt, hypotheses[0].ids)
+            tokens = self._timed(hypotheses[0], spans, piece.start_s)
+            results.append(_Decoded(tokens, [one.ids for one in hypotheses[1:]], hypotheses[0].ended))
+        return results
+
+    def _timed(self, best: Hypothesis, spans: list[tuple[float, float]] | None, start_s: float) -> list[TimedToken]:
+        unknown = (math.nan, math.nan)
+        return [
+            TimedToken(token, *(spans[i] if spans else unknown), log_prob, self.tokenizer.starts_word(token)).later(
+                start_s
+            )
+            for i, (token, log_prob) in enumerate(zip(best.ids, best.token_log_probs, strict=True))
+        ]
+
+    def _transcript(self, path: str, spans: list[tuple[float, float]], decoded: list[_Decoded]) -> Transcript:
+        tokens = decoded[0].tokens
+        for (_, left_end), (right_start, _), part in zip(spans, spans[1:], decoded[1:], strict=False):
+            tokens = join(tokens, part.tokens, right_start, left_end)
+        text = self.tokenizer.decode(token.id for token in tokens)
+        mean = sum(token.log_prob for token in tokens) / len(tokens) if tokens else 0.0
+        alternatives = [self.tokenizer.decode(ids) for ids in decoded[0].others] if len(decoded) == 1 else []
+        return Transcript(
+            path, text, spans[-1][1], math.exp(mean), self._words(tokens), alternatives,
+            cut_off=not all(part.ended for part in decoded),
+        )  # fmt: skip
+
+    def _words(self, tokens: list[TimedToken]) -> list[Word]:
+        groups: list[list[TimedToken]] = []
+        for token in tokens:
+            if token.starts_word or not groups:
+                groups.append([])
+            groups[-1].append(token)
+        words = []
+        for group in groups:
+            text = self.tokenizer.decode(token.id for token in group)
+            start, end = group[0].start_s, group[-1].end_s
+            known = not math.isnan(start)
+            # A single space piece before the word it belongs to is no word of its own.
+            if text:
+                confidence = math.exp(sum(token.log_prob for token in group))
+                words.append(Word(text, start if known else None, end if known else None, confidence))
+        return words
+
+
+def _only(languages: tuple[str, ...]) -> str:
+    if len(languages) == 1:
+        return languages[0]
+    raise DataError(
+        "the model knows several languages", allowed=", ".join(languages), remedy="name one with --language"
+    )
+
+
+def _rounded(value: Any) -> Any:
+    if isinstance(value, float):
+        return round(value, 4)
+    if isinstance(value, dict):
+        return {key: _rounded(item) for key, item in value.items()}
+    return [_rounded(item) for item in value] if isinstance(value, list) else value
