@@ -23,7 +23,7 @@ from raytrain.data.tokenizer import CanaryTokenizer
 from raytrain.errors import DataError
 from raytrain.model.alignment import token_spans
 from raytrain.model.decoding import DecodeSettings, Hypothesis, decode
-from raytrain.model.longform import TimedToken, join, windows
+from raytrain.model.longform import TimedToken, check_window, join, windows
 from raytrain.model.portable import ModelParts
 
 
@@ -99,7 +99,7 @@ class Transcriber:
             prompt_format=parts.config.prompt_format,
         )
         self.sample_rate = parts.config.sample_rate
-        windows(1, self.sample_rate, window_s=window_s, overlap_s=overlap_s)  # refuse bad lengths before any work
+        check_window(window_s, overlap_s)
         if device == "auto":
             device = "cuda" if torch.cuda.is_available() else "cpu"
         self.model = parts.build().to(device)
@@ -123,7 +123,7 @@ class Transcriber:
             except AudioError as error:
                 results[number] = Transcript(str(path), None, error=str(error))
                 continue
-            cuts = windows(len(audio), self.sample_rate, window_s=self.window_s, overlap_s=self.overlap_s)
+            cuts = windows(audio, self.sample_rate, window_s=self.window_s, overlap_s=self.overlap_s)
             spans[number] = [(start / self.sample_rate, end / self.sample_rate) for start, end in cuts]
             pieces += [_Window(number, start / self.sample_rate, audio[start:end]) for start, end in cuts]
         decoded: dict[int, list[_Decoded]] = {number: [] for number in spans}

@@ -11,7 +11,7 @@ PACKAGE = Path(__file__).parents[1] / "raytrain"
 CORE = {"raytrain.errors", "raytrain.lengths"}
 ALLOWED = {
     "lengths": {"numpy", *CORE},
-    "model": {"numpy", "torch", "raytrain.model", *CORE},
+    "model": {"numpy", "torch", "sentencepiece", "safetensors", "yaml", "raytrain.model", "raytrain.artifacts", *CORE},
     "data": {"numpy", "torch", "lhotse", "sentencepiece", "pyarrow", "orjson", "soundfile", "soxr",
              "raytrain.data", "raytrain.artifacts", *CORE},
     "training": {"numpy", "torch", "jiwer", "raytrain.training", "raytrain.model", "raytrain.data",
@@ -68,7 +68,8 @@ import {modules}
     [
         ("raytrain.lengths", {"torch", "ray", "mlflow", "pydantic", "lhotse", "pyarrow", "yaml"}),
         (
-            "raytrain.model.canary, raytrain.model.decoding, raytrain.training.loop, raytrain.training.memory, "
+            "raytrain.model.canary, raytrain.model.decoding, raytrain.model.longform, raytrain.model.alignment, "
+            "raytrain.model.nemo, raytrain.model.huggingface, raytrain.training.loop, raytrain.training.memory, "
             "raytrain.training.checkpoint, raytrain.training.validation, raytrain.training.probe",
             {
                 "ray",
@@ -81,6 +82,7 @@ import {modules}
                 "orjson",
                 "jiwer",
                 "rich",
+                "safetensors",
             },
         ),
     ],

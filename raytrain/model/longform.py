@@ -2,12 +2,15 @@
 
 Two neighbouring windows both hear the overlap. Tokens that both decoded at about the same time are matched, and
 the text changes over from one to the other after a match, near the middle of the overlap, at the end of a word
-where there is one. So a word that an edge cut in half is taken from the window that heard it whole.
+where there is one. So a word that an edge cut in half is taken from the window that heard it whole. Edges lie
+where it is quiet, so that there are few such words.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+
+import numpy as np
 
 from raytrain.errors import DataError
 
@@ -35,23 +38,53 @@ class TimedToken:
         return (self.start_s + self.end_s) / 2
 
 
-def windows(num_samples: int, sample_rate: int, *, window_s: float, overlap_s: float) -> list[tuple[int, int]]:
-    """Spans [start, end) in samples of at most `window_s`, all of one length, neighbours sharing ≥ `overlap_s`.
+def windows(audio: np.ndarray, sample_rate: int, *, window_s: float, overlap_s: float) -> list[tuple[int, int]]:
+    """Spans [start, end) in samples that cover `audio` (num_samples,), none longer than `window_s`.
 
-    A recording of at most `window_s` is one span. Raises `DataError` for lengths that make no sense.
+    A recording of at most `window_s` is one span. Neighbours share about `overlap_s`, at least half of it, and
+    begin and end where it is quiet: half a word at an edge is what a decoder stumbles over. All are of about one
+    length, since a short last one would have little context. Raises `DataError` for lengths that make no sense.
     """
+    check_window(window_s, overlap_s)
+    window, overlap, size = round(window_s * sample_rate), round(overlap_s * sample_rate), len(audio)
+    if size <= window:
+        return [(0, size)]
+    loudness = _loudness(audio, sample_rate)
+    slack = overlap // 2
+    step = window - overlap - 2 * slack  # progress of the least lucky choice of edges
+    number = -(-(size - window) // step) + 1
+    length = min(window - slack, -(-(size + (number - 1) * overlap) // number))
+    spans = []
+    start = 0
+    while start + window < size:
+        target = min(start + length, size)
+        end = _quietest(loudness, target - slack, min(target + slack, start + window), sample_rate)
+        spans.append((start, end))
+        start = _quietest(loudness, end - overlap - slack, end - overlap + slack, sample_rate)
+    return [*spans, (start, size)]
+
+
+def check_window(window_s: float, overlap_s: float) -> None:
+    """Raises `DataError` for a window or overlap that makes no sense."""
     if not 1 <= window_s <= MAX_WINDOW_S:
         raise DataError("a window has the wrong length", got=f"{window_s} s", allowed=f"1 to {MAX_WINDOW_S:g} s")
-    if not 0 <= overlap_s <= window_s / 2:
-        raise DataError("windows overlap too much", got=f"{overlap_s} s", allowed=f"0 to {window_s / 2:g} s")
-    window, overlap = round(window_s * sample_rate), round(overlap_s * sample_rate)
-    if num_samples <= window:
-        return [(0, num_samples)]
-    number = -(-(num_samples - overlap) // (window - overlap))
-    # Windows of equal length: a short last one would give the decoder little context.
-    size = -(-(num_samples + (number - 1) * overlap) // number)
-    starts = [round(i * (num_samples - size) / (number - 1)) for i in range(number)]
-    return [(start, start + size) for start in starts]
+    if not 0.2 <= overlap_s <= window_s / 4:
+        raise DataError("windows overlap by a wrong length", got=f"{overlap_s} s", allowed=f"0.2 to {window_s / 4:g} s")
+
+
+def _loudness(audio: np.ndarray, sample_rate: int) -> np.ndarray:
+    """Mean power around every 10 ms, over 150 ms: a gap between words is at least about that long."""
+    hop = sample_rate // 100
+    frames = len(audio) // hop
+    power = np.square(audio[: frames * hop].reshape(frames, hop), dtype=np.float64).mean(1)
+    return np.convolve(power, np.ones(15) / 15, mode="same")
+
+
+def _quietest(loudness: np.ndarray, low: int, high: int, sample_rate: int) -> int:
+    """The sample in [low, high] where it is quietest."""
+    hop = sample_rate // 100
+    first, last = -(-low // hop), min(high // hop, len(loudness) - 1)
+    return (first + int(np.argmin(loudness[first : last + 1]))) * hop
 
 
 def join(left: list[TimedToken], right: list[TimedToken], start_s: float, end_s: float) -> list[TimedToken]:
