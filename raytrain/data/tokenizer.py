@@ -112,6 +112,12 @@ class CanaryTokenizer:
         offset = self._offsets[language]
         return [offset + piece for piece in processor.encode(text)]
 
+    def starts_word(self, number: int) -> bool:
+        """Whether an id's piece begins with white space."""
+        name = list(self._offsets)[bisect_right(list(self._offsets.values()), number) - 1]
+        piece = number - self._offsets[name]
+        return number < self.vocab_size and self._processors[name].id_to_piece(piece).startswith("▁")
+
     def decode(self, ids: Iterable[int]) -> str:
         """Text of ids: specials dropped, pieces joined, ▁ as space."""
         names, starts = list(self._offsets), list(self._offsets.values())
