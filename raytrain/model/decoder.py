@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from raytrain.model.config import ModelConfig
+from raytrain.model.dropout import dropout
 
 
 @dataclass
@@ -70,7 +71,7 @@ class Attention(nn.Module):
             dropout_p=self.dropout if self.training else 0.0,
         )
         mixed = self.out_projection(mixed.transpose(1, 2).flatten(2))
-        return F.dropout(mixed, self.dropout, self.training)
+        return dropout(mixed, self.dropout, self.training)
 
 
 class DecoderFeedForward(nn.Module):
@@ -80,7 +81,7 @@ class DecoderFeedForward(nn.Module):
         self.dropout = dropout
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.dropout(self.dense_out(F.relu(self.dense_in(x))), self.dropout, self.training)
+        return dropout(self.dense_out(F.relu(self.dense_in(x))), self.dropout, self.training)
 
 
 class DecoderBlock(nn.Module):
@@ -152,7 +153,7 @@ class Embedding(nn.Module):
     def forward(self, ids_BU: Tensor, start: int = 0) -> Tensor:
         positions = self.position_embedding.pos_enc[start : start + ids_BU.shape[1]]
         x = self.layer_norm(self.token_embedding(ids_BU) + positions)
-        return F.dropout(x, self.dropout, self.training)
+        return dropout(x, self.dropout, self.training)
 
 
 class _Blocks(nn.Module):

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from raytrain.model.config import ModelConfig
+from raytrain.model.dropout import dropout
 from raytrain.model.features import mask_until
 
 
@@ -21,6 +22,22 @@ def subsampled(lengths: Tensor) -> Tensor:
     for _ in range(3):
         lengths = (lengths - 1) // 2 + 1
     return lengths
+
+
+class MaskedReLU(torch.autograd.Function):
+    """ReLU of x·mask. Where the mask is 0 so is the output, hence the mask needs no backward pass of its own; these
+    are the largest activations of the model."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, mask: Tensor) -> Tensor:
+        result = (x * mask).relu_()
+        ctx.save_for_backward(result)
+        return result
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor, None]:
+        (result,) = ctx.saved_tensors
+        return torch.ops.aten.threshold_backward(gradient, result, 0), None
 
 
 class Subsampling(nn.Module):
@@ -42,16 +59,17 @@ class Subsampling(nn.Module):
         self.out = nn.Linear(channels * mel_bins // 8, width)
 
     def forward(self, mel_BMT: Tensor, frames_B: Tensor) -> tuple[Tensor, Tensor]:
-        x = mel_BMT.transpose(1, 2)[:, None]
+        # Channels last: the 1×1 convolutions are matrix products then, and the strided ones about twice as fast.
+        x = mel_BMT.transpose(1, 2)[:, None] * mask_until(frames_B, mel_BMT.shape[2])[:, None, :, None]
+        x = x.contiguous(memory_format=torch.channels_last)
         lengths = frames_B
-        for layer in self.conv:
-            # The mask commutes with ReLU and 1×1 convolutions see one frame: only strided ones need it.
-            if isinstance(layer, nn.Conv2d) and layer.stride[0] == 2:
-                x = layer(x * mask_until(lengths, x.shape[2])[:, None, :, None])
-                lengths = (lengths - 1) // 2 + 1
-            else:
-                x = layer(x)
-        x = x * mask_until(lengths, x.shape[2])[:, None, :, None]
+        for strided, pointwise in ((self.conv[0], None), (self.conv[2], self.conv[3]), (self.conv[5], self.conv[6])):
+            x = strided(x)
+            lengths = (lengths - 1) // 2 + 1
+            if pointwise is not None:
+                x = F.linear(x.permute(0, 2, 3, 1), pointwise.weight.flatten(1), pointwise.bias).permute(0, 3, 1, 2)
+            # 1×1 convolutions see one frame: only strided ones need the mask.
+            x = MaskedReLU.apply(x, mask_until(lengths, x.shape[2])[:, None, :, None])
         return self.out(x.transpose(1, 2).flatten(2)), lengths
 
 
@@ -62,7 +80,7 @@ class FeedForward(nn.Module):
         self.dropout = dropout
 
     def forward(self, x_BTD: Tensor) -> Tensor:
-        return self.linear2(F.dropout(F.silu(self.linear1(x_BTD)), self.dropout, self.training))
+        return self.linear2(dropout(F.silu(self.linear1(x_BTD)), self.dropout, self.training))
 
 
 class RelativeAttention(nn.Module):
@@ -114,9 +132,18 @@ class Convolution(nn.Module):
         self.pointwise_conv2 = nn.Conv1d(width, width, 1)
 
     def forward(self, x_BTD: Tensor, valid_B1T: Tensor) -> Tensor:
-        x = F.glu(self.pointwise_conv1(x_BTD.transpose(1, 2)), dim=1) * valid_B1T
-        x = F.silu(self.batch_norm(self.depthwise_conv(x)))
-        return self.pointwise_conv2(x).transpose(1, 2)
+        # (B, T, D) is what channels last calls (B, D, 1, T), so nothing is transposed in memory.
+        x = F.linear(x_BTD, self.pointwise_conv1.weight.flatten(1), self.pointwise_conv1.bias)
+        x = F.glu(x) * valid_B1T.transpose(1, 2)
+        x = self._depthwise(x.transpose(1, 2)[:, :, None])[:, :, 0].transpose(1, 2)
+        x = F.silu(self.batch_norm(x.flatten(0, 1)).view_as(x))
+        return F.linear(x, self.pointwise_conv2.weight.flatten(1), self.pointwise_conv2.bias)
+
+    def _depthwise(self, x_BD1T: Tensor) -> Tensor:
+        layer = self.depthwise_conv
+        return F.conv2d(
+            x_BD1T, layer.weight[:, :, None], layer.bias, padding=(0, layer.padding[0]), groups=layer.groups
+        )
 
 
 class ConformerBlock(nn.Module):
@@ -142,7 +169,7 @@ class ConformerBlock(nn.Module):
         return self.norm_out(x)
 
     def _drop(self, x: Tensor) -> Tensor:
-        return F.dropout(x, self.dropout, self.training)
+        return dropout(x, self.dropout, self.training)
 
 
 class FastConformer(nn.Module):
@@ -159,7 +186,7 @@ class FastConformer(nn.Module):
         positions = relative_positions(x.shape[1], x.shape[2], x.device).to(x.dtype)
         # An utterance shorter than one frame still attends to its first one: no row may be masked whole.
         valid = mask_until(lengths.clamp_min(1), x.shape[1])[:, None]
-        x = F.dropout(x, self.dropout, self.training)
+        x = dropout(x, self.dropout, self.training)
         for layer in self.layers:
             x = layer(x, positions, valid)
         return x, lengths

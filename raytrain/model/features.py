@@ -85,7 +85,8 @@ class LogMelFeatures(nn.Module):
             pad_mode="constant",
             return_complex=True,
         )
-        power = torch.view_as_real(spectrum).square().sum(-1)
+        real, imaginary = torch.view_as_real(spectrum).unbind(-1)
+        power = real.square() + imaginary.square()
         mel = torch.log(torch.matmul(self.featurizer.fb, power) + _GUARD)
         frames = lengths // HOP
         valid = mask_until(frames, mel.shape[2])[:, None]
