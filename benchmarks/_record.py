@@ -14,23 +14,41 @@ from typing import Any
 RESULTS = Path(__file__).parent / "results"
 
 
-def machine() -> dict[str, Any]:
-    """Processor, cores, Python and library versions."""
+def machine(device: str = "cpu") -> dict[str, Any]:
+    """Processor, cores, GPU where one was used, Python and library versions."""
     names = ("numpy", "torch", "ray")
     return {
-        "processor": platform.machine(),
+        "processor": _processor(),
+        **({"gpu": _gpu()} if device != "cpu" else {}),
         "cores": os.cpu_count(),
         "python": platform.python_version(),
         **{name: version(name) for name in names},
     }
 
 
-def record(theme: str, result: dict[str, Any], *, as_json: bool) -> None:
-    """Print the result and write `results/<theme>_cpu_<date>.json`."""
-    command = " ".join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]])
-    document = {"theme": theme, "command": command, "machine": machine(), "result": result}
+def _processor() -> str:
+    """The processor's name where Linux tells it, else its architecture."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.machine()
+
+
+def _gpu() -> str:
+    import torch
+
+    return torch.cuda.get_device_name()
+
+
+def record(theme: str, result: dict[str, Any], *, as_json: bool, device: str = "cpu") -> None:
+    """Print the result and write `results/<theme>_<device>_<date>.json`."""
+    # A path names somebody's machine; its last part says enough.
+    arguments = [Path(word).name if "/" in word else word for word in sys.argv[1:]]
+    command = " ".join(["python", "-m", f"benchmarks.{Path(sys.argv[0]).stem}", *arguments])
+    document = {"theme": theme, "command": command, "machine": machine(device), "result": result}
     RESULTS.mkdir(exist_ok=True)
-    path = RESULTS / f"{theme}_cpu_{datetime.date.today():%Y%m%d}.json"
+    path = RESULTS / f"{theme}_{device}_{datetime.date.today():%Y%m%d}.json"
     path.write_text(json.dumps(document, indent=1) + "\n")
     if as_json:
         print(json.dumps(document))

@@ -9,7 +9,7 @@ import random
 import subprocess
 import sys
 
-from _record import record
+from benchmarks._record import record
 
 CAPACITIES = ("1024", "64", "16")
 

@@ -7,8 +7,8 @@ import time
 from dataclasses import asdict
 
 import numpy as np
-from _record import record
 
+from benchmarks._record import record
 from raytrain.lengths import BucketSettings, LengthHistogram, make_plan, padding_by_scheme
 
 

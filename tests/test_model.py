@@ -1,24 +1,24 @@
 """The model: shapes, sizes, gradients, meta tensors; and equality with NeMo where its outputs are at hand."""
 
-import io
 import json
-import tarfile
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-import yaml
 from conftest import SHARED
 
+from raytrain.config import load_config
 from raytrain.data.batch import SpeechBatch
 from raytrain.model.canary import Canary, count_parameters, exported_state
 from raytrain.model.config import ModelConfig
 from raytrain.model.decoding import greedy
 from raytrain.model.encoder import shift
 from raytrain.model.loss import canary_loss
+from raytrain.model.nemo import read_nemo
 
+CONFIGS = Path(__file__).parents[1] / "configs"
 TINY = ModelConfig(
     encoder_layers=2, encoder_width=32, encoder_heads=2, subsampling_channels=8, decoder_layers=2, decoder_width=48,
     decoder_heads=2, max_positions=64, vocab_size=61, ctc_head=True,
@@ -34,17 +34,12 @@ def loss_of(model: Canary, batch: SpeechBatch, smoothing: float = 0.1):
 
 
 @pytest.mark.parametrize(
-    ("name", "millions", "settings"),
-    [
-        ("canary-1b", 1016.7, {"encoder_layers": 24, "encoder_width": 1024, "decoder_layers": 24, "vocab_size": 4128,
-                               "max_positions": 512}),
-        ("canary-1b-flash", 883.6, {"encoder_layers": 32, "encoder_width": 1024}),
-        ("canary-180m-flash", 182.6, {}),
-    ],
-)  # fmt: skip
-def test_parameter_counts_of_the_published_models(name, millions, settings):
+    ("name", "millions"),
+    [("canary-1b", 1016.7), ("canary-1b-flash", 883.6), ("canary-180m-flash", 182.6), ("canary-tiny", 7.4)],
+)
+def test_parameter_counts_of_the_shipped_models(name, millions):
     with torch.device("meta"):
-        model = Canary(ModelConfig(**settings))
+        model = Canary(load_config(CONFIGS / f"{name}.yaml").model)
     assert round(count_parameters(model) / 1e6, 1) == millions
 
 
@@ -138,21 +133,9 @@ def reference(name: str):
     root = SHARED / "reference" / name
     if not root.exists():
         pytest.skip(f"the recorded outputs of NeMo are not at hand (looked for {root.name} in $RAYTRAIN_SHARED)")
-    with tarfile.open(root / "model.nemo") as archive:
-        config = yaml.safe_load(archive.extractfile("./model_config.yaml"))
-        weights = io.BytesIO(archive.extractfile("./model_weights.ckpt").read())
-    encoder, decoder = config["encoder"], config["transf_decoder"]["config_dict"]
-    model = Canary(
-        ModelConfig(
-            encoder_layers=encoder["n_layers"], encoder_width=encoder["d_model"], encoder_heads=encoder["n_heads"],
-            subsampling_channels=encoder["subsampling_conv_channels"], decoder_layers=decoder["num_layers"],
-            decoder_width=decoder["hidden_size"], decoder_heads=decoder["num_attention_heads"],
-            max_positions=decoder["max_sequence_length"], vocab_size=config["head"]["num_classes"],
-        )
-    )  # fmt: skip
-    model.load_state_dict(torch.load(weights, weights_only=True))
+    model = read_nemo(root / "model.nemo").build()
     expected = {key: torch.tensor(value) for key, value in np.load(root / "expected.npz").items()}
-    return model.eval(), expected, json.loads(Path(root / "decode_single.json").read_text())
+    return model, expected, json.loads(Path(root / "decode_single.json").read_text())
 
 
 @pytest.mark.parametrize("name", ["tiny-canary", "tiny-canary2"])

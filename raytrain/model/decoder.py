@@ -8,7 +8,7 @@ computed once.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -20,28 +20,32 @@ from raytrain.model.dropout import dropout
 
 @dataclass
 class LayerCache:
-    """Keys and values of one layer: `self_*` (B, H, max, K) filled up to the position, `cross_*` (B, H, T, K)."""
+    """What one layer needs to decode on: `self_keys_values` (2, B, H, max, K) filled up to the position,
+    `cross_keys` and `cross_values` (B, H, T, K), and the self-attention's three projections as one."""
 
-    self_keys: Tensor
-    self_values: Tensor
+    self_keys_values: Tensor
     cross_keys: Tensor
     cross_values: Tensor
+    qkv_weight: Tensor
+    qkv_bias: Tensor
 
     def select(self, rows: Tensor, filled: int, cross_rows: Tensor | slice | None = None) -> LayerCache:
         """Some rows of the batch, of which `filled` positions are in use; cross-attention rows are the same ones
         unless given (beams of one utterance share them)."""
         cross_rows = rows if cross_rows is None else cross_rows
-        own = []
-        for old in (self.self_keys, self.self_values):
-            new = old.new_empty(len(rows), *old.shape[1:])
-            new[:, :, :filled] = old[rows, :, :filled]
-            own.append(new)
-        return LayerCache(*own, self.cross_keys[cross_rows], self.cross_values[cross_rows])
+        old = self.self_keys_values
+        new = old.new_empty(2, len(rows), *old.shape[2:])
+        new[:, :, :, :filled] = old[:, rows, :, :filled]
+        return replace(
+            self,
+            self_keys_values=new,
+            cross_keys=self.cross_keys[cross_rows],
+            cross_values=self.cross_values[cross_rows],
+        )
 
     def reorder(self, rows: Tensor, filled: int) -> None:
         """Let each row go on from another row's `filled` positions (beam search)."""
-        for own in (self.self_keys, self.self_values):
-            own[:, :, :filled] = own[rows, :, :filled]
+        self.self_keys_values[:, :, :, :filled] = self.self_keys_values[:, rows, :, :filled]
 
 
 class Attention(nn.Module):
@@ -62,8 +66,12 @@ class Attention(nn.Module):
         return self.split(self.key_net(x_BTD)), self.split(self.value_net(x_BTD))
 
     def forward(self, x_BUD: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, causal: bool = False) -> Tensor:
+        return self.mix(self.split(self.query_net(x_BUD)), keys, values, mask, causal)
+
+    def mix(self, queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, causal: bool = False) -> Tensor:
+        """Attend with queries (B, H, U, K) and project → (B, U, D)."""
         mixed = F.scaled_dot_product_attention(
-            self.split(self.query_net(x_BUD)),
+            queries,
             keys,
             values,
             attn_mask=mask,
@@ -104,20 +112,28 @@ class DecoderBlock(nn.Module):
         return x + self.third_sub_layer(self.layer_norm_3(x))
 
     def extend(
-        self, x: Tensor, cache: LayerCache, start: int, self_mask: Tensor | None, cross_mask: Tensor, beams: int = 1
+        self,
+        x: Tensor,
+        cache: LayerCache,
+        start: int,
+        self_mask: Tensor | None,
+        cross_mask: Tensor | None,
+        beams: int = 1,
     ) -> Tensor:
         """Tokens at positions `start` on, against the cache, which takes their keys and values.
 
         With `beams`, rows are (utterance, beam) and the beams of an utterance are queries to one set of frames.
         """
-        y = self.layer_norm_1(x)
-        keys, values = self.first_sub_layer.keys_values(y)
+        own, cross = self.first_sub_layer, self.second_sub_layer
+        projected = F.linear(self.layer_norm_1(x), cache.qkv_weight, cache.qkv_bias)
+        projected = projected.unflatten(2, (3, own.heads, -1)).permute(2, 0, 3, 1, 4)
         end = start + x.shape[1]
-        cache.self_keys[:, :, start:end], cache.self_values[:, :, start:end] = keys, values
-        x = x + self.first_sub_layer(y, cache.self_keys[:, :, :end], cache.self_values[:, :, :end], self_mask)
+        cache.self_keys_values[:, :, :, start:end] = projected[1:]
+        keys, values = cache.self_keys_values[:, :, :, :end]
+        x = x + own.mix(projected[0], keys, values, self_mask)
         y = self.layer_norm_2(x)
         y = y.view(-1, beams * y.shape[1], y.shape[2])
-        x = x + self.second_sub_layer(y, cache.cross_keys, cache.cross_values, cross_mask).view_as(x)
+        x = x + cross(y, cache.cross_keys, cache.cross_values, cross_mask).view_as(x)
         return x + self.third_sub_layer(self.layer_norm_3(x))
 
 
@@ -181,17 +197,23 @@ class TransformerDecoder(nn.Module):
     def make_cache(self, states_BTD: Tensor, max_tokens: int) -> list[LayerCache]:
         """An empty cache for `max_tokens` positions with the cross-attention keys filled in."""
         batch, _, width = states_BTD.shape
-        shape = (batch, self.heads, max_tokens, width // self.heads)
-        return [
-            LayerCache(
-                states_BTD.new_empty(shape),
-                states_BTD.new_empty(shape),
-                *layer.second_sub_layer.keys_values(states_BTD),
+        shape = (2, batch, self.heads, max_tokens, width // self.heads)
+        caches = []
+        for layer in self._decoder.layers:
+            nets = (layer.first_sub_layer.query_net, layer.first_sub_layer.key_net, layer.first_sub_layer.value_net)
+            caches.append(
+                LayerCache(
+                    states_BTD.new_empty(shape),
+                    *layer.second_sub_layer.keys_values(states_BTD),
+                    torch.cat([net.weight for net in nets]),
+                    torch.cat([net.bias for net in nets]),
+                )
             )
-            for layer in self._decoder.layers
-        ]
+        return caches
 
-    def extend(self, ids_BU: Tensor, cache: list[LayerCache], start: int, cross_mask: Tensor, beams: int = 1) -> Tensor:
+    def extend(
+        self, ids_BU: Tensor, cache: list[LayerCache], start: int, cross_mask: Tensor | None, beams: int = 1
+    ) -> Tensor:
         """Hidden states (B, U, D) of tokens at positions `start` on; see `DecoderBlock.extend`."""
         x = self._embedding(ids_BU, start)
         mask = None

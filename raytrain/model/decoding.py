@@ -130,34 +130,41 @@ def _greedy(
     most = max(int(limits.max()), 0)
     decoder = model.transf_decoder
     cache = decoder.make_cache(states, size + most)
-    mask = model.cross_mask(states, lengths)
-    # Ids stay on the device; what follows a row's end is `eos` with log-probability 0.
-    ids = torch.full((batch, most), eos_id, device=states.device)
-    log_probs = torch.zeros(batch, most, device=states.device)
-    active = torch.arange(batch, device=states.device)
+    mask = _cross_mask(model, states, lengths)
+    steps: list[tuple[Tensor, Tensor]] = []  # of the active rows, on the device; read once at the end
+    rows: list[list[int]] = []
+    active, left = list(range(batch)), limits.tolist()
     inputs, position = prompt, 0
     for step in range(most):
         hidden = decoder.extend(inputs, cache, position, mask)
         position += inputs.shape[1]
-        logits = model.log_softmax(hidden[:, -1]).float()
-        best, chosen = logits.max(-1)
-        ids[active, step], log_probs[active, step] = chosen, best - logits.logsumexp(-1)
-        keep = ((chosen != eos_id) & (step + 1 < limits[active])).nonzero().flatten()
-        if not len(keep):
+        best, chosen = model.log_softmax(hidden[:, -1]).float().log_softmax(-1).max(-1)
+        steps.append((chosen, best))
+        rows.append(active)
+        going = (chosen != eos_id).tolist()
+        keep = [i for i, row in enumerate(active) if going[i] and step + 1 < left[row]]
+        if not keep:
             break
         if len(keep) < len(active):
-            active, mask, chosen = active[keep], mask[keep], chosen[keep]
-            cache = [layer.select(keep, position) for layer in cache]
+            active, index = [active[i] for i in keep], torch.tensor(keep, device=states.device)
+            chosen, mask = chosen[index], mask if mask is None else mask[index]
+            cache = [layer.select(index, position) for layer in cache]
         inputs = chosen[:, None]
-    scores = [
-        _finish(row, values, eos_id, limit, settings.length_penalty)
-        for row, values, limit in zip(ids.tolist(), log_probs.tolist(), limits.tolist(), strict=True)
-    ]
-    return [[one] for one in scores]
+    ids: list[list[int]] = [[] for _ in range(batch)]
+    log_probs: list[list[float]] = [[] for _ in range(batch)]
+    for owners, (chosen, best) in zip(rows, steps, strict=True):
+        for row, token, value in zip(owners, chosen.tolist(), best.tolist(), strict=True):
+            ids[row].append(token)
+            log_probs[row].append(value)
+    return [[_finish(own, values, eos_id, settings.length_penalty)] for own, values in zip(ids, log_probs, strict=True)]
 
 
-def _finish(ids: list[int], log_probs: list[float], eos_id: int, limit: int, alpha: float) -> Hypothesis:
-    ids, log_probs = ids[: max(limit, 0)], log_probs[: max(limit, 0)]
+def _cross_mask(model: Canary, states: Tensor, lengths: Tensor) -> Tensor | None:
+    """Attention is faster without a mask, where no frame is padding."""
+    return None if bool((lengths == states.shape[1]).all()) else model.cross_mask(states, lengths)
+
+
+def _finish(ids: list[int], log_probs: list[float], eos_id: int, alpha: float) -> Hypothesis:
     ended = eos_id in ids
     size = ids.index(eos_id) if ended else len(ids)
     used = size + ended
@@ -212,7 +219,7 @@ def _beam(
     results: list[list[Hypothesis]] = [[Hypothesis([], [], 0.0, 0.0, False)] for _ in range(batch)]
     if most < 1:
         return results
-    decoder, mask = model.transf_decoder, model.cross_mask(states, lengths)
+    decoder, mask = model.transf_decoder, _cross_mask(model, states, lengths)
     # The prompt is the same in all beams: it runs once per utterance and its keys are then repeated.
     cache = decoder.make_cache(states, size + most)
     log_probs = model.log_softmax(decoder.extend(prompt, cache, 0, mask)[:, -1]).float().log_softmax(-1)
@@ -275,13 +282,13 @@ def _retire(
     results: list[list[Hypothesis]],
     active: Tensor,
     search: _Beams,
-    mask: Tensor,
+    mask: Tensor | None,
     limits: Tensor,
     eos_id: int,
     settings: DecodeSettings,
     step: int,
     filled: int,
-) -> tuple[Tensor, _Beams, Tensor]:
+) -> tuple[Tensor, _Beams, Tensor | None]:
     """Write the hypotheses of utterances that are decided, and go on with the others."""
     alpha, own = settings.length_penalty, limits[active]
     scores = search.scores(alpha)
@@ -294,12 +301,10 @@ def _retire(
         return active, search, mask
     for row in done.nonzero().flatten().tolist():
         order = scores[row].argsort(descending=True, stable=True)[: settings.n_best].tolist()
-        limit = int(own[row])
+        used = min(step, int(own[row]))
         results[int(active[row])] = [
-            _finish(
-                search.ids[row, beam].tolist(), search.log_probs[row, beam].tolist(), eos_id, min(step, limit), alpha
-            )
+            _finish(search.ids[row, beam, :used].tolist(), search.log_probs[row, beam, :used].tolist(), eos_id, alpha)
             for beam in order
         ]
     keep = (~done).nonzero().flatten()
-    return active[keep], search.rows(keep, filled), mask[keep]
+    return active[keep], search.rows(keep, filled), mask if mask is None else mask[keep]

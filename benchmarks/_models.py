@@ -1,0 +1,68 @@
+"""Random models of the shipped shapes, with a tokenizer of the published size, for benchmarks that need no data."""
+
+from __future__ import annotations
+
+import io
+import random
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+
+import sentencepiece
+import torch
+
+from raytrain.config import load_config
+from raytrain.data.tokenizer import CanaryTokenizer
+from raytrain.model.canary import Canary
+from raytrain.model.config import ModelConfig
+from raytrain.model.portable import ModelParts
+
+CONFIGS = Path(__file__).parents[1] / "configs"
+
+
+def config_of(name: str) -> ModelConfig:
+    """The model section of `configs/<name>.yaml`."""
+    return load_config(CONFIGS / f"{name}.yaml").model
+
+
+def _train(lines: list[str], size: int, symbols: list[str]) -> bytes:
+    writer = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(lines), model_writer=writer, model_type="bpe", vocab_size=size, unk_id=0, bos_id=-1,
+        eos_id=-1, pad_id=-1, user_defined_symbols=symbols, num_threads=1, minloglevel=2,
+    )  # fmt: skip
+    return writer.getvalue()
+
+
+@cache
+def tokenizers(num_specials: int, languages: int, pieces: int) -> dict[str, bytes]:
+    """Models whose sizes add up to num_specials + languages·pieces; the texts are random words."""
+    rng = random.Random(1)
+    words = ["".join(rng.choices("abcdefghijklmnoprstuvw", k=rng.randint(2, 9))) for _ in range(3000)]
+    lines = [" ".join(rng.choices(words, k=12)) for _ in range(2000)]
+    names = ("en", "de", "es", "fr")[:languages]
+    slots = "nospeech startoftranscript endoftext pnc nopnc startofcontext itn noitn timestamp notimestamp diarize"
+    slots += " nodiarize emo:undefined transcribe translate"
+    symbols = [f"<|{name}|>" for name in (*slots.split(), *names)] + ["<pad>"]
+    symbols += [f"<|spltoken{i}|>" for i in range(num_specials - len(symbols) - 2)]
+    specials = _train([" ".join(symbols[:5])], num_specials, symbols)
+    one = _train(lines, pieces, [])
+    return {"spl_tokens": specials, **{name: one for name in names}}
+
+
+def random_parts(name: str, *, seed: int = 0, never_ends: bool = True) -> ModelParts:
+    """A model of `configs/<name>.yaml` with random weights.
+
+    With `never_ends` the end of text has no probability: every utterance is decoded up to its length cap, so
+    that models are compared at equal output length.
+    """
+    config = config_of(name)
+    languages = 4 if config.vocab_size >= 4096 else 1
+    pieces = 1024 if languages == 4 else 256
+    models = tokenizers(config.vocab_size - languages * pieces, languages, pieces)
+    tokenizer = CanaryTokenizer(models)
+    torch.manual_seed(seed)
+    model = Canary(replace(config, vocab_size=tokenizer.vocab_size))
+    if never_ends:
+        model.log_softmax.mlp["layer0"].bias.data[tokenizer.eos_id] = -1e4
+    return ModelParts.of(model, models)

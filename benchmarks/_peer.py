@@ -1,0 +1,55 @@
+"""Talks to `peer_nemo.py` in NeMo's own environment, and times both sides in turn.
+
+Machines are noisy: one run of ours, one of theirs, and so on, and the ratio of the medians.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+
+class Peer:
+    """NeMo in a subprocess, holding one model; a context manager that ends it."""
+
+    def __init__(self, python: Path, model: Path, threads: int) -> None:
+        command = [str(python), str(Path(__file__).with_name("peer_nemo.py")), str(model), str(threads)]
+        self._process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+        )
+        self._answer()  # it has loaded, and takes no more time from us
+
+    def __enter__(self) -> Peer:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._process.stdin.close()
+        self._process.wait(timeout=60)
+
+    def ask(self, **request: Any) -> dict[str, Any]:
+        """One request, one answer: `seconds` and `result`."""
+        print(json.dumps(request), file=self._process.stdin, flush=True)
+        return self._answer()
+
+    def _answer(self) -> dict[str, Any]:
+        for line in self._process.stdout:
+            if line.startswith("@"):
+                return json.loads(line[1:])
+        raise SystemExit("NeMo ended; run benchmarks/peer_nemo.py by hand to see why")
+
+
+def in_turn(ours: Callable[[], object], theirs: Callable[[], float], rounds: int) -> dict[str, float]:
+    """Median seconds of both and how many times faster ours is. Both have run once before."""
+    own, other = [], []
+    for _ in range(rounds):
+        start = time.perf_counter()
+        ours()
+        own.append(time.perf_counter() - start)
+        other.append(theirs())
+    mine, peer = statistics.median(own), statistics.median(other)
+    return {"ours_ms": round(1000 * mine, 1), "nemo_ms": round(1000 * peer, 1), "times_faster": round(peer / mine, 2)}
