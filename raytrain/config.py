@@ -72,7 +72,8 @@ class DataSection(_Section):
 
 
 class TokenizerSection(_Section):
-    """`path` names a folder with a trained tokenizer; without it one is trained per language."""
+    """`path` names a folder with a trained tokenizer, or a model whose tokenizer to take (a `.nemo` file, a run, a
+    checkpoint); without it one is trained per language."""
 
     path: str | None = None
     vocab_size: int = Field(1024, ge=8)

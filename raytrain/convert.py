@@ -67,6 +67,21 @@ def model_config_of(meta: dict[str, Any]) -> ModelConfig:
         raise CheckpointError("a checkpoint has no usable model settings", why=str(error)) from error
 
 
+def model_stamp(path: Path) -> list[Any]:
+    """Names a model's files by path, size and time of change: what depends on the model depends on this.
+
+    Raises `CheckpointError` where there is nothing at `path`.
+    """
+    path = Path(path).expanduser().absolute()
+    checkpoint = find_checkpoint(path) if path.is_dir() and not (path / "config.json").exists() else None
+    folder = checkpoint.folder if checkpoint else path
+    files = sorted(file for file in folder.rglob("*") if file.is_file()) if folder.is_dir() else [folder]
+    try:
+        return [[str(file), file.stat().st_size, file.stat().st_mtime_ns] for file in files]
+    except OSError as error:
+        raise CheckpointError(f"there is no model at {path}", allowed=_KINDS) from error
+
+
 def _read_own(checkpoint: Checkpoint) -> ModelParts:
     folder = checkpoint.folder.resolve()
     # A training run keeps its tokenizer once, beside its checkpoints; an exported model has its own.

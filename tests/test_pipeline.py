@@ -2,8 +2,10 @@
 
 import json
 import shutil
+from dataclasses import replace
 
 import pytest
+import torch
 import yaml
 from conftest import tiny_config, tiny_values
 
@@ -11,9 +13,12 @@ from raytrain.artifacts import read_json
 from raytrain.cluster.pipeline import STAGE_NAMES, run_pipeline
 from raytrain.cluster.workspace import PROFILE_FORMAT, Workspace
 from raytrain.console import Console
+from raytrain.convert import Format, load_model, save_model
 from raytrain.data.assignment import Assignment
 from raytrain.demo.run import ARTEFACTS
-from raytrain.errors import ArtifactError, ManifestError, ProfileError, RaytrainError, StorageError
+from raytrain.errors import ArtifactError, CheckpointError, ManifestError, ProfileError, RaytrainError, StorageError
+from raytrain.model.canary import Canary
+from raytrain.model.transfer import initialise_from, pieces_of
 from raytrain.training.checkpoint import CheckpointFolder
 
 pytestmark = pytest.mark.usefixtures("local_ray")
@@ -216,3 +221,26 @@ def test_an_error_in_a_worker_reaches_the_user_readably(finished, corpus, tmp_pa
     shutil.rmtree(copy / "audio")
     with pytest.raises(RaytrainError, match="can't be read; got .*flac; to do: check data.root"):
         run(config, "train")
+
+
+def test_training_starts_from_another_model_with_another_tokenizer(finished, corpus, tmp_path):
+    source = load_model(finished.run_dir)
+    save_model(source, tmp_path / "source.nemo", Format.nemo)
+    # A step that changes nothing shows what training began with.
+    train = {"init_from": str(tmp_path / "source.nemo"), "max_steps": 1, "learning_rate": 1e-12,
+             "min_learning_rate": 0.0, "weight_decay": 0.0, "num_workers": 1, "validate_every_steps": 1}  # fmt: skip
+    config = tiny_config(corpus, tmp_path, tokenizer={"vocab_size": 28}, train=train)
+    run(config, *STAGE_NAMES[: STAGE_NAMES.index("train") + 1])
+    found = load_model(config.run_dir)
+    assert found.config.vocab_size < source.config.vocab_size
+    for name in ("encoder.layers.0.feed_forward1.linear1.weight", "transf_decoder._decoder.final_layer_norm.bias"):
+        torch.testing.assert_close(found.state[name], source.state[name], atol=1e-6, rtol=0)
+    old, new = pieces_of(source.tokenizers), pieces_of(found.tokenizers)
+    stayed = [piece for piece in new if piece in old]
+    assert {"<|en|>", "<|de|>", "<|endoftext|>"} <= {piece for _, piece in stayed} and len(stayed) < len(old)
+    for name in ("transf_decoder._embedding.token_embedding.weight", "log_softmax.mlp.layer0.bias"):
+        rows = [found.state[name][new[piece]] for piece in stayed]
+        wanted = [source.state[name][old[piece]] for piece in stayed]
+        torch.testing.assert_close(torch.stack(rows), torch.stack(wanted), atol=1e-6, rtol=0)
+    with pytest.raises(CheckpointError, match="decoder_width 32.*decoder_width 48"):
+        initialise_from(Canary(replace(found.config, decoder_width=48)), found.tokenizers, source)

@@ -2,6 +2,7 @@
 
 import os
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
@@ -47,6 +48,27 @@ def test_traced_memory_is_close_to_affine_in_the_batch_size():
     small, middle, large = (trace(size).peak_bytes for size in (2, 8, 16))
     line = MemoryLine.through(2, small, 8, middle)
     assert abs(line.base_bytes + 16 * line.slope_bytes - large) / large < 0.02
+
+
+def test_activation_checkpointing_saves_memory_and_changes_nothing():
+    config = replace(MODEL, encoder_layers=4, dropout=0.1)
+    settings = replace(SETTINGS, activation_checkpointing=True)
+    sizes = {"batch_size": 4, "max_duration_ms": 4000, "max_tokens": 20}
+    saved = 1 - trace_step(config, settings, **sizes).peak_bytes / trace_step(config, SETTINGS, **sizes).peak_bytes
+    assert saved > 0.1
+    results = []
+    for checkpointing in (False, True):
+        torch.manual_seed(0)
+        model = Canary(config).train()
+        model.encoder.checkpoint_blocks = checkpointing
+        optimizer = make_optimizer(model, SETTINGS)
+        batch = SpeechBatch.synthetic(2, 1500, 12, vocab=40, device="cpu")
+        for _ in range(2):
+            train_step(model, batch, optimizer, SETTINGS, precision="fp32")
+        results.append(model.state_dict())
+    # Weights, and the running statistics of batch norm, which must not count the second forward pass.
+    for name, value in results[0].items():
+        torch.testing.assert_close(results[1][name], value, msg=name)
 
 
 def test_the_search_finds_the_largest_batch_of_a_traced_bucket():

@@ -32,6 +32,7 @@ from raytrain.cluster.workspace import (
 )
 from raytrain.config import Config
 from raytrain.console import Console
+from raytrain.convert import model_stamp
 from raytrain.data.assignment import INDEX_FORMAT
 from raytrain.errors import ManifestError, TrainingError
 from raytrain.lengths.histogram import LengthHistogram
@@ -41,7 +42,7 @@ from raytrain.training.checkpoint import CheckpointFolder
 _NOT_LINEAGE = (
     "max_steps", "max_minutes", "stop_at_wer", "validate_every_steps", "max_validation_utterances",
     "checkpoint_every_steps", "keep_checkpoints", "log_every_steps", "num_loader_threads", "prefetch_batches",
-    "max_failures", "num_workers", "device",
+    "max_failures", "num_workers", "device", "activation_checkpointing",
 )  # fmt: skip
 
 
@@ -96,6 +97,7 @@ def statistics_key(workspace: Workspace) -> Any:
         _reading(config, "train"),
         config.data.max_bad_fraction,
         config.section("tokenizer"),
+        model_stamp(Path(config.tokenizer.path)) if config.tokenizer.path else None,
         config.model.prompt_format,
     ]
 
@@ -219,7 +221,7 @@ def oomptimize_key(workspace: Workspace) -> Any:
     train = workspace.config.train
     return [
         workspace.config.section("oomptimize"),
-        [train.precision, train.ctc_weight > 0, train.num_workers, train.device],
+        [train.precision, train.ctc_weight > 0, train.num_workers, train.device, train.activation_checkpointing],
         workspace.plan_id,
         workspace.model_id(),
     ]
@@ -262,7 +264,8 @@ def _lineage(workspace: Workspace) -> str:
     assignment = read_json(workspace.path("assignment", "index.json"), INDEX_FORMAT)["id"]
     profile = content_id(workspace.profile().to_body())
     model = asdict(workspace.model_config())
-    return content_id([settings, workspace.config.seed, assignment, profile, workspace.tokenizer.id, model])
+    start = model_stamp(Path(workspace.config.train.init_from)) if workspace.config.train.init_from else None
+    return content_id([settings, workspace.config.seed, assignment, profile, workspace.tokenizer.id, model, start])
 
 
 def train_key(workspace: Workspace) -> Any:

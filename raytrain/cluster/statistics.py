@@ -17,6 +17,7 @@ import numpy as np
 import orjson
 
 from raytrain.config import Config
+from raytrain.convert import load_model
 from raytrain.data.manifest import BadRow, ManifestChunk, Utterance, read_chunk, split_manifests
 from raytrain.data.prompt import encode_utterance
 from raytrain.data.tokenizer import CanaryTokenizer, train_tokenizer
@@ -107,7 +108,11 @@ def make_tokenizer(config: Config, folder: Path) -> CanaryTokenizer:
     """Load the configured tokenizer, or train one per language on the training texts; save it in `folder`."""
     section = config.tokenizer
     if section.path:
-        tokenizer = CanaryTokenizer.load(Path(section.path).expanduser())
+        path = Path(section.path).expanduser()
+        if (path / "tokenizer.json").exists():
+            tokenizer = CanaryTokenizer.load(path)
+        else:
+            tokenizer = CanaryTokenizer(load_model(path).tokenizers)
         tokenizer.save(folder)
         return tokenizer
     texts: dict[str, list[str]] = {}

@@ -26,7 +26,9 @@ def train_worker(job: dict[str, Any]) -> None:
     from ray import train
 
     from raytrain.cluster.workspace import Workspace
+    from raytrain.convert import load_model
     from raytrain.model.canary import Canary
+    from raytrain.model.transfer import initialise_from
     from raytrain.training.checkpoint import CheckpointFolder
     from raytrain.training.loop import TrainingLoop
     from raytrain.training.optim import make_optimizer
@@ -41,12 +43,15 @@ def train_worker(job: dict[str, Any]) -> None:
     torch.manual_seed(config.seed)
     model_config = workspace.model_config()
     model = Canary(model_config).to(device)
+    model.encoder.checkpoint_blocks = config.train.activation_checkpointing
     optimizer = make_optimizer(model, config.train)
     checkpoints = CheckpointFolder(workspace.path("checkpoints"), config.train.keep_checkpoints)
     resume = checkpoints.newest()
     if resume is not None:
         model.load_state_dict(resume.load("model", device))
         optimizer.load_state_dict(resume.load("optimizer", device))
+    elif config.train.init_from:
+        initialise_from(model, workspace.tokenizer.models, load_model(Path(config.train.init_from).expanduser()))
     step = resume.step if resume else 0
     wrapped = model
     if dist.is_initialized() and world_size > 1:

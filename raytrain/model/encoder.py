@@ -7,10 +7,14 @@ Sources: Gulati et al. 2020 (Conformer), Rekesh et al. 2023 (FastConformer), Dai
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from raytrain.model.config import ModelConfig
 from raytrain.model.dropout import dropout
@@ -116,9 +120,10 @@ class RelativeAttention(nn.Module):
 
 def shift(x_BHTP: Tensor) -> Tensor:
     """(B, H, T, 2T−1) by relative position T−1 … −(T−1) → (B, H, T, T), where (i, j) has position i−j."""
-    batch, heads, time, positions = x_BHTP.shape
-    padded = F.pad(x_BHTP, (1, 0)).view(batch, heads, positions + 1, time)
-    return padded[:, :, 1:].reshape(batch, heads, time, positions)[..., :time]
+    batch, heads, time, _ = x_BHTP.shape
+    # Sizes by `time` alone: torch.compile can't show that 2T−1 and the number of positions are the same.
+    padded = F.pad(x_BHTP, (1, 0)).reshape(batch, heads, 2 * time, time)
+    return padded[:, :, 1:].reshape(batch, heads, time, 2 * time - 1)[..., :time]
 
 
 class Convolution(nn.Module):
@@ -129,6 +134,8 @@ class Convolution(nn.Module):
         self.pointwise_conv1 = nn.Conv1d(width, 2 * width, 1)
         self.depthwise_conv = nn.Conv1d(width, width, kernel, padding=(kernel - 1) // 2, groups=width)
         self.batch_norm = nn.BatchNorm1d(width)
+        # While a block is computed anew for its gradient, its running statistics have seen the batch already.
+        self.recomputing = False
         self.pointwise_conv2 = nn.Conv1d(width, width, 1)
 
     def forward(self, x_BTD: Tensor, valid_B1T: Tensor) -> Tensor:
@@ -136,8 +143,15 @@ class Convolution(nn.Module):
         x = F.linear(x_BTD, self.pointwise_conv1.weight.flatten(1), self.pointwise_conv1.bias)
         x = F.glu(x) * valid_B1T.transpose(1, 2)
         x = self._depthwise(x.transpose(1, 2)[:, :, None])[:, :, 0].transpose(1, 2)
-        x = F.silu(self.batch_norm(x.flatten(0, 1)).view_as(x))
+        x = F.silu(self._normalise(x.flatten(0, 1)).view_as(x))
         return F.linear(x, self.pointwise_conv2.weight.flatten(1), self.pointwise_conv2.bias)
+
+    def _normalise(self, x_ND: Tensor) -> Tensor:
+        norm = self.batch_norm
+        if self.training and self.recomputing:
+            mean, variance = norm.running_mean.clone(), norm.running_var.clone()
+            return F.batch_norm(x_ND, mean, variance, norm.weight, norm.bias, True, norm.momentum, norm.eps)
+        return norm(x_ND)
 
     def _depthwise(self, x_BD1T: Tensor) -> Tensor:
         layer = self.depthwise_conv
@@ -180,6 +194,7 @@ class FastConformer(nn.Module):
         self.pre_encode = Subsampling(config.mel_bins, config.subsampling_channels, config.encoder_width)
         self.layers = nn.ModuleList(ConformerBlock(config) for _ in range(config.encoder_layers))
         self.dropout = config.dropout
+        self.checkpoint_blocks = False  # keep only the blocks' inputs in training, and compute them twice
 
     def forward(self, mel_BMT: Tensor, frames_B: Tensor) -> tuple[Tensor, Tensor]:
         x, lengths = self.pre_encode(mel_BMT, frames_B)
@@ -188,8 +203,26 @@ class FastConformer(nn.Module):
         valid = mask_until(lengths.clamp_min(1), x.shape[1])[:, None]
         x = dropout(x, self.dropout, self.training)
         for layer in self.layers:
-            x = layer(x, positions, valid)
+            if self.checkpoint_blocks and self.training:
+                x = checkpoint(
+                    layer, x, positions, valid, use_reentrant=False, context_fn=partial(_contexts, layer.conv)
+                )
+            else:
+                x = layer(x, positions, valid)
         return x, lengths
+
+
+def _contexts(conv: Convolution) -> tuple[AbstractContextManager, AbstractContextManager]:
+    return nullcontext(), _recomputing(conv)
+
+
+@contextmanager
+def _recomputing(conv: Convolution) -> Iterator[None]:
+    conv.recomputing = True
+    try:
+        yield
+    finally:
+        conv.recomputing = False
 
 
 def relative_positions(time: int, width: int, device: torch.device) -> Tensor:

@@ -90,6 +90,7 @@ def trace_step(
     meter = LiveBytes()
     with torch.device("meta"):
         model = Canary(config).train()
+        model.encoder.checkpoint_blocks = settings.activation_checkpointing
         optimizer = make_optimizer(model, settings)
         batch = SpeechBatch.synthetic(
             batch_size,

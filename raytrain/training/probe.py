@@ -81,6 +81,7 @@ class CudaMeter:
         self._config, self._settings, self._num_steps = model, settings, num_steps
         self._edges = (max_duration_ms, max_tokens)
         self._model = Canary(model).to(self._device).train()
+        self._model.encoder.checkpoint_blocks = settings.activation_checkpointing
         self._optimizer = make_optimizer(self._model, settings)
         self._precision = resolve_precision(settings.precision, "cuda")
         # DDP keeps gradients in reducer buckets; an equal reserve stands for them here.

@@ -11,11 +11,15 @@ class TrainSettings:
 
     `precision` is `auto` (bf16 autocast on a GPU, fp32 on a CPU), `fp32` or `bf16`. `ctc_weight` mixes an
     auxiliary CTC loss on the encoder into the total: (1 − w)·CE + w·CTC; a decoder trained from scratch on
-    few hours does not learn to attend without it. `device` is `auto`, `cpu` or `cuda`.
+    few hours does not learn to attend without it. `device` is `auto`, `cpu` or `cuda`. `init_from` names a model to
+    start from: a `.nemo` file, a run, a checkpoint or a Hugging Face folder, where every worker can read it.
+    `activation_checkpointing` computes the encoder's blocks twice, for less memory.
     """
 
     __pydantic_config__ = {"extra": "forbid"}
 
+    init_from: str | None = None
+    activation_checkpointing: bool = False
     num_workers: int = 2
     device: str = "auto"
     precision: str = "auto"
