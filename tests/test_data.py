@@ -105,15 +105,11 @@ def test_training_a_tokenizer_twice_gives_equal_bytes():
     assert train_tokenizer(texts, 40).id == train_tokenizer(texts, 40).id
 
 
-def test_unknown_languages_slots_and_formats_list_what_is_allowed(tokenizer):
+def test_unknown_languages_list_what_is_allowed(tokenizer):
     with pytest.raises(TokenizerError, match="got fr; allowed: de, en"):
         tokenizer.encode_text("un", "fr")
     with pytest.raises(TokenizerError, match="unknown language; got fr"):
         prompt_ids(tokenizer, "fr", "en")
-    with pytest.raises(TokenizerError, match="allowed: emotion, itn, timestamp, diarize"):
-        prompt_ids(tokenizer, "en", "en", slots={"mood": "x"})
-    with pytest.raises(TokenizerError, match="allowed: canary, canary2"):
-        prompt_ids(tokenizer, "en", "en", prompt_format="canary9")
 
 
 def test_an_utterance_is_prompt_text_and_end(tokenizer):

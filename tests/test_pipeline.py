@@ -229,8 +229,10 @@ def test_training_starts_from_another_model_with_another_tokenizer(finished, cor
     # A step that changes nothing shows what training began with.
     train = {"init_from": str(tmp_path / "source.nemo"), "max_steps": 1, "learning_rate": 1e-12,
              "min_learning_rate": 0.0, "weight_decay": 0.0, "num_workers": 1, "validate_every_steps": 1}  # fmt: skip
-    config = tiny_config(corpus, tmp_path, tokenizer={"vocab_size": 28}, train=train)
+    changed = {"tokenizer": {"vocab_size": 28}, "model": {"prompt_format": "canary"}}
+    config = tiny_config(corpus, tmp_path, train=train, **changed)
     run(config, *STAGE_NAMES[: STAGE_NAMES.index("train") + 1])
+    assert read_json(config.run_dir / "statistics.json", "raytrain.statistics/1")["body"]["prompt_tokens_mean"] == 5
     found = load_model(config.run_dir)
     assert found.config.vocab_size < source.config.vocab_size
     for name in ("encoder.layers.0.feed_forward1.linear1.weight", "transf_decoder._decoder.final_layer_norm.bias"):

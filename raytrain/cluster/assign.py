@@ -19,16 +19,16 @@ import orjson
 
 from raytrain.artifacts import atomic_write_bytes, write_json
 from raytrain.data.assignment import INDEX_FORMAT, part_name, write_part
-from raytrain.data.manifest import BadRow, ManifestChunk, Utterance, read_chunk
-from raytrain.data.prompt import encode_utterance
+from raytrain.data.manifest import BadRow, ManifestChunk, Utterance
+from raytrain.data.prompt import encode_utterance, read_utterances
 from raytrain.data.tokenizer import CanaryTokenizer
 from raytrain.errors import ArtifactError
 from raytrain.lengths.plan import BucketPlan
 
 
-def encode_row(tokenizer: CanaryTokenizer, row: Utterance) -> dict[str, Any]:
+def encode_row(tokenizer: CanaryTokenizer, row: Utterance, prompt_format: str) -> dict[str, Any]:
     """A manifest row as `data.assignment.ROW_SCHEMA` stores it."""
-    encoded = encode_utterance(tokenizer, row)
+    encoded = encode_utterance(tokenizer, row, prompt_format)
     return {
         "audio_path": row.audio_path,
         "offset_ms": row.offset_ms,
@@ -41,15 +41,20 @@ def encode_row(tokenizer: CanaryTokenizer, row: Utterance) -> dict[str, Any]:
 
 
 def assign_chunk(
-    chunk: ManifestChunk, tokenizer: CanaryTokenizer, plan: BucketPlan, folder: Path, language: str | None
+    chunk: ManifestChunk,
+    tokenizer: CanaryTokenizer,
+    plan: BucketPlan,
+    folder: Path,
+    prompt_format: str,
+    language: str | None,
 ) -> dict[str, Any]:
     """Write the parts of one byte range; returns its note: rows per bucket and rejections by reason."""
     rows, rejected = [], []
-    for row in read_chunk(chunk, set(tokenizer.languages), language):
+    for row in read_utterances(chunk, tokenizer, prompt_format, language):
         if isinstance(row, BadRow):
             rejected.append({"reason": row.reason, "file": row.file, "line": row.line, "detail": row.detail})
         else:
-            rows.append(encode_row(tokenizer, row))
+            rows.append(encode_row(tokenizer, row, prompt_format))
     buckets, reasons = plan.place(
         np.array([row["duration_ms"] for row in rows], np.int64),
         np.array([len(row["tokens"]) for row in rows], np.int64),
@@ -80,6 +85,7 @@ def assign_all(
     folder: Path,
     *,
     key: str,
+    prompt_format: str,
     language: str | None,
 ) -> Iterator[dict[str, Any]]:
     """Run the missing chunks on Ray Data; yields the note of every chunk, finished before or now."""
@@ -96,7 +102,7 @@ def assign_all(
 
     def work(item: dict[str, Any]) -> dict[str, Any]:
         chunk = ManifestChunk(**orjson.loads(item["chunk"]))
-        note = assign_chunk(chunk, *ray.get(shared), folder, language)
+        note = assign_chunk(chunk, *ray.get(shared), folder, prompt_format, language)
         # The note comes last: a range without one is written again, over the same file names.
         atomic_write_bytes(notes / f"{chunk.index:05d}.json", orjson.dumps(note))
         return {"note": orjson.dumps(note)}

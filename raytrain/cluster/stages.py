@@ -182,7 +182,8 @@ def run_buckets(context: Context) -> str:
 
 
 def assign_key(workspace: Workspace) -> Any:
-    return [_reading(workspace.config, "train"), workspace.plan_id, workspace.tokenizer.id]
+    config = workspace.config
+    return [_reading(config, "train"), workspace.plan_id, workspace.tokenizer.id, config.model.prompt_format]
 
 
 def run_assign(context: Context) -> str:
@@ -201,6 +202,7 @@ def run_assign(context: Context) -> str:
             workspace.plan,
             folder,
             key=key,
+            prompt_format=config.model.prompt_format,
             language=config.data.default_language,
         ):
             notes.append(note)

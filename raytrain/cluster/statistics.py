@@ -19,7 +19,7 @@ import orjson
 from raytrain.config import Config
 from raytrain.convert import load_model
 from raytrain.data.manifest import BadRow, ManifestChunk, Utterance, read_chunk, split_manifests
-from raytrain.data.prompt import encode_utterance
+from raytrain.data.prompt import encode_utterance, prompt_ids, read_utterances
 from raytrain.data.tokenizer import CanaryTokenizer, train_tokenizer
 from raytrain.errors import ManifestError
 from raytrain.lengths.histogram import LengthHistogram
@@ -53,12 +53,14 @@ class Counts:
         self.num_rows += other.num_rows
 
 
-def count_chunk(chunk: ManifestChunk, tokenizer: CanaryTokenizer, default_language: str | None) -> Counts:
+def count_chunk(
+    chunk: ManifestChunk, tokenizer: CanaryTokenizer, prompt_format: str, default_language: str | None
+) -> Counts:
     """Count one byte range of a manifest; runs on a worker."""
     counts = Counts()
     durations: list[int] = []
     tokens: list[int] = []
-    for row in read_chunk(chunk, set(tokenizer.languages), default_language):
+    for row in read_utterances(chunk, tokenizer, prompt_format, default_language):
         counts.num_rows += 1
         if isinstance(row, BadRow):
             counts.rejected[row.reason] += 1
@@ -66,7 +68,7 @@ def count_chunk(chunk: ManifestChunk, tokenizer: CanaryTokenizer, default_langua
             if len(examples) < NUM_EXAMPLES:
                 examples.append({"file": row.file, "line": row.line, "detail": row.detail})
             continue
-        encoded = encode_utterance(tokenizer, row)
+        encoded = encode_utterance(tokenizer, row, prompt_format)
         durations.append(row.duration_ms)
         tokens.append(len(encoded.ids))
         counts.prompt_tokens += encoded.prompt_length
@@ -82,13 +84,14 @@ def count_all(chunks: list[ManifestChunk], tokenizer: CanaryTokenizer, config: C
     """Partial counts of all chunks from Ray Data, in chunk order."""
     import ray
 
-    language = config.data.default_language
+    language, prompt_format = config.data.default_language, config.model.prompt_format
     tokenizer_ref = ray.put(tokenizer)
 
     def count(row: dict[str, Any]) -> dict[str, Any]:
         import pickle
 
-        partial = count_chunk(ManifestChunk(**orjson.loads(row["chunk"])), ray.get(tokenizer_ref), language)
+        chunk = ManifestChunk(**orjson.loads(row["chunk"]))
+        partial = count_chunk(chunk, ray.get(tokenizer_ref), prompt_format, language)
         return {"counts": pickle.dumps(partial)}
 
     import pickle
@@ -113,6 +116,9 @@ def make_tokenizer(config: Config, folder: Path) -> CanaryTokenizer:
             tokenizer = CanaryTokenizer.load(path)
         else:
             tokenizer = CanaryTokenizer(load_model(path).tokenizers)
+        language = tokenizer.languages[0]
+        # A tokenizer of the other prompt format lacks tokens; better told now than by every row.
+        prompt_ids(tokenizer, language, language, prompt_format=config.model.prompt_format)
         tokenizer.save(folder)
         return tokenizer
     texts: dict[str, list[str]] = {}
@@ -124,7 +130,9 @@ def make_tokenizer(config: Config, folder: Path) -> CanaryTokenizer:
         texts.setdefault(row.target_lang, []).append(row.text)
     if not texts:
         raise ManifestError("the training manifests have no usable row", remedy="check data.train")
-    return train_tokenizer(texts, section.vocab_size, folder, model_type=section.model_type)
+    return train_tokenizer(
+        texts, section.vocab_size, folder, model_type=section.model_type, prompt_format=config.model.prompt_format
+    )
 
 
 def check_bad_rows(counts: Counts, limit: float) -> None:

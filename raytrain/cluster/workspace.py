@@ -16,7 +16,8 @@ from raytrain.cluster.statistics import chunks_of
 from raytrain.config import Config
 from raytrain.data.assignment import Assignment, Row
 from raytrain.data.loader import BatchLoader, Quarantine, read_rows
-from raytrain.data.manifest import Utterance, read_chunk
+from raytrain.data.manifest import Utterance
+from raytrain.data.prompt import read_utterances
 from raytrain.data.tokenizer import CanaryTokenizer
 from raytrain.lengths.plan import BucketPlan
 from raytrain.lengths.profile import BatchProfile
@@ -96,10 +97,11 @@ class Workspace:
     def rows(self, split: str, limit: int | None = None) -> list[Row]:
         """Encoded rows of a small split (dev), at most `limit`; bad manifest rows are left out."""
         rows: list[Row] = []
+        prompt_format = self.config.model.prompt_format
         for chunk in chunks_of(self.config, split):
-            for item in read_chunk(chunk, set(self.tokenizer.languages), self.config.data.default_language):
+            for item in read_utterances(chunk, self.tokenizer, prompt_format, self.config.data.default_language):
                 if isinstance(item, Utterance):
-                    values = encode_row(self.tokenizer, item)
+                    values = encode_row(self.tokenizer, item, prompt_format)
                     rows.append(Row(**{**values, "tokens": tuple(values["tokens"])}))
                 if limit is not None and len(rows) >= limit:
                     return rows

@@ -104,10 +104,11 @@ class SpeechBatch:
         return self.token_lengths - self.prompt_lengths - 1
 
     def ctc_targets(self) -> Tensor:
-        """(B, L) text tokens moved to the front; what follows them has no meaning."""
+        """(B, L) text tokens moved to the front, then zeros."""
         width = self.tokens.shape[1]
-        index = torch.arange(width, device=self.tokens.device)[None] + self.prompt_lengths[:, None]
-        return self.tokens.gather(1, index.clamp_max(width - 1))
+        position = torch.arange(width, device=self.tokens.device)[None]
+        index = (position + self.prompt_lengths[:, None]).clamp_max(width - 1)
+        return self.tokens.gather(1, index).masked_fill(position >= self.ctc_target_lengths()[:, None], 0)
 
 
 @dataclass(frozen=True)

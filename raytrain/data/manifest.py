@@ -7,16 +7,22 @@ reason; nothing is dropped in silence.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import orjson
 
-from raytrain.errors import ManifestError
+from raytrain.data.slots import slot_token
+from raytrain.errors import ManifestError, TokenizerError
 
-REASONS = ("bad_json", "missing_field", "bad_duration", "empty_text", "unknown_language", "skipme")
+REASONS = ("bad_json", "missing_field", "bad_duration", "empty_text", "unknown_language", "bad_slot", "skipme")
+# Field of a manifest row → prompt slot.
+_SLOTS = {
+    "taskname": "task", "decodercontext": "decodercontext", "emotion": "emotion", "itn": "itn",
+    "timestamp": "timestamp", "diarize": "diarize",
+}  # fmt: skip
 # About thirty years; what lies beyond is a fault, and would not fit an int64 of milliseconds.
 _MAX_SECONDS = 1e9
 
@@ -33,7 +39,8 @@ class ManifestChunk:
 
 @dataclass(frozen=True)
 class Utterance:
-    """A usable row. Times in whole milliseconds, the duration rounded up; `audio_path` is absolute."""
+    """A usable row. Times in whole milliseconds, the duration rounded up; `audio_path` is absolute; `slots` are
+    the further prompt slots that the row names, as (slot, special token or text)."""
 
     audio_path: str
     offset_ms: int
@@ -42,6 +49,7 @@ class Utterance:
     source_lang: str
     target_lang: str
     pnc: bool
+    slots: tuple[tuple[str, str], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -77,14 +85,25 @@ def split_manifests(paths: list[Path], chunk_bytes: int = 16 << 20) -> list[Mani
 
 
 def read_chunk(
-    chunk: ManifestChunk, languages: set[str] | None, default_language: str | None = None
+    chunk: ManifestChunk,
+    languages: set[str] | None,
+    default_language: str | None = None,
+    check: Callable[[Utterance], object] | None = None,
 ) -> Iterator[Utterance | BadRow]:
-    """Rows of one byte range in order; `languages` limits what a row may name, None allows any."""
+    """Rows of one byte range in order; `languages` limits what a row may name, None allows any.
+
+    A row for which `check` raises `TokenizerError` is a bad one too.
+    """
     folder = Path(chunk.path).parent
     for position, line in _lines(chunk):
         if not line.strip():
             continue
         row = _parse(line, folder, languages, default_language)
+        if check is not None and isinstance(row, Utterance):
+            try:
+                check(row)
+            except TokenizerError as error:
+                row = "bad_slot", str(error)
         if isinstance(row, tuple):
             reason, detail = row
             yield BadRow(chunk.path, _line_number(chunk.path, position), reason, detail)
@@ -148,6 +167,11 @@ def _parse(
         return "unknown_language", f"{source!r} → {target!r}: a language is a text"
     if languages is not None and not {source, target} <= languages:
         return "unknown_language", f"{source} → {target}; the tokenizer has {', '.join(sorted(languages))}"
+    try:
+        pnc = slot_token("pnc", row.get("pnc", True)) == "<|pnc|>"
+        slots = tuple((slot, slot_token(slot, row[name])) for name, slot in _SLOTS.items() if row.get(name) is not None)
+    except TokenizerError as error:
+        return "bad_slot", str(error)
     return Utterance(
         audio_path=str(folder / row["audio_filepath"]),
         offset_ms=offset,
@@ -155,7 +179,8 @@ def _parse(
         text=" ".join(text.split()),
         source_lang=source,
         target_lang=target,
-        pnc=str(row.get("pnc", "yes")).lower() in ("yes", "true", "pnc"),
+        pnc=pnc,
+        slots=slots,
     )
 
 

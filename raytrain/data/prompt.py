@@ -1,25 +1,21 @@
 """Canary prompts: the special tokens before the text, in both of NeMo's formats.
 
     canary    <|startoftranscript|> source task target pnc
-    canary2   <|startofcontext|> <|startoftranscript|> emotion source target pnc itn timestamp diarize
+    canary2   <|startofcontext|> [context] <|startoftranscript|> emotion source target pnc itn timestamp diarize
 
-`encode_utterance` gives the whole sequence that the decoder is trained on: prompt, text, end of text.
+`encode_utterance` gives the whole sequence that the decoder is trained on: prompt, text, end of text. The context
+is text that came before, in the target language and encoded by that language's model.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
 
-from raytrain.data.manifest import Utterance
+from raytrain.data.manifest import BadRow, ManifestChunk, Utterance, read_chunk
+from raytrain.data.slots import DEFAULTS, check_format, slot_token
 from raytrain.data.tokenizer import BOS, CanaryTokenizer
 from raytrain.errors import TokenizerError
-
-CANARY2_DEFAULTS = {
-    "emotion": "<|emo:undefined|>",
-    "itn": "<|noitn|>",
-    "timestamp": "<|notimestamp|>",
-    "diarize": "<|nodiarize|>",
-}
 
 
 class EncodedUtterance(NamedTuple):
@@ -34,46 +30,63 @@ def prompt_ids(
     source_lang: str,
     target_lang: str,
     *,
-    pnc: bool = True,
+    pnc: bool | str = True,
     prompt_format: str = "canary2",
-    slots: dict[str, str] | None = None,
+    slots: Mapping[str, Any] | None = None,
 ) -> list[int]:
-    """Ids of a prompt. `slots` overrides canary2's emotion, itn, timestamp or diarize token.
+    """Ids of a prompt. `slots` sets further slots of the format by name; see `raytrain.data.slots`.
 
-    Raises `TokenizerError` for an unknown format, slot or language, listing what is allowed.
+    Raises `TokenizerError` for an unknown format, slot, value or language, listing what is allowed.
     """
-    for language in (source_lang, target_lang):
-        if not tokenizer.has_special(f"<|{language}|>"):
-            raise TokenizerError("unknown language", got=language, allowed=", ".join(tokenizer.languages))
-    unknown = set(slots or {}) - set(CANARY2_DEFAULTS)
+    names = check_format(prompt_format)
+    unknown = set(slots or {}) - set(names)
     if unknown:
-        raise TokenizerError("unknown prompt slot", got=sorted(unknown), allowed=", ".join(CANARY2_DEFAULTS))
-    case = "<|pnc|>" if pnc else "<|nopnc|>"
-    source, target = f"<|{source_lang}|>", f"<|{target_lang}|>"
+        raise TokenizerError("unknown prompt slot", got=", ".join(sorted(unknown)), allowed=", ".join(names))
+    given = {"source_lang": source_lang, "target_lang": target_lang, "pnc": pnc, **(slots or {})}
+    values = {**DEFAULTS, **{name: slot_token(name, value) for name, value in given.items()}}
+    for name in ("source_lang", "target_lang"):
+        if not tokenizer.has_special(values[name]):
+            raise TokenizerError("unknown language", got=given[name], allowed=", ".join(tokenizer.languages))
     if prompt_format == "canary":
-        task = "<|transcribe|>" if source == target else "<|translate|>"
-        tokens = [BOS, source, task, target, case]
-    elif prompt_format == "canary2":
-        values = {**CANARY2_DEFAULTS, **(slots or {})}
-        tokens = [
-            "<|startofcontext|>", BOS, values["emotion"], source, target, case,
-            values["itn"], values["timestamp"], values["diarize"],
-        ]  # fmt: skip
-    else:
-        raise TokenizerError("unknown prompt format", got=prompt_format, allowed="canary, canary2")
-    return [tokenizer.special(token) for token in tokens]
+        same = values["source_lang"] == values["target_lang"]
+        values.setdefault("task", "<|transcribe|>" if same else "<|translate|>")
+        return [tokenizer.special(token) for token in (BOS, *(values[name] for name in names))]
+    context = values["decodercontext"]
+    ids = tokenizer.encode_text(context, values["target_lang"][2:-2]) if context else []
+    rest = [tokenizer.special(token) for token in (BOS, *(values[name] for name in names[1:]))]
+    return [tokenizer.special("<|startofcontext|>"), *ids, *rest]
+
+
+def utterance_prompt(tokenizer: CanaryTokenizer, utterance: Utterance, prompt_format: str) -> list[int]:
+    """The prompt of a manifest row; slots that the format does not have are left out."""
+    names = check_format(prompt_format)
+    slots = {name: value for name, value in utterance.slots if name in names}
+    return prompt_ids(
+        tokenizer,
+        utterance.source_lang,
+        utterance.target_lang,
+        pnc=utterance.pnc,
+        prompt_format=prompt_format,
+        slots=slots,
+    )
 
 
 def encode_utterance(
     tokenizer: CanaryTokenizer, utterance: Utterance, prompt_format: str = "canary2"
 ) -> EncodedUtterance:
     """The training sequence of one utterance."""
-    prompt = prompt_ids(
-        tokenizer,
-        utterance.source_lang,
-        utterance.target_lang,
-        pnc=utterance.pnc,
-        prompt_format=prompt_format,
-    )
+    prompt = utterance_prompt(tokenizer, utterance, prompt_format)
     text = tokenizer.encode_text(utterance.text, utterance.target_lang)
     return EncodedUtterance([*prompt, *text, tokenizer.eos_id], len(prompt))
+
+
+def read_utterances(
+    chunk: ManifestChunk, tokenizer: CanaryTokenizer, prompt_format: str, default_language: str | None
+) -> Iterator[Utterance | BadRow]:
+    """Rows of one byte range that this tokenizer can encode; the others as bad rows."""
+
+    def check(row: Utterance) -> None:
+        if row.slots:  # languages are checked anyway
+            utterance_prompt(tokenizer, row, prompt_format)
+
+    return read_chunk(chunk, set(tokenizer.languages), default_language, check)

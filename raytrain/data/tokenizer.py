@@ -20,6 +20,7 @@ from pathlib import Path
 import sentencepiece
 
 from raytrain.artifacts import atomic_write_bytes, read_json, write_json
+from raytrain.data.slots import check_format
 from raytrain.errors import ArtifactError, TokenizerError
 
 FORMAT = "raytrain.tokenizer/1"
@@ -27,11 +28,17 @@ SPECIALS = "spl_tokens"
 EOS, BOS, PAD, NOSPEECH = "<|endoftext|>", "<|startoftranscript|>", "<pad>", "<|nospeech|>"
 # A language names a file and a special token; manifests may hold anything.
 _LANGUAGE = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
-_SPECIAL_ORDER = (
-    NOSPEECH, PAD, EOS, BOS, "<|pnc|>", "<|nopnc|>", "<|startofcontext|>", "<|itn|>", "<|noitn|>",
-    "<|timestamp|>", "<|notimestamp|>", "<|diarize|>", "<|nodiarize|>", "<|emo:undefined|>", "<|emo:neutral|>",
-    "<|emo:happy|>", "<|emo:sad|>", "<|emo:angry|>", "<|transcribe|>", "<|translate|>",
-)  # fmt: skip
+_COMMON = (NOSPEECH, PAD, EOS, BOS, "<|pnc|>", "<|nopnc|>")
+# NeMo's order of the special tokens after <unk>; the languages follow.
+_SPECIALS_OF = {
+    "canary": (*_COMMON, "<|translate|>", "<|transcribe|>"),
+    "canary2": (
+        *_COMMON, "<|startofcontext|>", "<|emo:undefined|>", "<|emo:neutral|>", "<|itn|>", "<|noitn|>",
+        "<|timestamp|>", "<|notimestamp|>", "<|diarize|>", "<|nodiarize|>",
+    ),
+}  # fmt: skip
+# Not in NeMo's published models; they come last so that all other ids are NeMo's.
+_FURTHER = {"canary": (), "canary2": ("<|emo:happy|>", "<|emo:sad|>", "<|emo:angry|>")}
 
 
 class CanaryTokenizer:
@@ -40,6 +47,7 @@ class CanaryTokenizer:
     def __init__(self, models: dict[str, bytes]) -> None:
         if next(iter(models), None) != SPECIALS or len(models) < 2:
             raise TokenizerError("an aggregate tokenizer needs special tokens first, then languages", got=list(models))
+        _check_languages(name for name in models if name != SPECIALS)
         self._models = dict(models)
         self._processors = {}
         self._offsets: dict[str, int] = {}
@@ -156,15 +164,20 @@ class CanaryTokenizer:
 
 
 def train_tokenizer(
-    texts: dict[str, Iterable[str]], vocab_size: int, folder: Path | None = None, *, model_type: str = "bpe"
+    texts: dict[str, Iterable[str]],
+    vocab_size: int,
+    folder: Path | None = None,
+    *,
+    model_type: str = "bpe",
+    prompt_format: str = "canary2",
 ) -> CanaryTokenizer:
-    """One SentencePiece model of at most `vocab_size` pieces per language, and the special tokens.
+    """One SentencePiece model of at most `vocab_size` pieces per language, and the format's special tokens.
 
     A corpus of few words supports fewer pieces; then the model has as many as there are. Raises `TokenizerError`
     for a language that is not a plain name.
     """
     languages = sorted(_check_languages(texts))
-    models = {SPECIALS: train_specials(languages)}
+    models = {SPECIALS: train_specials(languages, prompt_format)}
     for language in languages:
         models[language] = _train(list(texts[language]), vocab_size, model_type)
     tokenizer = CanaryTokenizer(models)
@@ -173,9 +186,14 @@ def train_tokenizer(
     return tokenizer
 
 
-def train_specials(languages: Iterable[str]) -> bytes:
-    """SentencePiece model whose pieces are the special tokens in NeMo's order, then `<|language|>` each."""
-    symbols = [*_SPECIAL_ORDER, *(f"<|{language}|>" for language in languages)]
+def train_specials(languages: Iterable[str], prompt_format: str = "canary2") -> bytes:
+    """SentencePiece model whose pieces are the format's special tokens in NeMo's order, `<|language|>` among them.
+
+    Raises `TokenizerError` for an unknown format.
+    """
+    check_format(prompt_format)
+    names = [f"<|{language}|>" for language in languages]
+    symbols = [*_SPECIALS_OF[prompt_format], *names, *_FURTHER[prompt_format]]
     writer = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter([" ".join(symbols)]),

@@ -1,0 +1,70 @@
+"""Prompt slots: their names, defaults, and the special token that a value stands for.
+
+    slot_token("pnc", "yes")        # '<|pnc|>'
+    slot_token("emotion", "happy")  # '<|emo:happy|>'
+
+Values may be written as people write them in manifests (yes, no, true, a language's code) or as special tokens.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from raytrain.errors import TokenizerError
+
+# In NeMo's order; `decodercontext` is text, all others are one special token each.
+FORMATS = {
+    "canary": ("source_lang", "task", "target_lang", "pnc"),
+    "canary2": (
+        "decodercontext", "emotion", "source_lang", "target_lang", "pnc", "itn", "timestamp", "diarize",
+    ),
+}  # fmt: skip
+DEFAULTS = {
+    "decodercontext": "",
+    "emotion": "<|emo:undefined|>",
+    "pnc": "<|pnc|>",
+    "itn": "<|noitn|>",
+    "timestamp": "<|notimestamp|>",
+    "diarize": "<|nodiarize|>",
+}
+_SWITCHES = ("pnc", "itn", "timestamp", "diarize")
+_EMOTIONS = ("undefined", "neutral", "happy", "sad", "angry")
+_TASKS = {
+    "asr": "<|transcribe|>", "transcribe": "<|transcribe|>",
+    "ast": "<|translate|>", "s2t_translation": "<|translate|>", "translate": "<|translate|>",
+}  # fmt: skip
+
+
+def check_format(prompt_format: str) -> tuple[str, ...]:
+    """The slots of a format. Raises `TokenizerError` for an unknown one."""
+    if prompt_format not in FORMATS:
+        raise TokenizerError("unknown prompt format", got=prompt_format, allowed=", ".join(FORMATS))
+    return FORMATS[prompt_format]
+
+
+def slot_token(slot: str, value: Any) -> str:
+    """The special token of a slot's value (context: the text). Raises `TokenizerError` that lists what is allowed."""
+    if slot == "decodercontext":
+        return str(value).strip()
+    text = str(value).strip().removeprefix("<|").removesuffix("|>")
+    if slot in ("source_lang", "target_lang"):
+        return f"<|{text}|>"
+    if slot in _SWITCHES:
+        if text.lower() in ("yes", "true", "1", slot):
+            return f"<|{slot}|>"
+        if text.lower() in ("no", "false", "0", f"no{slot}"):
+            return f"<|no{slot}|>"
+        raise TokenizerError(
+            f"unknown value of the prompt slot {slot}", got=repr(value), allowed=f"yes, no, <|{slot}|>"
+        )
+    if slot == "emotion":
+        name = text.lower().removeprefix("emo:")
+        if name in _EMOTIONS:
+            return f"<|emo:{name}|>"
+        raise TokenizerError("unknown value of the prompt slot emotion", got=repr(value), allowed=", ".join(_EMOTIONS))
+    if slot == "task":
+        if text.lower() in _TASKS:
+            return _TASKS[text.lower()]
+        raise TokenizerError("unknown value of the prompt slot task", got=repr(value), allowed=", ".join(_TASKS))
+    allowed = sorted({name for names in FORMATS.values() for name in names})
+    raise TokenizerError("unknown prompt slot", got=slot, allowed=", ".join(allowed))
