@@ -93,9 +93,11 @@ class OomptimizeSection(_Section):
 
 
 class EvaluateSection(_Section):
-    """Decoding of the test manifests."""
+    """Decoding of the test manifests; `beam_size` 1 is greedy, see `raytrain.model.decoding.DecodeSettings`."""
 
     batch_size: int = Field(32, ge=1)
+    beam_size: int = Field(1, ge=1)
+    length_penalty: float = Field(0.0, ge=0)
     num_workers: int = Field(1, ge=1)
     max_generation_delta: int = Field(50, ge=1)
     checkpoint: str = Field("best", pattern="^(best|last)$")

@@ -11,10 +11,12 @@ from conftest import SHARED
 
 from raytrain.config import load_config
 from raytrain.data.batch import SpeechBatch
-from raytrain.model.canary import Canary, count_parameters, exported_state
-from raytrain.model.config import ModelConfig
+from raytrain.model.canary import Canary, CanaryOutput, count_parameters, exported_state
+from raytrain.model.config import ModelConfig, SpecAugmentSettings
 from raytrain.model.decoding import greedy
+from raytrain.model.dropout import dropout
 from raytrain.model.encoder import shift
+from raytrain.model.features import SpecAugment
 from raytrain.model.loss import canary_loss
 from raytrain.model.nemo import read_nemo
 
@@ -52,6 +54,52 @@ def test_every_parameter_gets_a_finite_gradient():
     for name, parameter in model.named_parameters():
         assert parameter.grad is not None and parameter.grad.isfinite().all(), name
     assert int(loss.num_tokens) == 3 * 15
+
+
+def test_the_loss_is_nemos_smoothed_cross_entropy_over_valid_labels():
+    torch.manual_seed(0)
+    vocab, smoothing = 7, 0.2
+    logits, labels = torch.randn(2, 5, vocab), torch.randint(0, vocab, (2, 5))
+    output = CanaryOutput(logits, torch.empty(0), torch.empty(0), None)
+    plain = {"ctc_targets": None, "ctc_target_lengths": None, "ctc_weight": 0.0, "label_smoothing": smoothing}
+    log_probs = logits.log_softmax(-1)
+    for prompts in (None, torch.tensor([3, 2])):
+        loss = canary_loss(output, labels, torch.tensor([5, 3]), prompt_lengths=prompts, **plain)
+        first = [0, 0] if prompts is None else [2, 1]
+        places = [(row, i) for row, size in ((0, 5), (1, 3)) for i in range(first[row], size)]
+        wanted = 0.0
+        for row, i in places:
+            own = log_probs[row, i]
+            wrong = own.sum() - own[labels[row, i]]
+            # 1 − ε on the label, ε spread over the others.
+            wanted -= (1 - smoothing) * own[labels[row, i]] + smoothing / (vocab - 1) * wrong
+        assert int(loss.num_tokens) == len(places)
+        torch.testing.assert_close(loss.total_sum, wanted)
+
+
+def test_spec_augment_masks_as_much_as_it_should_and_only_in_training():
+    torch.manual_seed(0)
+    mel, frames = torch.ones(64, 128, 400), torch.full((64,), 400)
+    augment = SpecAugment(SpecAugmentSettings(freq_masks=2, freq_width=27, time_masks=10, time_width=0.05))
+    assert torch.equal(augment.eval()(mel, frames), mel)
+    hidden = augment.train()(mel, frames) == 0
+    times, bins = hidden.all(1).float().mean(), hidden.all(2).sum(1)
+    # Ten spans of 0 to 20 frames, a few of which overlap; two of 0 to 26 bins.
+    assert 0.15 < times < 0.25 and bins.max() <= 52 and 18 < bins.float().mean() < 28
+    short = augment(torch.ones(64, 128, 400), torch.full((64,), 40))
+    assert not (short[:, :, 60:] == 0).all(1).any(), "spans lie within the utterance"
+
+
+def test_dropout_drops_its_share_and_keeps_the_mean():
+    torch.manual_seed(0)
+    x = torch.ones(1001, 333, requires_grad=True)
+    y = dropout(x, 0.1, True)
+    assert (y == 0).float().mean().item() == pytest.approx(0.1, abs=2e-3)
+    assert y.mean().item() == pytest.approx(1, abs=2e-3) and y.max().item() == pytest.approx(1 / 0.9, abs=1e-4)
+    y.sum().backward()
+    assert torch.equal(x.grad, y.detach()) and dropout(x, 0.1, False) is x
+    both = dropout(torch.ones(4, 50_000), 0.5, True) > 0
+    assert abs(torch.corrcoef(both.float())[0, 1:]).max() < 0.02
 
 
 def test_the_step_runs_on_meta_tensors():

@@ -26,6 +26,7 @@ class Transcriber:
         from raytrain.cluster.workspace import Workspace
         from raytrain.config import check_config
         from raytrain.model.canary import Canary
+        from raytrain.model.decoding import DecodeSettings
         from raytrain.training.checkpoint import CheckpointFolder
 
         self.workspace = Workspace(check_config(config), Path(run_dir))
@@ -37,6 +38,10 @@ class Transcriber:
         model = Canary(self.workspace.model_config())
         model.load_state_dict(found.load("model"))
         self.model = model.to(self.device).eval()
+        evaluate = self.workspace.config.evaluate
+        self.search = DecodeSettings(
+            evaluate.beam_size, evaluate.length_penalty, max_generation_delta=evaluate.max_generation_delta
+        )
 
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, list[bytes]]:
         """`batch["row"]`: JSON rows as `Row` fields with `id`; returns JSON hypotheses in the same order."""
@@ -44,7 +49,7 @@ class Transcriber:
 
         from raytrain.data.assignment import Row
         from raytrain.data.loader import read_rows
-        from raytrain.model.decoding import greedy
+        from raytrain.model.decoding import decode
 
         items = [orjson.loads(text) for text in batch["row"]]
         found: dict[Row, str] = {}
@@ -62,11 +67,9 @@ class Transcriber:
                 speech = speech.to(self.device)
                 states, lengths = self.model.encode(speech.audio, speech.audio_lengths)
                 width = int(speech.prompt_lengths.max())
-                ids = greedy(
-                    self.model, states, lengths, speech.tokens[:, :width], speech.prompt_lengths, tokenizer.eos_id,
-                    max_generation_delta=settings.evaluate.max_generation_delta,
-                )  # fmt: skip
-                found.update(zip(kept, (tokenizer.decode(one) for one in ids), strict=True))
+                prompts, sizes = speech.tokens[:, :width], speech.prompt_lengths
+                best = decode(self.model, states, lengths, prompts, sizes, tokenizer.eos_id, self.search)
+                found.update(zip(kept, (tokenizer.decode(one[0].ids) for one in best), strict=True))
         return {
             "result": [
                 orjson.dumps(_result(item["id"], row, found, errors)) for item, row in zip(items, rows, strict=True)

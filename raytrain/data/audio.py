@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 
 from raytrain.errors import DataError
@@ -27,7 +29,9 @@ def read_audio(path: str, *, offset_ms: int = 0, duration_ms: int | None = None,
             frames = -1 if duration_ms is None else -(-duration_ms * rate // 1000)
             samples = file.read(frames, dtype="float32", always_2d=True)
     except (OSError, RuntimeError) as error:
-        raise AudioError(f"can't read audio {path}", why=str(error)) from error
+        # libsndfile calls a missing file a system error.
+        why = str(error) if Path(path).is_file() else "there is no such file"
+        raise AudioError(f"can't read audio {path}", why=why) from error
     if not len(samples):
         raise AudioError(f"no audio in {path}", got=f"offset {offset_ms} ms", remedy="correct its manifest row")
     mono = samples[:, 0] if samples.shape[1] == 1 else samples.mean(axis=1)

@@ -30,14 +30,18 @@ def canary_loss(
     ctc_target_lengths: Tensor | None,
     ctc_weight: float,
     label_smoothing: float,
+    prompt_lengths: Tensor | None = None,
 ) -> LossSums:
     """(1 − w)·cross-entropy + w·CTC. `labels`: (B, U), valid before `label_lengths`; CTC targets: (B, L).
 
-    Label smoothing follows NeMo: ε is spread over the wrong classes only, hence V·ε/(V−1) for PyTorch.
+    With `prompt_lengths` (B,) the labels that belong to the prompt do not count. Label smoothing follows NeMo: ε is
+    spread over the wrong classes only, hence V·ε/(V−1) for PyTorch.
     """
     logits = output.logits
     vocab = logits.shape[-1]
     valid = mask_until(label_lengths, labels.shape[1])
+    if prompt_lengths is not None:  # a label stands one place before its token
+        valid = valid & ~mask_until(prompt_lengths - 1, labels.shape[1])
     targets = labels.masked_fill(~valid, -100)
     smoothing = vocab * label_smoothing / (vocab - 1)
     ce_sum = F.cross_entropy(

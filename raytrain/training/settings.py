@@ -13,7 +13,8 @@ class TrainSettings:
     auxiliary CTC loss on the encoder into the total: (1 − w)·CE + w·CTC; a decoder trained from scratch on
     few hours does not learn to attend without it. `device` is `auto`, `cpu` or `cuda`. `init_from` names a model to
     start from: a `.nemo` file, a run, a checkpoint or a Hugging Face folder, where every worker can read it.
-    `activation_checkpointing` computes the encoder's blocks twice, for less memory.
+    `mask_prompt` trains on the text alone and not on the prompt's tokens. `activation_checkpointing` computes the
+    encoder's blocks twice, for less memory.
     """
 
     __pydantic_config__ = {"extra": "forbid"}
@@ -34,6 +35,7 @@ class TrainSettings:
     weight_decay: float = 1e-3
     clip_norm: float = 1.0
     ctc_weight: float = 0.0
+    mask_prompt: bool = False
     validate_every_steps: int = 500
     max_validation_utterances: int = 500
     checkpoint_every_steps: int = 500

@@ -68,6 +68,7 @@ def train_step(
         ctc_target_lengths=batch.ctc_target_lengths() if settings.ctc_weight else None,
         ctc_weight=settings.ctc_weight,
         label_smoothing=label_smoothing,
+        prompt_lengths=batch.prompt_lengths if settings.mask_prompt else None,
     )
     parts = (loss.total_sum, loss.ce_sum, loss.ctc_sum, loss.num_tokens)
     sums = torch.stack([part.detach().float() for part in parts])
