@@ -1,0 +1,60 @@
+"""The benchmarks run, and the parity check sees differences where there are some."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import SHARED
+
+from raytrain.data.tokenizer import train_tokenizer
+from raytrain.model.canary import Canary
+from raytrain.model.config import ModelConfig
+from raytrain.model.nemo import write_nemo
+from raytrain.model.portable import ModelParts
+
+ROOT = Path(__file__).parents[1]
+
+
+def parity(model: Path, expected: Path) -> dict[str, float]:
+    command = [sys.executable, "-m", "benchmarks.parity", str(model), str(expected), "--json"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+@torch.no_grad()
+def test_parity_measures_differences(tmp_path):
+    tokenizer = train_tokenizer({"en": ["one two three"] * 3}, 16)
+    torch.manual_seed(0)
+    config = ModelConfig(
+        encoder_layers=1, encoder_width=16, encoder_heads=2, subsampling_channels=4, decoder_layers=1, decoder_width=16,
+        decoder_heads=2, max_positions=32, vocab_size=tokenizer.vocab_size,
+    )  # fmt: skip
+    model = Canary(config).eval()
+    write_nemo(tmp_path / "m.nemo", ModelParts.of(model, tokenizer.models))
+    wave, lengths, ids = torch.randn(2, 9000), torch.tensor([9000, 4321]), torch.randint(0, 16, (2, 6))
+    wave[1, 4321:] = 0
+    mel, mel_len = model.preprocessor(wave, lengths)
+    enc, enc_len = model.encode(wave, lengths)
+    log_probs = model.decode_logits(ids, enc, enc_len).log_softmax(-1)
+    log_probs[1, 2, 3] += 0.5
+    mel[0, 5, 7] -= 0.25
+    mel[1, :, 30:] = 9  # past its end: does not count
+    arrays = {"wave": wave, "wave_len": lengths, "mel": mel, "mel_len": mel_len, "enc": enc, "enc_len": enc_len,
+              "ids": ids, "ids_len": torch.tensor([6, 4]), "logp": log_probs}  # fmt: skip
+    np.savez(tmp_path / "expected.npz", **{name: value.numpy() for name, value in arrays.items()})
+    found = parity(tmp_path / "m.nemo", tmp_path / "expected.npz")
+    assert found["encoder"] < 1e-5
+    assert found["log_probs"] == pytest.approx(0.5, abs=1e-4) and found["mel"] == pytest.approx(0.25, abs=1e-4)
+
+
+@pytest.mark.parametrize("name", ["tiny-canary", "tiny-canary2"])
+def test_parity_with_nemo(name):
+    root = SHARED / "reference" / name
+    if not root.exists():
+        pytest.skip("the recorded outputs of NeMo are not at hand")
+    assert max(parity(root / "model.nemo", root / "expected.npz").values()) < 1e-4
