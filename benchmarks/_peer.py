@@ -14,6 +14,9 @@ from pathlib import Path
 from typing import Any
 
 
+_PAUSE = 0.3
+
+
 class Peer:
     """NeMo in a subprocess, holding one model; a context manager that ends it."""
 
@@ -22,7 +25,8 @@ class Peer:
         self._process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
         )
-        self._answer()  # it has loaded, and takes no more time from us
+        # Its versions; it has loaded then, and takes no more time from us.
+        self.versions = self._answer()
 
     def __enter__(self) -> Peer:
         return self
@@ -44,12 +48,20 @@ class Peer:
 
 
 def in_turn(ours: Callable[[], object], theirs: Callable[[], float], rounds: int) -> dict[str, float]:
-    """Median seconds of both and how many times faster ours is. Both have run once before."""
+    """Median seconds of both and how many times faster ours is.
+
+    Before each timed run the same side runs once untimed: the other one has emptied its caches.
+    """
     own, other = [], []
     for _ in range(rounds):
+        # The other side's threads spin for a while after their work.
+        time.sleep(_PAUSE)
+        ours()
         start = time.perf_counter()
         ours()
         own.append(time.perf_counter() - start)
+        time.sleep(_PAUSE)
+        theirs()
         other.append(theirs())
     mine, peer = statistics.median(own), statistics.median(other)
     return {"ours_ms": round(1000 * mine, 1), "nemo_ms": round(1000 * peer, 1), "times_faster": round(peer / mine, 2)}

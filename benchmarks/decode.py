@@ -113,6 +113,8 @@ def main() -> None:
         parts = parts_of(name)
         label = Path(name).parent.name if Path(name).exists() else name
         with peer_of(parts, arguments.nemo_python) as peer:
+            if peer is not None:
+                result["peer"] = peer.versions
             for batch in arguments.batches:
                 for beam in arguments.beams:
                     result[f"{label} batch {batch} beam {beam}"] = measure(parts, batch, beam, arguments, peer)
@@ -121,7 +123,12 @@ def main() -> None:
     )
     if flash and deep:
         result["flash_times_faster_than_1b"] = round(flash["rtfx"] / deep["rtfx"], 2)
-    record("decode", result, as_json=arguments.json, device=arguments.device)
+    record(
+        "decode_beside_nemo" if arguments.nemo_python else "decode",
+        result,
+        as_json=arguments.json,
+        device=arguments.device,
+    )
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ import json
 import sys
 import time
 
+import nemo
 import torch
 from nemo.collections.asr.models import EncDecMultiTaskModel
 
@@ -65,7 +66,7 @@ def main():
     torch.set_num_threads(int(sys.argv[2]))
     torch.manual_seed(0)
     model = EncDecMultiTaskModel.restore_from(sys.argv[1], map_location="cpu")
-    print("@{}", flush=True)
+    print("@" + json.dumps({"nemo_toolkit": nemo.__version__, "torch": torch.__version__}), flush=True)
     work = None
     for line in sys.stdin:
         request = json.loads(line)

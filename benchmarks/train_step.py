@@ -96,11 +96,18 @@ def main() -> None:
         parts = parts_of(name)
         label = Path(name).parent.name if Path(name).exists() else name
         with peer_of(parts, arguments.nemo_python) as peer:
+            if peer is not None:
+                result["peer"] = peer.versions
             for text in arguments.shapes:
                 batch, seconds, tokens = text.split("x")
                 shape = (int(batch), float(seconds), int(tokens))
                 result[f"{label} {text}"] = measure(parts, shape, arguments.device, arguments.rounds, peer)
-    record("train_step", result, as_json=arguments.json, device=arguments.device)
+    record(
+        "train_step_beside_nemo" if arguments.nemo_python else "train_step",
+        result,
+        as_json=arguments.json,
+        device=arguments.device,
+    )
 
 
 if __name__ == "__main__":

@@ -17,17 +17,22 @@ from torch.nn import functional as F
 from raytrain.model.config import ModelConfig
 from raytrain.model.dropout import dropout
 
+Affine = tuple[Tensor, Tensor]
+
 
 @dataclass
 class LayerCache:
     """What one layer needs to decode on: `self_keys_values` (2, B, H, max, K) filled up to the position,
-    `cross_keys` and `cross_values` (B, H, T, K), and the self-attention's three projections as one."""
+    `cross_keys` and `cross_values` (B, H, T, K), and its weights in the order of use.
+
+    A step of one token is mostly overhead. Weights that are looked up once, and queries, keys and values from one
+    product, make it about a third faster than calling the modules.
+    """
 
     self_keys_values: Tensor
     cross_keys: Tensor
     cross_values: Tensor
-    qkv_weight: Tensor
-    qkv_bias: Tensor
+    weights: tuple[Affine, ...]
 
     def select(self, rows: Tensor, filled: int, cross_rows: Tensor | slice | None = None) -> LayerCache:
         """Some rows of the batch, of which `filled` positions are in use; cross-attention rows are the same ones
@@ -66,12 +71,8 @@ class Attention(nn.Module):
         return self.split(self.key_net(x_BTD)), self.split(self.value_net(x_BTD))
 
     def forward(self, x_BUD: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, causal: bool = False) -> Tensor:
-        return self.mix(self.split(self.query_net(x_BUD)), keys, values, mask, causal)
-
-    def mix(self, queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, causal: bool = False) -> Tensor:
-        """Attend with queries (B, H, U, K) and project → (B, U, D)."""
         mixed = F.scaled_dot_product_attention(
-            queries,
+            self.split(self.query_net(x_BUD)),
             keys,
             values,
             attn_mask=mask,
@@ -111,30 +112,48 @@ class DecoderBlock(nn.Module):
         x = x + self.second_sub_layer(y, *self.second_sub_layer.keys_values(states_BTD), cross_mask)
         return x + self.third_sub_layer(self.layer_norm_3(x))
 
-    def extend(
-        self,
-        x: Tensor,
-        cache: LayerCache,
-        start: int,
-        self_mask: Tensor | None,
-        cross_mask: Tensor | None,
-        beams: int = 1,
-    ) -> Tensor:
-        """Tokens at positions `start` on, against the cache, which takes their keys and values.
+    def make_cache(self, states_BTD: Tensor, max_tokens: int) -> LayerCache:
+        """An empty cache for `max_tokens` positions with the cross-attention keys filled in."""
+        own, cross, feed = self.first_sub_layer, self.second_sub_layer, self.third_sub_layer
+        batch, _, width = states_BTD.shape
+        keys, values = cross.keys_values(states_BTD)
+        nets = (own.query_net, own.key_net, own.value_net)
+        projections = torch.cat([net.weight for net in nets]), torch.cat([net.bias for net in nets])
+        order = (
+            self.layer_norm_1, None, own.out_projection, self.layer_norm_2, cross.query_net, cross.out_projection,
+            self.layer_norm_3, feed.dense_in, feed.dense_out,
+        )  # fmt: skip
+        return LayerCache(
+            states_BTD.new_empty(2, batch, own.heads, max_tokens, width // own.heads),
+            keys.contiguous(),
+            values.contiguous(),
+            tuple(projections if module is None else (module.weight, module.bias) for module in order),
+        )
 
-        With `beams`, rows are (utterance, beam) and the beams of an utterance are queries to one set of frames.
-        """
-        own, cross = self.first_sub_layer, self.second_sub_layer
-        projected = F.linear(self.layer_norm_1(x), cache.qkv_weight, cache.qkv_bias)
-        projected = projected.unflatten(2, (3, own.heads, -1)).permute(2, 0, 3, 1, 4)
-        end = start + x.shape[1]
-        cache.self_keys_values[:, :, :, start:end] = projected[1:]
-        keys, values = cache.self_keys_values[:, :, :, :end]
-        x = x + own.mix(projected[0], keys, values, self_mask)
-        y = self.layer_norm_2(x)
-        y = y.view(-1, beams * y.shape[1], y.shape[2])
-        x = x + cross(y, cache.cross_keys, cache.cross_values, cross_mask).view_as(x)
-        return x + self.third_sub_layer(self.layer_norm_3(x))
+
+def extend_layer(
+    x: Tensor, cache: LayerCache, start: int, self_mask: Tensor | None, cross_mask: Tensor | None, beams: int
+) -> Tensor:
+    """`DecoderBlock` in evaluation for tokens at positions `start` on: (R, U, D) → (R, U, D).
+
+    The cache takes their keys and values. With `beams`, rows are (utterance, beam) and the beams of an utterance
+    are queries to one set of frames.
+    """
+    norm_1, projections, out, norm_2, query, cross_out, norm_3, dense_in, dense_out = cache.weights
+    rows, tokens, width = x.shape
+    heads, shape, end = cache.cross_keys.shape[1], (width,), start + tokens
+    attend = F.scaled_dot_product_attention
+    new = F.linear(F.layer_norm(x, shape, *norm_1), *projections)
+    new = new.view(rows, tokens, 3, heads, -1).permute(2, 0, 3, 1, 4)
+    cache.self_keys_values[:, :, :, start:end] = new[1:]
+    keys, values = cache.self_keys_values[:, :, :, :end]
+    mixed = attend(new[0], keys, values, attn_mask=self_mask)
+    x = x + F.linear(mixed.transpose(1, 2).reshape(rows, tokens, width), *out)
+    queries = F.linear(F.layer_norm(x, shape, *norm_2), *query)
+    queries = queries.view(rows // beams, beams * tokens, heads, -1).transpose(1, 2)
+    mixed = attend(queries, cache.cross_keys, cache.cross_values, attn_mask=cross_mask)
+    x = x + F.linear(mixed.transpose(1, 2).reshape(rows, tokens, width), *cross_out)
+    return x + F.linear(F.linear(F.layer_norm(x, shape, *norm_3), *dense_in).relu_(), *dense_out)
 
 
 class _Position(nn.Module):
@@ -195,33 +214,20 @@ class TransformerDecoder(nn.Module):
         return self._decoder.final_layer_norm(x)
 
     def make_cache(self, states_BTD: Tensor, max_tokens: int) -> list[LayerCache]:
-        """An empty cache for `max_tokens` positions with the cross-attention keys filled in."""
-        batch, _, width = states_BTD.shape
-        shape = (2, batch, self.heads, max_tokens, width // self.heads)
-        caches = []
-        for layer in self._decoder.layers:
-            nets = (layer.first_sub_layer.query_net, layer.first_sub_layer.key_net, layer.first_sub_layer.value_net)
-            caches.append(
-                LayerCache(
-                    states_BTD.new_empty(shape),
-                    *layer.second_sub_layer.keys_values(states_BTD),
-                    torch.cat([net.weight for net in nets]),
-                    torch.cat([net.bias for net in nets]),
-                )
-            )
-        return caches
+        """A cache for each layer; see `DecoderBlock.make_cache`."""
+        return [layer.make_cache(states_BTD, max_tokens) for layer in self._decoder.layers]
 
     def extend(
         self, ids_BU: Tensor, cache: list[LayerCache], start: int, cross_mask: Tensor | None, beams: int = 1
     ) -> Tensor:
-        """Hidden states (B, U, D) of tokens at positions `start` on; see `DecoderBlock.extend`."""
+        """Hidden states (B, U, D) of tokens at positions `start` on; see `extend_layer`."""
         x = self._embedding(ids_BU, start)
         mask = None
         if ids_BU.shape[1] > 1:
             size = (ids_BU.shape[1], start + ids_BU.shape[1])
             mask = torch.ones(size, dtype=torch.bool, device=ids_BU.device).tril(start)
-        for layer, own in zip(self._decoder.layers, cache, strict=True):
-            x = layer.extend(x, own, start, mask, cross_mask, beams)
+        for own in cache:
+            x = extend_layer(x, own, start, mask, cross_mask, beams)
         return self._decoder.final_layer_norm(x)
 
 
