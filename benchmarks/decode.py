@@ -31,10 +31,14 @@ from raytrain.model.portable import ModelParts
 class Decoding:
     """One model and one batch of noise; `encode` and `search` are timed."""
 
-    def __init__(self, parts: ModelParts, batch: int, seconds: float, settings: DecodeSettings, device: str) -> None:
+    def __init__(self, parts: ModelParts, batch: int, beam: int, arguments: Any) -> None:
         tokenizer = CanaryTokenizer(parts.tokenizers)
-        self.eos, self.settings, self.device = tokenizer.eos_id, settings, device
+        self.eos, self.device, seconds = tokenizer.eos_id, arguments.device, arguments.seconds
+        device = self.device
         self.prompt = prompt_ids(tokenizer, "en", "en", prompt_format=parts.config.prompt_format)
+        # The cap counts the prompt, whose length differs between the formats; the texts shall be equally long.
+        self.delta = arguments.delta + len(self.prompt)
+        self.settings = DecodeSettings(beam_size=beam, max_generation_delta=self.delta)
         self.model = parts.build().to(device)
         torch.manual_seed(0)
         self.audio = torch.randn(batch, int(seconds * parts.config.sample_rate), device=device)
@@ -69,8 +73,7 @@ def timed(work: Callable[[], object], rounds: int) -> float:
 
 
 def measure(parts: ModelParts, batch: int, beam: int, arguments: Any, peer: Peer | None) -> dict[str, Any]:
-    settings = DecodeSettings(beam_size=beam, max_generation_delta=arguments.delta)
-    run = Decoding(parts, batch, arguments.seconds, settings, arguments.device)
+    run = Decoding(parts, batch, beam, arguments)
     run.encode()
     tokens = run.search()
     encoder, decoder = timed(run.encode, arguments.rounds), timed(run.search, arguments.rounds)
@@ -83,7 +86,7 @@ def measure(parts: ModelParts, batch: int, beam: int, arguments: Any, peer: Peer
     if peer is not None:
         for strategy in ("greedy", "beam") if beam == 1 else ("beam",):
             answer = peer.ask(
-                do="decode", batch=batch, seconds=arguments.seconds, beam=beam, delta=arguments.delta,
+                do="decode", batch=batch, seconds=arguments.seconds, beam=beam, delta=run.delta,
                 strategy=strategy, prompt=run.prompt,
             )  # fmt: skip
             compared = in_turn(run.search, lambda: peer.ask(do="run")["seconds"], arguments.rounds)
@@ -100,7 +103,7 @@ def main() -> None:
     parser.add_argument("--batches", nargs="+", type=int, default=[1, 8])
     parser.add_argument("--beams", nargs="+", type=int, default=[1])
     parser.add_argument("--seconds", type=float, default=5.0, help="length of each utterance")
-    parser.add_argument("--delta", type=int, default=50, help="tokens beyond the number of encoder frames")
+    parser.add_argument("--delta", type=int, default=40, help="tokens of text beyond the number of encoder frames")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
