@@ -25,6 +25,7 @@ from torch import Tensor
 from raytrain.errors import CheckpointError, StorageError
 from raytrain.model.canary import Canary, exported_state
 from raytrain.model.config import ModelConfig, SpecAugmentSettings
+from raytrain.model.huggingface_names import reordered, sines_first, translate
 from raytrain.model.portable import ModelParts, check_state
 
 FORMAT = "raytrain.huggingface/1"
@@ -58,33 +59,6 @@ _SIZES = {
     "max_positions": ("decoder_config.max_position_embeddings", 1 << 20),
     "vocab_size": ("vocab_size", 1 << 24),
 }
-_ENCODER_BLOCK = {
-    "self_attn.linear_q": "self_attn.q_proj", "self_attn.linear_k": "self_attn.k_proj",
-    "self_attn.linear_v": "self_attn.v_proj", "self_attn.linear_out": "self_attn.o_proj",
-    "self_attn.linear_pos": "self_attn.relative_k_proj", "conv.batch_norm": "conv.norm",
-}  # fmt: skip
-# Our module → theirs, and which of its sides is the decoder's residual stream.
-_DECODER_BLOCK = {
-    "layer_norm_1": ("input_layernorm", "out"),
-    "first_sub_layer.query_net": ("self_attn.q_proj", "in"),
-    "first_sub_layer.key_net": ("self_attn.k_proj", "in"),
-    "first_sub_layer.value_net": ("self_attn.v_proj", "in"),
-    "first_sub_layer.out_projection": ("self_attn.o_proj", "out"),
-    "layer_norm_2": ("post_attention_layernorm", "out"),
-    "second_sub_layer.query_net": ("encoder_attn.q_proj", "in"),
-    "second_sub_layer.key_net": ("encoder_attn.k_proj", ""),
-    "second_sub_layer.value_net": ("encoder_attn.v_proj", ""),
-    "second_sub_layer.out_projection": ("encoder_attn.o_proj", "out"),
-    "layer_norm_3": ("final_layernorm", "out"),
-    "third_sub_layer.dense_in": ("mlp.fc1", "in"),
-    "third_sub_layer.dense_out": ("mlp.fc2", "out"),
-}
-_DECODER = {
-    "transf_decoder._embedding.token_embedding": ("model.decoder.embed_tokens", "in"),
-    "transf_decoder._embedding.layer_norm": ("model.decoder.embedding_layernorm", "out"),
-    "transf_decoder._decoder.final_layer_norm": ("model.decoder.norm", "out"),
-    "log_softmax.mlp.layer0": ("proj_out", "in"),
-}
 
 
 def write_huggingface(parts: ModelParts, folder: Path) -> None:
@@ -97,11 +71,11 @@ def write_huggingface(parts: ModelParts, folder: Path) -> None:
     safetensors = _safetensors()
     own = _skeleton(parts.config)
     files = _texts(parts, _check_exportable(parts, own))
-    weights, order = {}, _sines_first(parts.config.decoder_width)
+    weights, order = {}, sines_first(parts.config.decoder_width)
     for name, constant in own.items():
         if constant.is_meta and name != _HEAD:
-            theirs, axis = _translate(name)
-            weights[theirs] = _reordered(parts.state[name].detach().cpu(), order, axis)
+            theirs, axis = translate(name)
+            weights[theirs] = reordered(parts.state[name].detach().cpu(), order, axis)
     constants = {name: parts.state[name].detach().cpu().contiguous() for name in own if not own[name].is_meta}
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise StorageError(f"{folder} exists", allowed="a new or empty folder", remedy="name another or remove it")
@@ -138,17 +112,17 @@ def read_huggingface(folder: Path) -> ModelParts:
     found, constants = _weights(folder), _tensors(folder / "raytrain.safetensors") if extra else {}
     found.setdefault("proj_out.weight", found.get("model.decoder.embed_tokens.weight"))
     own, state, missing = _skeleton(config), {}, []
-    back = torch.argsort(_sines_first(config.decoder_width))
+    back = torch.argsort(sines_first(config.decoder_width))
     for name, constant in own.items():
         if not constant.is_meta:
             state[name] = constants.pop(name, constant)
             continue
-        theirs, axis = _translate(name)
+        theirs, axis = translate(name)
         value = found.pop(theirs, None)
         if value is None or axis is not None and (value.ndim <= axis or value.shape[axis] != config.decoder_width):
             missing.append(theirs)
         else:
-            state[name] = _reordered(value, back, axis)
+            state[name] = reordered(value, back, axis)
     unknown = [name for name in [*found, *constants] if not name.startswith("preprocessor.featurizer.")]
     if missing or unknown:
         raise CheckpointError(
@@ -175,40 +149,6 @@ def _skeleton(config: ModelConfig) -> dict[str, Tensor]:
         holder.to_empty(device="cpu")
     model.reset_constants()
     return exported_state(model)
-
-
-def _translate(name: str) -> tuple[str, int | None]:
-    """Their name of one of our weights, and the axis along which the decoder's residual stream lies."""
-    module, _, leaf = name.rpartition(".")
-    side = ""
-    if module.startswith("encoder.layers."):
-        _, _, number, inner = module.split(".", 3)
-        theirs = f"model.encoder.layers.{number}.{_ENCODER_BLOCK.get(inner, inner)}"
-    elif module.startswith("transf_decoder._decoder.layers."):
-        _, _, _, number, inner = module.split(".", 4)
-        theirs, side = _DECODER_BLOCK[inner]
-        theirs = f"model.decoder.layers.{number}.{theirs}"
-    elif module in _DECODER:
-        theirs, side = _DECODER[module]
-    else:
-        theirs = module.replace("encoder.pre_encode.conv", "model.encoder.subsampling.layers")
-        theirs = theirs.replace("encoder.pre_encode.out", "model.encoder.subsampling.linear")
-    axis = 0 if side == "out" else 1 if side == "in" and leaf == "weight" else None
-    return f"{theirs}.{leaf.removeprefix('pos_')}", axis
-
-
-def _sines_first(width: int) -> Tensor:
-    """Our dimension for each of theirs: their position table has all sines, then all cosines; ours alternates.
-
-    The table is no weight there. But norms and linear maps don't care for the order of the residual stream's
-    dimensions, so reordering the weights around it is exact.
-    """
-    return torch.cat((torch.arange(0, width, 2), torch.arange(1, width, 2)))
-
-
-def _reordered(value: Tensor, order: Tensor, axis: int | None) -> Tensor:
-    # A copy in any case: safetensors refuses shared memory, and what it loads may be a view of the file.
-    return value.clone(memory_format=torch.contiguous_format) if axis is None else value.index_select(axis, order)
 
 
 def _check_exportable(parts: ModelParts, own: dict[str, Tensor]) -> dict[str, int | None]:

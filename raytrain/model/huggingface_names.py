@@ -1,0 +1,72 @@
+"""Names of weights in Hugging Face's Canary, and the order of its decoder's dimensions.
+
+Its position table has all sines before all cosines where ours takes turns. Layer norms and linear maps work in any
+order of the residual stream's dimensions, so reordering the weights that touch it makes the two equal.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+_ENCODER_BLOCK = {
+    "self_attn.linear_q": "self_attn.q_proj", "self_attn.linear_k": "self_attn.k_proj",
+    "self_attn.linear_v": "self_attn.v_proj", "self_attn.linear_out": "self_attn.o_proj",
+    "self_attn.linear_pos": "self_attn.relative_k_proj", "conv.batch_norm": "conv.norm",
+}  # fmt: skip
+# Our module → theirs, and which of its sides is the decoder's residual stream.
+_DECODER_BLOCK = {
+    "layer_norm_1": ("input_layernorm", "out"),
+    "first_sub_layer.query_net": ("self_attn.q_proj", "in"),
+    "first_sub_layer.key_net": ("self_attn.k_proj", "in"),
+    "first_sub_layer.value_net": ("self_attn.v_proj", "in"),
+    "first_sub_layer.out_projection": ("self_attn.o_proj", "out"),
+    "layer_norm_2": ("post_attention_layernorm", "out"),
+    "second_sub_layer.query_net": ("encoder_attn.q_proj", "in"),
+    "second_sub_layer.key_net": ("encoder_attn.k_proj", ""),
+    "second_sub_layer.value_net": ("encoder_attn.v_proj", ""),
+    "second_sub_layer.out_projection": ("encoder_attn.o_proj", "out"),
+    "layer_norm_3": ("final_layernorm", "out"),
+    "third_sub_layer.dense_in": ("mlp.fc1", "in"),
+    "third_sub_layer.dense_out": ("mlp.fc2", "out"),
+}
+_DECODER = {
+    "transf_decoder._embedding.token_embedding": ("model.decoder.embed_tokens", "in"),
+    "transf_decoder._embedding.layer_norm": ("model.decoder.embedding_layernorm", "out"),
+    "transf_decoder._decoder.final_layer_norm": ("model.decoder.norm", "out"),
+    "log_softmax.mlp.layer0": ("proj_out", "in"),
+}
+
+
+def translate(name: str) -> tuple[str, int | None]:
+    """Their name of one of our weights, and the axis along which the decoder's residual stream lies."""
+    module, _, leaf = name.rpartition(".")
+    side = ""
+    if module.startswith("encoder.layers."):
+        _, _, number, inner = module.split(".", 3)
+        theirs = f"model.encoder.layers.{number}.{_ENCODER_BLOCK.get(inner, inner)}"
+    elif module.startswith("transf_decoder._decoder.layers."):
+        _, _, _, number, inner = module.split(".", 4)
+        theirs, side = _DECODER_BLOCK[inner]
+        theirs = f"model.decoder.layers.{number}.{theirs}"
+    elif module in _DECODER:
+        theirs, side = _DECODER[module]
+    else:
+        theirs = module.replace("encoder.pre_encode.conv", "model.encoder.subsampling.layers")
+        theirs = theirs.replace("encoder.pre_encode.out", "model.encoder.subsampling.linear")
+    axis = 0 if side == "out" else 1 if side == "in" and leaf == "weight" else None
+    return f"{theirs}.{leaf.removeprefix('pos_')}", axis
+
+
+def sines_first(width: int) -> Tensor:
+    """Our dimension for each of theirs: their position table has all sines, then all cosines; ours alternates.
+
+    The table is no weight there. But norms and linear maps don't care for the order of the residual stream's
+    dimensions, so reordering the weights around it is exact.
+    """
+    return torch.cat((torch.arange(0, width, 2), torch.arange(1, width, 2)))
+
+
+def reordered(value: Tensor, order: Tensor, axis: int | None) -> Tensor:
+    # A copy in any case: safetensors refuses shared memory, and what it loads may be a view of the file.
+    return value.clone(memory_format=torch.contiguous_format) if axis is None else value.index_select(axis, order)
