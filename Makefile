@@ -14,8 +14,10 @@ lint: .venv/ready
 	$(BIN)/ruff check .
 
 benchmark: .venv/ready
-	$(BIN)/python benchmarks/padding.py
-	$(BIN)/python benchmarks/host_memory.py
+	$(BIN)/python -m benchmarks.padding
+	$(BIN)/python -m benchmarks.host_memory
+	$(BIN)/python -m benchmarks.train_step
+	$(BIN)/python -m benchmarks.decode
 
 .venv/ready: requirements.lock pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "raytrain needs Python 3.11 or newer; set PYTHON=python3.x")'

@@ -40,7 +40,8 @@ class ManifestChunk:
 @dataclass(frozen=True)
 class Utterance:
     """A usable row. Times in whole milliseconds, the duration rounded up; `audio_path` is absolute; `slots` are
-    the further prompt slots that the row names, as (slot, special token or text)."""
+    the further prompt slots that the row names, as (slot, value in the row). The prompt's format decides which of
+    them count, and only those are checked: `timestamp` may be something else in a corpus made for `canary`."""
 
     audio_path: str
     offset_ms: int
@@ -49,7 +50,7 @@ class Utterance:
     source_lang: str
     target_lang: str
     pnc: bool
-    slots: tuple[tuple[str, str], ...] = ()
+    slots: tuple[tuple[str, Any], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -165,11 +166,11 @@ def _parse(
         return "missing_field", "needs source_lang or lang, or data.default_language"
     if not (isinstance(source, str) and isinstance(target, str)):
         return "unknown_language", f"{source!r} → {target!r}: a language is a text"
+    source, target = (name.removeprefix("<|").removesuffix("|>") for name in (source, target))
     if languages is not None and not {source, target} <= languages:
         return "unknown_language", f"{source} → {target}; the tokenizer has {', '.join(sorted(languages))}"
     try:
-        pnc = slot_token("pnc", row.get("pnc", True)) == "<|pnc|>"
-        slots = tuple((slot, slot_token(slot, row[name])) for name, slot in _SLOTS.items() if row.get(name) is not None)
+        pnc = row.get("pnc") is None or slot_token("pnc", row["pnc"]) == "<|pnc|>"
     except TokenizerError as error:
         return "bad_slot", str(error)
     return Utterance(
@@ -180,7 +181,7 @@ def _parse(
         source_lang=source,
         target_lang=target,
         pnc=pnc,
-        slots=slots,
+        slots=tuple((slot, row[name]) for name, slot in _SLOTS.items() if row.get(name) is not None),
     )
 
 

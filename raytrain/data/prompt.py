@@ -4,7 +4,7 @@
     canary2   <|startofcontext|> [context] <|startoftranscript|> emotion source target pnc itn timestamp diarize
 
 `encode_utterance` gives the whole sequence that the decoder is trained on: prompt, text, end of text. The context
-is text that came before, in the target language and encoded by that language's model.
+is text that came before, in the target language and encoded by that language's model, as NeMo does.
 """
 
 from __future__ import annotations
@@ -30,11 +30,12 @@ def prompt_ids(
     source_lang: str,
     target_lang: str,
     *,
+    prompt_format: str,
     pnc: bool | str = True,
-    prompt_format: str = "canary2",
     slots: Mapping[str, Any] | None = None,
 ) -> list[int]:
-    """Ids of a prompt. `slots` sets further slots of the format by name; see `raytrain.data.slots`.
+    """Ids of a prompt. `slots` sets further slots of the format by name, None for the default; see
+    `raytrain.data.slots`. A language is one that the tokenizer has a text model of.
 
     Raises `TokenizerError` for an unknown format, slot, value or language, listing what is allowed.
     """
@@ -42,11 +43,13 @@ def prompt_ids(
     unknown = set(slots or {}) - set(names)
     if unknown:
         raise TokenizerError("unknown prompt slot", got=", ".join(sorted(unknown)), allowed=", ".join(names))
-    given = {"source_lang": source_lang, "target_lang": target_lang, "pnc": pnc, **(slots or {})}
+    further = {name: value for name, value in (slots or {}).items() if value is not None}
+    given = {"source_lang": source_lang, "target_lang": target_lang, "pnc": pnc, **further}
     values = {**DEFAULTS, **{name: slot_token(name, value) for name, value in given.items()}}
     for name in ("source_lang", "target_lang"):
-        if not tokenizer.has_special(values[name]):
-            raise TokenizerError("unknown language", got=given[name], allowed=", ".join(tokenizer.languages))
+        # Not any special token will do: <|pnc|> is one too.
+        if values[name][2:-2] not in tokenizer.languages:
+            raise TokenizerError("unknown language", got=str(given[name]), allowed=", ".join(tokenizer.languages))
     if prompt_format == "canary":
         same = values["source_lang"] == values["target_lang"]
         values.setdefault("task", "<|transcribe|>" if same else "<|translate|>")
@@ -71,9 +74,7 @@ def utterance_prompt(tokenizer: CanaryTokenizer, utterance: Utterance, prompt_fo
     )
 
 
-def encode_utterance(
-    tokenizer: CanaryTokenizer, utterance: Utterance, prompt_format: str = "canary2"
-) -> EncodedUtterance:
+def encode_utterance(tokenizer: CanaryTokenizer, utterance: Utterance, prompt_format: str) -> EncodedUtterance:
     """The training sequence of one utterance."""
     prompt = utterance_prompt(tokenizer, utterance, prompt_format)
     text = tokenizer.encode_text(utterance.text, utterance.target_lang)
@@ -83,10 +84,9 @@ def encode_utterance(
 def read_utterances(
     chunk: ManifestChunk, tokenizer: CanaryTokenizer, prompt_format: str, default_language: str | None
 ) -> Iterator[Utterance | BadRow]:
-    """Rows of one byte range that this tokenizer can encode; the others as bad rows."""
+    """Rows of one byte range that this tokenizer can encode in this format; the others as bad rows."""
 
     def check(row: Utterance) -> None:
-        if row.slots:  # languages are checked anyway
-            utterance_prompt(tokenizer, row, prompt_format)
+        utterance_prompt(tokenizer, row, prompt_format)
 
     return read_chunk(chunk, set(tokenizer.languages), default_language, check)

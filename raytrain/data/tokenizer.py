@@ -39,6 +39,8 @@ _SPECIALS_OF = {
 }  # fmt: skip
 # Not in NeMo's published models; they come last so that all other ids are NeMo's.
 _FURTHER = {"canary": (), "canary2": ("<|emo:happy|>", "<|emo:sad|>", "<|emo:angry|>")}
+# A language's token is <|name|>, so a language called pnc would be taken for a slot's value.
+_TAKEN = {SPECIALS, *(token[2:-2] for tokens in _SPECIALS_OF.values() for token in tokens if token.startswith("<|"))}
 
 
 class CanaryTokenizer:
@@ -92,10 +94,6 @@ class CanaryTokenizer:
                 "the tokenizer lacks a special token", got=token, allowed=", ".join(sorted(self._special_ids))
             )
         return found
-
-    def has_special(self, token: str) -> bool:
-        """Whether there is such a special token."""
-        return token in self._special_ids
 
     @cached_property
     def pad_id(self) -> int:
@@ -189,10 +187,10 @@ def train_tokenizer(
 def train_specials(languages: Iterable[str], prompt_format: str = "canary2") -> bytes:
     """SentencePiece model whose pieces are the format's special tokens in NeMo's order, `<|language|>` among them.
 
-    Raises `TokenizerError` for an unknown format.
+    Raises `TokenizerError` for an unknown format and for a language that is not a plain name.
     """
     check_format(prompt_format)
-    names = [f"<|{language}|>" for language in languages]
+    names = [f"<|{language}|>" for language in _check_languages(languages)]
     symbols = [*_SPECIALS_OF[prompt_format], *names, *_FURTHER[prompt_format]]
     writer = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
@@ -213,11 +211,15 @@ def train_specials(languages: Iterable[str], prompt_format: str = "canary2") -> 
 
 
 def _check_languages(languages: Iterable[str]) -> list[str]:
-    """The languages as a list. Raises `TokenizerError` where a name could lead out of the tokenizer's folder."""
+    """The languages as a list.
+
+    Raises `TokenizerError` where a name could lead out of the tokenizer's folder or is another special token's.
+    """
     names = list(languages)
-    bad = [name for name in names if not _LANGUAGE.fullmatch(name) or name == SPECIALS]
+    bad = [name for name in names if not _LANGUAGE.fullmatch(name) or name in _TAKEN]
     if bad:
-        raise TokenizerError("not a language's name", got=bad, allowed="letters, digits, - and _, such as en or pt-BR")
+        allowed = "letters, digits, - and _, such as en or pt-BR, but no special token's name"
+        raise TokenizerError("not a language's name", got=bad, allowed=allowed)
     return names
 
 
