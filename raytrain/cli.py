@@ -104,7 +104,9 @@ def transcribe(
     n_best: Annotated[int, typer.Option(min=1, help="Texts to give with --json.")] = 1,
     batch_size: Annotated[int, typer.Option(min=1, help="Recordings or windows decoded together.")] = 8,
     window_seconds: Annotated[float, typer.Option(help="Longest piece of a recording, at most 40.")] = 40.0,
-    overlap_seconds: Annotated[float, typer.Option(help="What neighbouring pieces share.")] = 4.0,
+    overlap_seconds: Annotated[
+        float | None, typer.Option(help="What neighbouring pieces share; 4, or a quarter of a piece if that is less.")
+    ] = None,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     json: Annotated[bool, typer.Option("--json", help="One JSON object a line, with times and confidence.")] = False,
 ) -> None:

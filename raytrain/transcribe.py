@@ -40,8 +40,9 @@ class Word:
 
 @dataclass(frozen=True)
 class Transcript:
-    """One recording's text. `confidence` is the geometric mean of its tokens' probabilities; `alternatives` are
-    the other texts of the beam, best first (short recordings only); `error` says why there is no text."""
+    """One recording's text. `confidence` is the geometric mean of its tokens' probabilities, null without
+    text; `alternatives` are the other texts of the beam, best first (recordings of one window only); `cut_off` tells
+    that a length cap ended the text; `error` says why there is none."""
 
     path: str
     text: str | None
@@ -86,7 +87,7 @@ class Transcriber:
         settings: DecodeSettings | None = None,
         batch_size: int = 8,
         window_s: float = 40.0,
-        overlap_s: float = 4.0,
+        overlap_s: float | None = None,
         times: bool = False,
     ) -> None:
         self.tokenizer = CanaryTokenizer(parts.tokenizers)
@@ -99,6 +100,7 @@ class Transcriber:
             prompt_format=parts.config.prompt_format,
         )
         self.sample_rate = parts.config.sample_rate
+        overlap_s = min(4.0, window_s / 4) if overlap_s is None else overlap_s
         check_window(window_s, overlap_s)
         if device == "auto":
             device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -173,10 +175,10 @@ class Transcriber:
         for (_, left_end), (right_start, _), part in zip(spans, spans[1:], decoded[1:], strict=False):
             tokens = join(tokens, part.tokens, right_start, left_end)
         text = self.tokenizer.decode(token.id for token in tokens)
-        mean = sum(token.log_prob for token in tokens) / len(tokens) if tokens else 0.0
+        confidence = math.exp(sum(token.log_prob for token in tokens) / len(tokens)) if tokens else None
         alternatives = [self.tokenizer.decode(ids) for ids in decoded[0].others] if len(decoded) == 1 else []
         return Transcript(
-            path, text, spans[-1][1], math.exp(mean), self._words(tokens), alternatives,
+            path, text, spans[-1][1], confidence, self._words(tokens), alternatives,
             cut_off=not all(part.ended for part in decoded),
         )  # fmt: skip
 

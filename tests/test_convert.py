@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import soundfile
 import torch
 import yaml
 from conftest import SHARED
@@ -18,12 +19,13 @@ from typer.testing import CliRunner
 
 from raytrain.cli import app
 from raytrain.convert import Format, load_model, save_model
-from raytrain.data.tokenizer import train_tokenizer
+from raytrain.data.tokenizer import CanaryTokenizer, train_tokenizer
 from raytrain.errors import CheckpointError, RaytrainError
 from raytrain.model.canary import Canary
 from raytrain.model.config import ModelConfig, SpecAugmentSettings
 from raytrain.model.nemo import read_nemo, write_nemo
 from raytrain.model.portable import ModelParts
+from raytrain.transcribe import Transcriber
 
 
 @pytest.fixture(scope="module")
@@ -255,3 +257,17 @@ def test_commands_refuse_with_a_reason(parts, tmp_path):
     assert done.exit_code == 2 and "nemo, raytrain, huggingface" in done.output
     done = run(app, ["transcribe", "-m", "x", "--n-best", "3", "x.wav"])
     assert done.exit_code == 2 and "n_best" in done.output
+
+
+def test_silence_may_have_no_text_and_tiny_recordings_are_read(parts, tmp_path):
+    state = {name: value.clone() for name, value in parts.state.items()}
+    tokenizer = CanaryTokenizer(parts.tokenizers)
+    state["log_softmax.mlp.layer0.bias"][tokenizer.eos_id] = 100.0
+    paths = []
+    for size in (1, 100, 700, 16_000 * 3):
+        paths.append(str(tmp_path / f"{size}.wav"))
+        soundfile.write(paths[-1], np.zeros(size, np.float32), 16_000)
+    quiet = Transcriber(replace(parts, state=state), language="en", window_s=1, times=True)
+    for path, found in zip(paths, quiet.run(paths), strict=True):
+        assert (found.path, found.text, found.words, found.confidence, found.error) == (path, "", [], None, None)
+    assert [found.error for found in Transcriber(parts, language="de").run(paths)] == [None] * 4

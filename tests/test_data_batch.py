@@ -27,9 +27,12 @@ def test_parts_of_a_batch_give_back_what_went_in(texts):
         length = int(batch.input_lengths[row])
         assert batch.input_ids[row, :length].tolist() == [*PROMPT, *text]
         assert batch.labels[row, :length].tolist() == [*PROMPT[1:], *text, EOS]
-        assert targets[row, : int(target_lengths[row])].tolist() == text
+        assert int(target_lengths[row]) == len(text)
+        assert targets[row].tolist() == text + [0] * (targets.shape[1] - len(text))
         assert (batch.tokens[row, length + 1 :] == PAD).all()
-        assert (batch.audio[row, 10 + len(text) :] == 0).all() and int(batch.audio_lengths[row]) == 10 + len(text)
+        samples = 10 + len(text)
+        assert int(batch.audio_lengths[row]) == samples
+        assert (batch.audio[row, :samples] == 0.5).all() and (batch.audio[row, samples:] == 0).all()
 
 
 def test_dtypes_are_fixed_and_a_move_keeps_all_tensors():
@@ -43,11 +46,15 @@ def test_synthetic_batches_have_valid_lengths_at_any_edge(max_tokens):
     assert (batch.ctc_target_lengths() >= 0).all() and (batch.input_lengths >= 1).all()
 
 
-def test_everything_derived_works_without_data():
-    batch = SpeechBatch.synthetic(2, 1000, 16, vocab=50, device="meta")
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_synthetic_batches_have_the_shapes_of_real_ones(device):
+    batch = SpeechBatch.synthetic(2, 1500, 16, vocab=50, device=device)
+    assert batch.audio.shape == (2, 24000) and batch.tokens.shape == (2, 16) and len(batch) == 2
+    assert [tensor.dtype for tensor in batch.tensors()] == [torch.float32, *[torch.int64] * 4]
     assert batch.input_ids.shape == batch.labels.shape == (2, 15)
-    assert batch.ctc_targets().shape == (2, 16) and batch.ctc_targets().is_meta
-    assert batch.ctc_target_lengths().is_meta
+    derived = batch.ctc_targets(), batch.ctc_target_lengths(), batch.input_lengths
+    assert [tensor.shape for tensor in derived] == [(2, 16), (2,), (2,)]
+    assert all(tensor.device.type == device for tensor in derived)
 
 
 def test_an_empty_or_uneven_batch_is_refused():

@@ -60,6 +60,16 @@ def test_durations_are_rounded_up(tmp_path, seconds, ms):
     assert row.duration_ms == ms
 
 
+def test_a_row_becomes_an_utterance(tmp_path):
+    row = {
+        **GOOD, "offset": 0.5, "source_lang": "<|en|>", "target_lang": "de", "pnc": "no", "taskname": "ast",
+        "decodercontext": "eins", "itn": None, "text": " one\t two ",
+    }  # fmt: skip
+    (found,) = read(tmp_path / "m.jsonl", [row], languages={"en", "de"})
+    slots = (("task", "ast"), ("decodercontext", "eins"))
+    assert found == Utterance(str(tmp_path / "a.flac"), 500, 1200, "one two", "en", "de", False, slots)
+
+
 def test_languages_fall_back_from_target_to_source_to_lang_to_the_reader(tmp_path):
     bare = {key: value for key, value in GOOD.items() if key != "lang"}
     rows = [GOOD, {**GOOD, "target_lang": "de"}, {**GOOD, "source_lang": "fr"}, bare]
@@ -71,8 +81,14 @@ def test_languages_fall_back_from_target_to_source_to_lang_to_the_reader(tmp_pat
     assert isinstance(row, BadRow) and row.reason == "missing_field"
 
 
-@pytest.mark.parametrize(("value", "pnc"), [("yes", True), ("no", False), ("Yes", True), (True, True), (False, False)])
-def test_punctuation_may_be_a_word_or_a_boolean(tmp_path, value, pnc):
+@pytest.mark.parametrize(
+    ("value", "pnc"),
+    [
+        ("yes", True), ("no", False), ("Yes", True), (True, True), (False, False), (None, True), ("pnc", True),
+        ("<|nopnc|>", False),
+    ],
+)  # fmt: skip
+def test_punctuation_may_be_a_word_a_boolean_or_a_token(tmp_path, value, pnc):
     (row,) = read(tmp_path / "m.jsonl", [{**GOOD, "pnc": value}])
     assert row.pnc is pnc
 
@@ -86,11 +102,24 @@ def test_punctuation_may_be_a_word_or_a_boolean(tmp_path, value, pnc):
         ({"lang": ["en"]}, "unknown_language"), ({"lang": 5}, "unknown_language"),
         ({"duration": 1e307}, "bad_duration"), ({"duration": 1e20}, "bad_duration"),
         ({"offset": 1e307}, "bad_duration"), ({"audio_filepath": ""}, "missing_field"),
+        ({"duration": 0}, "bad_duration"), ({"duration": -1}, "bad_duration"), ({"duration": "x"}, "bad_duration"),
+        ({"duration": float("inf")}, "bad_json"), ({"text": "  "}, "empty_text"), ({"lang": "xx"}, "unknown_language"),
+        ({"pnc": "maybe"}, "bad_slot"),
     ],
 )  # fmt: skip
 def test_a_bad_row_has_a_reason(tmp_path, change, reason):
     (row,) = read(tmp_path / "m.jsonl", [{**GOOD, **change}], languages={"en"})
     assert isinstance(row, BadRow) and (row.line, row.reason) == (1, reason)
+
+
+def test_bad_lines_are_named_and_leave_the_others(tmp_path):
+    path = tmp_path / "m.jsonl"
+    path.write_text("\n".join([json.dumps(GOOD), "{broken", "", "[1]", '{"duration": 1}', json.dumps(GOOD)]))
+    for chunk_bytes in (20, 1000):
+        found = read(path, chunk_bytes=chunk_bytes)
+        assert [isinstance(row, Utterance) for row in found] == [True, False, False, False, True]
+        bad = [(row.file, row.line, row.reason) for row in found if isinstance(row, BadRow)]
+        assert bad == [(str(path), 2, "bad_json"), (str(path), 4, "bad_json"), (str(path), 5, "missing_field")]
 
 
 def test_absolute_audio_paths_stay_and_others_start_at_the_manifest(tmp_path):
@@ -104,9 +133,10 @@ def test_no_manifests_at_all_is_an_error_with_a_remedy():
         split_manifests([])
 
 
-def test_a_folder_is_no_manifest(tmp_path):
-    with pytest.raises(ManifestError, match="is a directory"):
-        split_manifests([tmp_path])
+@pytest.mark.parametrize(("name", "why"), [("none.jsonl", "no such file.*RAYTRAIN_DATA_ROOT"), ("", "is a directory")])
+def test_what_can_not_be_read_is_named_with_the_reason(tmp_path, name, why):
+    with pytest.raises(ManifestError, match=f"{name} can't be read; because {why}"):
+        split_manifests([tmp_path / name])
 
 
 def test_relative_manifests_give_absolute_audio_paths(tmp_path, monkeypatch):
