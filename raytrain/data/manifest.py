@@ -20,7 +20,7 @@ from raytrain.errors import ManifestError, TokenizerError
 REASONS = ("bad_json", "missing_field", "bad_duration", "empty_text", "unknown_language", "bad_slot", "skipme")
 # Field of a manifest row → prompt slot.
 _SLOTS = {
-    "taskname": "task", "decodercontext": "decodercontext", "emotion": "emotion", "itn": "itn",
+    "taskname": "task", "task": "task", "decodercontext": "decodercontext", "emotion": "emotion", "itn": "itn",
     "timestamp": "timestamp", "diarize": "diarize",
 }  # fmt: skip
 # About thirty years; what lies beyond is a fault, and would not fit an int64 of milliseconds.

@@ -45,6 +45,8 @@ def check_format(prompt_format: str) -> tuple[str, ...]:
 def slot_token(slot: str, value: Any) -> str:
     """The special token of a slot's value (context: the text). Raises `TokenizerError` that lists what is allowed."""
     if slot == "decodercontext":
+        if not isinstance(value, str):
+            raise TokenizerError("the prompt slot decodercontext is a text", got=repr(value), allowed="any text")
         return str(value).strip()
     text = str(value).strip().removeprefix("<|").removesuffix("|>")
     if slot in ("source_lang", "target_lang"):
@@ -55,7 +57,9 @@ def slot_token(slot: str, value: Any) -> str:
         if text.lower() in ("no", "false", "0", f"no{slot}"):
             return f"<|no{slot}|>"
         raise TokenizerError(
-            f"unknown value of the prompt slot {slot}", got=repr(value), allowed=f"yes, no, <|{slot}|>"
+            f"unknown value of the prompt slot {slot}",
+            got=repr(value),
+            allowed=f"yes, no, true, false, <|{slot}|>, <|no{slot}|>",
         )
     if slot == "emotion":
         name = text.lower().removeprefix("emo:")
