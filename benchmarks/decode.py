@@ -110,6 +110,8 @@ def main() -> None:
     parser.add_argument("--nemo-python", type=Path, help="Python of an environment that has nemo_toolkit[asr]")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     arguments = parser.parse_args()
+    if arguments.nemo_python:
+        arguments.device = "cpu"  # where the other side runs
     torch.set_num_threads(arguments.threads)
     result: dict[str, Any] = {"threads": arguments.threads, "seconds": arguments.seconds}
     for name in arguments.models:

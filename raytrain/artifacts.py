@@ -59,7 +59,7 @@ def storage_error(path: Path, error: OSError) -> StorageError:
     return StorageError(
         f"can't write {path}",
         why=(error.strerror or str(error)).lower(),
-        remedy="free space or choose another folder with run.root; finished artefacts are kept as they were",
+        remedy="free space, or choose another folder (run.root); finished artefacts are kept as they were",
     )
 
 

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from raytrain.errors import ConfigError
 from raytrain.lengths.plan import BucketSettings
@@ -133,6 +133,21 @@ class Config(_Section):
     evaluate: EvaluateSection = EvaluateSection()
     tracking: TrackingSection = TrackingSection()
     cluster: ClusterSection = ClusterSection()
+
+    @model_validator(mode="after")
+    def _sections_agree(self) -> Config:
+        problems = []
+        longest = self.model.max_positions + 1  # the decoder does not read the last token
+        if self.buckets.max_tokens > longest:
+            problems.append(f"buckets.max_tokens is {self.buckets.max_tokens}, but the model ends at {longest} tokens "
+                            f"(model.max_positions + 1)")  # fmt: skip
+        start = self.train.init_from
+        if start and Path(start).expanduser().absolute().is_relative_to(self.run_dir):
+            problems.append("train.init_from lies in this run's own folder, whose checkpoints make way for the new "
+                            "ones; give the run another name, or copy the model out first")  # fmt: skip
+        if problems:
+            raise ValueError("; ".join(problems))
+        return self
 
     @property
     def run_dir(self) -> Path:

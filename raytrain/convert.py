@@ -6,6 +6,7 @@ save_model(parts, Path("digits.nemo"))
 
 from __future__ import annotations
 
+import hashlib
 import json
 from dataclasses import asdict
 from enum import StrEnum
@@ -45,6 +46,8 @@ def load_model(path: Path) -> ModelParts:
     if (path / "config.json").exists():
         return read_huggingface(path)
     checkpoint = find_checkpoint(path)
+    if checkpoint is None and (path / "meta.json").exists():
+        raise CheckpointError(f"the checkpoint {path} is damaged", why="a file is missing or was changed")
     if checkpoint is None:
         raise CheckpointError(f"{path} holds no model", allowed=_KINDS)
     return _read_own(checkpoint)
@@ -68,7 +71,8 @@ def model_config_of(meta: dict[str, Any]) -> ModelConfig:
 
 
 def model_stamp(path: Path) -> list[Any]:
-    """Names a model's files by path, size and time of change: what depends on the model depends on this.
+    """Names a model's files by what is in them (sizes and samples of their bytes): what depends on the model
+    depends on this.
 
     Raises `CheckpointError` where there is nothing at `path`.
     """
@@ -77,9 +81,20 @@ def model_stamp(path: Path) -> list[Any]:
     folder = checkpoint.folder if checkpoint else path
     files = sorted(file for file in folder.rglob("*") if file.is_file()) if folder.is_dir() else [folder]
     try:
-        return [[str(file), file.stat().st_size, file.stat().st_mtime_ns] for file in files]
+        return [[file.name, file.stat().st_size, _sample_id(file)] for file in files]
     except OSError as error:
         raise CheckpointError(f"there is no model at {path}", allowed=_KINDS) from error
+
+
+def _sample_id(path: Path) -> str:
+    """Hash of up to 64 blocks of 64 KiB spread over a file: whole models of gigabytes are read often enough."""
+    size, block = path.stat().st_size, 1 << 16
+    digest = hashlib.blake2b(digest_size=8)
+    with open(path, "rb") as file:
+        for number in range(64):
+            file.seek(max(0, size - block) * number // 63)
+            digest.update(file.read(block))
+    return digest.hexdigest()
 
 
 def _read_own(checkpoint: Checkpoint) -> ModelParts:
@@ -92,7 +107,16 @@ def _read_own(checkpoint: Checkpoint) -> ModelParts:
             f"{checkpoint.folder} has no tokenizer", allowed="a folder tokenizer in it or in its run folder"
         )
     config = model_config_of(checkpoint.meta)
-    parts = ModelParts.of_state(config, checkpoint.load("model"), CanaryTokenizer.load(found).models)
+    tokenizer = CanaryTokenizer.load(found)
+    wanted = checkpoint.meta.get("ids", {}).get("tokenizer")
+    if tokenizer.id != wanted or tokenizer.vocab_size != config.vocab_size:
+        raise CheckpointError(
+            f"{checkpoint.folder} was made with another tokenizer than {found}",
+            got=f"{tokenizer.id} with {tokenizer.vocab_size} ids",
+            allowed=f"{wanted} with {config.vocab_size} ids",
+            why="the run has trained another tokenizer since, and its ids would mean other pieces",
+        )
+    parts = ModelParts.of_state(config, checkpoint.load("model"), tokenizer.models)
     check_state(parts.config, parts.state)
     return parts
 

@@ -104,6 +104,8 @@ class Transcriber:
         check_window(window_s, overlap_s)
         if device == "auto":
             device = "cuda" if torch.cuda.is_available() else "cpu"
+        if device not in ("cpu", "cuda") or (device == "cuda" and not torch.cuda.is_available()):
+            raise DataError("there is no such device", got=device, allowed="auto, cpu, and cuda where there is one")
         self.model = parts.build().to(device)
         self.device = torch.device(device)
         self.settings = settings or DecodeSettings()
@@ -157,12 +159,16 @@ class Transcriber:
             spans = None
             if timed[row]:
                 spans = token_spans(self.model, states[own], sizes[own], self.prompt, hypotheses[0].ids)
-            tokens = self._timed(hypotheses[0], spans, piece.start_s)
+            duration_s = len(piece.samples) / self.sample_rate
+            tokens = self._timed(hypotheses[0], spans, piece.start_s, duration_s)
             results.append(_Decoded(tokens, [one.ids for one in hypotheses[1:]], hypotheses[0].ended))
         return results
 
-    def _timed(self, best: Hypothesis, spans: list[tuple[float, float]] | None, start_s: float) -> list[TimedToken]:
+    def _timed(
+        self, best: Hypothesis, spans: list[tuple[float, float]] | None, start_s: float, duration_s: float
+    ) -> list[TimedToken]:
         unknown = (math.nan, math.nan)
+        spans = spans and [(start, min(end, duration_s)) for start, end in spans]
         return [
             TimedToken(token, *(spans[i] if spans else unknown), log_prob, self.tokenizer.starts_word(token)).later(
                 start_s

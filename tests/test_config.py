@@ -35,6 +35,12 @@ def test_all_unknown_keys_are_named_at_once_with_a_suggestion():
     assert "4 problem(s)" in text
 
 
+def test_sections_that_contradict_each_other_are_named(tmp_path):
+    run = {**MINIMAL, "run": {"root": str(tmp_path)}, "model": {"max_positions": 512}}
+    with pytest.raises(ConfigError, match=r"max_tokens is 1024, but the model ends at 513.*own folder"):
+        check_config({**run, "train": {"init_from": str(tmp_path / "a" / "checkpoints")}})
+
+
 def test_wrong_values_are_named():
     with pytest.raises(ConfigError) as caught:
         check_config({**MINIMAL, "train": {"num_workers": 0, "ctc_weight": 1}, "oomptimize": {"device_memory": "x"}})

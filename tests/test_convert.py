@@ -164,6 +164,53 @@ def test_hostile_archives_are_refused(parts, tmp_path):
     refused("plain name")
 
 
+def test_weights_that_lie_about_their_size_or_kind_are_refused(parts, tmp_path):
+    name = "encoder.layers.0.norm_out.weight"
+    good = parts.state[name]
+    for value, match in (
+        (torch.ones(1).expand(good.shape), "plain tensor"), (good.to_sparse(), "plain tensor"),
+        (good.to(torch.int64), "plain tensor"), (good.bool(), "plain tensor"), (good.to("meta"), "plain tensor"),
+        (good.to(torch.complex64), "plain tensor"), (good * float("nan"), "not finite"),
+    ):  # fmt: skip
+        with pytest.raises(CheckpointError, match=match):
+            replace(parts, state={**parts.state, name: value}).build()
+    write_nemo(tmp_path / "good.nemo", parts)
+    members = members_of(tmp_path / "good.nemo")
+    weights = io.BytesIO()
+    torch.save({**parts.state, "bomb": torch.zeros(1, dtype=torch.float16).expand(1 << 40)}, weights)
+    pack(tmp_path / "bad.nemo", {**members, "./model_weights.ckpt": weights.getvalue()})
+    with pytest.raises(CheckpointError, match="unknown bomb"):
+        read_nemo(tmp_path / "bad.nemo")
+
+
+def test_small_files_that_unfold_are_refused(parts, tmp_path):
+    write_nemo(tmp_path / "good.nemo", parts)
+    members, bad = members_of(tmp_path / "good.nemo"), tmp_path / "bad.nemo"
+    levels = "".join(f"b{i}: &b{i} [{', '.join([f'*b{i - 1}'] * 10)}]\n" for i in range(1, 40))
+    pack(bad, {**members, "./model_config.yaml": ("b0: &b0 [x]\n" + levels).encode()})
+    with pytest.raises(CheckpointError, match="aliases"):
+        read_nemo(bad)
+    for kind in (tarfile.GNUTYPE_LONGNAME, tarfile.XHDTYPE):
+        header = special("x", kind)
+        header.size = 1 << 31
+        bad.write_bytes(gzip.compress(header.tobuf() + bytes(4 << 20)))
+        with pytest.raises(CheckpointError, match="header of 2147483648 bytes"):
+            read_nemo(bad)
+    pack(bad, members, *(special(f"d{i}", tarfile.DIRTYPE) for i in range(10_002)))
+    with pytest.raises(CheckpointError, match="too large"):
+        read_nemo(bad)
+
+
+def test_a_checkpoint_beside_another_tokenizer_is_refused(parts, tmp_path):
+    save_model(parts, tmp_path / "own", Format.raytrain)
+    train_tokenizer({"en": ["five six seven"] * 9}, 24, tmp_path / "own" / "tokenizer")
+    with pytest.raises(CheckpointError, match="another tokenizer"):
+        load_model(tmp_path / "own")
+    sizes = {parts.config.padded_vocab_size, parts.config.padded_vocab_size - 1} - {parts.config.vocab_size}
+    with pytest.raises(CheckpointError, match="tokenizer and model differ"):
+        write_nemo(tmp_path / "x.nemo", replace(parts, config=replace(parts.config, vocab_size=sizes.pop())))
+
+
 def test_damaged_archives_are_refused(parts, tmp_path):
     write_nemo(tmp_path / "good.nemo", parts)
     data, bad = (tmp_path / "good.nemo").read_bytes(), tmp_path / "bad.nemo"

@@ -1,9 +1,11 @@
 """Tokenizers: NeMo's reference archives, small corpora, files and processes, what is kept of a text."""
 
+import io
 import json
 import pickle
 
 import pytest
+import sentencepiece
 from conftest import SHARED
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -165,3 +167,15 @@ def test_a_language_can_not_lead_out_of_the_folder_nor_be_another_special(tmp_pa
     with pytest.raises(TokenizerError, match="not a language's name"):
         train_tokenizer({language: ["one two"], "en": ["one two"]}, 32, tmp_path / "deep" / "tokenizer")
     assert not list(tmp_path.rglob("*.model"))
+
+
+def test_byte_pieces_are_read_as_characters():
+    writer = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(["one two three"] * 5), model_writer=writer, model_type="bpe", vocab_size=280,
+        byte_fallback=True, hard_vocab_limit=False, bos_id=-1, eos_id=-1, pad_id=-1, unk_id=0, minloglevel=2,
+    )  # fmt: skip
+    tokenizer = CanaryTokenizer({"spl_tokens": train_specials(["en"]), "en": writer.getvalue()})
+    ids = tokenizer.encode_text("one wörld 你", "en")
+    assert tokenizer.decode(ids) == "one wörld 你"
+    assert tokenizer.decode(ids[:-1]).startswith("one wörld")  # half a character is no error

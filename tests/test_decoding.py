@@ -135,6 +135,19 @@ def test_prompts_of_unequal_length(spoken):
         assert alone[0][0].ids == found[row][0].ids
 
 
+def test_no_room_for_text_is_an_empty_text_in_a_batch_too(spoken):
+    model, states, lengths = spoken
+    short = torch.tensor([2, 12, 3, 1, 0])
+    prompts, sizes = torch.full((5, 6), 7), torch.full((5,), 6)
+    for beams in (1, 3):
+        settings = DecodeSettings(beam_size=beams, n_best=beams, max_generation_delta=3)
+        found = decode(model, states, short, prompts, sizes, EOS, settings)
+        for row in range(5):
+            alone = decode(model, states[[row]], short[[row]], prompts[[row]], sizes[[row]], EOS, settings)
+            assert [one.ids for one in alone[0]] == [one.ids for one in found[row]]
+        assert found[0][0].ids == [] and not found[0][0].ended and len(found[1]) == beams
+
+
 def test_bad_requests_are_refused(spoken):
     model, states, lengths = spoken
     with pytest.raises(ValueError, match=r"beam_size must be at least 1.*n_best must be from 1 to beam_size"):

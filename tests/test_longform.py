@@ -85,7 +85,9 @@ def test_windows_with_nothing_in_common_change_over_in_the_middle():
     left = [TimedToken(1, 0, 1, 0, True), TimedToken(2, 4.2, 4.4, 0, True), TimedToken(3, 5.2, 5.6, 0, True)]
     right = [TimedToken(7, 4.1, 4.4, 0, True), TimedToken(8, 5.3, 5.5, 0, True), TimedToken(9, 8, 9, 0, True)]
     assert [token.id for token in join(left, right, 4, 6)] == [1, 2, 8, 9]
-    assert join([], right, 4, 6) == right[1:] and join(left, [], 4, 6) == left[:2]
+    # A window that heard nothing, or ended early, takes nothing from the other one.
+    assert join([], right, 4, 6) == right and join(left, [], 4, 6) == left
+    assert [token.id for token in join(left[:1], right, 4, 6)] == [1, 7, 8, 9]
 
 
 def test_spans_follow_the_weights():

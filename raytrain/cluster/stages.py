@@ -337,11 +337,13 @@ def _set_aside_other_lineage(context: Context, lineage: str) -> None:
         except (OSError, ValueError, KeyError):
             pass
         previous = context.path("previous")
-        shutil.rmtree(previous, ignore_errors=True)
+        if any(context.path("checkpoints").glob("step_*")):  # else there is nothing that could replace the older ones
+            shutil.rmtree(previous, ignore_errors=True)
         make_folder(previous)
         for name in ("checkpoints", "metrics.jsonl"):
-            if context.path(name).exists():
+            if context.path(name).exists() and not (previous / name).exists():
                 shutil.move(context.path(name), previous / name)
+        shutil.rmtree(context.path("checkpoints"), ignore_errors=True)
         context.console.say("  settings changed: training starts anew, the old checkpoints are in previous/")
     else:
         context.path("metrics.jsonl").unlink(missing_ok=True)

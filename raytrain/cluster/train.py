@@ -141,8 +141,11 @@ def run_training(
             allowed=cpus,
             remedy="lower train.num_workers",
         )
+    plain = config.model_dump(mode="json")
+    if config.train.init_from:  # workers have other working folders
+        plain["train"]["init_from"] = str(Path(config.train.init_from).expanduser().absolute())
     job = {
-        "config": config.model_dump(mode="json"),
+        "config": plain,
         "run_dir": str(run_dir),
         "meta": meta,
         "mlflow": mlflow,

@@ -102,6 +102,8 @@ class Workspace:
             for item in read_utterances(chunk, self.tokenizer, prompt_format, self.config.data.default_language):
                 if isinstance(item, Utterance):
                     values = encode_row(self.tokenizer, item, prompt_format)
+                    # What the decoder has no position for stays out of the validation loss, not of the WER.
+                    values["tokens"] = values["tokens"][: self.config.model.max_positions + 1]
                     rows.append(Row(**{**values, "tokens": tuple(values["tokens"])}))
                 if limit is not None and len(rows) >= limit:
                     return rows

@@ -41,4 +41,6 @@ def read_audio(path: str, *, offset_ms: int = 0, duration_ms: int | None = None,
         import soxr
 
         mono = soxr.resample(mono, rate, sample_rate)
+        if not len(mono):
+            raise AudioError(f"no audio in {path}", got=f"{len(samples)} sample(s)", remedy="leave it out")
     return np.ascontiguousarray(mono, dtype=np.float32)

@@ -125,9 +125,9 @@ class CanaryTokenizer:
         return number < self.vocab_size and self._processors[name].id_to_piece(piece).startswith("▁")
 
     def decode(self, ids: Iterable[int]) -> str:
-        """Text of ids: specials dropped, pieces joined, ▁ as space."""
+        """Text of ids: specials dropped, pieces joined, ▁ as space, byte pieces read as UTF-8."""
         names, starts = list(self._offsets), list(self._offsets.values())
-        pieces = []
+        pieces: list[bytes] = []
         for number in ids:
             if number >= self.vocab_size:  # the head's padding rows have no piece
                 continue
@@ -135,9 +135,12 @@ class CanaryTokenizer:
             if name == SPECIALS:
                 continue
             piece = number - self._offsets[name]
-            if not self._processors[name].is_control(piece):
-                pieces.append(self._processors[name].id_to_piece(piece))
-        return "".join(pieces).replace("▁", " ").strip()
+            processor = self._processors[name]
+            if processor.is_byte(piece):
+                pieces.append(bytes([int(processor.id_to_piece(piece)[1:-1], 16)]))
+            elif not processor.is_control(piece):
+                pieces.append(processor.id_to_piece(piece).encode())
+        return b"".join(pieces).decode(errors="replace").replace("▁", " ").strip()
 
     def save(self, folder: Path) -> str:
         """Write the models and `tokenizer.json`; returns the tokenizer's id."""

@@ -90,9 +90,14 @@ def decode(
             allowed=f"1 to {model.config.max_positions - 1}",
         )
     search = _greedy if settings.beam_size == 1 else _beam
+    room = (lengths + settings.max_generation_delta).clamp_max(model.config.max_positions) - prompt_lengths
+    for row in (room < 1).nonzero().flatten().tolist():
+        results[row] = [Hypothesis([], [], 0.0, 0.0, False)]
     for size in sorted(set(sizes)):
-        rows = (prompt_lengths == size).nonzero().flatten()
-        limits = (lengths[rows] + settings.max_generation_delta).clamp_max(model.config.max_positions) - size
+        rows = ((prompt_lengths == size) & (room > 0)).nonzero().flatten()
+        if not len(rows):
+            continue
+        limits = room[rows]
         own = lengths[rows].clamp_min(1)
         group = search(model, states[rows, : int(own.max())], own, prompt_ids[rows, :size], limits, eos_id, settings)
         for row, hypotheses in zip(rows.tolist(), group, strict=True):

@@ -56,7 +56,7 @@ _SIZES = {
     "decoder_layers": ("decoder_config.num_hidden_layers", 512),
     "decoder_width": ("decoder_config.hidden_size", 1 << 16),
     "decoder_heads": ("decoder_config.num_attention_heads", 1 << 16),
-    "max_positions": ("decoder_config.max_position_embeddings", 1 << 20),
+    "max_positions": ("decoder_config.max_position_embeddings", 1 << 14),
     "vocab_size": ("vocab_size", 1 << 24),
 }
 

@@ -95,6 +95,8 @@ def join(left: list[TimedToken], right: list[TimedToken], start_s: float, end_s:
     middle = (start_s + end_s) / 2
     tail = _within(left, start_s - _TOLERANCE_S, None)
     head = _within(right, None, end_s + _TOLERANCE_S)
+    if not tail or not head:  # one of them heard nothing there, so nothing can repeat
+        return left + right
     pairs = _matches([left[i] for i in tail], [right[j] for j in head])
     if not pairs:
         return _cut(left, right, middle)

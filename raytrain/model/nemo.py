@@ -15,9 +15,12 @@ import hashlib
 import io
 import os
 import re
+import reprlib
+import struct
 import tarfile
 import tempfile
 import zipfile
+import zlib
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO
@@ -25,6 +28,7 @@ from typing import Any, BinaryIO
 import torch
 
 from raytrain.errors import CheckpointError
+from raytrain.model.config import ModelConfig
 from raytrain.model.nemo_config import model_config_of, nemo_config_of
 from raytrain.model.portable import ModelParts, check_state
 
@@ -32,6 +36,12 @@ MAX_BYTES = 16 << 30
 _MAX_MEMBERS, _MAX_YAML, _MAX_TOKENIZER = 10_000, 4 << 20, 64 << 20
 _BLOCK = 4 << 20
 _SPECIALS = "spl_tokens"
+_MAX_HEADER = 1 << 20
+# What the standard library's readers raise for archives that were damaged or made to do harm.
+_DAMAGED = (
+    OSError, EOFError, ValueError, NotImplementedError, OverflowError, struct.error, tarfile.TarError, zlib.error,
+    zipfile.BadZipFile,
+)  # fmt: skip
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
 
 
@@ -48,11 +58,21 @@ def read_nemo(path: Path, *, max_bytes: int = MAX_BYTES) -> ModelParts:
             raw = _yaml(_read(archive, members, "model_config.yaml", _MAX_YAML, path), path)
             tokenizers = _tokenizers(archive, members, raw, path)
             config = model_config_of(raw, vocab_size=_vocab_size(tokenizers, path), source=str(path))
-            state = _weights(archive, members, path)
-    except (OSError, EOFError, tarfile.TarError, zipfile.BadZipFile, gzip.BadGzipFile) as error:
+            state = _weights(archive, members, config, path, max_bytes)
+    except _DAMAGED as error:
         raise CheckpointError(f"{path} can't be read as a .nemo archive", why=str(error) or "it is damaged") from error
-    check_state(config, state)
     return ModelParts(config, state, tokenizers)
+
+
+class _Member(tarfile.TarInfo):
+    """A member whose extended headers are of a believable size; tarfile reads them whole."""
+
+    def _proc_member(self, archive: tarfile.TarFile) -> tarfile.TarInfo:
+        headers = (tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK, tarfile.XHDTYPE, tarfile.XGLTYPE,
+                   tarfile.SOLARIS_XHDTYPE)  # fmt: skip
+        if self.type in headers and self.size > _MAX_HEADER:
+            raise tarfile.ReadError(f"a header of {self.size} bytes")
+        return super()._proc_member(archive)
 
 
 @contextlib.contextmanager
@@ -66,7 +86,7 @@ def _open(path: Path, max_bytes: int) -> Iterator[tarfile.TarFile]:
                 _copy(packed, unpacked, max_bytes, path)
             plain = unpacked
         plain.seek(0)
-        with tarfile.open(fileobj=plain, mode="r:") as archive:
+        with tarfile.open(fileobj=plain, mode="r:", tarinfo=_Member) as archive:
             yield archive
 
 
@@ -93,18 +113,20 @@ def _members(archive: tarfile.TarFile, path: Path, max_bytes: int) -> dict[str, 
     found: dict[str, tarfile.TarInfo] = {}
     total = 0
     for number, member in enumerate(archive):
+        if number > _MAX_MEMBERS:
+            raise _too_large(path, max_bytes)
         name = PurePosixPath(member.name)
         if name.is_absolute() or ".." in name.parts or "\\" in member.name:
-            raise CheckpointError(f"{path} holds a file that leads out of its folder", got=repr(member.name))
+            raise CheckpointError(f"{path} holds a file that leads out of its folder", got=reprlib.repr(member.name))
         if member.isdir():
             continue
         if not member.isreg() or member.issparse():
-            raise CheckpointError(f"{path} holds a link, device or sparse file", got=repr(member.name))
+            raise CheckpointError(f"{path} holds a link, device or sparse file", got=reprlib.repr(member.name))
         total += member.size
-        if total > max_bytes or number > _MAX_MEMBERS:
+        if total > max_bytes:
             raise _too_large(path, max_bytes)
         if str(name) in found:
-            raise CheckpointError(f"{path} holds two files of one name", got=repr(member.name))
+            raise CheckpointError(f"{path} holds two files of one name", got=reprlib.repr(member.name))
         found[str(name)] = member
     return found
 
@@ -121,8 +143,16 @@ def _read(archive: tarfile.TarFile, members: dict[str, tarfile.TarInfo], name: s
 def _yaml(data: bytes, path: Path) -> dict[str, Any]:
     import yaml
 
+    class Loader(yaml.SafeLoader):
+        """Without aliases, by which a few lines can stand for more than fits into memory."""
+
+        def compose_node(self, parent: Any, index: Any) -> Any:
+            if self.check_event(yaml.AliasEvent):
+                raise yaml.YAMLError("it has aliases")
+            return super().compose_node(parent, index)
+
     try:
-        raw = yaml.safe_load(data)
+        raw = yaml.load(data, Loader)
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise CheckpointError(
             f"model_config.yaml in {path} is not valid YAML", why=" ".join(str(error).split())
@@ -135,24 +165,30 @@ def _yaml(data: bytes, path: Path) -> dict[str, Any]:
 def _tokenizers(archive: Any, members: dict, raw: dict[str, Any], path: Path) -> dict[str, bytes]:
     section = raw.get("tokenizer")
     languages = section.get("langs") if isinstance(section, dict) else None
-    if not isinstance(languages, dict) or next(iter(languages), None) != _SPECIALS or len(languages) < 2:
-        raise CheckpointError(
-            f"{path} has no aggregate tokenizer",
-            got=f"tokenizer.langs {list(languages) if isinstance(languages, dict) else languages}",
-            allowed=f"{_SPECIALS} first, then at least one language",
-            why="prompts are looked up in the special-token model",
-        )
+    _check_names(languages if isinstance(languages, dict) else {}, path)
     found = {}
     for language, entry in languages.items():
         reference = entry.get("model_path") if isinstance(entry, dict) else None
         if not isinstance(language, str) or not _NAME.fullmatch(language):
-            raise CheckpointError(f"{path} has a language that is not a plain name", got=repr(language))
+            raise CheckpointError(f"{path} has a language that is not a plain name", got=reprlib.repr(language))
         if not isinstance(reference, str) or not reference.startswith("nemo:"):
             raise CheckpointError(
-                f"{path} names no SentencePiece model for {language}", got=reference, allowed="model_path: nemo:<file>"
+                f"{path} names no SentencePiece model for {language}",
+                got=reprlib.repr(reference),
+                allowed="model_path: nemo:<file>",
             )
         found[language] = _read(archive, members, reference.removeprefix("nemo:"), _MAX_TOKENIZER, path)
     return found
+
+
+def _check_names(languages: dict[str, Any], source: Path | str) -> None:
+    if next(iter(languages), None) != _SPECIALS or len(languages) < 2:
+        raise CheckpointError(
+            f"{source} has no aggregate tokenizer",
+            got=reprlib.repr(list(languages)),
+            allowed=f"{_SPECIALS} first, then at least one language",
+            why="prompts are looked up in the special-token model",
+        )
 
 
 def _vocab_size(tokenizers: dict[str, bytes], path: Path) -> int:
@@ -165,13 +201,15 @@ def _pieces(name: str, proto: bytes, path: Path | str) -> list[tuple[str, float]
 
     try:
         processor = sentencepiece.SentencePieceProcessor(model_proto=proto)
-    except RuntimeError as error:
+        size = processor.get_piece_size()
+        return [(processor.id_to_piece(number), processor.get_score(number)) for number in range(size)]
+    except (RuntimeError, UnicodeDecodeError) as error:
         raise CheckpointError(f"the tokenizer {name} of {path} can't be read", why=str(error)) from error
-    size = processor.get_piece_size()
-    return [(processor.id_to_piece(number), processor.get_score(number)) for number in range(size)]
 
 
-def _weights(archive: tarfile.TarFile, members: dict[str, tarfile.TarInfo], path: Path) -> dict[str, torch.Tensor]:
+def _weights(
+    archive: tarfile.TarFile, members: dict[str, tarfile.TarInfo], config: ModelConfig, path: Path, max_bytes: int
+) -> dict[str, torch.Tensor]:
     member = members.get("model_weights.ckpt")
     if member is None:
         raise CheckpointError(f"{path} lacks model_weights.ckpt", got=", ".join(sorted(members)[:8]))
@@ -185,11 +223,17 @@ def _weights(archive: tarfile.TarFile, members: dict[str, tarfile.TarInfo], path
     try:
         state = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:
-        raise CheckpointError(f"the weights of {path} can't be loaded", why=str(error).splitlines()[0]) from error
+        # What torch says here advises to load without protection.
+        raise CheckpointError(
+            f"the weights of {path} can't be loaded", why="the file is damaged or holds something else than tensors"
+        ) from error
     if not isinstance(state, dict) or not all(
         isinstance(name, str) and isinstance(value, torch.Tensor) for name, value in state.items()
     ):
         raise CheckpointError(f"the weights of {path} are not a flat dictionary of tensors")
+    check_state(config, state)
+    if sum(value.numel() * 4 for value in state.values()) > max_bytes:
+        raise _too_large(path, max_bytes)
     # Archives of half-precision models load as what the model computes in.
     return {name: value.float() if value.is_floating_point() else value for name, value in state.items()}
 
@@ -204,6 +248,9 @@ def write_nemo(path: Path, parts: ModelParts) -> None:
     from raytrain.artifacts import atomic_write
 
     check_state(parts.config, parts.state)
+    _check_names(parts.tokenizers, "the model")
+    if (size := _vocab_size(parts.tokenizers, Path("the model"))) != parts.config.vocab_size:
+        raise CheckpointError("tokenizer and model differ", got=f"{size} ids", allowed=f"{parts.config.vocab_size} ids")
     files, langs = {}, {}
     for name, proto in parts.tokenizers.items():
         langs[name] = _add_tokenizer(files, name, proto)

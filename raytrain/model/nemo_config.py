@@ -6,6 +6,7 @@ refused with every difference named, since its weights would load and give other
 
 from __future__ import annotations
 
+import reprlib
 from typing import Any
 
 from raytrain.errors import CheckpointError
@@ -14,6 +15,11 @@ from raytrain.model.config import ModelConfig, SpecAugmentSettings
 _NO_LIMIT = (None, -1, [-1, -1], [[-1, -1]])
 # setting → (values that mean what our model computes, NeMo's own default)
 _FIXED: dict[str, tuple[tuple[Any, ...], Any]] = {
+    "tokenizer.type": (("agg",), None),
+    "preprocessor.sample_rate": ((16000,), 16000),
+    "preprocessor.log_zero_guard_type": (("add",), "add"),
+    "preprocessor.log_zero_guard_value": ((2**-24,), 2**-24),
+    "preprocessor.exact_pad": ((False,), False),
     "preprocessor.normalize": (("per_feature",), "per_feature"),
     "preprocessor.window_size": ((0.025,), 0.02),
     "preprocessor.window_stride": ((0.01,), 0.01),
@@ -69,21 +75,21 @@ class _Reader:
         """A whole number in 1 … limit; hostile sizes would take all memory before any weight is read."""
         value = self.get(dotted)
         if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= limit:
-            self.problems.append(f"{dotted} is {value!r} instead of a whole number from 1 to {limit}")
+            self.problems.append(f"{dotted} is {reprlib.repr(value)} instead of a whole number from 1 to {limit}")
             return 1
         return value
 
     def fraction(self, dotted: str, default: float) -> float:
         value = self.get(dotted, default)
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < 1:
-            self.problems.append(f"{dotted} is {value!r} instead of a number in [0, 1)")
+            self.problems.append(f"{dotted} is {reprlib.repr(value)} instead of a number in [0, 1)")
             return default
         return float(value)
 
     def whole(self, dotted: str, default: int) -> int:
         value = self.get(dotted, default)
         if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value <= 10_000:
-            self.problems.append(f"{dotted} is {value!r} instead of a whole number from 0 to 10000")
+            self.problems.append(f"{dotted} is {reprlib.repr(value)} instead of a whole number from 0 to 10000")
             return default
         return value
 
@@ -94,7 +100,7 @@ def model_config_of(raw: dict[str, Any], *, vocab_size: int, source: str) -> Mod
     for dotted, (allowed, default) in _FIXED.items():
         value = read.get(dotted, default)
         if value not in allowed:
-            read.problems.append(f"{dotted} is {value!r} instead of {allowed[0]!r}")
+            read.problems.append(f"{dotted} is {reprlib.repr(value)} instead of {allowed[0]!r}")
     layers, width, positions = _LARGEST["layers"], _LARGEST["width"], _LARGEST["positions"]
     decoder = "transf_decoder.config_dict"
     values = {
@@ -143,14 +149,22 @@ def model_config_of(raw: dict[str, Any], *, vocab_size: int, source: str) -> Mod
 
 def _check_agreement(read: _Reader, values: dict[str, Any]) -> None:
     if read.get("encoder.feat_in", values["mel_bins"]) != values["mel_bins"]:
-        read.problems.append(f"encoder.feat_in {read.get('encoder.feat_in')} differs from preprocessor.features")
+        read.problems.append(
+            f"encoder.feat_in {reprlib.repr(read.get('encoder.feat_in'))} differs from preprocessor.features"
+        )
     classes, padded = read.get("head.num_classes"), -(-values["vocab_size"] // 8) * 8
     if classes not in (padded, values["vocab_size"]):
-        read.problems.append(f"head.num_classes is {classes!r}, but the tokenizer has {values['vocab_size']} ids")
+        read.problems.append(
+            f"head.num_classes is {reprlib.repr(classes)}, but the tokenizer has {values['vocab_size']} ids"
+        )
 
 
 def nemo_config_of(config: ModelConfig, langs: dict[str, dict[str, str]]) -> dict[str, Any]:
     """A whole NeMo configuration; `langs` are the tokenizer entries by language, special tokens first."""
+    if config.sample_rate != 16000:
+        raise CheckpointError(
+            "NeMo's features have another shape at this sample rate", got=config.sample_rate, allowed="16000"
+        )
     encoder, decoder, augment = config.encoder_width, config.decoder_width, config.spec_augment
     dropouts = {
         "ffn_dropout": config.dropout,

@@ -50,6 +50,18 @@ class ModelParts:
         return model.requires_grad_(True).eval()
 
 
+def _is_plain(value: Tensor, wanted: Tensor) -> bool:
+    """Dense, with memory of its own for each number (no expanded view), and a float where a float belongs."""
+    return (
+        value.layout is torch.strided
+        and not value.is_meta
+        and value.is_floating_point() == wanted.is_floating_point()
+        and not value.is_complex()
+        and value.dtype != torch.bool
+        and value.untyped_storage().nbytes() >= value.numel() * value.element_size()
+    )
+
+
 def check_state(config: ModelConfig, state: dict[str, Tensor]) -> None:
     """Raises `CheckpointError` that names missing, unknown and wrongly shaped weights, and an untied head."""
     with torch.device("meta"):
@@ -61,12 +73,20 @@ def check_state(config: ModelConfig, state: dict[str, Tensor]) -> None:
         for name, value in wanted.items()
         if name in state and state[name].shape != value.shape
     ][:3]
+    problems += [
+        f"{name} is not a plain tensor of numbers ({value.dtype}, {value.layout}, {value.device})"
+        for name, value in state.items()
+        if name in wanted and not _is_plain(value, wanted[name])
+    ][:3]
     if problems:
         raise CheckpointError(
             "the weights do not fit the model's settings",
             got="; ".join(problems),
             why=f"{len(missing)} names are missing and {len(unknown)} unknown",
         )
+    broken = [name for name, value in state.items() if value.is_floating_point() and not value.isfinite().all()]
+    if broken:
+        raise CheckpointError("the weights have numbers that are not finite", got=", ".join(broken[:3]))
     head, embedding = (
         state["log_softmax.mlp.layer0.weight"],
         state["transf_decoder._embedding.token_embedding.weight"],

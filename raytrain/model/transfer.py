@@ -54,7 +54,11 @@ def initialise_from(model: Canary, tokenizers: dict[str, bytes], parts: ModelPar
     targets, sources = _shared_rows(pieces_of(tokenizers), pieces_of(parts.tokenizers))
     for name in _ROWS:
         state[name][targets] = parts.state[name][sources].to(state[name])
-    number = model.config.vocab_size
+    number, old = model.config.vocab_size, parts.config.vocab_size
+    rest = model.config.padded_vocab_size - number
+    if rest == parts.config.padded_vocab_size - old:  # rows that stand for no piece have been trained too
+        for name in _ROWS:
+            state[name][number:] = parts.state[name][old:].to(state[name])
     return Transfer(len(targets), number - len(targets))
 
 

@@ -88,9 +88,9 @@ def read_checkpoint(folder: Path) -> Checkpoint | None:
     try:
         meta = json.loads((folder / _META).read_bytes())
         whole = meta["format"] == _FORMAT and all(
-            file_id(folder / name) == identity for name, identity in meta["files"].items()
+            Path(name).name == name and file_id(folder / name) == identity for name, identity in meta["files"].items()
         )
-    except (OSError, ValueError, KeyError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
     return Checkpoint(folder, meta) if whole else None
 
