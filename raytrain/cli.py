@@ -58,7 +58,35 @@ def _add_stage(name: str) -> None:
 
 
 for _name in _STAGE_HELP:
-    _add_stage(_name)
+    if _name != "buckets":
+        _add_stage(_name)
+
+
+@app.command(help=_STAGE_HELP["buckets"])
+def buckets(
+    config: ConfigOption,
+    set: SetOption = None,
+    compare: Annotated[
+        bool, typer.Option("--compare", help="Print all policies side by side and write nothing.")
+    ] = False,
+) -> None:
+    if not compare:
+        _run(config, set, ("buckets",))
+        return
+    from raytrain.cluster.stages import compare_plans
+    from raytrain.config import load_config
+    from raytrain.console import Console
+
+    rows = compare_plans(load_config(config, set))
+    columns = ("policy", "audio padding", "token padding", "padded compute", "cells", "rejected", "seconds")
+    shares = [(f"{row.audio_padding:.2%}", f"{row.token_padding:.2%}", f"{row.padded_compute:.2%}") for row in rows]
+    Console().table(
+        columns,
+        [
+            (row.policy, *share, str(row.cells), str(row.rejected), f"{row.seconds:.1f}")
+            for row, share in zip(rows, shares, strict=True)
+        ],
+    )
 
 
 @app.command()

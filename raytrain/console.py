@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from rich.console import Console as RichConsole
@@ -16,6 +16,7 @@ from rich.progress import (
     TextColumn,
     TimeElapsedColumn,
 )
+from rich.table import Table
 
 
 class Console:
@@ -31,6 +32,15 @@ class Console:
     def warn(self, text: str) -> None:
         """One line that stands out."""
         self.rich.print(f"warning: {text}", style="yellow", highlight=False, markup=False)
+
+    def table(self, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+        """A table on standard output: it is the result that was asked for. All but the first column are numbers."""
+        table = Table(box=None, pad_edge=False)
+        for number, name in enumerate(columns):
+            table.add_column(name, justify="right" if number else "left", no_wrap=True)
+        for row in rows:
+            table.add_row(*row)
+        RichConsole().print(table)
 
     def skipped(self, stage: str) -> None:
         """A stage that is up to date."""

@@ -34,8 +34,10 @@ from raytrain.config import Config
 from raytrain.console import Console
 from raytrain.convert import model_stamp
 from raytrain.data.assignment import INDEX_FORMAT
-from raytrain.errors import ManifestError, TrainingError
+from raytrain.errors import ArtifactError, ManifestError, TrainingError
+from raytrain.lengths.compare import PolicyRow, compare_policies
 from raytrain.lengths.histogram import LengthHistogram
+from raytrain.model.cost import cost_of
 from raytrain.training.checkpoint import CheckpointFolder
 
 # Settings of training that say when to stop, look and save, but not what is learnt: a run goes on when they change.
@@ -154,7 +156,9 @@ def _statistics(workspace: Workspace) -> dict[str, Any]:
 
 
 def buckets_key(workspace: Workspace) -> Any:
-    return [workspace.config.section("buckets", "seed"), _statistics(workspace)["body"]["histogram_id"]]
+    config = workspace.config
+    cost = asdict(cost_of(workspace.model_config())) if config.buckets.policy == "optimal" else None
+    return [config.section("buckets", "seed"), _statistics(workspace)["body"]["histogram_id"], cost]
 
 
 def run_buckets(context: Context) -> str:
@@ -162,7 +166,8 @@ def run_buckets(context: Context) -> str:
 
     histogram = read_histogram(context.path("histogram.parquet"))
     histogram_id = _statistics(context.workspace)["body"]["histogram_id"]
-    plan = make_plan(histogram, context.config.buckets, histogram_id)
+    cost = cost_of(context.workspace.model_config())
+    plan = make_plan(histogram, context.config.buckets, histogram_id, cost)
     rows = padding_by_scheme(histogram, plan, seed=context.config.seed)
     body = {"plan": plan.to_body(), "padding_by_scheme": [asdict(row) for row in rows]}
     write_json(context.path("bucket_plan.json"), PLAN_FORMAT, body, {"histogram": histogram_id})
@@ -176,6 +181,15 @@ def run_buckets(context: Context) -> str:
         f"{len(plan.grid.buckets)} buckets; audio padding {first.audio_padding:.1%} → {last.audio_padding:.1%}, "
         f"token padding {first.token_padding:.1%} → {last.token_padding:.1%}"
     )
+
+
+def compare_plans(config: Config) -> list[PolicyRow]:
+    """Policies side by side on the run's histogram. Raises `ArtifactError` where statistics have not run."""
+    workspace = Workspace(config, config.run_dir)
+    if not workspace.path("histogram.parquet").exists():
+        raise ArtifactError(f"{workspace.path('histogram.parquet')} is missing", remedy="run raytrain statistics first")
+    histogram = read_histogram(workspace.path("histogram.parquet"))
+    return compare_policies(histogram, config.buckets, cost_of(workspace.model_config()))
 
 
 # --- assign

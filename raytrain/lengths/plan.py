@@ -14,21 +14,30 @@ from typing import Any
 import numpy as np
 
 from raytrain.errors import PlanError
+from raytrain.lengths.cost import CANARY_1B, CostModel
 from raytrain.lengths.grid import Bucket, BucketGrid
 from raytrain.lengths.histogram import LengthHistogram
+from raytrain.lengths.optimal import GridRow, optimal_rows, optimal_token_edges
 
+POLICIES = ("equal_mass", "optimal")
 REASONS = ("", "too_short", "too_long", "too_many_tokens", "tps_outlier")
 
 
 @dataclass(frozen=True)
 class BucketSettings:
-    """How to cut the grid. `tps_sigma` unset turns the tokens-per-second filter off; `max_tps` fixes its limit."""
+    """How to cut the grid.
+
+    `policy` is `equal_mass` (NeMo's rule) or `optimal` (least padded compute by dynamic programming). Both make
+    `num_duration_buckets` × `num_token_buckets` cells; with `num_cells`, `optimal` spreads that many over the
+    durations by need instead. `tps_sigma` unset turns the tokens-per-second filter off; `max_tps` fixes its limit.
+    """
 
     __pydantic_config__ = {"extra": "forbid"}
 
     num_duration_buckets: int = 30
     num_token_buckets: int = 2
     policy: str = "equal_mass"
+    num_cells: int | None = None
     min_duration_ms: int = 100
     max_duration_ms: int = 40_000
     max_tokens: int = 1024
@@ -42,8 +51,10 @@ class BucketSettings:
                 problems.append(f"{name} must be at least 1, got {getattr(self, name)}")
         if self.max_duration_ms <= self.min_duration_ms:
             problems.append(f"max_duration_ms {self.max_duration_ms} must exceed min_duration_ms")
-        if self.policy != "equal_mass":
-            problems.append(f"policy must be equal_mass, got {self.policy!r}")
+        if self.policy not in POLICIES:
+            problems.append(f"policy must be one of {', '.join(POLICIES)}, got {self.policy!r}")
+        if self.num_cells is not None and (self.num_cells < 1 or self.policy != "optimal"):
+            problems.append(f"num_cells must be at least 1 and needs the policy optimal, got {self.num_cells}")
         if problems:
             raise ValueError("; ".join(problems))
 
@@ -106,8 +117,13 @@ class BucketPlan:
         return cls(grid=BucketGrid(tuple(Bucket(*edges) for edges in buckets)), **values)
 
 
-def make_plan(histogram: LengthHistogram, settings: BucketSettings, histogram_id: str) -> BucketPlan:
-    """A plan for the utterances of `histogram`. Raises `PlanError` where none is within the limits."""
+def make_plan(
+    histogram: LengthHistogram, settings: BucketSettings, histogram_id: str, cost: CostModel = CANARY_1B
+) -> BucketPlan:
+    """A plan for the utterances of `histogram`; `cost` is what the policy `optimal` minimises.
+
+    Raises `PlanError` where no utterance is within the limits.
+    """
     usable = (
         (histogram.cells >= settings.min_duration_ms)
         & (histogram.cells <= settings.max_duration_ms)
@@ -121,19 +137,18 @@ def make_plan(histogram: LengthHistogram, settings: BucketSettings, histogram_id
             allowed=f"{settings.min_duration_ms} to {settings.max_duration_ms} ms, ≤ {settings.max_tokens} tokens",
             remedy="widen buckets.min_duration_ms, max_duration_ms or max_tokens",
         )
-    edges = equal_mass_edges(kept.cells, kept.counts, settings.num_duration_buckets)
-    index = np.searchsorted(edges, kept.cells, side="left")
     limits, buckets = [], []
-    for number, edge in enumerate(edges.tolist()):
+    rows = _rows(kept, settings, cost)
+    index = np.searchsorted([row.max_duration_ms for row in rows], kept.cells, side="left")
+    for number, row in enumerate(rows):
         members = index == number
         tokens, counts = kept.tokens[members], kept.counts[members]
         rate = tokens * 1000.0 / kept.cells[members]
         limit = tps_limit(rate, counts, settings)
         inside = rate <= limit
         limits.append(limit)
-        order = np.argsort(tokens[inside], kind="stable")
-        token_edges = equal_mass_edges(tokens[inside][order], counts[inside][order], settings.num_token_buckets)
-        buckets += [Bucket(edge, tokens_edge) for tokens_edge in token_edges.tolist()]
+        edges = _token_edges(tokens[inside], counts[inside], row, settings, cost)
+        buckets += [Bucket(row.max_duration_ms, edge) for edge in edges.tolist()]
     bare = BucketPlan(
         grid=BucketGrid(tuple(buckets)),
         policy=settings.policy,
@@ -143,6 +158,46 @@ def make_plan(histogram: LengthHistogram, settings: BucketSettings, histogram_id
         histogram_id=histogram_id,
     )
     return _with_counts(bare, histogram)
+
+
+def _rows(kept: LengthHistogram, settings: BucketSettings, cost: CostModel) -> list[GridRow]:
+    """Duration edges and how many token edges each has."""
+    edges = equal_mass_edges(kept.cells, kept.counts, settings.num_duration_buckets)
+    if settings.policy == "equal_mass":
+        return [GridRow(edge, settings.num_token_buckets) for edge in edges.tolist()]
+    # Edges are for the utterances that stay, and which stay depends on the edges: NeMo's rule says it well enough.
+    index = np.searchsorted(edges, kept.cells, side="left")
+    rate = kept.tokens * 1000.0 / kept.cells
+    limits = [tps_limit(rate[index == number], kept.counts[index == number], settings) for number in range(len(edges))]
+    staying = kept.select(rate <= np.array(limits)[index])
+    number = settings.num_duration_buckets
+    if settings.num_cells is not None:
+        rows = optimal_rows(staying, cost, settings.num_cells)
+    else:
+        rows = optimal_rows(staying, cost, number * settings.num_token_buckets, num_rows=number)
+    # The longest utterance may have been an outlier.
+    longest = int(kept.cells.max())
+    return [*rows[:-1], GridRow(longest, rows[-1].num_token_buckets)]
+
+
+def _token_edges(
+    tokens: np.ndarray, counts: np.ndarray, row: GridRow, settings: BucketSettings, cost: CostModel
+) -> np.ndarray:
+    if settings.policy == "optimal":
+        return optimal_token_edges(tokens, counts, row.max_duration_ms, cost, row.num_token_buckets)
+    order = np.argsort(tokens, kind="stable")
+    return equal_mass_edges(tokens[order], counts[order], row.num_token_buckets)
+
+
+def padded_compute(plan: BucketPlan, histogram: LengthHistogram, cost: CostModel) -> float:
+    """Share of the compute that goes into padding when all utterances are padded to the edges of their buckets."""
+    buckets, _ = plan.place(histogram.cells, histogram.tokens)
+    inside = buckets >= 0
+    counts = histogram.counts[inside]
+    edges = np.array([(bucket.max_duration_ms, bucket.max_tokens) for bucket in plan.grid.buckets])[buckets[inside]]
+    padded = float((counts * cost.of(edges[:, 0], edges[:, 1])).sum())
+    real = float((counts * cost.of(histogram.cells[inside], histogram.tokens[inside])).sum())
+    return 1 - real / padded
 
 
 def equal_mass_edges(values: np.ndarray, counts: np.ndarray, num_buckets: int) -> np.ndarray:
