@@ -15,6 +15,9 @@ lint: .venv/ready
 
 benchmark: .venv/ready
 	$(BIN)/python -m benchmarks.padding
+	$(BIN)/python -m benchmarks.plans
+	$(BIN)/python -m benchmarks.statistics
+	$(BIN)/python -m benchmarks.scale
 	$(BIN)/python -m benchmarks.host_memory
 	$(BIN)/python -m benchmarks.train_step
 	$(BIN)/python -m benchmarks.decode

@@ -42,7 +42,7 @@ def _gpu() -> str:
 
 
 def record(theme: str, result: dict[str, Any], *, as_json: bool, device: str = "cpu") -> None:
-    """Print the result and write `results/<theme>_<device>_<date>.json`."""
+    """Print the result and write `results/<theme>_<device>_<date>.json`; as JSON, its figures stand at the top."""
     # A path names somebody's machine; its last part says enough.
     arguments = [Path(word).name if "/" in word else word for word in sys.argv[1:]]
     command = " ".join(["python", "-m", f"benchmarks.{Path(sys.argv[0]).stem}", *arguments])
@@ -51,7 +51,7 @@ def record(theme: str, result: dict[str, Any], *, as_json: bool, device: str = "
     path = RESULTS / f"{theme}_{device}_{datetime.date.today():%Y%m%d}.json"
     path.write_text(json.dumps(document, indent=1) + "\n")
     if as_json:
-        print(json.dumps(document))
+        print(json.dumps({key: value for key, value in document.items() if key != "result"} | result))
     else:
         for key, value in result.items():
             print(f"{key}: {value}")

@@ -11,14 +11,17 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import itertools
 import os
 import re
+import typing
 from pathlib import Path
 from typing import Any
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from raytrain.data.corpus import Corpus
 from raytrain.errors import ConfigError
 from raytrain.lengths.plan import BucketSettings
 from raytrain.model.config import ModelConfig
@@ -53,32 +56,80 @@ class RunSection(_Section):
 
 
 class DataSection(_Section):
-    """NeMo JSONL manifests by split, relative to `root` (falls back to $RAYTRAIN_DATA_ROOT, then `.`)."""
+    """Corpora by split; see `raytrain.data.corpus.Corpus` for an entry's fields. A plain path is an entry too.
+
+    Local paths are relative to `root` (falls back to $RAYTRAIN_DATA_ROOT, then `.`). A corpus' share in training is
+    weight · hours^(1/`temperature`): above 1, small corpora are heard more often. `chunk_bytes` is what one worker
+    reads at a time; unset, it grows with the corpus.
+    """
 
     root: str | None = None
-    train: list[str] = Field(min_length=1)
-    dev: list[str] = []
-    test: list[str] = []
+    train: list[Corpus] = Field(min_length=1)
+    dev: list[Corpus] = []
+    test: list[Corpus] = []
     default_language: str | None = None
+    temperature: float = Field(1.0, gt=0)
     max_bad_fraction: float = Field(0.01, ge=0, le=1)
-    chunk_bytes: int = Field(16 << 20, ge=1024)
+    chunk_bytes: int | None = Field(None, ge=1024)
 
     _sizes = field_validator("chunk_bytes", mode="before")(parse_bytes)
 
-    def manifests(self, split: str) -> list[Path]:
-        """Absolute paths of one split's manifests."""
-        root = Path(self.root or os.environ.get(DATA_ROOT_VARIABLE) or ".")
-        return [(root / path).expanduser().absolute() for path in getattr(self, split)]
+    @field_validator("train", "dev", "test", mode="before")
+    @classmethod
+    def _plain_paths(cls, value: Any) -> Any:
+        """A path alone gets its file's name; names that occur twice get a number."""
+        if not isinstance(value, list):
+            return value
+        entries = [
+            {"name": "", "path": one} if isinstance(one, str) else dict(one) if isinstance(one, dict) else one
+            for one in value
+        ]
+        taken = {one["name"] for one in entries if isinstance(one, dict) and one.get("name")}
+        for entry in entries:
+            if not (isinstance(entry, dict) and not entry.get("name") and isinstance(entry.get("path"), str)):
+                continue
+            stem = entry["path"].rstrip("/").rpartition("/")[2].partition(".")[0] or "corpus"
+            numbered = (f"{stem}-{number}" for number in itertools.count(2))
+            entry["name"] = stem if stem not in taken else next(name for name in numbered if name not in taken)
+            taken.add(entry["name"])
+        return entries
+
+    @model_validator(mode="after")
+    def _names_differ(self) -> DataSection:
+        for split in ("train", "dev", "test"):
+            names = [corpus.name for corpus in getattr(self, split)]
+            twice = sorted({name for name in names if names.count(name) > 1})
+            if twice:
+                raise ValueError(f"{split} has more than one corpus called {', '.join(twice)}")
+        return self
+
+    def corpora(self, split: str) -> list[Corpus]:
+        """One split's corpora with absolute paths and the default language."""
+        root = os.path.expanduser(self.root or os.environ.get(DATA_ROOT_VARIABLE) or ".")
+        # An entry's own language wins.
+        return [
+            dataclasses.replace(corpus.below(root), language=corpus.language or self.default_language)
+            for corpus in getattr(self, split)
+        ]
 
 
 class TokenizerSection(_Section):
     """`path` names a folder with a trained tokenizer, or a model whose tokenizer to take (a `.nemo` file, a run, a
-    checkpoint); without it one is trained per language."""
+    checkpoint); without it one is trained per language. `by_words` counts each distinct word once where that is
+    exact."""
 
     path: str | None = None
     vocab_size: int = Field(1024, ge=8)
     model_type: str = Field("bpe", pattern="^(bpe|unigram)$")
     max_sentences: int = Field(1_000_000, ge=1)
+    by_words: bool = True
+
+
+class AssignSection(_Section):
+    """`materialize` copies each utterance's audio beside its row, as FLAC at the model's sample rate: for audio that
+    can't be read by range (Parquet), and for object stores, where many small reads are slow."""
+
+    materialize: bool = False
 
 
 class OomptimizeSection(_Section):
@@ -127,6 +178,7 @@ class Config(_Section):
     data: DataSection
     tokenizer: TokenizerSection = TokenizerSection()
     buckets: BucketSettings = BucketSettings()
+    assign: AssignSection = AssignSection()
     oomptimize: OomptimizeSection = OomptimizeSection()
     model: ModelConfig = ModelConfig()
     train: TrainSettings = TrainSettings()
@@ -223,6 +275,9 @@ def _describe(item: Any) -> str:
 def _known_keys(path: list[str]) -> list[str]:
     kind: Any = Config
     for part in path:
+        if part.isdigit():  # an entry of a list
+            kind = next(iter(typing.get_args(kind)), None)
+            continue
         fields = _fields(kind)
         if part not in fields:
             return []
@@ -234,8 +289,6 @@ def _fields(kind: Any) -> dict[str, Any]:
     if isinstance(kind, type) and issubclass(kind, BaseModel):
         return {name: field.annotation for name, field in kind.model_fields.items()}
     if dataclasses.is_dataclass(kind):
-        import typing
-
         hints = typing.get_type_hints(kind)
         return {field.name: hints[field.name] for field in dataclasses.fields(kind)}
     return {}

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from rich.console import Console as RichConsole
+from rich.markup import escape
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -34,13 +35,12 @@ class Console:
         self.rich.print(f"warning: {text}", style="yellow", highlight=False, markup=False)
 
     def table(self, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-        """A table on standard output: it is the result that was asked for. All but the first column are numbers."""
-        table = Table(box=None, pad_edge=False)
-        for number, name in enumerate(columns):
-            table.add_column(name, justify="right" if number else "left", no_wrap=True)
-        for row in rows:
-            table.add_row(*row)
-        RichConsole().print(table)
+        """A table on standard output: it is the result that was asked for."""
+        RichConsole().print(_table(columns, rows))
+
+    def note(self, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+        """A table among the messages."""
+        self.rich.print(_table(columns, rows))
 
     def skipped(self, stage: str) -> None:
         """A stage that is up to date."""
@@ -77,3 +77,21 @@ class Console:
                 bar.update(task, advance=advance, completed=completed, description=text)
 
             yield update
+
+
+def _table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
+    """Numbers to the right and never cut; what is long is folded."""
+    table = Table(box=None, pad_edge=False)
+    for index, name in enumerate(columns):
+        values = [row[index] for row in rows]
+        is_number = all(value[:1].isdigit() for value in values)
+        longest = max(map(len, [*name.split(), *values]), default=0)
+        table.add_column(
+            name,
+            justify="right" if is_number else "left",
+            overflow="fold",
+            min_width=longest if is_number or longest <= 32 else None,
+        )
+    for row in rows:
+        table.add_row(*map(escape, row))
+    return table

@@ -23,12 +23,40 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def local_ray():
-    """One local Ray with two CPUs for the whole session."""
+def local_ray(s3):
+    """One local Ray with two CPUs for the whole session; its workers reach the S3 server."""
     from raytrain.cluster.session import ray_session
 
     with ray_session(ClusterSection(num_cpus=2)):
         yield
+
+
+@pytest.fixture(scope="session")
+def s3():
+    """URI of an empty bucket on an S3 server on this machine, which new processes reach too (`os.environ`)."""
+    import boto3
+    from moto.server import ThreadedMotoServer
+
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in {
+            "AWS_ENDPOINT_URL": f"http://{host}:{port}", "AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "test",
+            "AWS_DEFAULT_REGION": "us-east-1", "AWS_EC2_METADATA_DISABLED": "true",
+        }.items():  # fmt: skip
+            patch.setenv(name, value)
+        boto3.client("s3").create_bucket(Bucket="speech")
+        yield "s3://speech"
+    server.stop()
+
+
+def upload(folder: Path, uri: str) -> str:
+    """Copy a folder's files to a URI, which is given back."""
+    import pyarrow.fs
+
+    pyarrow.fs.copy_files(str(folder), uri)
+    return uri
 
 
 def tiny_values(corpus: Path, root: Path, **sections: dict) -> dict:

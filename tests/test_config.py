@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 from raytrain.config import check_config, load_config, parse_bytes
+from raytrain.data.corpus import Corpus
 from raytrain.demo.run import demo_config
 from raytrain.errors import ConfigError
 
@@ -77,6 +78,36 @@ def test_missing_and_broken_files(tmp_path):
 
 def test_data_root_comes_from_config_or_environment(monkeypatch, tmp_path):
     monkeypatch.setenv("RAYTRAIN_DATA_ROOT", str(tmp_path))
-    assert check_config(MINIMAL).data.manifests("train") == [tmp_path / "a.jsonl"]
+    assert check_config(MINIMAL).data.corpora("train") == [Corpus("a", (f"{tmp_path}/a.jsonl",))]
     rooted = check_config({**MINIMAL, "data": {"root": "/else", "train": ["a.jsonl"]}})
-    assert rooted.data.manifests("train") == [Path("/else/a.jsonl")]
+    assert rooted.data.corpora("train")[0].path == ("/else/a.jsonl",)
+
+
+def test_corpora_are_paths_or_sections():
+    train = ["m.jsonl", "x/m.json.gz", {"name": "mls", "path": ["s3://b/m_{0..3}.json"], "language": "de"}]
+    data = check_config({**MINIMAL, "data": {"root": "/r", "train": train, "default_language": "en"}}).data
+    found = data.corpora("train")
+    assert [corpus.name for corpus in found] == ["m", "m-2", "mls"]
+    assert [corpus.language for corpus in found] == ["en", "en", "de"]
+    assert [corpus.path for corpus in found] == [("/r/m.jsonl",), ("/r/x/m.json.gz",), ("s3://b/m_{0..3}.json",)]
+
+
+@pytest.mark.parametrize(
+    ("entry", "message"),
+    [
+        ({"name": "x", "path": "p", "lnguage": "de"}, "data.train.0.lnguage: unknown key; did you mean language"),
+        ({"name": "x"}, "data.train.0.path: missing"),
+        ({"path": "q", "weight": 0}, "weight must be above 0"),
+        ({"path": "q", "format": "kaldi"}, "format must be one of nemo, nemo_tarred"),
+        ({"path": "q", "format": "nemo_tarred"}, "needs audio"),
+    ],
+)
+def test_a_corpus_that_is_wrong_is_named(entry, message):
+    with pytest.raises(ConfigError, match=message):
+        check_config({**MINIMAL, "data": {"train": [entry]}})
+
+
+def test_corpora_have_different_names():
+    twice = [{"name": "x", "path": "a"}, {"name": "x", "path": "b"}]
+    with pytest.raises(ConfigError, match="more than one corpus called x"):
+        check_config({**MINIMAL, "data": {"train": twice}})

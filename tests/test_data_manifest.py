@@ -6,18 +6,18 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from raytrain.data.manifest import BadRow, Utterance, read_chunk, split_manifests
+from raytrain.data.corpus import BadRow, Corpus, Utterance, plan_chunks, read_chunk
 from raytrain.errors import ManifestError
 
 GOOD = {"audio_filepath": "a.flac", "duration": 1.2, "text": "one two", "lang": "en"}
 
 
-def read(path, rows=None, languages=None, chunk_bytes=16 << 20, default_language=None):
+def read(path, rows=None, chunk_bytes=16 << 20, language=None):
     """All rows of a manifest; `rows` are written to it first."""
     if rows is not None:
         path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    chunks = split_manifests([path], chunk_bytes)
-    return [row for chunk in chunks for row in read_chunk(chunk, languages, default_language)]
+    chunks = plan_chunks([Corpus("c", str(path), language=language)], chunk_bytes)
+    return [row for chunk in chunks for row in read_chunk(chunk)]
 
 
 @given(
@@ -39,11 +39,12 @@ def test_every_line_is_read_once_by_any_chunks(tmp_path_factory, sizes, chunk_by
 def test_chunks_of_several_files_tile_them_and_are_numbered_through(tmp_path):
     for name, size in (("a", 250), ("b", 0), ("c", 100)):
         (tmp_path / name).write_bytes(b"\n" * size)
-    chunks = split_manifests([tmp_path / name for name in "abc"], 100)
+    chunks = plan_chunks([Corpus("x", (f"{tmp_path}/a", f"{tmp_path}/b")), Corpus("y", f"{tmp_path}/c")], 100)
     assert [(chunk.path[-1], chunk.start, chunk.end) for chunk in chunks] == [
         ("a", 0, 100), ("a", 100, 200), ("a", 200, 250), ("b", 0, 0), ("c", 0, 100),
     ]  # fmt: skip
-    assert [chunk.index for chunk in chunks] == [0, 1, 2, 3, 4]
+    assert [(chunk.index, chunk.corpus) for chunk in chunks] == [(0, "x"), (1, "x"), (2, "x"), (3, "x"), (4, "y")]
+    assert [list(read_chunk(chunk)) for chunk in chunks] == [[]] * 5
 
 
 def test_line_numbers_count_from_the_start_of_the_file_in_every_chunk(tmp_path):
@@ -65,15 +66,15 @@ def test_a_row_becomes_an_utterance(tmp_path):
         **GOOD, "offset": 0.5, "source_lang": "<|en|>", "target_lang": "de", "pnc": "no", "taskname": "ast",
         "decodercontext": "eins", "itn": None, "text": " one\t two ",
     }  # fmt: skip
-    (found,) = read(tmp_path / "m.jsonl", [row], languages={"en", "de"})
+    (found,) = read(tmp_path / "m.jsonl", [row])
     slots = (("task", "ast"), ("decodercontext", "eins"))
     assert found == Utterance(str(tmp_path / "a.flac"), 500, 1200, "one two", "en", "de", False, slots)
 
 
-def test_languages_fall_back_from_target_to_source_to_lang_to_the_reader(tmp_path):
+def test_languages_fall_back_from_target_to_source_to_lang_to_the_corpus(tmp_path):
     bare = {key: value for key, value in GOOD.items() if key != "lang"}
     rows = [GOOD, {**GOOD, "target_lang": "de"}, {**GOOD, "source_lang": "fr"}, bare]
-    found = read(tmp_path / "m.jsonl", rows, default_language="es")
+    found = read(tmp_path / "m.jsonl", rows, language="es")
     assert [(row.source_lang, row.target_lang) for row in found] == [
         ("en", "en"), ("en", "de"), ("fr", "fr"), ("es", "es"),
     ]  # fmt: skip
@@ -98,17 +99,17 @@ def test_punctuation_may_be_a_word_a_boolean_or_a_token(tmp_path, value, pnc):
     [
         ({"offset": -0.5}, "bad_duration"), ({"offset": "1"}, "bad_duration"), ({"duration": True}, "bad_duration"),
         ({"duration": None}, "missing_field"), ({"text": 7}, "empty_text"), ({"audio_filepath": 3}, "missing_field"),
-        ({"target_lang": "xx"}, "unknown_language"), ({"_skipme": True, "duration": -1}, "skipme"),
+        ({"target_lang": 3}, "unknown_language"), ({"_skipme": True, "duration": -1}, "skipme"),
         ({"lang": ["en"]}, "unknown_language"), ({"lang": 5}, "unknown_language"),
         ({"duration": 1e307}, "bad_duration"), ({"duration": 1e20}, "bad_duration"),
         ({"offset": 1e307}, "bad_duration"), ({"audio_filepath": ""}, "missing_field"),
         ({"duration": 0}, "bad_duration"), ({"duration": -1}, "bad_duration"), ({"duration": "x"}, "bad_duration"),
-        ({"duration": float("inf")}, "bad_json"), ({"text": "  "}, "empty_text"), ({"lang": "xx"}, "unknown_language"),
+        ({"duration": float("inf")}, "bad_json"), ({"text": "  "}, "empty_text"),
         ({"pnc": "maybe"}, "bad_slot"),
     ],
 )  # fmt: skip
 def test_a_bad_row_has_a_reason(tmp_path, change, reason):
-    (row,) = read(tmp_path / "m.jsonl", [{**GOOD, **change}], languages={"en"})
+    (row,) = read(tmp_path / "m.jsonl", [{**GOOD, **change}])
     assert isinstance(row, BadRow) and (row.line, row.reason) == (1, reason)
 
 
@@ -130,17 +131,23 @@ def test_absolute_audio_paths_stay_and_others_start_at_the_manifest(tmp_path):
 
 def test_no_manifests_at_all_is_an_error_with_a_remedy():
     with pytest.raises(ManifestError, match="data.train"):
-        split_manifests([])
+        plan_chunks([])
 
 
-@pytest.mark.parametrize(("name", "why"), [("none.jsonl", "no such file.*RAYTRAIN_DATA_ROOT"), ("", "is a directory")])
-def test_what_can_not_be_read_is_named_with_the_reason(tmp_path, name, why):
-    with pytest.raises(ManifestError, match=f"{name} can't be read; because {why}"):
-        split_manifests([tmp_path / name])
+@pytest.mark.parametrize(("name", "why"), [("none.jsonl", "no such file.*RAYTRAIN_DATA_ROOT"), (".", "can't tell")])
+def test_what_can_not_be_read_is_named_with_the_corpus_and_the_reason(tmp_path, name, why):
+    with pytest.raises(ManifestError, match=f"corpus c: .*{why}"):
+        read(tmp_path / name)
 
 
 def test_relative_manifests_give_absolute_audio_paths(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "m.jsonl").write_text(json.dumps(GOOD))
-    (row,) = read_chunk(split_manifests(["m.jsonl"])[0], None)
+    (row,) = read_chunk(plan_chunks([Corpus("c", "m.jsonl").below("")])[0])
     assert row.audio_path == str(tmp_path / "a.flac")
+
+
+def test_a_corpus_target_language_counts_where_rows_name_none(tmp_path):
+    (tmp_path / "m.jsonl").write_text(json.dumps(GOOD) + "\n" + json.dumps({**GOOD, "target_lang": "fr"}))
+    (chunk,) = plan_chunks([Corpus("c", f"{tmp_path}/m.jsonl", target_language="de")])
+    assert [(row.source_lang, row.target_lang) for row in read_chunk(chunk)] == [("en", "de"), ("en", "fr")]

@@ -7,8 +7,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from test_data_tokenizer import recorded
 
-from raytrain.data.manifest import BadRow, Utterance, split_manifests
-from raytrain.data.prompt import encode_utterance, prompt_ids, read_utterances
+from raytrain.data.corpus import BadRow, Corpus, Utterance, plan_chunks, read_blocks
+from raytrain.data.encoder import BlockEncoder
+from raytrain.data.prompt import encode_utterance, prompt_ids
 from raytrain.data.tokenizer import CanaryTokenizer, train_specials, train_tokenizer
 from raytrain.errors import TokenizerError
 
@@ -108,8 +109,12 @@ def test_bad_slots_list_what_is_allowed(tokenizers, slots, prompt_format, messag
 def read(tmp_path, tokenizer: CanaryTokenizer, prompt_format: str, *rows: dict) -> list[Utterance | BadRow]:
     path = tmp_path / "m.jsonl"
     path.write_text("".join(json.dumps({**BASE, **row}) + "\n" for row in rows))
-    (chunk,) = split_manifests([path])
-    return list(read_utterances(chunk, tokenizer, prompt_format, None))
+    (chunk,) = plan_chunks([Corpus("m", str(path))])
+    encoder, found = BlockEncoder(tokenizer, prompt_format), {}
+    for block in map(encoder.check, read_blocks(chunk)):
+        found.update(zip(block.numbers.tolist(), block.utterances(), strict=True))
+        found.update({row.line: row for row in block.bad})
+    return [found[line] for line in sorted(found)]
 
 
 def test_rows_name_slots_and_bad_ones_are_rejected_with_a_reason(tokenizers, tmp_path):

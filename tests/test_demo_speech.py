@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import soundfile
 
-from raytrain.data.manifest import Utterance, read_chunk, split_manifests
+from raytrain.data.corpus import Corpus, Utterance, plan_chunks, read_chunk
 from raytrain.demo.speech import DIGITS, make_corpus
 from raytrain.errors import DataError
 
@@ -25,7 +25,7 @@ def four_languages(tmp_path_factory):
 def test_manifests_are_read_without_a_bad_row(four_languages):
     _, manifests = four_languages
     for split, size in SIZES.items():
-        rows = [row for chunk in split_manifests([manifests[split]]) for row in read_chunk(chunk, set(DIGITS))]
+        rows = [row for chunk in plan_chunks([Corpus(split, str(manifests[split]))]) for row in read_chunk(chunk)]
         assert len(rows) == size and all(isinstance(row, Utterance) for row in rows)
         assert {row.source_lang for row in rows} == set(DIGITS)
         for row in rows:

@@ -43,13 +43,13 @@ def lines(path) -> list[dict]:
 def test_every_artefact_is_there_and_says_what_it_should(finished, corpus):
     run_dir = finished.run_dir
     assert [name for name in ARTEFACTS if not (run_dir / name).exists()] == []
-    statistics = read_json(run_dir / "statistics.json", "raytrain.statistics/1")["body"]
+    statistics = read_json(run_dir / "statistics.json", "raytrain.statistics/2")["body"]
     manifest = lines(corpus / "train.jsonl")
     assert statistics["utterances"] == len(manifest) == 96
     assert statistics["hours"] == pytest.approx(sum(row["duration"] for row in manifest) / 3600, rel=1e-3)
     assert statistics["prompt_tokens_mean"] == 9
     assignment = Assignment(run_dir / "assignment")
-    index = read_json(run_dir / "assignment" / "index.json", "raytrain.assignment/1")["body"]
+    index = read_json(run_dir / "assignment" / "index.json", "raytrain.assignment/2")["body"]
     assert sum(assignment.rows_per_bucket) + sum(index["rejected"].values()) == 96
     paths = set()
     for bucket, (duration, tokens) in enumerate(index["grid"]):
@@ -174,9 +174,10 @@ def test_bad_rows_are_counted_up_to_the_limit_then_an_error(corpus, tmp_path):
     sections = {"root": str(tmp_path), "train": ["mixed.jsonl"]}
     config = tiny_config(corpus, tmp_path, data={**sections, "max_bad_fraction": 0.05})
     run(config, "statistics", "buckets", "assign")
-    statistics = read_json(config.run_dir / "statistics.json", "raytrain.statistics/1")["body"]
+    statistics = read_json(config.run_dir / "statistics.json", "raytrain.statistics/2")["body"]
     assert statistics["rejected"] == {"bad_duration": 1, "bad_json": 1, "empty_text": 1}
-    assert statistics["rejected_examples"]["bad_json"][0]["line"] == 6
+    first = {one["reason"]: one["first"][0]["line"] for one in statistics["rejected_examples"]}
+    assert first == {"bad_duration": 7, "bad_json": 6, "empty_text": 8}
     rejected = lines(config.run_dir / "assignment" / "rejected" / "part-00000.jsonl")
     assert {row["reason"] for row in rejected} >= {"bad_duration", "bad_json", "empty_text"}
     strict = tiny_config(corpus, tmp_path, data={**sections, "max_bad_fraction": 0.01})
@@ -185,7 +186,7 @@ def test_bad_rows_are_counted_up_to_the_limit_then_an_error(corpus, tmp_path):
 
 
 def test_a_missing_manifest_and_a_missing_stage_are_named(corpus, tmp_path):
-    with pytest.raises(ManifestError, match="absent.jsonl can't be read"):
+    with pytest.raises(ManifestError, match="corpus absent: can't read .*absent.jsonl"):
         run(tiny_config(corpus, tmp_path, data={"train": ["absent.jsonl"]}))
     with pytest.raises(ArtifactError, match="train needs what assign, oomptimize would have written"):
         run(tiny_config(corpus, tmp_path), "train")
@@ -232,7 +233,7 @@ def test_training_starts_from_another_model_with_another_tokenizer(finished, cor
     changed = {"tokenizer": {"vocab_size": 28}, "model": {"prompt_format": "canary"}}
     config = tiny_config(corpus, tmp_path, train=train, **changed)
     run(config, *STAGE_NAMES[: STAGE_NAMES.index("train") + 1])
-    assert read_json(config.run_dir / "statistics.json", "raytrain.statistics/1")["body"]["prompt_tokens_mean"] == 5
+    assert read_json(config.run_dir / "statistics.json", "raytrain.statistics/2")["body"]["prompt_tokens_mean"] == 5
     found = load_model(config.run_dir)
     assert found.config.vocab_size < source.config.vocab_size
     for name in ("encoder.layers.0.feed_forward1.linear1.weight", "transf_decoder._decoder.final_layer_norm.bias"):

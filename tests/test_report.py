@@ -58,8 +58,6 @@ def _bodies() -> dict[str, Any]:
             "utterances": 300,
             "hours": 0.25,
             "tokens": 9000,
-            "rejected": {"bad_json": 3},
-            "rejected_examples": {"bad_json": [{"file": f"{_EVIL}.jsonl", "line": 7, "detail": _EVIL}]},
             "tokens_per_second": rates,
         },
         "bucket_plan": {
@@ -79,7 +77,17 @@ def _bodies() -> dict[str, Any]:
             "confirmed": False,
         },
         "scores": {"cer": 0.05, **language, "by_language": {"de": language, _EVIL: language}},
-        "assignment/index": {"rows": 297, "rejected": {"bad_json": 3}},
+        "assignment/index": {
+            "rows": 297,
+            "rejected_examples": [
+                {
+                    "corpus": _EVIL,
+                    "reason": "bad_json",
+                    "rows": 3,
+                    "first": [{"file": f"{_EVIL}.jsonl", "line": 7, "detail": _EVIL}],
+                }
+            ],
+        },
     }
 
 

@@ -1,8 +1,8 @@
-"""Stage `assign`: every manifest row goes into one bucket, or into `rejected/` with its reason.
+"""Stage `assign`: every row of the corpora goes into one bucket, or into `rejected/` with its reason.
 
-A worker takes one byte range, writes one part per bucket, and last a note that the range is done. A restarted
-job skips the ranges whose notes stand and were made from the same inputs. No shuffle is needed: the schedule
-permutes row numbers when it draws batches.
+A worker takes one chunk, writes one part for each bucket, and last a note that the chunk is done. A restarted job skips
+the chunks whose notes stand and were made from the same inputs. No shuffle is needed: the schedule permutes row numbers
+when it draws batches.
 """
 
 from __future__ import annotations
@@ -10,83 +10,170 @@ from __future__ import annotations
 import shutil
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import asdict
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import orjson
+import pyarrow as pa
+import pyarrow.compute as pc
 
-from raytrain.artifacts import atomic_write_bytes, write_json
-from raytrain.data.assignment import INDEX_FORMAT, part_name, write_part
-from raytrain.data.manifest import BadRow, ManifestChunk, Utterance
-from raytrain.data.prompt import encode_utterance, read_utterances
+from raytrain.artifacts import atomic_write, atomic_write_bytes, write_json
+from raytrain.cluster.session import map_on_workers
+from raytrain.cluster.statistics import NUM_EXAMPLES
+from raytrain.data.assignment import INDEX_FORMAT, ROW_SCHEMA, PartsWriter, row_table
+from raytrain.data.audio import PARQUET_ROW
+from raytrain.data.corpus import BadRow, Chunk, read_blocks
+from raytrain.data.encoder import BlockEncoder
+from raytrain.data.materialize import AudioFinder, make_flacs
+from raytrain.data.rows import Block
 from raytrain.data.tokenizer import CanaryTokenizer
-from raytrain.errors import ArtifactError
+from raytrain.errors import ArtifactError, ManifestError
 from raytrain.lengths.plan import BucketPlan
 
-
-def encode_row(tokenizer: CanaryTokenizer, row: Utterance, prompt_format: str) -> dict[str, Any]:
-    """A manifest row as `data.assignment.ROW_SCHEMA` stores it."""
-    encoded = encode_utterance(tokenizer, row, prompt_format)
-    return {
-        "audio_path": row.audio_path,
-        "offset_ms": row.offset_ms,
-        "duration_ms": row.duration_ms,
-        "text": row.text,
-        "language": row.target_lang,
-        "prompt_length": encoded.prompt_length,
-        "tokens": list(encoded.ids),
-    }
+_FLUSH_AT = 32_768  # rows that wait before each bucket's are written: small batches make slow files
+_FLUSH_AUDIO_AT = 256  # rows whose audio is in memory together
 
 
-def assign_chunk(
-    chunk: ManifestChunk,
-    tokenizer: CanaryTokenizer,
-    plan: BucketPlan,
-    folder: Path,
-    prompt_format: str,
-    language: str | None,
-) -> dict[str, Any]:
-    """Write the parts of one byte range; returns its note: rows per bucket and rejections by reason."""
-    rows, rejected = [], []
-    for row in read_utterances(chunk, tokenizer, prompt_format, language):
-        if isinstance(row, BadRow):
-            rejected.append({"reason": row.reason, "file": row.file, "line": row.line, "detail": row.detail})
-        else:
-            rows.append(encode_row(tokenizer, row, prompt_format))
-    buckets, reasons = plan.place(
-        np.array([row["duration_ms"] for row in rows], np.int64),
-        np.array([len(row["tokens"]) for row in rows], np.int64),
-    )
-    by_bucket: dict[int, list[dict]] = {}
-    for row, bucket, reason in zip(rows, buckets.tolist(), list(reasons), strict=True):
-        if bucket >= 0:
-            by_bucket.setdefault(bucket, []).append(row)
-        else:
-            kept = {key: row[key] for key in ("audio_path", "offset_ms", "duration_ms", "text")}
-            rejected.append({"reason": str(reason), **kept, "tokens": len(row["tokens"])})
-    for bucket, members in by_bucket.items():
-        write_part(folder / part_name(bucket, chunk.index), members)
-    if rejected:
-        lines = b"".join(orjson.dumps(item) + b"\n" for item in rejected)
-        atomic_write_bytes(folder / "rejected" / f"part-{chunk.index:05d}.jsonl", lines)
-    return {
-        "chunk": chunk.index,
-        "rows": {str(bucket): len(members) for bucket, members in sorted(by_bucket.items())},
-        "rejected": dict(sorted(Counter(item["reason"] for item in rejected).items())),
-    }
+@dataclass(frozen=True)
+class AssignSettings:
+    """`sample_rate` is what audio is copied at, None where it is not copied."""
+
+    prompt_format: str
+    by_words: bool = True
+    sample_rate: int | None = None
+
+
+class ChunkAssigner:
+    """Writes one chunk's parts below `folder`."""
+
+    def __init__(
+        self, chunk: Chunk, encoder: BlockEncoder, plan: BucketPlan, folder: Path, sample_rate: int | None
+    ) -> None:
+        self._chunk, self._encoder, self._plan, self._folder = chunk, encoder, plan, folder
+        self._sample_rate = sample_rate
+        self._audio = AudioFinder(chunk)
+        self._waiting: list[tuple[np.ndarray, pa.Table]] = []
+        self._rows: Counter = Counter()
+        self._rejected: Counter = Counter()
+        self._examples: dict[str, list[dict[str, Any]]] = {}
+
+    def run(self) -> dict[str, Any]:
+        """The chunk's note: rows of each bucket and rejections by reason."""
+        path = self._folder / "rejected" / f"part-{self._chunk.index:05d}.jsonl"
+        flush_at = _FLUSH_AT if self._sample_rate is None else _FLUSH_AUDIO_AT
+        with atomic_write(path) as self._rejects, PartsWriter(self._folder, self._chunk.index) as self._parts:
+            for block in read_blocks(self._chunk):
+                block = self._encoder.check(block)
+                for row in block.bad:
+                    self._reject(row)
+                if len(block):
+                    self._add(block)
+                if sum(table.num_rows for _, table in self._waiting) >= flush_at:
+                    self._flush()
+            self._flush()
+        if not self._rejected:
+            path.unlink()
+        return {
+            "chunk": self._chunk.index,
+            "corpus": self._chunk.corpus,
+            "rows": {str(bucket): number for bucket, number in sorted(self._rows.items())},
+            "rejected": dict(sorted(self._rejected.items())),
+            "examples": self._examples,
+        }
+
+    def _add(self, block: Block) -> None:
+        encoded = self._encoder.encode(block)
+        buckets, reasons = self._plan.place(block.duration_ms, encoded.lengths)
+        table, problems = row_table(block, encoded, self._audio)
+        if self._sample_rate is None and pc.any(pc.equal(table["audio_size"], PARQUET_ROW)).as_py():
+            raise ManifestError(
+                f"corpus {self._chunk.corpus} holds audio inside Parquet",
+                why="training reads rows in any order, and Parquet gives them by whole groups only",
+                remedy="set assign.materialize to true, which copies the audio",
+            )
+        texts, paths = table["text"], table["audio_path"]
+        wrong = np.array([problem is not None for problem in problems], bool)
+        for index in np.flatnonzero((buckets < 0) | wrong).tolist():
+            length, tokens = int(block.duration_ms[index]), int(encoded.lengths[index])
+            if buckets[index] < 0:
+                reason, detail = str(reasons[index]), f"{length} ms, {tokens} tokens"
+            else:
+                reason, detail = "bad_audio", problems[index]
+            self._reject(
+                BadRow(self._chunk.path, int(block.numbers[index]), reason, detail),
+                audio_path=paths[index].as_py(), offset_ms=int(block.offset_ms[index]), duration_ms=length,
+                tokens=tokens, text=texts[index].as_py(),
+            )  # fmt: skip
+        buckets = np.where(wrong, -1, buckets)
+        kept = buckets >= 0
+        self._waiting.append((buckets[kept], table.filter(pa.array(kept))))
+
+    def _flush(self) -> None:
+        if not self._waiting:
+            return
+        buckets = np.concatenate([one for one, _ in self._waiting])
+        table = pa.concat_tables([one for _, one in self._waiting])
+        self._waiting = []
+        if self._sample_rate is not None:
+            for start in range(0, len(buckets), _FLUSH_AUDIO_AT):
+                rows = slice(start, start + _FLUSH_AUDIO_AT)
+                self._flush_audio(buckets[rows], table.slice(start, _FLUSH_AUDIO_AT), self._sample_rate)
+            return
+        order = np.argsort(buckets, kind="stable")  # rows of a bucket stay in the corpus' order
+        table, buckets = table.take(pa.array(order)), buckets[order]
+        for bucket, start, stop in _runs(buckets):
+            self._parts.write(bucket, table.slice(start, stop - start))
+            self._rows[bucket] += stop - start
+
+    def _flush_audio(self, buckets: np.ndarray, table: pa.Table, sample_rate: int) -> None:
+        flacs = make_flacs(table, sample_rate)
+        for bucket in np.unique(buckets).tolist():
+            members = np.flatnonzero(buckets == bucket)
+            good = [index for index in members.tolist() if isinstance(flacs[index], bytes)]
+            for index in sorted(set(members.tolist()) - set(good)):
+                row = table.slice(index, 1).to_pylist()[0]
+                place = {key: row[key] for key in ("audio_path", "offset_ms", "duration_ms", "text")}
+                self._reject(BadRow(self._chunk.path, 0, "bad_audio", str(flacs[index])), **place)
+            if good:
+                path, starts, sizes = self._parts.write_audio(bucket, [flacs[index] for index in good])
+                rows = table.take(pa.array(good))
+                for name, values in (
+                    ("audio_path", [path] * len(good)), ("audio_start", starts), ("audio_size", sizes),
+                    ("offset_ms", [0] * len(good)),
+                ):  # fmt: skip
+                    number = ROW_SCHEMA.get_field_index(name)
+                    rows = rows.set_column(number, name, pa.array(values, ROW_SCHEMA.field(name).type))
+                self._parts.write(bucket, rows)
+                self._rows[bucket] += len(good)
+
+    def _reject(self, row: BadRow, **values: Any) -> None:
+        self._rejected[row.reason] += 1
+        examples = self._examples.setdefault(row.reason, [])
+        if len(examples) < NUM_EXAMPLES:
+            examples.append({"file": row.file, "line": row.line, "detail": row.detail})
+        where = {"reason": row.reason, "corpus": self._chunk.corpus, "file": row.file, "line": row.line}
+        self._rejects.write(orjson.dumps({**where, "detail": row.detail, **values}) + b"\n")
+
+
+def _runs(values: np.ndarray) -> Iterator[tuple[int, int, int]]:
+    """(value, start, stop) of equal neighbours."""
+    edges = np.flatnonzero(np.diff(values)) + 1
+    bounds = [0, *edges.tolist(), len(values)]
+    for start, stop in zip(bounds, bounds[1:], strict=False):
+        if stop > start:
+            yield int(values[start]), start, stop
 
 
 def assign_all(
-    chunks: list[ManifestChunk],
+    chunks: list[Chunk],
     tokenizer: CanaryTokenizer,
     plan: BucketPlan,
     folder: Path,
+    settings: AssignSettings,
     *,
     key: str,
-    prompt_format: str,
-    language: str | None,
 ) -> Iterator[dict[str, Any]]:
     """Run the missing chunks on Ray Data; yields the note of every chunk, finished before or now."""
     import ray
@@ -100,17 +187,19 @@ def assign_all(
         return
     shared = ray.put((tokenizer, plan))
 
-    def work(item: dict[str, Any]) -> dict[str, Any]:
-        chunk = ManifestChunk(**orjson.loads(item["chunk"]))
-        note = assign_chunk(chunk, *ray.get(shared), folder, prompt_format, language)
-        # The note comes last: a range without one is written again, over the same file names.
-        atomic_write_bytes(notes / f"{chunk.index:05d}.json", orjson.dumps(note))
-        return {"note": orjson.dumps(note)}
+    def work(chunks: list[Chunk]) -> list[dict[str, Any]]:
+        tokenizer, plan = ray.get(shared)
+        encoder = BlockEncoder(tokenizer, settings.prompt_format, by_words=settings.by_words)
+        made = []
+        for chunk in chunks:
+            note = ChunkAssigner(chunk, encoder, plan, folder, settings.sample_rate).run()
+            # The note comes last: a chunk without one is written again, over the same file names.
+            atomic_write_bytes(notes / f"{chunk.index:05d}.json", orjson.dumps(note))
+            made.append(note)
+        return made
 
-    items = [{"chunk": orjson.dumps(asdict(chunk))} for chunk in missing]
-    blocks = min(len(items), 4 * max(1, int(ray.cluster_resources().get("CPU", 1))))
-    for row in ray.data.from_items(items, override_num_blocks=blocks).map(work).iter_rows():
-        yield orjson.loads(row["note"])
+    for made in map_on_workers(missing, work, tasks_per_cpu=16):
+        yield from made
 
 
 def write_index(
@@ -118,12 +207,18 @@ def write_index(
 ) -> str:
     """Write `index.json`; raises `ArtifactError` unless every row is in one bucket or rejected."""
     rejected: Counter = Counter()
-    buckets: list[list[dict[str, int]]] = [[] for _ in plan.grid.buckets]
+    by_corpus: Counter = Counter()
+    examples: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    buckets = [[0] * len(notes) for _ in plan.grid.buckets]
     for note in sorted(notes, key=lambda note: note["chunk"]):
         rejected.update(note["rejected"])
+        for reason, number in note["rejected"].items():
+            place = (note["corpus"], reason)
+            by_corpus[place] += number
+            examples[place] = [*examples.get(place, []), *note["examples"][reason]][:NUM_EXAMPLES]
         for bucket, rows in note["rows"].items():
-            buckets[int(bucket)].append({"chunk": note["chunk"], "rows": rows})
-    assigned = sum(part["rows"] for parts in buckets for part in parts)
+            buckets[int(bucket)][note["chunk"]] = rows
+    assigned = sum(map(sum, buckets))
     if assigned + rejected.total() != num_rows:
         raise ArtifactError(
             "the assignment does not add up",
@@ -136,17 +231,24 @@ def write_index(
         "buckets": buckets,
         "rows": assigned,
         "rejected": dict(sorted(rejected.items())),
+        "rejected_examples": [
+            {"corpus": corpus, "reason": reason, "rows": number, "first": examples[corpus, reason]}
+            for (corpus, reason), number in sorted(by_corpus.items())
+        ],
         "grid": [[bucket.max_duration_ms, bucket.max_tokens] for bucket in plan.grid.buckets],
     }
     return write_json(folder / "index.json", INDEX_FORMAT, body, parents)
 
 
 def _clear_other_inputs(folder: Path, key: str) -> None:
-    """Parts made from other inputs (another plan, tokenizer, manifest) must not mix with new ones."""
+    """Parts made from other inputs (another plan, tokenizer, manifest) must not mix with new ones, and what a killed
+    job had half written goes."""
     marker = folder / "inputs.key"
     if folder.exists() and (not marker.exists() or marker.read_text() != key):
         shutil.rmtree(folder)
     atomic_write_bytes(marker, key.encode())
+    for half in folder.glob("*/.*"):
+        half.unlink()
 
 
 def _read_note(path: Path) -> dict[str, Any] | None:

@@ -41,7 +41,7 @@ class Stage:
 
 STAGES: tuple[Stage, ...] = (
     Stage(
-        "statistics", (), ("tokenizer/tokenizer.json", "histogram.parquet", "statistics.json"),
+        "statistics", (), ("tokenizer/tokenizer.json", "histogram.parquet", "statistics.json", "chunks.json"),
         stages.statistics_key, stages.run_statistics,
     ),
     Stage("buckets", ("statistics",), ("bucket_plan.json",), stages.buckets_key, stages.run_buckets, uses_ray=False),

@@ -9,10 +9,13 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import pickle
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 from raytrain.config import ClusterSection
+from raytrain.errors import RaytrainError
 
 _QUIET = {
     "RAY_memory_monitor_refresh_ms": "0",
@@ -57,6 +60,30 @@ def ray_session(settings: ClusterSection) -> Iterator[None]:
         yield
     finally:
         ray.shutdown()
+
+
+def map_on_workers(items: list[Any], function: Callable[[list[Any]], Any], tasks_per_cpu: int) -> Iterator[Any]:
+    """Call `function` on lists of items on Ray Data's workers; yields what it returns, in order.
+
+    There are `tasks_per_cpu` lists for each CPU of the cluster. A `RaytrainError` of a worker is raised here as it is:
+    Ray Data would wrap it in its own and lose it.
+    """
+    import ray
+
+    def work(batch: dict[str, Any]) -> dict[str, Any]:
+        try:
+            result: Any = function([pickle.loads(item) for item in batch["item"]])
+        except RaytrainError as error:
+            result = error
+        return {"result": [pickle.dumps(result)]}
+
+    tasks = min(len(items), tasks_per_cpu * max(1, int(ray.cluster_resources().get("CPU", 1))))
+    data = ray.data.from_items([{"item": pickle.dumps(item)} for item in items], override_num_blocks=tasks)
+    for row in data.map_batches(work, batch_size=None).iter_rows():
+        result = pickle.loads(row["result"])  # made by our own workers a moment ago
+        if isinstance(result, RaytrainError):
+            raise result
+        yield result
 
 
 @contextlib.contextmanager

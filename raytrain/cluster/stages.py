@@ -6,7 +6,7 @@ import contextlib
 import json
 import shutil
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from raytrain.artifacts import (
 )
 from raytrain.cluster.tracking import RunTracking
 from raytrain.cluster.workspace import (
+    CHUNKS_FORMAT,
     PLAN_FORMAT,
     PROFILE_FORMAT,
     SCORES_FORMAT,
@@ -34,6 +35,7 @@ from raytrain.config import Config
 from raytrain.console import Console
 from raytrain.convert import model_stamp
 from raytrain.data.assignment import INDEX_FORMAT
+from raytrain.data.storage import file_size, fingerprint, is_folder, is_uri
 from raytrain.errors import ArtifactError, ManifestError, TrainingError
 from raytrain.lengths.compare import PolicyRow, compare_policies
 from raytrain.lengths.histogram import LengthHistogram
@@ -46,6 +48,10 @@ _NOT_LINEAGE = (
     "checkpoint_every_steps", "keep_checkpoints", "log_every_steps", "num_loader_threads", "prefetch_batches",
     "max_failures", "num_workers", "device", "activation_checkpointing",
 )  # fmt: skip
+
+
+# Larger manifests count as changed when their size or time of change does.
+_HASHED_BYTES = 64 << 20
 
 
 @dataclass(frozen=True)
@@ -67,27 +73,22 @@ class Context:
         return self.workspace.path(*parts)
 
 
-def _manifest_ids(config: Config, split: str) -> list[str]:
-    ids = []
-    for path in config.data.manifests(split):
-        try:
-            ids.append(file_id(path))
-        except OSError as error:
-            raise ManifestError(
-                f"manifest {path} can't be read",
-                why=str(error.strerror).lower(),
-                remedy="check data.root (or $RAYTRAIN_DATA_ROOT) and the manifest's name",
-            ) from error
-    return ids
-
-
 def _reading(config: Config, split: str) -> dict[str, Any]:
     """What a split's rows depend on. The folder counts: rows hold absolute audio paths."""
-    return {
-        "manifests": _manifest_ids(config, split),
-        "paths": [str(path) for path in config.data.manifests(split)],
-        "default_language": config.data.default_language,
-    }
+    from raytrain.cluster.statistics import chunks_of
+
+    corpora = [asdict(replace(corpus, weight=1.0)) for corpus in config.data.corpora(split)]  # weights change no row
+    files = sorted({name for chunk in chunks_of(config, split) for name in (chunk.path, chunk.audio) if name})
+    return {"corpora": corpora, "files": [[name, _file_stamp(name)] for name in files]}
+
+
+def _file_stamp(name: str) -> Any:
+    """A small file by its content, a large or remote one by size and time of change, a folder by its name."""
+    if is_folder(name):
+        return None
+    if not is_uri(name) and file_size(name) <= _HASHED_BYTES:
+        return file_id(Path(name))
+    return fingerprint(name)
 
 
 # --- statistics
@@ -98,6 +99,7 @@ def statistics_key(workspace: Workspace) -> Any:
     return [
         _reading(config, "train"),
         config.data.max_bad_fraction,
+        [config.data.temperature, [corpus.weight for corpus in config.data.train]],
         config.section("tokenizer"),
         model_stamp(Path(config.tokenizer.path)) if config.tokenizer.path else None,
         config.model.prompt_format,
@@ -112,20 +114,35 @@ def run_statistics(context: Context) -> str:
     tokenizer = job.make_tokenizer(config, context.path("tokenizer"))
     total = job.Counts()
     with context.console.progress("counting", len(chunks)) as update:
-        for partial in job.count_all(chunks, tokenizer, config):
+        for number, partial in job.count_all(chunks, tokenizer, config):
             total.add(partial)
-            update(advance=1)
+            update(advance=number)
+    numbered = job.number_lines(total, chunks)
     job.check_bad_rows(total, config.data.max_bad_fraction)
     write_histogram(context.path("histogram.parquet"), total.histogram)
-    body = {**job.statistics_body(total), "histogram_id": file_id(context.path("histogram.parquet"))}
+    body = {**job.statistics_body(total, config), "histogram_id": file_id(context.path("histogram.parquet"))}
     write_json(context.path("statistics.json"), STATISTICS_FORMAT, body, {"tokenizer": tokenizer.id})
+    write_json(context.path("chunks.json"), CHUNKS_FORMAT, [asdict(chunk) for chunk in numbered])
     context.tracking.current.log_metrics(
         {"hours": body["hours"], "utterances": body["utterances"], "tokens": body["tokens"]}, 0, 0.0
     )
     context.tracking.current.log_artifact(context.path("statistics.json"))
-    for reason, number in body["rejected"].items():
-        context.console.warn(f"{number} manifest row(s) left out: {reason}; statistics.json names the first ones")
+    _show_rejected(context, body["rejected_examples"])
+    if config.data.temperature != 1 or any(corpus.weight != 1 for corpus in config.data.train):
+        context.console.warn("weights and temperature are in statistics.json; training hears every row once an epoch")
     return f"{body['utterances']} utterances, {body['hours']:.2f} h, vocabulary {tokenizer.vocab_size}"
+
+
+def _show_rejected(context: Context, rejected: list[dict[str, Any]]) -> None:
+    """A table by corpus and reason, as statistics and assign record it."""
+    if rejected:
+        context.console.note(
+            ("corpus", "rejected because", "rows", "first"),
+            [
+                (one["corpus"], one["reason"], str(one["rows"]), "{file}:{line}: {detail}".format(**one["first"][0]))
+                for one in rejected
+            ],
+        )
 
 
 def write_histogram(path: Path, histogram: LengthHistogram) -> None:
@@ -197,7 +214,9 @@ def compare_plans(config: Config) -> list[PolicyRow]:
 
 def assign_key(workspace: Workspace) -> Any:
     config = workspace.config
-    return [_reading(config, "train"), workspace.plan_id, workspace.tokenizer.id, config.model.prompt_format]
+    copies = config.model.sample_rate if config.assign.materialize else None
+    identities = [workspace.plan_id, workspace.tokenizer.id, config.model.prompt_format]
+    return [_reading(config, "train"), *identities, copies]
 
 
 def run_assign(context: Context) -> str:
@@ -205,20 +224,17 @@ def run_assign(context: Context) -> str:
     from raytrain.cluster.statistics import chunks_of
 
     workspace, config = context.workspace, context.config
-    chunks = chunks_of(config, "train")
+    chunks = workspace.numbered(chunks_of(config, "train"))
     folder = context.path("assignment")
-    key = content_id([context.key, config.data.chunk_bytes])
+    settings = job.AssignSettings(
+        prompt_format=config.model.prompt_format,
+        by_words=config.tokenizer.by_words,
+        sample_rate=config.model.sample_rate if config.assign.materialize else None,
+    )
+    key = content_id([context.key, [[chunk.path, chunk.start, chunk.end] for chunk in chunks]])
     notes = []
     with context.console.progress("assigning", len(chunks)) as update:
-        for note in job.assign_all(
-            chunks,
-            workspace.tokenizer,
-            workspace.plan,
-            folder,
-            key=key,
-            prompt_format=config.model.prompt_format,
-            language=config.data.default_language,
-        ):
+        for note in job.assign_all(chunks, workspace.tokenizer, workspace.plan, folder, settings, key=key):
             notes.append(note)
             update(advance=1)
     parents = {"bucket_plan": workspace.plan_id, "tokenizer": workspace.tokenizer.id}
@@ -226,6 +242,7 @@ def run_assign(context: Context) -> str:
     body = read_json(folder / "index.json", INDEX_FORMAT)["body"]
     rejected = sum(body["rejected"].values())
     context.tracking.current.log_metrics({"assigned": body["rows"], "rejected": rejected}, 0, 0.0)
+    _show_rejected(context, body["rejected_examples"])
     listing = ", ".join(f"{number} {reason}" for reason, number in body["rejected"].items())
     return f"{body['rows']} rows; rejected {rejected}" + (f" ({listing})" if listing else "")
 

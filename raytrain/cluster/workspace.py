@@ -11,13 +11,13 @@ from pathlib import Path
 from typing import Any
 
 from raytrain.artifacts import content_id, read_json
-from raytrain.cluster.assign import encode_row
 from raytrain.cluster.statistics import chunks_of
 from raytrain.config import Config
-from raytrain.data.assignment import Assignment, Row
+from raytrain.data.assignment import Assignment, Row, row_table, rows_of
+from raytrain.data.corpus import Chunk, read_blocks
+from raytrain.data.encoder import BlockEncoder
 from raytrain.data.loader import BatchLoader, Quarantine, read_rows
-from raytrain.data.manifest import Utterance
-from raytrain.data.prompt import read_utterances
+from raytrain.data.materialize import AudioFinder
 from raytrain.data.tokenizer import CanaryTokenizer
 from raytrain.lengths.plan import BucketPlan
 from raytrain.lengths.profile import BatchProfile
@@ -26,7 +26,8 @@ from raytrain.model.config import ModelConfig
 
 PLAN_FORMAT = "raytrain.bucket_plan/1"
 PROFILE_FORMAT = "raytrain.batch_profile/1"
-STATISTICS_FORMAT = "raytrain.statistics/1"
+STATISTICS_FORMAT = "raytrain.statistics/2"
+CHUNKS_FORMAT = "raytrain.chunks/1"
 SCORES_FORMAT = "raytrain.scores/1"
 
 
@@ -58,6 +59,12 @@ class Workspace:
     def plan_id(self) -> str:
         """The bucket plan's content id."""
         return self._plan_document["id"]
+
+    def numbered(self, chunks: list[Chunk]) -> list[Chunk]:
+        """The chunks with the `first_line` that statistics counted; as they are if those were cut otherwise."""
+        known = [Chunk(**one) for one in read_json(self.path("chunks.json"), CHUNKS_FORMAT)["body"]]
+        places = [[(one.path, one.start, one.end) for one in some] for some in (known, chunks)]
+        return known if places[0] == places[1] else chunks
 
     def model_config(self) -> ModelConfig:
         """The configured model with the tokenizer's vocabulary, and a CTC head if training uses one."""
@@ -95,18 +102,19 @@ class Workspace:
         )
 
     def rows(self, split: str, limit: int | None = None) -> list[Row]:
-        """Encoded rows of a small split (dev), at most `limit`; bad manifest rows are left out."""
+        """Encoded rows of a small split (dev), at most `limit`; bad rows are left out."""
         rows: list[Row] = []
-        prompt_format = self.config.model.prompt_format
+        encoder = BlockEncoder(self.tokenizer, self.config.model.prompt_format, by_words=self.config.tokenizer.by_words)
+        # What the decoder has no position for stays out of the validation loss, not of the WER.
+        longest = self.config.model.max_positions + 1
         for chunk in chunks_of(self.config, split):
-            for item in read_utterances(chunk, self.tokenizer, prompt_format, self.config.data.default_language):
-                if isinstance(item, Utterance):
-                    values = encode_row(self.tokenizer, item, prompt_format)
-                    # What the decoder has no position for stays out of the validation loss, not of the WER.
-                    values["tokens"] = values["tokens"][: self.config.model.max_positions + 1]
-                    rows.append(Row(**{**values, "tokens": tuple(values["tokens"])}))
+            finder = AudioFinder(chunk)
+            for block in read_blocks(chunk):
+                block = encoder.check(block)
+                table, _ = row_table(block, encoder.encode(block), finder)
+                rows += [replace(row, tokens=row.tokens[:longest]) for row in rows_of(table)]
                 if limit is not None and len(rows) >= limit:
-                    return rows
+                    return rows[:limit]
         return rows
 
     def validator(self, rank: int, world_size: int) -> Any:

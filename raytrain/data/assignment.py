@@ -1,32 +1,46 @@
-"""Assigned rows on disk: one Arrow file per bucket and manifest chunk, read by row number.
+"""Assigned rows on disk: one Arrow file for each bucket and chunk, read by row number.
 
     assignment/bucket=003/part-00000.arrow     rows of bucket 3 from chunk 0, memory-mapped
+    assignment/bucket=003/audio-00000.tar      their audio as FLAC, if it was copied
     assignment/rejected/part-00000.jsonl       rows that got no bucket, with their reason
-    assignment/index.json                      rows per part; the order of a bucket's rows
+    assignment/index.json                      rows for each bucket and chunk; the order of a bucket's rows
 
-Row i of a bucket is the i-th over its parts in chunk order, so the order depends on the manifests alone and
-not on which machine wrote which part.
+Row i of a bucket is the i-th over its parts in chunk order, so the order is that of the corpora and depends neither on
+how they were cut nor on which machine wrote which part.
 """
 
 from __future__ import annotations
 
+import contextlib
+import io
+import tarfile
 from bisect import bisect_right
-from dataclasses import dataclass
-from itertools import accumulate
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from itertools import accumulate, count
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pyarrow as pa
 
 from raytrain.artifacts import atomic_write, read_json
+from raytrain.data.encoder import EncodedBlock
+from raytrain.data.materialize import AudioFinder
+from raytrain.data.rows import Block
+from raytrain.data.storage import is_uri
 from raytrain.errors import ArtifactError
 
-INDEX_FORMAT = "raytrain.assignment/1"
+INDEX_FORMAT = "raytrain.assignment/2"
 ROW_SCHEMA = pa.schema(
     [
         ("audio_path", pa.string()),
+        ("audio_start", pa.int64()),
+        ("audio_size", pa.int64()),
         ("offset_ms", pa.int64()),
         ("duration_ms", pa.int64()),
         ("text", pa.string()),
+        ("corpus", pa.string()),
         ("language", pa.string()),
         ("prompt_length", pa.int32()),
         ("tokens", pa.list_(pa.int32())),
@@ -36,7 +50,10 @@ ROW_SCHEMA = pa.schema(
 
 @dataclass(frozen=True)
 class Row:
-    """One utterance as training needs it; `tokens` is prompt + text + end of text."""
+    """One utterance as training needs it; `tokens` is prompt + text + end of text.
+
+    Its audio is `audio_size` bytes of `audio_path` from `audio_start` on, the whole file if `audio_size` is 0.
+    """
 
     audio_path: str
     offset_ms: int
@@ -45,6 +62,34 @@ class Row:
     language: str
     prompt_length: int
     tokens: tuple[int, ...]
+    audio_start: int = 0
+    audio_size: int = 0
+    corpus: str = ""
+
+
+def row_table(block: Block, encoded: EncodedBlock, finder: AudioFinder) -> tuple[pa.Table, list[str | None]]:
+    """A block's rows by `ROW_SCHEMA`, and what is wrong with each one's audio, None if nothing."""
+    paths, starts, sizes, problems = finder.places(block.paths)
+    languages = np.array([key.target_lang for key in block.prompts], object)[block.prompt_of]
+    ends = np.concatenate(([0], np.cumsum(encoded.lengths))).astype(np.int32)
+    columns = [
+        pa.array(paths, pa.string()),
+        pa.array(starts, pa.int64()),
+        pa.array(sizes, pa.int64()),
+        pa.array(block.offset_ms),
+        pa.array(block.duration_ms),
+        pa.array([" ".join(text.split()) for text in block.texts], pa.string()),
+        pa.array([block.chunk.corpus] * len(block), pa.string()),
+        pa.array(languages, pa.string()),
+        pa.array(encoded.prompt_lengths.astype(np.int32)),
+        pa.ListArray.from_arrays(pa.array(ends), pa.array(encoded.ids)),
+    ]
+    return pa.Table.from_arrays(columns, schema=ROW_SCHEMA), problems
+
+
+def rows_of(table: pa.Table) -> list[Row]:
+    """Rows of a small table of `ROW_SCHEMA`."""
+    return [Row(**{**values, "tokens": tuple(values["tokens"])}) for values in table.to_pylist()]
 
 
 def part_name(bucket: int, chunk: int) -> str:
@@ -52,11 +97,49 @@ def part_name(bucket: int, chunk: int) -> str:
     return f"bucket={bucket:03d}/part-{chunk:05d}.arrow"
 
 
-def write_part(path: Path, rows: list[dict]) -> None:
-    """Write rows (dicts by `ROW_SCHEMA`) as one uncompressed Arrow file, which can be memory-mapped."""
-    table = pa.Table.from_pylist(rows, schema=ROW_SCHEMA)
-    with atomic_write(path) as file, pa.ipc.new_file(file, ROW_SCHEMA) as writer:
-        writer.write_table(table)
+def audio_name(bucket: int, chunk: int) -> str:
+    """Path of a part's audio below the assignment folder."""
+    return f"bucket={bucket:03d}/audio-{chunk:05d}.tar"
+
+
+class PartsWriter:
+    """Writes one chunk's rows, bucket by bucket, as they come; all files appear when the `with` block ends well."""
+
+    def __init__(self, folder: Path, chunk: int) -> None:
+        self._folder, self._chunk = Path(folder), chunk
+        self._stack = contextlib.ExitStack()
+        self._writers: dict[int, pa.ipc.RecordBatchFileWriter] = {}
+        self._tars: dict[int, tuple[tarfile.TarFile, Any]] = {}
+
+    def __enter__(self) -> PartsWriter:
+        self._stack.__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> bool | None:
+        return self._stack.__exit__(*error)
+
+    def write(self, bucket: int, rows: pa.Table) -> None:
+        """Append rows of `ROW_SCHEMA` to a bucket's part, uncompressed, so that it can be memory-mapped."""
+        if bucket not in self._writers:
+            file = self._stack.enter_context(atomic_write(self._folder / part_name(bucket, self._chunk)))
+            self._writers[bucket] = self._stack.enter_context(pa.ipc.new_file(file, ROW_SCHEMA))
+        self._writers[bucket].write_table(rows)
+
+    def write_audio(self, bucket: int, flacs: Sequence[bytes]) -> tuple[str, list[int], list[int]]:
+        """Append recordings to a bucket's tar; returns its path below the folder, starts and sizes in bytes."""
+        if bucket not in self._tars:
+            file = self._stack.enter_context(atomic_write(self._folder / audio_name(bucket, self._chunk)))
+            tar = self._stack.enter_context(tarfile.TarFile(fileobj=file, mode="w", format=tarfile.USTAR_FORMAT))
+            self._tars[bucket] = (tar, count())
+        tar, numbers = self._tars[bucket]
+        starts = []
+        for flac in flacs:
+            member = tarfile.TarInfo(f"{next(numbers):06d}.flac")
+            member.size = len(flac)
+            starts.append(tar.offset + tarfile.BLOCKSIZE)
+            tar.addfile(member, io.BytesIO(flac))
+        tar.members.clear()  # tarfile remembers every member
+        return audio_name(bucket, self._chunk), starts, [len(flac) for flac in flacs]
 
 
 class Assignment:
@@ -67,9 +150,7 @@ class Assignment:
         document = read_json(self.folder / "index.json", INDEX_FORMAT)
         self.id: str = document["id"]
         self.plan_id: str = document["parents"]["bucket_plan"]
-        body = document["body"]
-        self._chunks: list[list[int]] = [[part["chunk"] for part in parts] for parts in body["buckets"]]
-        counts = [[part["rows"] for part in parts] for parts in body["buckets"]]
+        counts: list[list[int]] = document["body"]["buckets"]
         self._ends = [list(accumulate(rows)) for rows in counts]
         self.rows_per_bucket: tuple[int, ...] = tuple(sum(rows) for rows in counts)
         self._tables: dict[tuple[int, int], pa.Table] = {}
@@ -79,10 +160,14 @@ class Assignment:
         ends = self._ends[bucket]
         if not 0 <= number < self.rows_per_bucket[bucket]:
             raise IndexError(f"bucket {bucket} has {self.rows_per_bucket[bucket]} rows; got row {number}")
-        part = bisect_right(ends, number)
-        start = ends[part - 1] if part else 0
-        values = self._table(bucket, self._chunks[bucket][part]).slice(number - start, 1).to_pylist()[0]
-        return Row(**{**values, "tokens": tuple(values["tokens"])})
+        chunk = bisect_right(ends, number)
+        start = ends[chunk - 1] if chunk else 0
+        (row,) = rows_of(self._table(bucket, chunk).slice(number - start, 1))
+        if row.audio_path.startswith("/") or is_uri(row.audio_path):
+            return row
+        return replace(
+            row, audio_path=str(self.folder.absolute() / row.audio_path)
+        )  # copied audio moves with the folder
 
     def _table(self, bucket: int, chunk: int) -> pa.Table:
         key = (bucket, chunk)

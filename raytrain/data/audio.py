@@ -2,35 +2,55 @@
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 
 import numpy as np
 
+from raytrain.data.storage import StorageReadError, is_uri, read_range
 from raytrain.errors import DataError
+
+PARQUET_ROW = -1  # as `size`: the audio is row `start` of a Parquet file
 
 
 class AudioError(DataError):
     """A recording is missing, broken, or too short for its manifest row."""
 
 
-def read_audio(path: str, *, offset_ms: int = 0, duration_ms: int | None = None, sample_rate: int) -> np.ndarray:
+def read_audio(
+    path: str,
+    *,
+    sample_rate: int,
+    offset_ms: int = 0,
+    duration_ms: int | None = None,
+    start: int = 0,
+    size: int = 0,
+    data: bytes | None = None,
+) -> np.ndarray:
     """Samples of one utterance: (num_samples,) float32 in [-1, 1], mono, at `sample_rate` Hz.
 
+    `path` is a file or URI; with `size` the recording is that many bytes of it from `start` on (a member of a tar).
+    Where its bytes are at hand already, they are `data`.
     Raises `AudioError` where the file can't be opened, decoded, or has no samples in the span.
     """
     import soundfile
 
     try:
-        with soundfile.SoundFile(path) as file:
+        if data is None and (size or is_uri(path)):
+            data = _read_bytes(path, start, size)
+        source = path if data is None else io.BytesIO(data)
+        with soundfile.SoundFile(source) as file:
             rate = file.samplerate
             if offset_ms:
                 file.seek(offset_ms * rate // 1000)
             # Durations are rounded up to whole milliseconds; reading past the end gives what is there.
             frames = -1 if duration_ms is None else -(-duration_ms * rate // 1000)
             samples = file.read(frames, dtype="float32", always_2d=True)
+    except StorageReadError as error:
+        raise AudioError(f"can't read audio {path}", why=error.why or error.what) from error
     except (OSError, RuntimeError) as error:
         # libsndfile calls a missing file a system error.
-        why = str(error) if Path(path).is_file() else "there is no such file"
+        why = str(error) if source is not path or Path(path).is_file() else "there is no such file"
         raise AudioError(f"can't read audio {path}", why=why) from error
     if not len(samples):
         raise AudioError(f"no audio in {path}", got=f"offset {offset_ms} ms", remedy="correct its manifest row")
@@ -44,3 +64,11 @@ def read_audio(path: str, *, offset_ms: int = 0, duration_ms: int | None = None,
         if not len(mono):
             raise AudioError(f"no audio in {path}", got=f"{len(samples)} sample(s)", remedy="leave it out")
     return np.ascontiguousarray(mono, dtype=np.float32)
+
+
+def _read_bytes(path: str, start: int, size: int) -> bytes:
+    if size == PARQUET_ROW:
+        from raytrain.data.parquet import read_audio_bytes
+
+        return read_audio_bytes(path, [start])[start]
+    return read_range(path, start, size)

@@ -30,13 +30,13 @@ class Quarantine:
     def __init__(self, path: Path | None) -> None:
         self._path = path
         self._lock = threading.Lock()
-        self._seen: set[tuple[str, int]] = set()
+        self._seen: set[tuple[str, int, int]] = set()
 
     def add(self, row: Row, error: AudioError) -> None:
         """Note one broken recording."""
         import orjson
 
-        key = (row.audio_path, row.offset_ms)
+        key = (row.audio_path, row.audio_start, row.offset_ms)
         with self._lock:
             if key in self._seen:
                 return
@@ -47,7 +47,7 @@ class Quarantine:
                     file.write(orjson.dumps(line) + b"\n")
 
     def __contains__(self, row: Row) -> bool:
-        return (row.audio_path, row.offset_ms) in self._seen
+        return (row.audio_path, row.audio_start, row.offset_ms) in self._seen
 
 
 class BatchLoader:
@@ -146,7 +146,14 @@ class BatchLoader:
 
 def load_row(row: Row, sample_rate: int) -> np.ndarray:
     """Audio of one row, (num_samples,) float32, cut to the row's duration so that it never outgrows its bucket."""
-    audio = read_audio(row.audio_path, offset_ms=row.offset_ms, duration_ms=row.duration_ms, sample_rate=sample_rate)
+    audio = read_audio(
+        row.audio_path,
+        start=row.audio_start,
+        size=row.audio_size,
+        offset_ms=row.offset_ms,
+        duration_ms=row.duration_ms,
+        sample_rate=sample_rate,
+    )
     return audio[: row.duration_ms * sample_rate // 1000]
 
 

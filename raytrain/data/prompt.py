@@ -9,10 +9,11 @@ is text that came before, in the target language and encoded by that language's 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from raytrain.data.manifest import BadRow, ManifestChunk, Utterance, read_chunk
+from raytrain.data.corpus import Utterance
+from raytrain.data.rows import PromptKey
 from raytrain.data.slots import DEFAULTS, check_format, slot_token
 from raytrain.data.tokenizer import BOS, CanaryTokenizer
 from raytrain.errors import TokenizerError
@@ -60,33 +61,17 @@ def prompt_ids(
     return [tokenizer.special("<|startofcontext|>"), *ids, *rest]
 
 
-def utterance_prompt(tokenizer: CanaryTokenizer, utterance: Utterance, prompt_format: str) -> list[int]:
-    """The prompt of a manifest row; slots that the format does not have are left out."""
+def key_prompt(tokenizer: CanaryTokenizer, row: PromptKey | Utterance, prompt_format: str) -> list[int]:
+    """The prompt of a row; slots that the format does not have are left out. Raises `TokenizerError`."""
     names = check_format(prompt_format)
-    slots = {name: value for name, value in utterance.slots if name in names}
+    slots = {name: value for name, value in row.slots if name in names}
     return prompt_ids(
-        tokenizer,
-        utterance.source_lang,
-        utterance.target_lang,
-        pnc=utterance.pnc,
-        prompt_format=prompt_format,
-        slots=slots,
-    )
+        tokenizer, row.source_lang, row.target_lang, pnc=row.pnc, prompt_format=prompt_format, slots=slots
+    )  # fmt: skip
 
 
 def encode_utterance(tokenizer: CanaryTokenizer, utterance: Utterance, prompt_format: str) -> EncodedUtterance:
     """The training sequence of one utterance."""
-    prompt = utterance_prompt(tokenizer, utterance, prompt_format)
+    prompt = key_prompt(tokenizer, utterance, prompt_format)
     text = tokenizer.encode_text(utterance.text, utterance.target_lang)
     return EncodedUtterance([*prompt, *text, tokenizer.eos_id], len(prompt))
-
-
-def read_utterances(
-    chunk: ManifestChunk, tokenizer: CanaryTokenizer, prompt_format: str, default_language: str | None
-) -> Iterator[Utterance | BadRow]:
-    """Rows of one byte range that this tokenizer can encode in this format; the others as bad rows."""
-
-    def check(row: Utterance) -> None:
-        utterance_prompt(tokenizer, row, prompt_format)
-
-    return read_chunk(chunk, set(tokenizer.languages), default_language, check)

@@ -21,6 +21,7 @@ import sentencepiece
 
 from raytrain.artifacts import atomic_write_bytes, read_json, write_json
 from raytrain.data.slots import check_format
+from raytrain.data.words import TextEncoder
 from raytrain.errors import ArtifactError, TokenizerError
 
 FORMAT = "raytrain.tokenizer/1"
@@ -117,6 +118,10 @@ class CanaryTokenizer:
             raise TokenizerError("unknown language", got=language, allowed=", ".join(self.languages))
         offset = self._offsets[language]
         return [offset + piece for piece in processor.encode(text)]
+
+    def text_encoder(self, language: str, *, by_words: bool = True) -> TextEncoder:
+        """Encoder of many texts of one language; see `raytrain.data.words`."""
+        return TextEncoder(self._processors[language], self._offsets[language], by_words=by_words)
 
     def starts_word(self, number: int) -> bool:
         """Whether an id's piece begins with white space."""

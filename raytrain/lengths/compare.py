@@ -30,7 +30,9 @@ def compare_policies(histogram: LengthHistogram, settings: BucketSettings, cost:
     """NeMo's rule and the optimum in 1D and 2D, and the optimum with the 2D grid's cells spread by need."""
     durations, split = settings.num_duration_buckets, settings.num_token_buckets
     plain = replace(settings, num_cells=None)
-    optimal = replace(plain, policy="optimal")
+    # Limits for the duration buckets of NeMo's rule say nothing about others.
+    max_tps = None if isinstance(settings.max_tps, tuple) else settings.max_tps
+    optimal = replace(plain, policy="optimal", max_tps=max_tps)
     variants = {
         f"equal_mass {durations}×1": replace(plain, policy="equal_mass", num_token_buckets=1),
         f"optimal {durations}×1": replace(optimal, num_token_buckets=1),

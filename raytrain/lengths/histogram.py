@@ -11,6 +11,7 @@ parts of a corpus can be counted anywhere in any order.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -54,13 +55,20 @@ class LengthHistogram:
     def from_arrays(
         cls, cells: np.ndarray, tokens: np.ndarray, counts: np.ndarray, real_duration_ms: int
     ) -> LengthHistogram:
-        """From cells in any order, equal ones merged."""
+        """From cells in any order, equal ones merged. (N,) integers ≥ 0 each."""
         if not len(cells):
             return cls.empty()
-        keys, inverse = np.unique(np.stack((cells, tokens), axis=1), axis=0, return_inverse=True)
-        merged = np.zeros(len(keys), np.int64)
-        np.add.at(merged, inverse.ravel(), counts)
-        return cls(keys[:, 0].copy(), keys[:, 1].copy(), merged, int(real_duration_ms))
+        cells, tokens, counts = (np.asarray(values, np.int64) for values in (cells, tokens, counts))
+        width = int(tokens.max()) + 1
+        if int(cells.max()) >= np.iinfo(np.int64).max // width:
+            raise DataError("lengths are too large to count", got=f"{cells.max()} ms, {tokens.max()} tokens")
+        # One integer per cell sorts fast, and a stable sort merges two sorted histograms in linear time.
+        keys = cells * width + tokens
+        order = np.argsort(keys, kind="stable")
+        keys = keys[order]
+        starts = np.flatnonzero(np.append(True, keys[1:] != keys[:-1]))
+        first = order[starts]
+        return cls(cells[first], tokens[first], np.add.reduceat(counts[order], starts), int(real_duration_ms))
 
     def __add__(self, other: LengthHistogram) -> LengthHistogram:
         return LengthHistogram.from_arrays(
@@ -69,6 +77,14 @@ class LengthHistogram:
             np.concatenate((self.counts, other.counts)),
             self.real_duration_ms + other.real_duration_ms,
         )
+
+    @classmethod
+    def sum(cls, parts: Sequence[LengthHistogram]) -> LengthHistogram:
+        """All parts together, merged at once."""
+        if not parts:
+            return cls.empty()
+        columns = [np.concatenate([getattr(part, name) for part in parts]) for name in ("cells", "tokens", "counts")]
+        return cls.from_arrays(*columns, sum(part.real_duration_ms for part in parts))
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, LengthHistogram):
@@ -82,6 +98,11 @@ class LengthHistogram:
     def total(self) -> int:
         """Number of utterances."""
         return int(self.counts.sum())
+
+    @property
+    def hours(self) -> float:
+        """Exact sum of all durations in hours."""
+        return self.real_duration_ms / 3.6e6
 
     def select(self, chosen: np.ndarray) -> LengthHistogram:
         """The cells where the (N,) mask is true; their exact duration is not known, so cells' edges stand in."""

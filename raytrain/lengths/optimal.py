@@ -18,7 +18,7 @@ import numpy as np
 from raytrain.lengths.cost import CostModel
 from raytrain.lengths.histogram import LengthHistogram
 
-_DURATIONS, _TOKENS = 144, 56
+NUM_CANDIDATES = (144, 56)  # durations and tokens
 
 
 class GridRow(NamedTuple):
@@ -29,12 +29,24 @@ class GridRow(NamedTuple):
 
 
 def optimal_rows(
-    histogram: LengthHistogram, cost: CostModel, num_cells: int, *, num_rows: int | None = None, max_split: int = 8
+    histogram: LengthHistogram,
+    cost: CostModel,
+    num_cells: int,
+    *,
+    num_rows: int | None = None,
+    max_split: int = 8,
+    num_candidates: tuple[int, int] = NUM_CANDIDATES,
 ) -> list[GridRow]:
     """Rows of the grid of at most `num_cells` cells (and `num_rows` rows) that pads least; at most `max_split`
-    token edges in a row. `histogram` holds what the plan keeps, at least one utterance."""
-    durations = candidates(histogram.cells, histogram.counts * cost.of(histogram.cells, histogram.tokens), _DURATIONS)
-    tokens = candidates(histogram.tokens, histogram.counts * cost.decoder(histogram.cells, histogram.tokens), _TOKENS)
+    token edges in a row. `histogram` holds what the plan keeps, at least one utterance.
+
+    Exact where it has no more distinct durations and tokens than `num_candidates`.
+    """
+    of_durations, of_tokens = num_candidates
+    weights = histogram.counts * cost.of(histogram.cells, histogram.tokens)
+    durations = candidates(histogram.cells, weights, of_durations)
+    weights = histogram.counts * cost.decoder(histogram.cells, histogram.tokens)
+    tokens = candidates(histogram.tokens, weights, of_tokens)
     counts = _table(histogram, durations, tokens)
     split = min(max_split, num_cells, len(tokens))
     row_costs = _row_costs(counts, durations, tokens, cost, split)

@@ -1,13 +1,20 @@
 """`BucketPlan`: a 2D grid of duration × tokens made from a histogram, with the outlier limit of each duration.
 
 The policy `equal_mass` is NeMo's rule (arXiv 2503.05931 and NeMo's `estimate_duration_bins_2d`): sort by
-duration, cut where equal parts of the total duration are reached; drop what speaks faster than mean + 4σ of its
-duration bucket; inside each bucket sort by tokens and cut into equal parts of the total tokens.
+duration, start a new bucket wherever more than an equal part of the total duration has gone by; drop what speaks
+faster than mean + 4σ of its duration bucket; inside each bucket sort by tokens and cut by the same rule. Where
+skewed data give n duration edges of one value, they become one bucket with n times as many token edges.
+
+It differs from NeMo where NeMo's plan would reject utterances that it was made for: token edges and limits of a
+bucket count exactly the utterances that training will place there, those at its upper edge and the longest of all
+included; equal utterances (σ = 0) are kept; the last edge is the longest utterance, also under a `max_duration_ms`;
+equal token edges of a bucket, of which only one can ever be used, are one.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -29,7 +36,10 @@ class BucketSettings:
 
     `policy` is `equal_mass` (NeMo's rule) or `optimal` (least padded compute by dynamic programming). Both make
     `num_duration_buckets` × `num_token_buckets` cells; with `num_cells`, `optimal` spreads that many over the
-    durations by need instead. `tps_sigma` unset turns the tokens-per-second filter off; `max_tps` fixes its limit.
+    durations by need instead.
+
+    `tps_sigma` unset turns the tokens-per-second filter off; `max_tps` fixes its limit: one number, or with
+    `equal_mass` one per duration bucket, as many as the plan has (repeated edges are one bucket).
     """
 
     __pydantic_config__ = {"extra": "forbid"}
@@ -42,7 +52,7 @@ class BucketSettings:
     max_duration_ms: int = 40_000
     max_tokens: int = 1024
     tps_sigma: float | None = 4.0
-    max_tps: float | None = None
+    max_tps: float | tuple[float, ...] | None = None
 
     def __post_init__(self) -> None:
         problems = []
@@ -55,8 +65,24 @@ class BucketSettings:
             problems.append(f"policy must be one of {', '.join(POLICIES)}, got {self.policy!r}")
         if self.num_cells is not None and (self.num_cells < 1 or self.policy != "optimal"):
             problems.append(f"num_cells must be at least 1 and needs the policy optimal, got {self.num_cells}")
+        if self.tps_sigma is not None and self.tps_sigma < 0:
+            problems.append(f"tps_sigma must not be negative, got {self.tps_sigma}")
+        problems += self._max_tps_problems()
         if problems:
             raise ValueError("; ".join(problems))
+
+    def _max_tps_problems(self) -> list[str]:
+        problems = []
+        if self.max_tps is None:
+            return problems
+        limits = self.max_tps if isinstance(self.max_tps, tuple) else (self.max_tps,)
+        if not limits or min(limits) <= 0:
+            problems.append(f"max_tps must be above 0, got {self.max_tps}")
+        if isinstance(self.max_tps, tuple) and self.policy != "equal_mass":
+            problems.append(f"max_tps per duration bucket needs the policy equal_mass, got {self.policy!r}")
+        if isinstance(self.max_tps, tuple) and len(limits) > self.num_duration_buckets:
+            problems.append(f"max_tps has {len(limits)} numbers for {self.num_duration_buckets} duration buckets")
+        return problems
 
 
 @dataclass(frozen=True)
@@ -122,7 +148,8 @@ def make_plan(
 ) -> BucketPlan:
     """A plan for the utterances of `histogram`; `cost` is what the policy `optimal` minimises.
 
-    Raises `PlanError` where no utterance is within the limits.
+    Raises `PlanError` where no utterance is within the limits, where a duration bucket would keep none under
+    `max_tps`, and where `max_tps` has not one number per duration bucket.
     """
     usable = (
         (histogram.cells >= settings.min_duration_ms)
@@ -137,24 +164,22 @@ def make_plan(
             allowed=f"{settings.min_duration_ms} to {settings.max_duration_ms} ms, ≤ {settings.max_tokens} tokens",
             remedy="widen buckets.min_duration_ms, max_duration_ms or max_tokens",
         )
-    limits, buckets = [], []
     rows = _rows(kept, settings, cost)
-    index = np.searchsorted([row.max_duration_ms for row in rows], kept.cells, side="left")
+    index, limits, inside = _staying(kept, [row.max_duration_ms for row in rows], settings)
+    buckets = []
     for number, row in enumerate(rows):
-        members = index == number
-        tokens, counts = kept.tokens[members], kept.counts[members]
-        rate = tokens * 1000.0 / kept.cells[members]
-        limit = tps_limit(rate, counts, settings)
-        inside = rate <= limit
-        limits.append(limit)
-        edges = _token_edges(tokens[inside], counts[inside], row, settings, cost)
+        members = inside & (index == number)
+        if not members.any():
+            name = f"duration bucket {number} (≤ {row.max_duration_ms} ms)"
+            raise _nobody_stays(name, kept.select(index == number), limits[number])
+        edges = _token_edges(kept.tokens[members], kept.counts[members], row, settings, cost)
         buckets += [Bucket(row.max_duration_ms, edge) for edge in edges.tolist()]
     bare = BucketPlan(
         grid=BucketGrid(tuple(buckets)),
         policy=settings.policy,
         min_duration_ms=settings.min_duration_ms,
         max_tokens=settings.max_tokens,
-        tps_limits=tuple(limits),
+        tps_limits=tuple(limits.tolist()),
         histogram_id=histogram_id,
     )
     return _with_counts(bare, histogram)
@@ -162,22 +187,56 @@ def make_plan(
 
 def _rows(kept: LengthHistogram, settings: BucketSettings, cost: CostModel) -> list[GridRow]:
     """Duration edges and how many token edges each has."""
-    edges = equal_mass_edges(kept.cells, kept.counts, settings.num_duration_buckets)
+    number, split = settings.num_duration_buckets, settings.num_token_buckets
+    edges, repeats = np.unique(equal_mass_edges(kept.cells, kept.counts, number), return_counts=True)
     if settings.policy == "equal_mass":
-        return [GridRow(edge, settings.num_token_buckets) for edge in edges.tolist()]
+        return [GridRow(edge, n * split) for edge, n in zip(edges.tolist(), repeats.tolist(), strict=True)]
     # Edges are for the utterances that stay, and which stay depends on the edges: NeMo's rule says it well enough.
-    index = np.searchsorted(edges, kept.cells, side="left")
-    rate = kept.tokens * 1000.0 / kept.cells
-    limits = [tps_limit(rate[index == number], kept.counts[index == number], settings) for number in range(len(edges))]
-    staying = kept.select(rate <= np.array(limits)[index])
-    number = settings.num_duration_buckets
+    _, limits, inside = _staying(kept, edges, settings)
+    if not inside.any():
+        raise _nobody_stays("the plan", kept, limits[0])
+    staying = kept.select(inside)
     if settings.num_cells is not None:
         rows = optimal_rows(staying, cost, settings.num_cells)
     else:
-        rows = optimal_rows(staying, cost, number * settings.num_token_buckets, num_rows=number)
+        rows = optimal_rows(staying, cost, number * split, num_rows=number)
     # The longest utterance may have been an outlier.
     longest = int(kept.cells.max())
     return [*rows[:-1], GridRow(longest, rows[-1].num_token_buckets)]
+
+
+def _staying(
+    kept: LengthHistogram, duration_edges: Sequence[int], settings: BucketSettings
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(N,) duration bucket of each cell, (K,) highest tokens per second per bucket, (N,) who is within them."""
+    number = len(duration_edges)
+    if isinstance(settings.max_tps, tuple) and len(settings.max_tps) != number:
+        raise PlanError(
+            "max_tps must have one number per duration bucket",
+            got=f"{len(settings.max_tps)} numbers",
+            allowed=f"{number}, for the edges {', '.join(map(str, duration_edges))} ms",
+            remedy="change buckets.max_tps, or give one number for all",
+        )
+    index = np.searchsorted(duration_edges, kept.cells, side="left")
+    rate = kept.tokens * 1000.0 / kept.cells
+    if settings.max_tps is not None:
+        limits = np.broadcast_to(np.array(settings.max_tps, np.float64), number)
+    elif settings.tps_sigma is None:
+        limits = np.full(number, np.inf)
+    else:
+        members = (index == k for k in range(number))
+        limits = np.array([tps_limit(rate[mine], kept.counts[mine], settings.tps_sigma) for mine in members])
+    return index, limits, rate <= limits[index]
+
+
+def _nobody_stays(what: str, members: LengthHistogram, limit: float) -> PlanError:
+    slowest = float((members.tokens * 1000.0 / members.cells).min())
+    return PlanError(
+        f"{what} keeps no utterance under max_tps",
+        got=f"{slowest:.6g} tokens per second for the slowest",
+        allowed=f"{limit:.6g}",
+        remedy="raise buckets.max_tps or buckets.min_duration_ms",
+    )
 
 
 def _token_edges(
@@ -186,7 +245,7 @@ def _token_edges(
     if settings.policy == "optimal":
         return optimal_token_edges(tokens, counts, row.max_duration_ms, cost, row.num_token_buckets)
     order = np.argsort(tokens, kind="stable")
-    return equal_mass_edges(tokens[order], counts[order], row.num_token_buckets)
+    return np.unique(equal_mass_edges(tokens[order], counts[order], row.num_token_buckets))
 
 
 def padded_compute(plan: BucketPlan, histogram: LengthHistogram, cost: CostModel) -> float:
@@ -201,26 +260,33 @@ def padded_compute(plan: BucketPlan, histogram: LengthHistogram, cost: CostModel
 
 
 def equal_mass_edges(values: np.ndarray, counts: np.ndarray, num_buckets: int) -> np.ndarray:
-    """Rising, distinct upper edges that cut sorted `values` where equal shares of Σ value·count are reached.
+    """(≤ num_buckets,) upper edges of sorted `values`, NeMo's and lhotse's rule; equal ones where a value holds
+    several shares.
 
-    The last edge is the largest value. Fewer edges come back where one value holds more than a share.
+    A cut is before the first utterance that finds more than Σ value·count / num_buckets since the cut before, and
+    its edge is that utterance's value. The last edge is the largest value. In whole numbers, hence exact.
     """
-    mass = np.cumsum(values * counts)
-    shares = mass[-1] * np.arange(1, num_buckets) / num_buckets
-    inner = values[np.searchsorted(mass, shares, side="left")]
-    return np.unique(np.append(inner, values[-1]))
+    mass = np.cumsum(values * counts) * num_buckets
+    edges, target = [], int(mass[-1]) // num_buckets  # num_buckets times what must have gone by
+    while (place := int(np.searchsorted(mass, target, side="right"))) < len(mass):
+        step = int(values[place]) * num_buckets
+        before = int(mass[place]) - step * int(counts[place])
+        # The cut is between two utterances of this cell, or behind its last one.
+        passed = (target - before) // step + 1
+        place += passed == counts[place]
+        if place == len(mass):
+            break
+        edges.append(values[place])
+        target = before + passed * step + int(mass[-1]) // num_buckets
+    return np.array([*edges, values[-1]])
 
 
-def tps_limit(rate: np.ndarray, counts: np.ndarray, settings: BucketSettings) -> float:
-    """Highest tokens per second that one duration bucket keeps: the fixed number, or mean + σ·`tps_sigma`."""
-    if settings.max_tps is not None:
-        return max(settings.max_tps, float(rate.min()))
-    if settings.tps_sigma is None:
-        return math.inf
+def tps_limit(rate: np.ndarray, counts: np.ndarray, sigma: float) -> float:
+    """mean + `sigma`·σ of the tokens per second `rate` (N,) of `counts` utterances: the most that one bucket keeps."""
     mean = float(np.average(rate, weights=counts))
     deviation = math.sqrt(float(np.average((rate - mean) ** 2, weights=counts)))
     # Rounded up, so that a bucket of equal utterances (deviation 0) keeps them all.
-    return math.ceil((mean + settings.tps_sigma * deviation) * 1e6) / 1e6
+    return math.ceil((mean + sigma * deviation) * 1e6) / 1e6
 
 
 def _with_counts(plan: BucketPlan, histogram: LengthHistogram) -> BucketPlan:

@@ -37,8 +37,7 @@ def write_report(run_dir: Path, out: Path, *, title: str) -> Path:
         missing=notes + missing,
         samples=_samples(hypotheses),
         scores=files["scores"],
-        rejected=(files["assignment"] or {}).get("rejected", {}),
-        examples=(files["statistics"] or {}).get("rejected_examples", {}),
+        rejected=(files["assignment"] or {}).get("rejected_examples", []),
     )  # fmt: skip
     atomic_write_bytes(out, page.encode())
     return out

@@ -1,0 +1,176 @@
+"""Token ids of many texts by one SentencePiece model, each word encoded once.
+
+Speech corpora repeat their words, and encoding is what counting spends its time on. Word by word is exact where no
+piece crosses a space and where words do not touch each other otherwise: see `words_are_independent`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+from raytrain.errors import TokenizerError
+
+_MAX_WORDS = 500_000
+_LONGEST_WORD = 64  # a text without spaces is not worth remembering
+_SLOT_BITS = 18
+_SLICE = 256  # texts looked up together: their arrays stay in the cache, and off the page fault handler's path
+_MIX_LOW, _MIX_HIGH = np.uint64(0x9E3779B97F4A7C15), np.uint64(0xC2B2AE3D27D4EB4F)
+# The first n bytes of eight, n from 0 to 8, as they lie in a little-endian word.
+_FIRST_BYTES = np.array([(1 << 8 * n) - 1 for n in range(9)], np.uint64)
+
+
+def words_are_independent(processor: Any) -> bool:
+    """Whether the ids of a text are the ids of its words, one after the other.
+
+    So it is where (1) spaces are single and each word begins with ▁; (2) no piece has ▁ further in, so no merge spans
+    two words; (3) ▁ itself is a piece, as SentencePiece joins neighbouring unknown pieces; (4) all scores are whole
+    numbers, as BPE's ranks are: a unigram model's sums of log-probabilities are rounded, and may tip a tie differently
+    in another place of the text.
+    """
+    pieces = range(processor.get_piece_size())
+    return (
+        processor.normalize(" a  b ") == "▁a▁b"
+        and processor.piece_to_id("▁") != processor.unk_id()
+        and not any("▁" in processor.id_to_piece(i)[1:] for i in pieces)
+        and all(float(processor.get_score(i)).is_integer() for i in pieces)
+    )
+
+
+class _Memory(dict):
+    def __init__(self, make: Callable[[str], Any]) -> None:
+        super().__init__()
+        self._make = make
+
+    def __missing__(self, word: str) -> Any:
+        value = self._make(word)
+        if len(word) <= _LONGEST_WORD:
+            if len(self) >= _MAX_WORDS:
+                self.clear()
+            self[word] = value
+        return value
+
+
+class _CountTable:
+    """Token counts of short words, looked up for a whole block at a time.
+
+    A word of up to 16 bytes is two integers, its own key, so a hit is exact. A slot belongs to the first word that
+    falls into it, which is most likely a frequent one; all others are looked up one by one.
+    """
+
+    def __init__(self, count: Callable[[str], int]) -> None:
+        self._count = count
+        self._low, self._high = np.zeros((2, 1 << _SLOT_BITS), np.uint64)
+        self._counts = np.zeros(1 << _SLOT_BITS, np.int64)
+
+    def count(self, texts: Sequence[str]) -> np.ndarray | None:
+        """Tokens of each text, (N,) int64; None for texts with unusual white space."""
+        try:
+            data = "\n".join(texts).encode()
+        except UnicodeEncodeError:
+            return None
+        padded = np.frombuffer(data + bytes(16), np.uint8)
+        text = padded[: len(data)]
+        line_feeds = text == 10
+        if np.count_nonzero(line_feeds) != len(texts) - 1 or _has_other_space(text):
+            return None
+        gaps = np.flatnonzero(line_feeds | (text == 32))
+        starts, ends = np.append(0, gaps + 1), np.append(gaps, len(data))
+        sizes = ends - starts
+        eights = np.ndarray((len(data) + 9,), "<u8", padded, strides=(1,))
+        low = eights[starts] & _FIRST_BYTES[np.minimum(sizes, 8)]
+        high = eights[starts + 8] & _FIRST_BYTES[(sizes - 8).clip(0, 8)]
+        slots = ((low * _MIX_LOW) ^ (high * _MIX_HIGH)) >> np.uint64(64 - _SLOT_BITS)
+        counts = self._counts[slots]
+        for word in np.flatnonzero((self._low[slots] != low) | (self._high[slots] != high) | (sizes > 16)).tolist():
+            slot = slots[word]
+            counts[word] = self._count(data[starts[word] : ends[word]].decode())
+            if sizes[word] <= 16 and not self._low[slot]:
+                self._low[slot], self._high[slot], self._counts[slot] = low[word], high[word], counts[word]
+        return np.add.reduceat(counts, np.append(0, np.flatnonzero(line_feeds[gaps]) + 1))
+
+
+def _has_other_space(text: np.ndarray) -> bool:
+    """Whether UTF-8 holds NUL, or white space (as `str.split` sees it) besides space and line feed."""
+    if ((text < 32) & (text != 10)).any():
+        return True
+    for lead, second_and_third in _OTHER_SPACES.items():
+        for second, thirds in second_and_third.items():
+            places = np.flatnonzero(text[: -1 - bool(thirds)] == lead) + 1
+            places = places[text[places] == second]
+            if len(places) and (not thirds or np.isin(text[places + 1], thirds).any()):
+                return True
+    return False
+
+
+def _other_spaces() -> dict[int, dict[int, list[int]]]:
+    """UTF-8 of white space beyond ASCII: first byte → second byte → third bytes, none for two bytes in all."""
+    found: dict[int, dict[int, list[int]]] = {}
+    for number in range(128, 0x10000):
+        if chr(number).isspace():
+            first, second, *third = chr(number).encode()
+            found.setdefault(first, {}).setdefault(second, []).extend(third)
+    return found
+
+
+_OTHER_SPACES = _other_spaces()
+
+
+class TextEncoder:
+    """Counts and ids of texts by one model; `offset` is added to every id. White space counts as single spaces.
+
+    With `by_words`, words are remembered where that is exact, and one text of every call is encoded as a whole to check
+    it: a difference raises `TokenizerError`.
+    """
+
+    def __init__(self, processor: Any, offset: int = 0, *, by_words: bool = True) -> None:
+        self._processor, self._offset = processor, offset
+        self.by_words = by_words and words_are_independent(processor)
+        self._counts = _Memory(lambda word: len(processor.encode(word)))
+        self._table = _CountTable(self._counts.__getitem__)
+        self._ids = _Memory(lambda word: self._bytes(processor.encode(word)))
+
+    def count(self, texts: Sequence[str]) -> np.ndarray:
+        """Number of ids of each text, (N,) int64."""
+        if not self.by_words:
+            return np.array([len(ids) for ids in self._whole(texts)], np.int64)
+        if not texts:
+            return np.zeros(0, np.int64)
+        counts = np.concatenate([self._count_slice(texts[at : at + _SLICE]) for at in range(0, len(texts), _SLICE)])
+        self._check(texts[0], int(counts[0]))
+        return counts
+
+    def _count_slice(self, texts: Sequence[str]) -> np.ndarray:
+        counts = self._table.count(texts)
+        if counts is None:
+            known = self._counts.__getitem__
+            counts = np.array([sum(map(known, text.split())) for text in texts], np.int64)
+        return counts
+
+    def encode(self, texts: Sequence[str]) -> list[bytes]:
+        """Ids of each text as int32 bytes."""
+        if not self.by_words:
+            return [self._bytes(ids) for ids in self._whole(texts)]
+        known = self._ids.__getitem__
+        encoded = [b"".join(map(known, text.split())) for text in texts]
+        if texts:
+            self._check(texts[0], len(encoded[0]) // 4)
+        return encoded
+
+    def _whole(self, texts: Sequence[str]) -> list[list[int]]:
+        return self._processor.encode([" ".join(text.split()) for text in texts])
+
+    def _bytes(self, ids: list[int]) -> bytes:
+        return (np.array(ids, np.int32) + np.int32(self._offset)).tobytes()
+
+    def _check(self, text: str, count: int) -> None:
+        whole = len(self._processor.encode(" ".join(text.split())))
+        if whole != count:
+            raise TokenizerError(
+                "a text has other tokens as a whole than word by word",
+                got=f"{whole} and {count} tokens: {text[:80]!r}",
+                why="the tokenizer's normaliser joins or splits words",
+                remedy="set tokenizer.by_words to false",
+            )
