@@ -106,6 +106,15 @@ def test_every_row_is_in_one_bucket_or_rejected_and_the_cut_does_not_matter(corp
 
 
 @pytest.mark.usefixtures("local_ray")
+def test_bad_rows_of_a_small_split_are_counted(corpus, mixed, tmp_path):
+    config = tiny_config(corpus, tmp_path, data={"dev": [str(mixed)]})
+    run_pipeline(config, Console(quiet=True), ("statistics",))
+    workspace = Workspace(config, config.run_dir)
+    assert len(workspace.rows("dev")) == 96 + 2  # the plan's limits are for training
+    assert workspace.left_out["dev"] == {"bad_json": 1, "empty_text": 1, "skipme": 1, "unknown_language": 1}
+
+
+@pytest.mark.usefixtures("local_ray")
 def test_corpora_are_counted_by_name_and_language(corpus, tmp_path):
     rows = absolute_lines(corpus)
     german = [row for row in rows if row["source_lang"] == "de"]

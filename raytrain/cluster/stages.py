@@ -35,7 +35,7 @@ from raytrain.config import Config
 from raytrain.console import Console
 from raytrain.convert import model_stamp
 from raytrain.data.assignment import INDEX_FORMAT
-from raytrain.data.storage import file_size, fingerprint, is_folder, is_uri
+from raytrain.data.storage import fingerprints, is_uri
 from raytrain.errors import ArtifactError, ManifestError, TrainingError
 from raytrain.lengths.compare import PolicyRow, compare_policies
 from raytrain.lengths.histogram import LengthHistogram
@@ -50,7 +50,6 @@ _NOT_LINEAGE = (
 )  # fmt: skip
 
 
-# Larger manifests count as changed when their size or time of change does.
 _HASHED_BYTES = 64 << 20
 
 
@@ -78,17 +77,18 @@ def _reading(config: Config, split: str) -> dict[str, Any]:
     from raytrain.cluster.statistics import chunks_of
 
     corpora = [asdict(replace(corpus, weight=1.0)) for corpus in config.data.corpora(split)]  # weights change no row
-    files = sorted({name for chunk in chunks_of(config, split) for name in (chunk.path, chunk.audio) if name})
-    return {"corpora": corpora, "files": [[name, _file_stamp(name)] for name in files]}
-
-
-def _file_stamp(name: str) -> Any:
-    """A small file by its content, a large or remote one by size and time of change, a folder by its name."""
-    if is_folder(name):
-        return None
-    if not is_uri(name) and file_size(name) <= _HASHED_BYTES:
-        return file_id(Path(name))
-    return fingerprint(name)
+    chunks = chunks_of(config, split)
+    manifests = sorted({chunk.path for chunk in chunks})
+    sources = sorted({chunk.audio for chunk in chunks} - {"", *manifests})
+    stamps = [*zip(manifests, fingerprints(manifests), strict=True), *zip(sources, fingerprints(sources), strict=True)]
+    # A small manifest counts as changed when its content does, all else when its size or time of change does.
+    small = {
+        name for name, stamp in stamps[: len(manifests)] if stamp and not is_uri(name) and stamp[0] <= _HASHED_BYTES
+    }
+    return {
+        "corpora": corpora,
+        "files": [[name, file_id(Path(name)) if name in small else stamp] for name, stamp in stamps],
+    }
 
 
 # --- statistics
@@ -394,6 +394,8 @@ def run_evaluate(context: Context) -> str:
     from raytrain.cluster.evaluate import score, transcribe_rows
 
     rows = context.workspace.rows("test")
+    for reason, number in context.workspace.left_out["test"].items():
+        context.console.warn(f"{number} test row(s) left out: {reason}")
     if not rows:
         raise ManifestError("the test manifests have no usable row", remedy="check data.test")
     results = []

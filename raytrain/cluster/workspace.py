@@ -5,6 +5,7 @@ Everything here can be rebuilt on any node that sees the run folder, from the co
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import asdict, replace
 from functools import cached_property
 from pathlib import Path
@@ -36,6 +37,7 @@ class Workspace:
 
     def __init__(self, config: Config, run_dir: Path) -> None:
         self.config, self.run_dir = config, Path(run_dir)
+        self.left_out: dict[str, Counter] = {}
 
     def path(self, *parts: str) -> Path:
         """A path below the run folder."""
@@ -102,8 +104,9 @@ class Workspace:
         )
 
     def rows(self, split: str, limit: int | None = None) -> list[Row]:
-        """Encoded rows of a small split (dev), at most `limit`; bad rows are left out."""
+        """Encoded rows of a small split (dev), at most `limit`; `left_out` then counts its bad rows by reason."""
         rows: list[Row] = []
+        left_out = self.left_out[split] = Counter()
         encoder = BlockEncoder(self.tokenizer, self.config.model.prompt_format, by_words=self.config.tokenizer.by_words)
         # What the decoder has no position for stays out of the validation loss, not of the WER.
         longest = self.config.model.max_positions + 1
@@ -111,6 +114,7 @@ class Workspace:
             finder = AudioFinder(chunk)
             for block in read_blocks(chunk):
                 block = encoder.check(block)
+                left_out.update(row.reason for row in block.bad)
                 table, _ = row_table(block, encoder.encode(block), finder)
                 rows += [replace(row, tokens=row.tokens[:longest]) for row in rows_of(table)]
                 if limit is not None and len(rows) >= limit:

@@ -173,11 +173,23 @@ def list_files(folder: str, pattern: str = "*") -> list[str]:
     return [f"{base}/{name}" for name in sorted(names)]
 
 
-def fingerprint(path: str) -> list[Any]:
-    """Size and time of change: tells that a file changed without reading it. Raises `StorageReadError`."""
-    size = file_size(path)
+@_guarded("read")
+def fingerprint(path: str) -> list[Any] | None:
+    """Size and time of change: tells that a file changed without reading it; None for a folder.
+
+    Raises `StorageReadError` where there is nothing.
+    """
     filesystem, name = locate(path)
-    return [size, filesystem.get_file_info(name).mtime_ns]
+    info = filesystem.get_file_info(name)
+    if info.type.name == "NotFound":
+        raise StorageReadError(f"can't read {path}", why="no such file or directory")
+    return [info.size, info.mtime_ns] if info.is_file else None
+
+
+def fingerprints(paths: Sequence[str]) -> list[list[Any] | None]:
+    """`fingerprint` of many files; remote ones are asked for at the same time."""
+    with ThreadPoolExecutor(_CONNECTIONS) as pool:
+        return list(pool.map(fingerprint, paths))
 
 
 def compression(path: str) -> str | None:
