@@ -115,12 +115,16 @@ def test_a_bad_row_has_a_reason(tmp_path, change, reason):
 
 def test_bad_lines_are_named_and_leave_the_others(tmp_path):
     path = tmp_path / "m.jsonl"
-    path.write_text("\n".join([json.dumps(GOOD), "{broken", "", "[1]", '{"duration": 1}', json.dumps(GOOD)]))
+    lines = [json.dumps(GOOD), "{broken", "", "[1]", '{"duration": 1}', json.dumps(GOOD), r'{"text": "\ud800"}']
+    path.write_text("\n".join(lines))
     for chunk_bytes in (20, 1000):
         found = read(path, chunk_bytes=chunk_bytes)
-        assert [isinstance(row, Utterance) for row in found] == [True, False, False, False, True]
+        assert [isinstance(row, Utterance) for row in found] == [True, False, False, False, True, False]
         bad = [(row.file, row.line, row.reason) for row in found if isinstance(row, BadRow)]
-        assert bad == [(str(path), 2, "bad_json"), (str(path), 4, "bad_json"), (str(path), 5, "missing_field")]
+        assert bad == [
+            (str(path), 2, "bad_json"), (str(path), 4, "bad_json"), (str(path), 5, "missing_field"),
+            (str(path), 7, "bad_json"),
+        ]  # fmt: skip
 
 
 def test_absolute_audio_paths_stay_and_others_start_at_the_manifest(tmp_path):

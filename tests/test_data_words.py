@@ -50,8 +50,12 @@ def test_words_have_the_tokens_of_the_whole(bpe, text):
     assert np.frombuffer(encoder.encode([text])[0], np.int32).tolist() == [100 + piece for piece in whole]
 
 
+# Half a surrogate pair is no text: the readers refuse such a row.
 spaced = st.text(
-    st.one_of(st.sampled_from(" \t\n\x00\x1c\x85\xa0\u1680\u2003\u2028\u202f\u3000aétß東"), st.characters())
+    st.one_of(
+        st.sampled_from(" \t\n\x00\x1c\x85\xa0\u1680\u2003\u2028\u202f\u3000aétß東"),
+        st.characters(exclude_categories=["Cs"]),
+    )
 )
 
 

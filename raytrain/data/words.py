@@ -67,10 +67,7 @@ class _CountTable:
 
     def count(self, texts: Sequence[str]) -> np.ndarray | None:
         """Tokens of each text, (N,) int64; None for texts with unusual white space."""
-        try:
-            data = "\n".join(texts).encode()
-        except UnicodeEncodeError:
-            return None
+        data = "\n".join(texts).encode()
         padded = np.frombuffer(data + bytes(16), np.uint8)
         text = padded[: len(data)]
         line_feeds = text == 10
