@@ -7,7 +7,7 @@ import json
 import os
 import platform
 import sys
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +22,16 @@ def machine(device: str = "cpu") -> dict[str, Any]:
         **({"gpu": _gpu()} if device != "cpu" else {}),
         "cores": os.cpu_count(),
         "python": platform.python_version(),
-        **{name: version(name) for name in names},
+        **{name: found for name in names if (found := _version(name))},
     }
+
+
+def _version(name: str) -> str | None:
+    """None where it is not installed: a GPU machine may have torch and numpy alone."""
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
 
 
 def _processor() -> str:

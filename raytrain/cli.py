@@ -58,7 +58,7 @@ def _add_stage(name: str) -> None:
 
 
 for _name in _STAGE_HELP:
-    if _name != "buckets":
+    if _name not in ("buckets", "oomptimize"):
         _add_stage(_name)
 
 
@@ -87,6 +87,58 @@ def buckets(
             for row, share in zip(rows, shares, strict=True)
         ],
     )
+
+
+@app.command(help=_STAGE_HELP["oomptimize"])
+def oomptimize(
+    config: ConfigOption,
+    set: SetOption = None,
+    dry: Annotated[
+        bool, typer.Option("--dry", help="Trace for a GPU that need not be here, print the sizes and write nothing.")
+    ] = False,
+    device_memory: Annotated[
+        str | None, typer.Option(help="Memory of the GPU to plan for, as 80GiB; sets oomptimize.device_memory.")
+    ] = None,
+    json: Annotated[bool, typer.Option("--json", help="With --dry: one JSON object per bucket.")] = False,
+) -> None:
+    overrides = list(set or [])
+    if device_memory is not None:
+        overrides.append(f"oomptimize.device_memory={device_memory}")
+    if not dry:
+        if json:
+            raise typer.BadParameter("goes with --dry", param_hint="--json")
+        _run(config, overrides, ("oomptimize",))
+        return
+    from raytrain.cluster.stages import plan_dry
+    from raytrain.config import load_config
+    from raytrain.console import Console
+
+    loaded = load_config(config, overrides)
+    if loaded.oomptimize.device_memory is None:
+        raise typer.BadParameter("--dry needs it, for example 80GiB", param_hint="--device-memory")
+    rows = plan_dry(loaded, Console(), loaded.oomptimize.device_memory)
+    if json:
+        import orjson
+
+        for row in rows:
+            typer.echo(orjson.dumps(row).decode())
+        return
+    console = Console()
+    columns = ("bucket", "≤ seconds", "≤ tokens", "batch size", "seconds of audio", "peak GiB")
+    cells = [
+        (row["bucket"], row["max_duration_ms"] / 1000, row["max_tokens"], row["batch_size"], row["audio_seconds"],
+         f"{row['predicted_gib']:.2f}")
+        for row in rows
+    ]  # fmt: skip
+    console.table(columns, [[str(value) for value in row] for row in cells])
+    last = rows[-1]
+    console.say(f"\nLive at the peak of bucket {last['bucket']}'s step with {last['traced_batch_size']} utterances:")
+    for key in ("mib_by_phase", "mib_by_module"):
+        total = sum(last[key].values())
+        parts = [
+            (name, f"{size:,.0f}", f"{size / total:.1%}") for name, size in last[key].items() if size > 0.002 * total
+        ]
+        console.table((key.removeprefix("mib_by_"), "MiB", "share"), parts)
 
 
 @app.command()

@@ -133,14 +133,29 @@ class AssignSection(_Section):
 
 
 class OomptimizeSection(_Section):
-    """The memory budget of a step: `device_memory`·`memory_fraction` bytes (measured on a GPU if unset)."""
+    """The memory budget of a step: `device_memory`·`memory_fraction` bytes (measured on a GPU if unset).
+
+    `tolerance` ends a search: (smallest that fails − largest that fits) / smallest that fails. Each probe runs
+    `steps_per_probe` steps, and at least `soak_steps` mixed ones follow. With `objective: throughput` a bucket gets the
+    smallest batch that is as fast per second of audio, which `time_smaller_batches` finds.
+    """
 
     device_memory: int | None = Field(None, ge=1 << 20)
     memory_fraction: float = Field(0.9, gt=0, le=1)
     max_batch_size: int = Field(4096, ge=1)
     tolerance: float = Field(0.05, ge=0, lt=1)
+    objective: str = Field("memory", pattern="^(memory|throughput)$")
+    time_smaller_batches: bool = True
+    steps_per_probe: int = Field(3, ge=1)
+    soak_steps: int = Field(200, ge=1)
 
     _sizes = field_validator("device_memory", mode="before")(parse_bytes)
+
+    @model_validator(mode="after")
+    def _throughput_needs_times(self) -> OomptimizeSection:
+        if self.objective == "throughput" and not self.time_smaller_batches:
+            raise ValueError("objective throughput needs time_smaller_batches")
+        return self
 
 
 class EvaluateSection(_Section):

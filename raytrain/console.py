@@ -62,7 +62,7 @@ class Console:
 
     @contextlib.contextmanager
     def progress(self, text: str, total: int | None) -> Iterator[Callable[..., None]]:
-        """A bar; call the yielded function with `completed=`, `advance=` or `text=`."""
+        """A bar; call the yielded function with `completed=`, `advance=`, `text=` or `total=`."""
         columns: tuple[Any, ...] = (
             SpinnerColumn(),
             TextColumn("{task.description}"),
@@ -73,8 +73,11 @@ class Console:
         with Progress(*columns, console=self.rich, transient=True) as bar:
             task = bar.add_task(text, total=total)
 
-            def update(*, advance: int | None = None, completed: int | None = None, text: str | None = None) -> None:
-                bar.update(task, advance=advance, completed=completed, description=text)
+            def update(
+                *, advance: int | None = None, completed: int | None = None, text: str | None = None,
+                total: int | None = None,
+            ) -> None:  # fmt: skip
+                bar.update(task, advance=advance, completed=completed, description=text, total=total)
 
             yield update
 

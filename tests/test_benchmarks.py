@@ -4,13 +4,16 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from conftest import SHARED
 
+from benchmarks._models import config_of
 from raytrain.data.tokenizer import train_tokenizer
+from raytrain.lengths import Bucket, BucketGrid
 from raytrain.model.canary import Canary
 from raytrain.model.config import ModelConfig
 from raytrain.model.nemo import write_nemo
@@ -58,3 +61,24 @@ def test_parity_with_nemo(name):
     if not root.exists():
         pytest.skip("the recorded outputs of NeMo are not at hand")
     assert max(parity(root / "model.nemo", root / "expected.npz").values()) < 1e-4
+
+
+def test_the_gpu_benchmark_has_the_published_shapes():
+    from benchmarks.oomptimizer_gpu import SHAPES
+
+    for name, shape in SHAPES.items():
+        assert ModelConfig(**shape) == config_of(name)
+
+
+def test_a_search_that_starts_at_a_prediction_takes_fewer_probes():
+    from benchmarks.oomptimizer import count_probes
+    from raytrain.training.memory import MemoryLine, Prediction, StepMemory
+
+    edges = [
+        (duration, tokens) for duration in range(2000, 40000, 4000) for tokens in (duration // 100, duration // 50)
+    ]
+    plan = SimpleNamespace(grid=BucketGrid(tuple(Bucket(*edge) for edge in edges)))
+    lines = [MemoryLine(1e9, 1e4 * duration + 1e5 * tokens) for duration, tokens in edges]
+    found = count_probes(plan, [Prediction(1, 1, line, StepMemory(1, 1), 1, 1) for line in lines], int(2e10), rounds=3)
+    assert found["answers_above_what_fits"] == 0
+    assert found["fewer_probes"] > 2.5

@@ -70,7 +70,8 @@ import {modules}
         (
             "raytrain.model.canary, raytrain.model.decoding, raytrain.model.longform, raytrain.model.alignment, "
             "raytrain.model.nemo, raytrain.model.huggingface, raytrain.training.loop, raytrain.training.memory, "
-            "raytrain.training.checkpoint, raytrain.training.validation, raytrain.training.probe",
+            "raytrain.training.checkpoint, raytrain.training.validation, raytrain.training.probe, "
+            "raytrain.training.isolated, benchmarks.oomptimizer_gpu",
             {
                 "ray",
                 "mlflow",

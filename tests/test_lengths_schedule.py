@@ -126,11 +126,11 @@ def test_search_refuses_contradictions():
 
 
 def test_a_profile_for_another_plan_or_model_is_refused_by_name():
-    setting = ProbeSetting("m1", "adamw", "fp32", "traced", 16.0, 0.9, 2, "2.13.0")
-    profile = BatchProfile("p1", setting, (4, 2), (1.0, 2.0), (1.0, 2.0), None, False)
+    setting = ProbeSetting("m1", "adamw", "fp32", False, "traced", 16.0, 0.9, 2, "2.13.0")
+    profile = BatchProfile("p1", setting, (4, 2), (1.0, 2.0), (0, 0))
     assert BatchProfile.from_body(profile.to_body()) == profile
     profile.check_matches(plan_id="p1", model_id="m1")
     with pytest.raises(ProfileError, match="bucket plan p1 instead of p2, model m1 instead of m2"):
         profile.check_matches(plan_id="p2", model_id="m2")
     with pytest.raises(ProfileError, match="at least 1"):
-        BatchProfile("p1", setting, (0,), (1.0,), (1.0,), None, False)
+        BatchProfile("p1", setting, (0,), (1.0,), (0,))

@@ -8,8 +8,10 @@ import pytest
 import torch
 import yaml
 from conftest import tiny_config, tiny_values
+from typer.testing import CliRunner
 
 from raytrain.artifacts import read_json
+from raytrain.cli import app
 from raytrain.cluster.pipeline import STAGE_NAMES, run_pipeline
 from raytrain.cluster.workspace import PROFILE_FORMAT, Workspace
 from raytrain.console import Console
@@ -58,7 +60,7 @@ def test_every_artefact_is_there_and_says_what_it_should(finished, corpus):
             assert row.duration_ms <= duration and len(row.tokens) <= tokens
             paths.add(row.audio_path)
     assert len(paths) == sum(assignment.rows_per_bucket)
-    profile = read_json(run_dir / "batch_profile.json", PROFILE_FORMAT)["body"]
+    (profile,) = read_json(run_dir / "batch_profile.json", PROFILE_FORMAT)["body"]["profiles"]
     assert all(1 <= size <= 8 for size in profile["batch_sizes"])
     budget = 0.9 * 64 / 1024
     assert all(0 < peak <= budget for peak in profile["peak_gib"])
@@ -195,14 +197,37 @@ def test_a_missing_manifest_and_a_missing_stage_are_named(corpus, tmp_path):
 def test_a_profile_of_another_model_is_refused(finished, corpus):
     other = tiny_config(corpus, finished.run_dir.parent, model={"encoder_layers": 2})
     with pytest.raises(ProfileError, match="model .* instead of .*run oomptimize again"):
-        Workspace(other, other.run_dir).profile()
+        Workspace(other, other.run_dir).profiles()
 
 
 def test_a_bucket_where_nothing_fits_names_need_budget_and_remedy(finished, corpus, tmp_path):
     shutil.copytree(finished.run_dir, tmp_path / "tiny")
     config = tiny_config(corpus, tmp_path, oomptimize={"device_memory": "1MiB"})
-    with pytest.raises(ProfileError, match=r"bucket 0 \(≤ \d+ ms.*batch size 1 needs .* GiB of 0.00 GiB; to do"):
+    with pytest.raises(
+        ProfileError,
+        match=r"bucket 0 \(≤ \d+ ms.*batch size 1 needs .* GiB of 0.00 GiB; to do: set train.activation_checkpointing",
+    ):
         run(config, "oomptimize")
+
+
+def test_a_dry_plan_for_a_gpu_that_is_not_there(finished):
+    profile = finished.run_dir / "batch_profile.json"
+    before = profile.stat().st_mtime_ns
+    arguments = ["oomptimize", "-c", str(finished.run_dir / "config.yaml"), "--dry", "--device-memory"]
+    sizes = []
+    for memory in ("64MiB", "256MiB"):
+        result = CliRunner().invoke(app, [*arguments, memory, "--json", "-s", "oomptimize.max_batch_size=4096"])
+        assert result.exit_code == 0, result.stderr
+        rows = [json.loads(line) for line in result.stdout.splitlines()]
+        budget = {"64MiB": 0.0625, "256MiB": 0.25}[memory] * 0.9
+        for row in rows:
+            assert row["predicted_gib"] <= budget + 0.001
+            assert sum(row["mib_by_phase"].values()) == pytest.approx(sum(row["mib_by_module"].values()), abs=1)
+        sizes.append([row["batch_size"] for row in rows])
+    assert all(large > 3 * small for small, large in zip(*sizes, strict=True))
+    result = CliRunner().invoke(app, [*arguments, "64MiB"], env={"COLUMNS": "100"})
+    assert "batch size" in result.stdout and "activations" in result.stdout and "encoder." in result.stdout
+    assert profile.stat().st_mtime_ns == before
 
 
 def test_an_unwritable_run_folder_is_a_clear_error(corpus, tmp_path):

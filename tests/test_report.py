@@ -67,15 +67,7 @@ def _bodies() -> dict[str, Any]:
                 for name, audio, tokens in schemes
             ],
         },
-        "batch_profile": {
-            "plan_id": "p",
-            "setting": {"device_gib": 16.0, "memory_fraction": 0.9},
-            "batch_sizes": [64, 48, 20, 12],
-            "peak_gib": [13.0, 14.0, 13.5, 14.2],
-            "predicted_gib": [13.0] * 4,
-            "step_seconds": None,
-            "confirmed": False,
-        },
+        "batch_profile": {"profiles": [_PROFILE]},
         "scores": {"cer": 0.05, **language, "by_language": {"de": language, _EVIL: language}},
         "assignment/index": {
             "rows": 297,
@@ -89,6 +81,15 @@ def _bodies() -> dict[str, Any]:
             ],
         },
     }
+
+
+_PROFILE = {
+    "plan_id": "p",
+    "setting": {"device_name": _EVIL, "device_gib": 16.0, "memory_fraction": 0.9},
+    "batch_sizes": [64, 48, 20, 12],
+    "peak_gib": [13.0, 14.0, 13.5, 14.2],
+    "confirmed": False,
+}
 
 
 def _metrics() -> list[dict[str, float]]:

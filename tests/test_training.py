@@ -13,9 +13,8 @@ from raytrain.model.canary import Canary
 from raytrain.model.config import ModelConfig
 from raytrain.training.checkpoint import CheckpointFolder
 from raytrain.training.evaluation import ErrorCounts, count_errors
-from raytrain.training.memory import MemoryLine, trace_step
+from raytrain.training.memory import StepTracer
 from raytrain.training.optim import learning_rate, make_optimizer
-from raytrain.training.probe import Probe, TraceMeter, search_batch_size
 from raytrain.training.settings import TrainSettings
 from raytrain.training.step import train_step
 
@@ -26,35 +25,11 @@ MODEL = ModelConfig(
 SETTINGS = TrainSettings(ctc_weight=0.5, warmup_steps=10, learning_rate=1e-3)
 
 
-def trace(batch_size: int, duration: int = 2000, world_size: int = 1):
-    return trace_step(
-        MODEL, SETTINGS, batch_size=batch_size, max_duration_ms=duration, max_tokens=20, world_size=world_size
-    )
-
-
-def test_traced_memory_holds_parameters_states_and_grows_with_either_edge():
-    model = Canary(MODEL)
-    weights = sum(parameter.numel() * 4 for parameter in model.parameters())
-    memory = trace(2)
-    # Parameters and two AdamW moments stay; the gradients come and go.
-    assert memory.resident_bytes > 3 * weights
-    assert memory.peak_bytes > memory.resident_bytes + weights
-    assert trace(4).peak_bytes > memory.peak_bytes
-    assert trace(2, duration=4000).peak_bytes > memory.peak_bytes
-    assert trace(2, world_size=2).peak_bytes == memory.peak_bytes + weights
-
-
-def test_traced_memory_is_close_to_affine_in_the_batch_size():
-    small, middle, large = (trace(size).peak_bytes for size in (2, 8, 16))
-    line = MemoryLine.through(2, small, 8, middle)
-    assert abs(line.base_bytes + 16 * line.slope_bytes - large) / large < 0.02
-
-
 def test_activation_checkpointing_saves_memory_and_changes_nothing():
     config = replace(MODEL, encoder_layers=4, dropout=0.1)
     settings = replace(SETTINGS, activation_checkpointing=True)
-    sizes = {"batch_size": 4, "max_duration_ms": 4000, "max_tokens": 20}
-    saved = 1 - trace_step(config, settings, **sizes).peak_bytes / trace_step(config, SETTINGS, **sizes).peak_bytes
+    peaks = [StepTracer(config, one).trace(4, 4000, 20).peak_bytes for one in (settings, SETTINGS)]
+    saved = 1 - peaks[0] / peaks[1]
     assert saved > 0.1
     results = []
     for checkpointing in (False, True):
@@ -69,30 +44,6 @@ def test_activation_checkpointing_saves_memory_and_changes_nothing():
     # Weights, and the running statistics of batch norm, which must not count the second forward pass.
     for name, value in results[0].items():
         torch.testing.assert_close(results[1][name], value, msg=name)
-
-
-def test_the_search_finds_the_largest_batch_of_a_traced_bucket():
-    budget = trace(11).peak_bytes
-    meter = TraceMeter(MODEL, SETTINGS, 2000, 20, budget)
-    found = search_batch_size(meter, meter, max_size=500, tolerance=0.0)
-    assert found.batch_size == 11 and found.peak_bytes == budget
-    assert found.num_probes <= 4
-    capped = search_batch_size(meter, meter, max_size=6, tolerance=0.0)
-    assert capped.batch_size == 6
-
-
-def test_a_bucket_where_not_even_one_fits_is_a_result():
-    meter = TraceMeter(MODEL, SETTINGS, 2000, 20, budget_bytes=1000)
-    assert search_batch_size(meter, meter, max_size=8, tolerance=0.05).batch_size is None
-
-
-def test_a_meter_that_fails_where_the_prediction_fits_is_believed():
-    class Device:
-        def measure(self, batch_size: int) -> Probe:
-            return Probe(fits=batch_size <= 3, peak_bytes=batch_size)
-
-    predictor = TraceMeter(MODEL, SETTINGS, 2000, 20, trace(9).peak_bytes)
-    assert search_batch_size(Device(), predictor, max_size=50, tolerance=0.0).batch_size == 3
 
 
 def test_steps_lower_the_loss_of_a_batch():

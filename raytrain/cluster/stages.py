@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from raytrain.artifacts import (
     read_json,
     write_json,
 )
+from raytrain.cluster.session import ray_session
 from raytrain.cluster.tracking import RunTracking
 from raytrain.cluster.workspace import (
     CHUNKS_FORMAT,
@@ -39,6 +40,8 @@ from raytrain.data.storage import fingerprints, is_uri
 from raytrain.errors import ArtifactError, ManifestError, TrainingError
 from raytrain.lengths.compare import PolicyRow, compare_policies
 from raytrain.lengths.histogram import LengthHistogram
+from raytrain.lengths.plan import BucketPlan
+from raytrain.lengths.profile import BatchProfile
 from raytrain.model.cost import cost_of
 from raytrain.training.checkpoint import CheckpointFolder
 
@@ -261,31 +264,113 @@ def oomptimize_key(workspace: Workspace) -> Any:
 
 
 def run_oomptimize(context: Context) -> str:
-    from raytrain.cluster.oomptimize import find_batch_sizes
+    from raytrain.cluster.oomptimize import find_devices, find_profile
 
     workspace = context.workspace
-    plan = workspace.plan
-    with context.console.progress("probing buckets", len(plan.grid.buckets)) as update:
-        profile = find_batch_sizes(
-            context.config,
-            workspace.model_config(),
-            workspace.model_id(),
-            plan,
-            workspace.plan_id,
-            scratch=context.path("ray"),
-            on_trial=lambda: update(advance=1),
-        )
-    write_json(
-        context.path("batch_profile.json"),
-        PROFILE_FORMAT,
-        profile.to_body(),
-        {"bucket_plan": workspace.plan_id},
-    )
-    for number, (size, peak) in enumerate(zip(profile.batch_sizes, profile.peak_gib, strict=True)):
-        context.tracking.current.log_metrics({"batch_size": size, "peak_gib": peak}, number, 0.0)
+    profiles = []
+    for device in find_devices(context.config):
+        with _shown(context.console) as show:
+            profile, trials = find_profile(
+                context.config, workspace.model_config(), workspace.model_id(), workspace.plan, workspace.plan_id,
+                device, context.path("ray"), show,
+            )  # fmt: skip
+        profiles.append(profile)
+        _track_profile(context, profile, trials)
+    body = {"profiles": [profile.to_body() for profile in profiles]}
+    write_json(context.path("batch_profile.json"), PROFILE_FORMAT, body, {"bucket_plan": workspace.plan_id})
     context.tracking.current.log_artifact(context.path("batch_profile.json"))
+    return "; ".join(_profile_summary(profile, workspace.plan) for profile in profiles)
+
+
+@contextlib.contextmanager
+def _shown(console: Console) -> Iterator[Callable[[str, int, int], None]]:
+    """A progress bar whose text and length change with the work."""
+    with console.progress("starting", None) as update:
+        yield lambda text, done, total: update(text=text, completed=done, total=total)
+
+
+def _track_profile(context: Context, profile: BatchProfile, trials: list[dict[str, Any]]) -> None:
+    """Curves over buckets, a table, and a run for each trial with its probes as steps."""
+    rows = profile_table(context.workspace.plan, profile)
+    name = "".join(letter if letter.isalnum() else "_" for letter in profile.setting.device_name)
+    table = context.path(f"batch_profile_{name}.csv")
+    lines = [",".join("" if value is None else str(value) for value in row.values()) for row in rows]
+    atomic_write_bytes(table, "\n".join([",".join(rows[0]), *lines, ""]).encode())
+    context.tracking.current.log_artifact(table)
+    for row in rows:
+        context.tracking.current.log_metrics({key: row[key] for key in row if key != "bucket"}, row["bucket"], 0.0)
+    for row, trial in zip(rows, trials, strict=False):
+        with context.tracking.trial(f"bucket {row['bucket']:03}, {profile.setting.device_name}") as tracker:
+            tracker.log_params({key: row[key] for key in ("bucket", "max_duration_ms", "max_tokens", "batch_size")})
+            for step, probe in enumerate((*trial["probes"], *trial["timed"])):
+                peak = probe["peak_bytes"]
+                numbers = {"probe_batch_size": probe["batch_size"], "fits": float(probe["fits"])}
+                numbers |= {"peak_gib": peak / 2**30} if peak else {}
+                numbers |= {"step_seconds": probe["step_seconds"]} if probe["step_seconds"] else {}
+                tracker.log_metrics(numbers, step, 0.0)
+
+
+def profile_table(plan: BucketPlan, profile: BatchProfile) -> list[dict[str, Any]]:
+    """One row for each bucket: edges, batch size, and what is known of it."""
+    rows = []
+    for number, bucket in enumerate(plan.grid.buckets):
+        row = {
+            "bucket": number,
+            "max_duration_ms": bucket.max_duration_ms,
+            "max_tokens": bucket.max_tokens,
+            "batch_size": profile.batch_sizes[number],
+            "audio_seconds": round(profile.batch_sizes[number] * bucket.max_duration_ms / 1000, 1),
+            "predicted_gib": profile.predicted_gib[number],
+            "probes": profile.num_probes[number],
+        }
+        for name in ("measured_gib", "step_seconds", "audio_seconds_per_second", "smallest_as_fast"):
+            values = getattr(profile, name)
+            row[name] = values[number] if values is not None else None
+        rows.append(row)
+    return rows
+
+
+def _profile_summary(profile: BatchProfile, plan: BucketPlan) -> str:
     sizes = profile.batch_sizes
-    return f"batch sizes {max(sizes)} … {min(sizes)}, {profile.setting.device_name}"
+    text = f"batch sizes {max(sizes)} … {min(sizes)}, {profile.setting.device_name}"
+    if profile.confirmed:
+        text += f", {sum(profile.num_probes) / len(sizes):.1f} probes per bucket"
+    if profile.smallest_as_fast and (
+        halves := sum(
+            fast is not None and fast < size for fast, size in zip(profile.smallest_as_fast, sizes, strict=True)
+        )
+    ):
+        text += f"; in {halves} of {len(sizes)} buckets a smaller batch is as fast (oomptimize.objective: throughput)"
+    return text
+
+
+def plan_dry(config: Config, console: Console, device_memory: int) -> list[dict[str, Any]]:
+    """Batch sizes for a GPU of `device_memory` bytes that need not be there; writes nothing.
+
+    One row for each bucket, as in `profile_table`, with what is live at the peak by phase and by module (MiB). Raises
+    `ArtifactError` where there is no bucket plan yet, and `ProfileError` where not even 1 fits.
+    """
+    from raytrain.cluster.oomptimize import predict, traced_device
+
+    workspace = Workspace(config, config.run_dir)
+    kind = "cpu" if config.train.device == "cpu" else "cuda"
+    plan = workspace.plan
+    with ray_session(config.cluster), _shown(console) as show:
+        found = predict(config, workspace.model_config(), plan, traced_device(device_memory), show, kind)
+    return [
+        {
+            "bucket": number,
+            "max_duration_ms": bucket.max_duration_ms,
+            "max_tokens": bucket.max_tokens,
+            "batch_size": one.batch_size,
+            "audio_seconds": round(one.batch_size * bucket.max_duration_ms / 1000, 1),
+            "predicted_gib": round(one.peak_bytes / 2**30, 3),
+            "traced_batch_size": one.traced_size,
+            "mib_by_phase": {name: round(size / 2**20, 1) for name, size in one.step.by_phase().items()},
+            "mib_by_module": {name: round(size / 2**20, 1) for name, size in one.step.by_module().items()},
+        }
+        for number, (bucket, one) in enumerate(zip(plan.grid.buckets, found, strict=True))
+    ]
 
 
 # --- train
@@ -295,7 +380,7 @@ def _lineage(workspace: Workspace) -> str:
     """Names what a checkpoint was learnt from: another lineage's checkpoints can't be gone on with."""
     settings = {name: value for name, value in asdict(workspace.config.train).items() if name not in _NOT_LINEAGE}
     assignment = read_json(workspace.path("assignment", "index.json"), INDEX_FORMAT)["id"]
-    profile = content_id(workspace.profile().to_body())
+    profile = content_id([one.batch_sizes for one in workspace.profiles()])
     model = asdict(workspace.model_config())
     start = model_stamp(Path(workspace.config.train.init_from)) if workspace.config.train.init_from else None
     return content_id([settings, workspace.config.seed, assignment, profile, workspace.tokenizer.id, model, start])

@@ -53,6 +53,18 @@ class RunTracking:
             child.close(status)
             self.current, self._child_id = NullTracker(), None
 
+    @contextlib.contextmanager
+    def trial(self, name: str) -> Iterator[Tracker]:
+        """A run below the stage's, for one of its trials."""
+        if self._child_id is None:
+            yield NullTracker()
+            return
+        tracker = self._open(name, self._child_id)
+        try:
+            yield tracker
+        finally:
+            tracker.close()
+
     def worker_arguments(self) -> dict[str, Any] | None:
         """What rank 0 needs to write into the current child run; None without tracking."""
         if self._child_id is None:

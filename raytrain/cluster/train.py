@@ -59,7 +59,9 @@ def train_worker(job: dict[str, Any]) -> None:
         wrapped = torch.nn.parallel.DistributedDataParallel(model, device_ids=ids, gradient_as_bucket_view=True)
     with (
         _tracker(workspace, job, rank, step) as log,
-        workspace.loader(resume.meta["schedule"] if resume else None, rank, world_size) as batches,
+        workspace.loader(
+            _batch_sizes(workspace, device), resume.meta["schedule"] if resume else None, rank, world_size
+        ) as batches,
     ):
         TrainingLoop(
             model=model,
@@ -79,6 +81,25 @@ def train_worker(job: dict[str, Any]) -> None:
             seconds_before=resume.meta["seconds"] if resume else 0.0,
             label_smoothing=model_config.label_smoothing,
         ).run()
+
+
+def _batch_sizes(workspace: Any, device: Any) -> tuple[int, ...]:
+    """Those of the profile for this rank's GPU; where ranks have different GPUs, what fits all of them."""
+    import torch
+    import torch.distributed as dist
+
+    from raytrain.lengths.profile import choose_profile, least_sizes
+
+    name, gib = None, 0.0
+    if device.type == "cuda":
+        properties = torch.cuda.get_device_properties(device)
+        name, gib = properties.name, properties.total_memory / 2**30
+    known = workspace.profiles()
+    devices = [(name, gib)]
+    if dist.is_initialized():
+        devices = [None] * dist.get_world_size()
+        dist.all_gather_object(devices, (name, gib))
+    return least_sizes([choose_profile(known, *one) for one in devices])
 
 
 @contextlib.contextmanager

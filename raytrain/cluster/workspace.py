@@ -26,7 +26,7 @@ from raytrain.lengths.schedule import BatchSchedule, ScheduleState
 from raytrain.model.config import ModelConfig
 
 PLAN_FORMAT = "raytrain.bucket_plan/1"
-PROFILE_FORMAT = "raytrain.batch_profile/1"
+PROFILE_FORMAT = "raytrain.batch_profile/2"
 STATISTICS_FORMAT = "raytrain.statistics/2"
 CHUNKS_FORMAT = "raytrain.chunks/1"
 SCORES_FORMAT = "raytrain.scores/1"
@@ -80,16 +80,21 @@ class Workspace:
         """Names the model's shape: what a batch profile depends on."""
         return content_id(asdict(self.model_config()))
 
-    def profile(self) -> BatchProfile:
-        """The batch profile. Raises `ProfileError` where it was made for another plan or model."""
-        profile = BatchProfile.from_body(read_json(self.path("batch_profile.json"), PROFILE_FORMAT)["body"])
-        profile.check_matches(plan_id=self.plan_id, model_id=self.model_id())
-        return profile
+    def profiles(self) -> list[BatchProfile]:
+        """The batch profiles, one for each kind of device. Raises `ProfileError` where they were made for another plan
+        or model."""
+        body = read_json(self.path("batch_profile.json"), PROFILE_FORMAT)["body"]
+        profiles = [BatchProfile.from_body(one) for one in body["profiles"]]
+        for profile in profiles:
+            profile.check_matches(plan_id=self.plan_id, model_id=self.model_id())
+        return profiles
 
-    def loader(self, state: dict[str, Any] | None, rank: int, world_size: int) -> BatchLoader:
+    def loader(
+        self, batch_sizes: tuple[int, ...], state: dict[str, Any] | None, rank: int, world_size: int
+    ) -> BatchLoader:
         """The rank's batches from `state` on (from the start without one)."""
         assignment = Assignment(self.path("assignment"))
-        schedule = BatchSchedule(self.config.seed, assignment.rows_per_bucket, self.profile().batch_sizes)
+        schedule = BatchSchedule(self.config.seed, assignment.rows_per_bucket, batch_sizes)
         return BatchLoader(
             assignment,
             schedule,

@@ -67,7 +67,7 @@ def _show(config: Config, console: Console) -> int:
 
 def _summary(run_dir: Path, scores: dict[str, Any]) -> Table:
     statistics, plan = _body(run_dir / "statistics.json"), _body(run_dir / "bucket_plan.json")
-    profile = _body(run_dir / "batch_profile.json")
+    profile = _body(run_dir / "batch_profile.json")["profiles"][0]
     before, after = plan["padding_by_scheme"][0], plan["padding_by_scheme"][-1]
     metrics = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
     table = Table(title="What the demo did", show_header=False, title_justify="left")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -10,43 +11,70 @@ from raytrain.errors import ProfileError
 
 @dataclass(frozen=True)
 class ProbeSetting:
-    """Under what the sizes were found."""
+    """Under what the sizes were found. A size holds for no other model, precision, device or number of workers."""
 
     model_id: str
     optimizer: str
     precision: str
+    activation_checkpointing: bool
     device_name: str
     device_gib: float
     memory_fraction: float
     world_size: int
     torch_version: str
+    objective: str = "memory"
+
+    @property
+    def budget_gib(self) -> float:
+        """What a step may take."""
+        return self.device_gib * self.memory_fraction
 
 
 @dataclass(frozen=True)
 class BatchProfile:
-    """Sizes and peaks (GiB) per bucket; `step_seconds` and `confirmed` only where real steps were run."""
+    """Per bucket: batch size, predicted peak (GiB) at that size, and `num_probes`, how many real steps were tried.
+
+    Where real steps were run there are also the measured peak (GiB), seconds per step, and `smallest_as_fast`: the
+    smallest batch that is as fast per second of audio; None in a bucket says that it was not measured there.
+    """
 
     plan_id: str
     setting: ProbeSetting
     batch_sizes: tuple[int, ...]
-    peak_gib: tuple[float, ...]
     predicted_gib: tuple[float, ...]
-    step_seconds: tuple[float, ...] | None
-    confirmed: bool
+    num_probes: tuple[int, ...]
+    measured_gib: tuple[float | None, ...] | None = None
+    step_seconds: tuple[float | None, ...] | None = None
+    audio_seconds_per_second: tuple[float | None, ...] | None = None
+    smallest_as_fast: tuple[int | None, ...] | None = None
 
     def __post_init__(self) -> None:
         if any(size < 1 for size in self.batch_sizes):
             raise ProfileError("every batch size must be at least 1", got=self.batch_sizes)
 
+    @property
+    def confirmed(self) -> bool:
+        """Whether real steps on the device stand behind the sizes, or a trace alone."""
+        return self.measured_gib is not None
+
+    @property
+    def peak_gib(self) -> tuple[float, ...]:
+        """The measured peak of each bucket, the predicted one where there is none."""
+        measured = self.measured_gib or (None,) * len(self.predicted_gib)
+        return tuple(
+            found if found is not None else traced for found, traced in zip(measured, self.predicted_gib, strict=True)
+        )
+
     def to_body(self) -> dict[str, Any]:
         """JSON values."""
-        body = asdict(self)
+        body = asdict(self) | {"confirmed": self.confirmed, "peak_gib": self.peak_gib}
         return {key: list(value) if isinstance(value, tuple) else value for key, value in body.items()}
 
     @classmethod
     def from_body(cls, body: dict[str, Any]) -> BatchProfile:
         """The inverse of `to_body`."""
         values = {key: tuple(value) if isinstance(value, list) else value for key, value in body.items()}
+        del values["confirmed"], values["peak_gib"]
         return cls(**{**values, "setting": ProbeSetting(**body["setting"])})
 
     def check_matches(self, *, plan_id: str, model_id: str) -> None:
@@ -66,3 +94,34 @@ class BatchProfile:
                 why="its batch sizes would waste memory or run out of it",
                 remedy="run oomptimize again",
             )
+
+
+_NOMINAL = 1.03  # a GPU of "80 GB" tells 79.2 GiB
+
+
+def choose_profile(profiles: Sequence[BatchProfile], device_name: str | None, device_gib: float) -> BatchProfile:
+    """The profile for a GPU of `device_gib`: the one measured on its kind, else the largest traced one whose budget it
+    has. Without a GPU (`device_name` None) the first.
+
+    Raises `ProfileError` where none fits.
+    """
+    if device_name is None:
+        return profiles[0]
+    for profile in profiles:
+        if profile.confirmed and profile.setting.device_name == device_name:
+            return profile
+    traced = [one for one in profiles if not one.confirmed and one.setting.device_gib <= device_gib * _NOMINAL]
+    if not traced:
+        listing = ", ".join(f"{one.setting.device_name} ({one.setting.device_gib:g} GiB)" for one in profiles)
+        raise ProfileError(
+            f"no batch profile for {device_name} with {device_gib:.1f} GiB",
+            got=listing,
+            why="batch sizes of another GPU waste memory or run out of it",
+            remedy="run oomptimize on this kind of GPU, or trace it with oomptimize.device_memory",
+        )
+    return max(traced, key=lambda one: one.setting.device_gib)
+
+
+def least_sizes(profiles: Sequence[BatchProfile]) -> tuple[int, ...]:
+    """Batch sizes that fit every worker's device, where their kinds differ."""
+    return tuple(map(min, zip(*(profile.batch_sizes for profile in profiles), strict=True)))

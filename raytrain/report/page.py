@@ -80,8 +80,9 @@ def _facts(files: dict[str, Any], metrics: list[dict[str, Any]]) -> list[tuple[s
         facts += [("utterances", f"{statistics['utterances']}"), ("hours", f"{statistics['hours']:.2f}")]
     if plan := files["bucket_plan"]:
         facts.append(("buckets", str(len(plan["plan"]["buckets"]))))
-    if (profile := files["batch_profile"]) and profile["batch_sizes"]:
-        facts.append(("batch sizes", f"{max(profile['batch_sizes'])} … {min(profile['batch_sizes'])}"))
+    for profile in (files["batch_profile"] or {}).get("profiles", ()):
+        sizes, device = profile["batch_sizes"], profile["setting"]["device_name"]
+        facts.append(("batch sizes", f"{max(sizes)} … {min(sizes)} ({device})"))
     if metrics:
         facts += [("steps", str(metrics[-1]["step"])), ("training", f"{metrics[-1]['time_s'] / 60:.1f} min")]
     if scores := files["scores"]:
@@ -113,7 +114,7 @@ def _figures(
     if statistics and statistics.get("tokens_per_second"):
         add("Tokens per second", lambda: [figures.speaking_rate(statistics["tokens_per_second"])])
     if plan and profile:
-        add("The batch profile", lambda: [figures.batch_profile(plan["plan"], profile)])
+        add("The batch profile", lambda: [figures.batch_profile(plan["plan"], one) for one in profile["profiles"]])
     else:
         missing.append("There is no batch profile yet: run the stage oomptimize.")
     if metrics:

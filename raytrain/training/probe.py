@@ -1,142 +1,223 @@
-"""Does a batch fit? Two meters with one question: traced on `meta` tensors, or a real step on a GPU."""
+"""Does a batch fit? Real steps on this process's device, and what to make of their outcomes.
+
+A meter runs training steps of one batch size at a bucket's upper edges and says what it took. `search_batch_size`,
+`smallest_as_fast` and `soak` ask it; they hold for any meter, also for one in another process (`IsolatedMeter`).
+"""
 
 from __future__ import annotations
 
+import contextlib
+import random
 import time
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 import torch
+import torch.distributed as dist
 
 from raytrain.data.batch import SpeechBatch
 from raytrain.lengths.search import BatchSizeSearch
 from raytrain.model.canary import Canary
 from raytrain.model.config import ModelConfig
-from raytrain.training.memory import MemoryLine, trace_step
 from raytrain.training.optim import make_optimizer
 from raytrain.training.settings import TrainSettings
 from raytrain.training.step import resolve_precision, train_step
 
+Edges = tuple[int, int]  # max_duration_ms, max_tokens
+
 
 @dataclass(frozen=True)
 class Probe:
-    """One measured batch: peak bytes (also when it does not fit, if known) and seconds per step on a GPU."""
+    """The outcome of one batch size: peak bytes where the device tells them, seconds of the fastest step, and why it
+    does not fit."""
 
+    batch_size: int
     fits: bool
-    peak_bytes: int | None
+    peak_bytes: int | None = None
     step_seconds: float | None = None
+    why: str | None = None
 
 
 class Meter(Protocol):
-    """Measures one batch size of one bucket against the budget."""
+    """Runs training steps on a device with a memory budget."""
 
-    def measure(self, batch_size: int) -> Probe:
-        """Run or trace a training step at the bucket's upper bounds."""
+    def measure(self, batch_size: int, edges: Edges, num_steps: int, *, fresh: bool = True) -> Probe:
+        """`num_steps` steps of a batch at a bucket's upper edges; `fresh` gives the allocator's cache back before."""
         ...
 
 
-@dataclass(frozen=True)
-class TraceMeter:
-    """Meter without a device: peak bytes of a traced step against a named budget."""
+class StepMeter:
+    """Meter of this process: the step of training on synthetic batches, on `cuda` or `cpu`.
 
-    model: ModelConfig
-    settings: TrainSettings
-    max_duration_ms: int
-    max_tokens: int
-    budget_bytes: int
-    world_size: int = 1
-
-    def measure(self, batch_size: int) -> Probe:
-        """Trace a step of `batch_size` utterances at the bucket's edges."""
-        memory = trace_step(
-            self.model,
-            self.settings,
-            batch_size=batch_size,
-            max_duration_ms=self.max_duration_ms,
-            max_tokens=self.max_tokens,
-            world_size=self.world_size,
-        )
-        return Probe(fits=memory.peak_bytes <= self.budget_bytes, peak_bytes=memory.peak_bytes)
-
-
-class CudaMeter:
-    """Meter on this process's GPU: real steps on a synthetic batch within a memory budget.
-
-    Out of memory is caught in one place, and the cache is emptied only after the except block has ended, when
-    no traceback holds the failed step's tensors any more.
+    With several workers in training the model is wrapped in DDP here too, in a group of one process. On a GPU the
+    process may take `budget_bytes`; on a CPU nothing is limited, and the peak is that of the process.
     """
 
     def __init__(
-        self,
-        model: ModelConfig,
-        settings: TrainSettings,
-        max_duration_ms: int,
-        max_tokens: int,
-        budget_bytes: int,
-        num_steps: int = 3,
+        self, model: ModelConfig, settings: TrainSettings, budget_bytes: int | None = None, device: str = "cuda"
     ) -> None:
-        self._device = torch.device("cuda")
-        total = torch.cuda.get_device_properties(self._device).total_memory
-        torch.cuda.set_per_process_memory_fraction(min(1.0, budget_bytes / total))
-        self._config, self._settings, self._num_steps = model, settings, num_steps
-        self._edges = (max_duration_ms, max_tokens)
-        self._model = Canary(model).to(self._device).train()
-        self._model.encoder.checkpoint_blocks = settings.activation_checkpointing
-        self._optimizer = make_optimizer(self._model, settings)
-        self._precision = resolve_precision(settings.precision, "cuda")
-        # DDP keeps gradients in reducer buckets; an equal reserve stands for them here.
-        self._reducer = [torch.empty_like(parameter) for parameter in self._model.parameters()]
+        self._device, self._config, self._settings = torch.device(device), model, settings
+        if self._device.type == "cuda" and budget_bytes is not None:
+            total = torch.cuda.get_device_properties(self._device).total_memory
+            _wait_for_memory(self._device, min(budget_bytes, total))
+            torch.cuda.set_per_process_memory_fraction(min(1.0, budget_bytes / total), self._device)
+        bare = Canary(model).to(self._device).train()
+        bare.encoder.checkpoint_blocks = settings.activation_checkpointing
+        self._model: torch.nn.Module = bare
+        if settings.num_workers > 1:
+            if not dist.is_initialized():
+                backend = "nccl" if self._device.type == "cuda" else "gloo"
+                dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+            self._model = torch.nn.parallel.DistributedDataParallel(bare, gradient_as_bucket_view=True)
+        self._optimizer = make_optimizer(bare, settings)
+        self._precision = resolve_precision(settings.precision, self._device.type)
+        with contextlib.suppress(torch.OutOfMemoryError):
+            self._run(1, (1000, 16))  # the optimizer's states come with its first step
 
-    def measure(self, batch_size: int) -> Probe:
-        """Run `num_steps` training steps of `batch_size` utterances at the bucket's edges."""
-        torch.cuda.reset_peak_memory_stats(self._device)
-        seconds = self._try_steps(batch_size)
-        if seconds is None:
-            self._optimizer.zero_grad(set_to_none=True)
-            torch.cuda.empty_cache()
-            return Probe(fits=False, peak_bytes=None)
-        return Probe(True, torch.cuda.max_memory_allocated(self._device), seconds)
-
-    def _try_steps(self, batch_size: int) -> float | None:
+    def measure(self, batch_size: int, edges: Edges, num_steps: int, *, fresh: bool = True) -> Probe:
+        """Real steps; see `Meter`."""
+        if fresh:
+            self._empty()
+        _reset_peak(self._device)
+        # The cache is emptied only after the except block has ended, when no traceback holds the failed step's tensors.
         try:
-            batch = SpeechBatch.synthetic(
-                batch_size, *self._edges, vocab=self._config.vocab_size, device=self._device,
-                sample_rate=self._config.sample_rate,
-            )  # fmt: skip
-            for _ in range(self._num_steps):
-                torch.cuda.synchronize()
-                start = time.perf_counter()
-                train_step(self._model, batch, self._optimizer, self._settings, precision=self._precision)
-                torch.cuda.synchronize()
-            return time.perf_counter() - start
-        except torch.OutOfMemoryError:
-            return None
+            seconds = min(self._run(batch_size, edges) for _ in range(num_steps))
+            return Probe(batch_size, True, _peak_bytes(self._device), seconds)
+        except torch.OutOfMemoryError as error:
+            why = str(error).strip().splitlines()[0]
+        self._optimizer.zero_grad(set_to_none=True)
+        self._empty()
+        return Probe(batch_size, False, why=why)
+
+    def _run(self, batch_size: int, edges: Edges) -> float:
+        batch = SpeechBatch.synthetic(
+            batch_size, *edges, vocab=self._config.vocab_size, device=self._device,
+            sample_rate=self._config.sample_rate,
+        )  # fmt: skip
+        self._wait()
+        start = time.perf_counter()
+        train_step(
+            self._model, batch, self._optimizer, self._settings, precision=self._precision,
+            label_smoothing=self._config.label_smoothing,
+        )  # fmt: skip
+        self._wait()
+        return time.perf_counter() - start
+
+    def _wait(self) -> None:
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+
+    def _empty(self) -> None:
+        if self._device.type == "cuda":
+            torch.cuda.empty_cache()
+
+
+def _wait_for_memory(device: torch.device, needed_bytes: int, seconds: float = 30.0) -> None:
+    """A process that ended a moment ago may still hold memory, and would make batches fail that fit."""
+    until = time.monotonic() + seconds
+    while torch.cuda.mem_get_info(device)[0] < needed_bytes and time.monotonic() < until:
+        time.sleep(0.5)
+
+
+def _reset_peak(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    else:
+        with contextlib.suppress(OSError), open("/proc/self/clear_refs", "w") as file:
+            file.write("5")  # Linux: the peak of the resident size starts anew
+
+
+def _peak_bytes(device: torch.device) -> int | None:
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    with contextlib.suppress(OSError), open("/proc/self/status") as file:
+        return next(int(line.split()[1]) * 1024 for line in file if line.startswith("VmHWM"))
+    return None
 
 
 @dataclass(frozen=True)
 class BucketSize:
-    """The answer for one bucket; `batch_size` is None where not even 1 fits."""
+    """The answer for one bucket: the largest batch that fits, None where not even 1 does; its probe, None where other
+    buckets' probes implied it; and all probes that were run, in order."""
 
     batch_size: int | None
-    peak_bytes: int
-    num_probes: int
-    step_seconds: float | None = None
+    best: Probe | None
+    probes: tuple[Probe, ...]
 
 
-def search_batch_size(meter: Meter, predictor: TraceMeter, *, max_size: int, tolerance: float) -> BucketSize:
-    """Largest batch that fits by `meter`, starting where two traces of `predictor` say it should lie."""
-    first, second = predictor.measure(1), predictor.measure(4)
-    line = MemoryLine.through(1, first.peak_bytes, 4, second.peak_bytes)
-    start = min(max_size, line.largest_batch(predictor.budget_bytes))
-    search = BatchSizeSearch(start=start, max_size=max_size, tolerance=tolerance, growth=1.1)
-    best: Probe | None = None
-    num_probes = 0
-    while (size := search.next()) is not None:
-        probe = meter.measure(size)
-        num_probes += 1
+def search_batch_size(
+    measure: Callable[[int], Probe],
+    search: BatchSizeSearch,
+    before: Callable[[], tuple[int, int | None]] | None = None,
+    after: Callable[[int, bool], None] | None = None,
+) -> BucketSize:
+    """Run a search to its end. `before` gives what other buckets' probes imply, `after` is told each outcome."""
+    probes: list[Probe] = []
+    while True:
+        if before is not None:
+            search.inform(*before())
+        size = search.next()
+        if size is None:
+            break
+        probe = measure(size)
+        probes.append(probe)
         search.report(size, probe.fits)
-        if probe.fits and size == search.result:
-            best = probe
-    if best is None:
-        return BucketSize(None, first.peak_bytes, num_probes)
-    return BucketSize(search.result, best.peak_bytes, num_probes, best.step_seconds)
+        if after is not None:
+            after(size, probe.fits)
+    best = next((probe for probe in probes if probe.fits and probe.batch_size == search.result), None)
+    return BucketSize(search.result, best, tuple(probes))
+
+
+_AS_FAST = 1.03  # seconds per utterance within this factor are equal; timings repeat to about 2 %
+
+
+def smallest_as_fast(measure: Callable[[int], Probe], best: Probe) -> tuple[Probe, list[Probe]]:
+    """The smallest halving of `best` whose step is as fast per utterance as any, and the probes that this took.
+
+    Halves while that costs at most 3 %; a larger batch can be slower too, hence the fastest so far is what counts.
+    """
+    probes = [best]
+    while (size := probes[-1].batch_size // 2) >= 1:
+        probes.append(measure(size))
+        if not probes[-1].fits or _per_utterance(probes[-1]) > _AS_FAST * min(map(_per_utterance, probes)):
+            break
+    limit = _AS_FAST * min(map(_per_utterance, probes))
+    return min((one for one in probes if _per_utterance(one) <= limit), key=lambda one: one.batch_size), probes[1:]
+
+
+def _per_utterance(probe: Probe) -> float:
+    return float("inf") if probe.step_seconds is None else probe.step_seconds / probe.batch_size
+
+
+@dataclass(frozen=True)
+class SoakStep:
+    """One soaked step; `lowered_to` where it failed, 0 where not even 1 fits."""
+
+    bucket: int
+    probe: Probe
+    lowered_to: int | None = None
+
+
+def soak(meter: Meter, edges: Sequence[Edges], sizes: Sequence[int], num_steps: int, seed: int) -> Iterator[SoakStep]:
+    """At least `num_steps` shuffled steps over all buckets at their sizes, as training mixes them; yields each.
+
+    The allocator's cache is left as it is from step to step. A bucket that fails is lowered by a twentieth, at least
+    by 1, and the soak starts again, until one passes.
+    """
+    rng, current = random.Random(seed), list(sizes)
+    while True:
+        order = [
+            bucket for _ in range(-(-num_steps // len(edges))) for bucket in rng.sample(range(len(edges)), len(edges))
+        ]
+        for bucket in order:
+            probe = meter.measure(current[bucket], edges[bucket], 1, fresh=False)
+            if not probe.fits:
+                current[bucket] = min(current[bucket] - 1, int(current[bucket] * 0.95))
+                yield SoakStep(bucket, probe, current[bucket])
+                if current[bucket] < 1:
+                    return
+                break
+            yield SoakStep(bucket, probe)
+        else:
+            return

@@ -33,8 +33,8 @@ class StepResult:
 
 
 def autocast(device_type: str, precision: str) -> contextlib.AbstractContextManager:
-    """bf16 autocast where asked for, else nothing."""
-    if precision == "bf16":
+    """bf16 autocast where asked for, else nothing; on meta the tracer does it (`memory.CudaLike`)."""
+    if precision == "bf16" and device_type != "meta":
         return torch.autocast(device_type, dtype=torch.bfloat16)
     return contextlib.nullcontext()
 

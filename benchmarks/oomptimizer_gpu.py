@@ -1,0 +1,166 @@
+"""Predicted against measured memory on this GPU, and probes and seconds beside NeMo's rule, for whole models.
+
+Needs torch, numpy and this package alone. For each model, 30×2 buckets up to 40 s: the tracer predicts each bucket's
+largest batch; the search starts there and runs real steps (DDP in a group of one, bf16, clip, fused AdamW); then NeMo's
+rule (start 32, double, halve, bisect to 5 %; the next bucket starts at twice the last result) runs on the same buckets.
+After each model the result file is written anew, so that a stopped run keeps what it has.
+
+python -m benchmarks.oomptimizer_gpu --models canary-180m-flash canary-1b-flash canary-1b --json
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+sys.path[0] = str(Path(__file__).resolve().parents[1])  # as a script, this file's folder would come first
+
+from benchmarks._record import record
+from raytrain.lengths import BatchSizeSearch, BucketPlan, BucketSettings, LengthHistogram, make_plan
+from raytrain.lengths.search import SharedBrackets
+from raytrain.model.config import ModelConfig, SpecAugmentSettings
+from raytrain.model.cost import cost_of
+from raytrain.training.isolated import IsolatedMeter
+from raytrain.training.memory import Neighbours, StepTracer, predict_batch_size
+from raytrain.training.probe import Probe, StepMeter, search_batch_size, soak
+from raytrain.training.settings import TrainSettings
+
+GIB = 2**30
+TOLERANCE = 0.05
+# Shapes of the published models; configs/*.yaml say the same, but reading them takes more than this may need.
+SHAPES: dict[str, dict[str, Any]] = {
+    "canary-180m-flash": {"encoder_layers": 17, "encoder_width": 512, "encoder_heads": 8, "decoder_layers": 4,
+                          "decoder_width": 1024, "decoder_heads": 8, "vocab_size": 5248},
+    "canary-1b-flash": {"encoder_layers": 32, "encoder_width": 1024, "encoder_heads": 8, "decoder_layers": 4,
+                        "decoder_width": 1024, "decoder_heads": 8, "vocab_size": 5248},
+    "canary-1b": {"encoder_layers": 24, "encoder_width": 1024, "encoder_heads": 8, "decoder_layers": 24,
+                  "decoder_width": 1024, "decoder_heads": 8, "vocab_size": 4128, "max_positions": 512,
+                  "prompt_format": "canary"},
+}  # fmt: skip
+
+
+def draw_lengths(count: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Durations (ms) and tokens of a mix of short, middle and long utterances up to 40 s, (N,) each."""
+    rng = np.random.default_rng(seed)
+    short = rng.lognormal(1.6, 0.6, count).clip(0.5, 39.9)
+    middle, long = rng.normal(14, 4, count).clip(1, 39.9), rng.uniform(1, 40, count)
+    kind = rng.random(count)
+    seconds = np.where(kind < 0.55, short, np.where(kind < 0.9, middle, long))
+    tokens = 10 + (seconds * rng.normal(3.4, 0.8, count).clip(0.6)).astype(np.int64)
+    return np.ceil(seconds * 1000).astype(np.int64), tokens
+
+
+def measure_model(name: str, plan: BucketPlan, total: int, memory_fraction: float, with_nemo: bool) -> dict[str, Any]:
+    """All figures of one model on this GPU."""
+    model = ModelConfig(**SHAPES[name], spec_augment=SpecAugmentSettings())
+    settings = TrainSettings(num_workers=2, precision="bf16")
+    edges = [(bucket.max_duration_ms, bucket.max_tokens) for bucket in plan.grid.buckets]
+    budget = int(total * memory_fraction)
+    start = time.perf_counter()
+    tracer, neighbours = StepTracer(model, settings, precision="bf16", world_size=2), Neighbours()
+    predictions = []
+    for edge in edges:
+        predictions.append(predict_batch_size(tracer, *edge, budget, 4096, neighbours.guess(*edge)))
+        neighbours.add(*edge, predictions[-1].line)
+    predicting = time.perf_counter() - start
+    needs = [(one.line.base_bytes, one.line.slope_bytes) for one in predictions]
+    shared = SharedBrackets(edges, needs, budget)
+    result: dict[str, Any] = {"buckets": len(edges), "prediction_seconds": round(predicting, 1)}
+    with IsolatedMeter(StepMeter, model, settings, budget) as meter:
+        begun = time.perf_counter()
+        cells = []
+        for bucket in reversed(range(len(edges))):
+            found = search_batch_size(
+                lambda size, bucket=bucket: meter.measure(size, edges[bucket], 3),
+                BatchSizeSearch(shared.start(bucket), 4096, TOLERANCE),
+                before=lambda bucket=bucket: shared.bracket(bucket),
+                after=lambda size, fits, bucket=bucket: shared.report(bucket, size, fits),
+            )
+            cells.append(
+                _cell(bucket, edges[bucket], predictions[bucket], found.batch_size, found.probes, needs[bucket])
+            )
+            print(name, json.dumps(cells[-1]), file=sys.stderr, flush=True)
+        result |= _summary("", cells, time.perf_counter() - begun)
+        sizes = [cell["batch_size"] for cell in reversed(cells)]
+        lowered = [step for step in soak(meter, edges, sizes, len(edges), seed=1) if step.lowered_to is not None]
+        result["soak_lowered"] = [[step.bucket, step.lowered_to] for step in lowered]
+        result["cells"] = list(reversed(cells))
+    if with_nemo:
+        with IsolatedMeter(StepMeter, model, settings, budget) as meter:
+            begun, others, previous = time.perf_counter(), [], None
+            for bucket in reversed(range(len(edges))):
+                search = BatchSizeSearch(32 if previous is None else previous * 2, 4096, TOLERANCE, growth=2.0)
+                found = search_batch_size(lambda size, bucket=bucket: meter.measure(size, edges[bucket], 1), search)
+                others.append(_cell(bucket, edges[bucket], predictions[bucket], found.batch_size, found.probes))
+                previous = found.batch_size
+            result |= _summary("nemo_rule_", others, time.perf_counter() - begun)
+            result["nemo_rule_batch_sizes"] = [cell["batch_size"] for cell in reversed(others)]
+    return result
+
+
+def _cell(
+    bucket: int, edges: tuple[int, int], prediction: Any, size: int | None, probes: tuple[Probe, ...],
+    need: tuple[float, float] | None = None,
+) -> dict[str, Any]:  # fmt: skip
+    row: dict[str, Any] = {
+        "bucket": bucket, "edges": list(edges), "predicted_size": prediction.batch_size, "batch_size": size,
+        "probes": len(probes),
+    }  # fmt: skip
+    best = max((probe for probe in probes if probe.fits), key=lambda probe: probe.batch_size, default=None)
+    if best is not None and need is not None:
+        predicted = need[0] + best.batch_size * need[1]
+        row |= {
+            "measured_gib": round(best.peak_bytes / GIB, 3), "predicted_gib": round(predicted / GIB, 3),
+            "error": round(predicted / best.peak_bytes - 1, 4), "step_seconds": round(best.step_seconds, 4),
+        }  # fmt: skip
+    return row
+
+
+def _summary(prefix: str, cells: list[dict[str, Any]], seconds: float) -> dict[str, Any]:
+    errors = [abs(cell["error"]) for cell in cells if "error" in cell]
+    found = {
+        f"{prefix}probes_per_bucket": round(statistics.mean(cell["probes"] for cell in cells), 3),
+        f"{prefix}seconds": round(seconds, 1),
+    }
+    if errors:
+        found |= {"largest_absolute_error": max(errors), "median_absolute_error": round(statistics.median(errors), 4)}
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", nargs="+", default=list(SHAPES), choices=list(SHAPES))
+    parser.add_argument("--durations", type=int, default=30)
+    parser.add_argument("--memory-fraction", type=float, default=0.9)
+    parser.add_argument("--without-nemo-rule", action="store_true", help="leave out the slower comparison")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    arguments = parser.parse_args()
+    if not torch.cuda.is_available():
+        raise SystemExit("error: this benchmark needs a GPU; benchmarks.oomptimizer runs without one")
+    total = torch.cuda.get_device_properties(0).total_memory
+    histogram = LengthHistogram.from_lengths(*draw_lengths(400_000, seed=1))
+    plan = make_plan(
+        histogram,
+        BucketSettings(arguments.durations, 2, max_tokens=500),
+        "",
+        cost_of(ModelConfig(**SHAPES["canary-1b"])),
+    )
+    result: dict[str, Any] = {"gpu_gib": round(total / GIB, 2), "plan": asdict(plan.grid), "models": {}}
+    for name in arguments.models:
+        measured = measure_model(name, plan, total, arguments.memory_fraction, not arguments.without_nemo_rule)
+        result["models"][name] = measured
+        last = name == arguments.models[-1]
+        record("oomptimizer", result, as_json=arguments.json and last, device="cuda")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,368 @@
+"""Batch-size search by probes: the search, shared brackets, isolated processes, soak, and real Tune trials on a law."""
+
+import os
+import signal
+import sys
+from dataclasses import dataclass, replace
+
+import pytest
+from conftest import tiny_config
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from ray import cloudpickle
+
+from raytrain.cluster import oomptimize
+from raytrain.cluster.session import ray_session
+from raytrain.errors import ConfigError, PlanError, ProfileError
+from raytrain.lengths import BatchProfile, BatchSizeSearch, Bucket, BucketGrid, ProbeSetting
+from raytrain.lengths.profile import choose_profile, least_sizes
+from raytrain.lengths.search import SharedBrackets
+from raytrain.model.config import ModelConfig
+from raytrain.training.isolated import IsolatedMeter
+from raytrain.training.probe import Probe, StepMeter, search_batch_size, smallest_as_fast, soak
+from raytrain.training.settings import TrainSettings
+
+# Ray's workers and the isolated processes don't know this file by name.
+cloudpickle.register_pickle_by_value(sys.modules[__name__])
+EDGES = [(duration, tokens) for duration in (1000, 4000, 16000) for tokens in (10, 40)]
+
+
+@dataclass
+class Law:
+    """A device whose steps need `base` + batch · (seconds + tokens / 10)² bytes, of `capacity`."""
+
+    capacity: float
+    base: float = 100.0
+    at_limit: str = "out of memory"
+
+    def largest(self, edges) -> int:
+        return int((self.capacity - self.base) / self.slope(edges))
+
+    def slope(self, edges) -> float:
+        return (edges[0] / 1000 + edges[1] / 10) ** 2
+
+    def measure(self, batch_size, edges, num_steps, *, fresh=True) -> Probe:
+        need = self.base + batch_size * self.slope(edges)
+        if need <= self.capacity:
+            return Probe(batch_size, True, int(need), 1 + batch_size / 64)
+        if self.at_limit == "killed":
+            os.kill(os.getpid(), signal.SIGKILL)
+        if self.at_limit == "error":
+            raise RuntimeError("CUDA error: an illegal memory access was encountered")
+        return Probe(batch_size, False, why=self.at_limit)
+
+
+# --- the search
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    st.integers(1, 3000), st.integers(1, 3000), st.sampled_from([0.0, 0.02, 0.05, 0.2]), st.sampled_from([None, 2.0])
+)
+def test_the_search_ends_within_the_tolerance_and_never_above(truth, start, tolerance, growth):
+    search = BatchSizeSearch(start, 2000, tolerance, growth)
+    tried = []
+    while (size := search.next()) is not None:
+        assert size == search.next() and size not in tried
+        tried.append(size)
+        search.report(size, size <= truth)
+    assert search.done and len(tried) <= 40
+    best = min(truth, 2000)
+    assert search.result <= best
+    if tolerance == 0:
+        assert search.result == best
+    elif search.result < best:
+        assert (search.smallest_failure - search.result) / search.smallest_failure <= tolerance
+
+
+@pytest.mark.parametrize("truth", [7, 20, 39, 40, 41, 200, 700])
+def test_a_right_prediction_takes_two_probes(truth):
+    search, probes = BatchSizeSearch(start=truth), 0
+    while (size := search.next()) is not None:
+        search.report(size, size <= truth)
+        probes += 1
+    assert search.result == truth and probes == 2
+
+
+def test_a_contradiction_is_an_error():
+    search = BatchSizeSearch(10, 100)
+    search.report(10, True)
+    with pytest.raises(PlanError, match="contradicts an earlier probe"):
+        search.report(9, False)
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.floats(105, 1e5), st.randoms(use_true_random=False), st.sampled_from([0.0, 0.05]))
+def test_shared_brackets_save_probes_and_change_no_answer(capacity, rng, tolerance):
+    law, shared = Law(capacity), SharedBrackets(EDGES)
+    alone = together = 0
+    for bucket in rng.sample(range(len(EDGES)), len(EDGES)):
+        edges = EDGES[bucket]
+        start = max(1, int(law.largest(edges) * rng.uniform(0.8, 1.2)))
+        found = search_batch_size(
+            lambda size, edges=edges: law.measure(size, edges, 1), BatchSizeSearch(start, 1000, tolerance),
+            before=lambda bucket=bucket: shared.bracket(bucket),
+            after=lambda size, fits, bucket=bucket: shared.report(bucket, size, fits),
+        )  # fmt: skip
+        largest = min(law.largest(edges), 1000)
+        assert (found.batch_size or 0) <= largest
+        assert (found.batch_size or 0) >= (largest if tolerance == 0 else int(largest * (1 - tolerance)))
+        together += len(found.probes)
+        alone += len(
+            search_batch_size(
+                lambda size, edges=edges: law.measure(size, edges, 1), BatchSizeSearch(start, 1000, tolerance)
+            ).probes
+        )
+    assert together <= alone + 3  # a narrower bracket is entered at another place at times
+
+
+def test_a_device_that_takes_less_than_predicted_is_learnt():
+    law = Law(9000.0)
+    wrong = [(law.base, 0.9 * law.slope(edges)) for edges in EDGES]
+    shared = SharedBrackets(EDGES, wrong, 9000.0)
+    assert shared.start(2) > 1.1 * law.largest(EDGES[2])
+    for bucket in (0, 5):
+        size = law.largest(EDGES[bucket])
+        shared.report(bucket, size, True)
+        shared.report(bucket, size + 1, False)
+    assert abs(shared.start(2) - law.largest(EDGES[2])) <= 0.02 * law.largest(EDGES[2])
+    assert SharedBrackets(EDGES).start(0) is None
+
+
+def test_own_probes_win_over_brackets():
+    search = BatchSizeSearch(10, 100)
+    search.report(10, False)
+    search.inform(12, None)  # a larger bucket is said to take more
+    assert search.largest_fit == 9 and search.done
+
+
+# --- processes of their own
+
+
+def isolated(**law):
+    return IsolatedMeter(cloudpickled, cloudpickle.dumps(Law(**law)))
+
+
+def cloudpickled(data: bytes):
+    return cloudpickle.loads(data)
+
+
+def test_what_kills_a_probe_is_an_answer():
+    with isolated(capacity=500, at_limit="killed") as meter:
+        search = search_batch_size(lambda size: meter.measure(size, (1000, 10), 1), BatchSizeSearch(100, 1000, 0.0))
+        assert search.batch_size == 100
+        failed = [probe for probe in search.probes if not probe.fits]
+        assert failed and all("SIGKILL, perhaps by the host for lack of memory" in probe.why for probe in failed)
+        assert meter.measure(5, (1000, 10), 1).fits
+
+
+def test_a_broken_device_is_left_behind_with_its_process():
+    with isolated(capacity=500, at_limit="error") as meter:
+        assert meter.measure(5, (1000, 10), 1).fits
+        before = meter._process.pid
+        probe = meter.measure(500, (1000, 10), 1)
+        assert not probe.fits and probe.why.startswith("RuntimeError: CUDA error")
+        assert meter.measure(5, (1000, 10), 1).fits and meter._process.pid != before
+        pid = meter._process.pid
+    assert not os.path.exists(f"/proc/{pid}")
+
+
+def test_a_meter_that_can_not_be_made_is_an_error():
+    with pytest.raises(TypeError, match="bytes-like"), IsolatedMeter(cloudpickled, 7) as meter:
+        meter.measure(1, (1000, 10), 1)
+
+
+def test_real_steps_on_this_processor():
+    model = ModelConfig(
+        encoder_layers=1, encoder_width=32, encoder_heads=2, subsampling_channels=8, decoder_layers=1,
+        decoder_width=32, decoder_heads=2, max_positions=64, vocab_size=40,
+    )  # fmt: skip
+    with IsolatedMeter(StepMeter, model, TrainSettings(num_workers=2), None, "cpu") as meter:
+        small, large = meter.measure(1, (1000, 12), 2), meter.measure(16, (8000, 40), 1)
+        assert small.fits and large.fits
+        assert large.peak_bytes > small.peak_bytes and large.step_seconds > small.step_seconds
+
+
+# --- after the search
+
+
+def test_a_smaller_batch_is_taken_only_where_it_is_as_fast():
+    def meter(seconds):
+        return lambda size: Probe(size, True, None, seconds(size))
+
+    best, probes = smallest_as_fast(meter(lambda size: size), Probe(64, True, None, 64.0))
+    assert best.batch_size == 1 and len(probes) == 6
+    best, probes = smallest_as_fast(meter(lambda size: max(size, 30)), Probe(64, True, None, 64.0))
+    assert best.batch_size == 32 and len(probes) == 2
+    best, _ = smallest_as_fast(meter(lambda size: 10 + size), Probe(64, True, None, 74.0))
+    assert best.batch_size == 64
+    # Larger batches can be slower.
+    best, _ = smallest_as_fast(meter(lambda size: size * (2 if size > 16 else 1)), Probe(64, True, None, 128.0))
+    assert best.batch_size == 1
+
+
+def test_a_soak_visits_every_bucket_and_lowers_what_fails():
+    class Fragmented(Law):
+        def measure(self, batch_size, edges, num_steps, *, fresh=True):
+            self.steps = getattr(self, "steps", 0) + 1
+            assert not fresh
+            # After some steps the largest bucket no longer has all the memory.
+            lost = 1000 if self.steps > 8 and edges == EDGES[-1] else 0
+            return Law(self.capacity - lost).measure(batch_size, edges, num_steps)
+
+    law = Fragmented(10_000)
+    sizes = [law.largest(edges) for edges in EDGES]
+    steps = list(soak(law, EDGES, sizes, num_steps=20, seed=1))
+    final = list(sizes)
+    for step in steps:
+        if step.lowered_to is not None:
+            final[step.bucket] = step.lowered_to
+    assert final[:-1] == sizes[:-1] and final[-1] < sizes[-1]
+    last = steps[-24:]
+    assert all(step.probe.fits for step in last)
+    assert {step.bucket for step in last} == set(range(len(EDGES)))
+    assert all(step.probe.batch_size == final[step.bucket] for step in last)
+
+
+def test_a_soak_ends_where_nothing_fits():
+    steps = list(soak(Law(100.5), EDGES, [2] * len(EDGES), 10, seed=1))
+    assert steps[-1].lowered_to == 0
+
+
+# --- profiles
+
+
+def profile(name: str, gib: float, sizes, confirmed: bool) -> BatchProfile:
+    setting = ProbeSetting("m", "adamw", "bf16", False, name, gib, 0.9, 2, "2.13.0")
+    peaks = (1.0,) * len(sizes)
+    return BatchProfile("p", setting, tuple(sizes), peaks, (2,) * len(sizes), measured_gib=peaks if confirmed else None)
+
+
+def test_training_takes_the_profile_of_its_gpu():
+    a100 = profile("NVIDIA A100-SXM4-80GB", 79.2, [10, 5], True)
+    h200 = profile("NVIDIA H200", 139.8, [18, 9], True)
+    small, large = profile("traced", 24, [3, 1], False), profile("traced", 80, [9, 4], False)
+    known = [h200, a100, small, large]
+    assert choose_profile(known, "NVIDIA A100-SXM4-80GB", 79.2) is a100
+    assert choose_profile(known, "NVIDIA H100 80GB HBM3", 79.1) is large
+    assert choose_profile(known, "NVIDIA L4", 24.0) is small
+    assert choose_profile(known, None, 0) is h200
+    with pytest.raises(ProfileError, match="no batch profile for NVIDIA L4.*NVIDIA H200"):
+        choose_profile([h200], "NVIDIA L4", 22.0)
+    assert least_sizes([a100, replace(h200, batch_sizes=(8, 9))]) == (8, 5)
+    assert BatchProfile.from_body(h200.to_body()) == h200
+
+
+# --- trials
+
+
+class Plan:
+    grid = BucketGrid(tuple(Bucket(*edges) for edges in EDGES))
+
+
+@pytest.fixture(scope="module")
+def ray_here(local_ray):
+    from raytrain.config import ClusterSection
+
+    with ray_session(ClusterSection()):
+        yield
+
+
+def law_config(corpus, tmp_path, **section):
+    return tiny_config(
+        corpus, tmp_path, oomptimize={"max_batch_size": 500, "tolerance": 0.0, "soak_steps": 12, **section}
+    )
+
+
+def on_law(law: Law, log=None):
+    """Makes meters of a law; `log` is a file with a line for each probe."""
+
+    def make(job):
+        class Logged:
+            def measure(self, batch_size, edges, num_steps, *, fresh=True):
+                if log is not None:
+                    with open(log, "a") as file:
+                        file.write(f"{edges[0]} {edges[1]} {batch_size}\n")
+                return law.measure(batch_size, edges, num_steps)
+
+        return Logged()
+
+    return make
+
+
+def trials(config, law, wrong, tmp_path, make=None):
+    device, shown = oomptimize.traced_device(int(law.capacity)), []
+    needs = [(law.base, law.slope(edges) / wrong) for edges in EDGES]
+    results = oomptimize.confirm(
+        config, config.model, Plan, device, needs, tmp_path / "ray", lambda *what: shown.append(what),
+        make or on_law(law),
+    )  # fmt: skip
+    return results, shown
+
+
+def test_trials_find_what_brute_force_finds(ray_here, corpus, tmp_path):
+    for capacity, wrong in ((9000.0, 1.0), (31000.0, 1.3)):
+        law = Law(capacity)
+        truth = [min(law.largest(edges), 500) for edges in EDGES]
+        config = law_config(corpus, tmp_path, memory_fraction=1.0)
+        results, shown = trials(config, law, wrong, tmp_path / str(capacity))
+        assert [result["batch_size"] for result in results] == truth
+        assert shown[-1][1:] == (6, 6)
+        probes = sum(len(result["probes"]) for result in results)
+        if wrong == 1.0:
+            assert probes <= 2.5 * len(EDGES)
+        else:
+            assert probes <= 4 * len(EDGES)  # the first bucket teaches the others
+        # Seconds per utterance of the law fall with the batch, so nothing smaller is as fast.
+        assert [result["smallest_as_fast"] for result in results] == truth
+
+
+def test_a_stopped_search_goes_on_where_it_was(ray_here, corpus, tmp_path):
+    law, log, broken = Law(9000.0), tmp_path / "log", tmp_path / "broken"
+    broken.touch()
+
+    def make(job):
+        class Meter:
+            def measure(self, batch_size, edges, num_steps, *, fresh=True):
+                if tuple(edges) == EDGES[3] and broken.exists():
+                    raise ValueError("the power went out")
+                with open(log, "a") as file:
+                    file.write(f"{edges[0]} {edges[1]} {batch_size}\n")
+                return law.measure(batch_size, edges, num_steps)
+
+        return Meter()
+
+    config = law_config(corpus, tmp_path, memory_fraction=1.0)
+    with pytest.raises(ProfileError, match="the power went out"):
+        trials(config, law, 1.0, tmp_path, make)
+    before = log.read_text().splitlines()
+    broken.unlink()
+    results, _ = trials(config, law, 1.0, tmp_path, make)
+    assert [result["batch_size"] for result in results] == [min(law.largest(edges), 500) for edges in EDGES]
+    added = log.read_text().splitlines()[len(before) :]
+    assert added and all(line.startswith(f"{EDGES[3][0]} {EDGES[3][1]} ") for line in added)
+
+
+def test_a_bucket_where_not_even_one_fits_says_why(ray_here, corpus, tmp_path):
+    law = Law(200.0)
+    with pytest.raises(ProfileError, match=r"bucket 4 .*batch size 1 needs.*out of memory.*activation_checkpointing"):
+        trials(law_config(corpus, tmp_path), law, 1.0, tmp_path)
+
+
+def test_a_soak_on_ray_lowers_and_measures(ray_here, corpus, tmp_path):
+    law = Law(9000.0)
+    sizes = [law.largest(edges) for edges in EDGES]
+    sizes[2] += 1
+    shown = []
+    config, device = law_config(corpus, tmp_path), oomptimize.traced_device(2**20)
+    soaked, peaks = oomptimize.soak_all(
+        config, config.model, Plan, device, sizes, lambda *what: shown.append(what), on_law(law)
+    )
+    assert soaked[2] < sizes[2] and soaked[:2] + soaked[3:] == sizes[:2] + sizes[3:]
+    assert set(peaks) == set(range(6)) and max(peaks.values()) <= 9000
+    assert shown[-1] == ("soaking", 12, 12)
+
+
+def test_throughput_needs_a_gpu(ray_here, corpus, tmp_path):
+    with pytest.raises(ConfigError, match="needs a GPU"):
+        oomptimize.find_devices(law_config(corpus, tmp_path, objective="throughput", device_memory="1GiB"))
