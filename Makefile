@@ -19,6 +19,8 @@ benchmark: .venv/ready
 	$(BIN)/python -m benchmarks.statistics
 	$(BIN)/python -m benchmarks.scale
 	$(BIN)/python -m benchmarks.oomptimizer
+	$(BIN)/python -m benchmarks.schedule
+	$(BIN)/python -m benchmarks.loader
 	$(BIN)/python -m benchmarks.host_memory
 	$(BIN)/python -m benchmarks.train_step
 	$(BIN)/python -m benchmarks.decode

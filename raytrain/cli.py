@@ -142,6 +142,52 @@ def oomptimize(
 
 
 @app.command()
+def schedule(
+    config: ConfigOption,
+    set: SetOption = None,
+    simulate: Annotated[
+        bool, typer.Option("--simulate", help="Go through steps without audio and measure them.")
+    ] = False,
+    workers: Annotated[int | None, typer.Option(min=1, help="Ranks; train.num_workers by default.")] = None,
+    steps: Annotated[int, typer.Option(min=1, help="Steps to simulate.")] = 1000,
+    json: Annotated[bool, typer.Option("--json", help="One JSON object.")] = False,
+) -> None:
+    """Show how often an epoch goes through each corpus, and simulate training's steps without any audio."""
+    from dataclasses import asdict
+
+    import orjson
+
+    from raytrain.cluster.stages import describe_schedule
+    from raytrain.config import load_config
+    from raytrain.console import Console
+
+    console = Console()
+    loaded = load_config(config, set)
+    corpora, found = describe_schedule(loaded, console, workers or loaded.train.num_workers, steps if simulate else 0)
+    if json:
+        typer.echo(orjson.dumps({"corpora": corpora, **(asdict(found) if found else {})}).decode())
+        return
+    columns = ("corpus", "rows", "times an epoch", *(("share of audio",) if found else ()))
+    shares = [(f"{share:.1%}",) for share in found.audio_share] if found else [()] * len(corpora)
+    console.table(
+        columns, [(one["corpus"], str(one["rows"]), f"{one['repeats']:.2f}", *share)
+                  for one, share in zip(corpora, shares, strict=True)]
+    )  # fmt: skip
+    if found is None:
+        return
+    rows = [
+        ("steps", f"{found.steps} of {found.world_size} workers, {found.epochs:.2f} epochs"),
+        ("mean batch", f"{found.mean_batch:.1f} utterances per worker"),
+        ("padding", f"audio {found.audio_padding:.1%}, tokens {found.token_padding:.1%}"),
+        ("workers in one bucket", f"{found.bucket_agreement:.0%} of steps"),
+        ("slowest worker", f"{found.slowest_rank - 1:.1%} more padded audio than the mean"),
+        ("left of the epoch", f"{found.remainder} rows"),
+        ("row numbers of a batch", f"{found.seconds_per_batch * 1e6:.0f} µs"),
+    ]
+    console.table(("simulated", ""), rows)
+
+
+@app.command()
 def demo(
     root: Annotated[Path, typer.Option(help="Folder for the corpus and the run.")] = Path("runs"),
     set: SetOption = None,

@@ -59,8 +59,9 @@ class DataSection(_Section):
     """Corpora by split; see `raytrain.data.corpus.Corpus` for an entry's fields. A plain path is an entry too.
 
     Local paths are relative to `root` (falls back to $RAYTRAIN_DATA_ROOT, then `.`). A corpus' share in training is
-    weight · hours^(1/`temperature`): above 1, small corpora are heard more often. `chunk_bytes` is what one worker
-    reads at a time; unset, it grows with the corpus.
+    weight · hours^(1/`temperature`): above 1, small corpora are heard more often. With `temperature_by: language` it
+    is the small languages, each corpus holding one. `chunk_bytes` is what one worker reads at a time; unset, it grows
+    with the corpus.
     """
 
     root: str | None = None
@@ -69,6 +70,7 @@ class DataSection(_Section):
     test: list[Corpus] = []
     default_language: str | None = None
     temperature: float = Field(1.0, gt=0)
+    temperature_by: str = Field("corpus", pattern="^(corpus|language)$")
     max_bad_fraction: float = Field(0.01, ge=0, le=1)
     chunk_bytes: int | None = Field(None, ge=1024)
 

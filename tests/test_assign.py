@@ -134,12 +134,19 @@ def test_corpora_are_counted_by_name_and_language(corpus, tmp_path):
     assert {name: one["hours"] for name, one in body["by_corpus"].items()} == pytest.approx(hours, abs=1e-4)
     assert body["by_language"]["de"]["utterances"] == len(german) == body["by_pair"]["de-de"]["utterances"]
     masses = {"small": 3 * hours["small"] ** 0.5, "en": hours["en"] ** 0.5}
-    shares = {name: one["sampling_share"] for name, one in body["by_corpus"].items()}
-    assert shares == pytest.approx({name: mass / sum(masses.values()) for name, mass in masses.items()}, abs=1e-3)
+    mixture = Workspace(config, config.run_dir).mixture(assignment)
+    heard = {name: repeat * hours[name] for name, repeat in zip(assignment.corpora, mixture.repeats, strict=True)}
+    for name, mass in masses.items():
+        assert heard[name] / sum(heard.values()) == pytest.approx(mass / sum(masses.values()), abs=1e-3)
+    assert [sum(rows) for rows in zip(*assignment.rows_by_corpus, strict=True)] == [len(german), len(english)]
+    for bucket, rows in enumerate(assignment.rows_by_corpus):
+        numbers = np.arange(sum(rows))
+        names = [assignment.corpora[index] for index in mixture.corpora(bucket, numbers)]
+        assert names == [row.corpus for row in assignment.rows(bucket, numbers)]
     assert Counter(row.corpus for rows in all_rows(assignment) for row in rows) == {
         "small": len(german), "en": len(english),
     }  # fmt: skip
-    durations = sorted(row["duration_ms"] for row in map(vars, sum(all_rows(assignment), [])))
+    durations = sorted(row.duration_ms for row in sum(all_rows(assignment), []))
     assert body["duration_quantiles_ms"]["p100"] == -(-durations[-1] // 10) * 10
     total = read_histogram(config.run_dir / "histogram.parquet")
     lengths = [(row.duration_ms, len(row.tokens)) for rows in all_rows(assignment) for row in rows]

@@ -1,10 +1,53 @@
 """Audio: read, cut, resampled, mixed down; demo speech is the same each time."""
 
+import io
+
+import fsspec
 import numpy as np
 import pytest
 import soundfile
+from fsspec.implementations.memory import MemoryFileSystem
 
+from raytrain.data import audio
 from raytrain.data.audio import AudioError, read_audio
+
+
+class Flaky(MemoryFileSystem):
+    """A store that fails `failures` times before it answers."""
+
+    protocol = "flaky"
+    failures = 0
+    asked = 0
+
+    @classmethod
+    def _strip_protocol(cls, path):
+        return super()._strip_protocol(path.removeprefix("flaky://"))
+
+    def _open(self, path, *arguments, **options):
+        Flaky.asked += 1
+        if Flaky.asked <= Flaky.failures:
+            raise OSError(5, "the store is busy")
+        return super()._open(path, *arguments, **options)
+
+
+def test_a_store_that_fails_is_asked_again_up_to_a_limit(monkeypatch):
+    monkeypatch.setattr(audio, "RETRY_SECONDS", (0.0, 0.0, 0.0))
+    fsspec.register_implementation("flaky", Flaky, clobber=True)
+    sound = io.BytesIO()
+    soundfile.write(sound, np.zeros(1600), 16000, format="FLAC")
+    fsspec.filesystem("flaky").pipe("box/a.flac", sound.getvalue())
+    for failures, works in ((0, True), (3, True), (4, False)):
+        Flaky.asked, Flaky.failures = 0, failures
+        if works:
+            assert len(read_audio("flaky://box/a.flac", sample_rate=16000)) == 1600
+        else:
+            with pytest.raises(AudioError, match="the store is busy"):
+                read_audio("flaky://box/a.flac", sample_rate=16000)
+        assert Flaky.asked == min(failures + 1, 4)
+    Flaky.asked, Flaky.failures = 0, 0
+    with pytest.raises(AudioError, match="no such file"):
+        read_audio("flaky://box/none.flac", sample_rate=16000)
+    assert Flaky.asked <= 1
 
 
 def test_audio_is_cut_resampled_and_mixed_down(tmp_path):

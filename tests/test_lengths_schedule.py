@@ -27,6 +27,20 @@ def test_permutation_depends_on_its_key_and_works_for_a_billion_rows():
         FeistelPermutation(10, 1)(10)
 
 
+@pytest.mark.parametrize("n", [2, 7, 50, 1000])
+def test_keys_give_every_order_alike(n):
+    tries, places = 4000, np.array([0, min(1, n - 1), n - 1])
+    found = np.array([FeistelPermutation(n, key).many(places) for key in range(tries)])
+    for column in found.T:
+        counts = np.bincount(column, minlength=n)
+        chi = ((counts - tries / n) ** 2 / (tries / n)).sum()
+        assert chi < n - 1 + 5 * np.sqrt(2 * (n - 1)) + 10
+    first, second, _ = found.T
+    assert abs((first < second).mean() - 0.5) < 0.04  # neighbours' order is a coin
+    # Neighbouring keys, as of two epochs, share nothing.
+    assert abs(np.corrcoef(first[1:], first[:-1])[0, 1]) < 0.08
+
+
 @given(rows, st.integers(1, 9), st.integers(1, 4), st.integers(0, 1000))
 @settings(max_examples=60)
 def test_every_row_once_an_epoch_apart_from_a_small_remainder(counts, size, workers, seed):

@@ -6,6 +6,7 @@ import sys
 from dataclasses import dataclass, replace
 
 import pytest
+import torch
 from conftest import tiny_config
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -24,6 +25,10 @@ from raytrain.training.settings import TrainSettings
 
 # Ray's workers and the isolated processes don't know this file by name.
 cloudpickle.register_pickle_by_value(sys.modules[__name__])
+SMALL = ModelConfig(
+    encoder_layers=1, encoder_width=32, encoder_heads=2, subsampling_channels=8, decoder_layers=1, decoder_width=32,
+    decoder_heads=2, max_positions=64, vocab_size=40,
+)  # fmt: skip
 EDGES = [(duration, tokens) for duration in (1000, 4000, 16000) for tokens in (10, 40)]
 
 
@@ -173,14 +178,30 @@ def test_a_meter_that_can_not_be_made_is_an_error():
 
 
 def test_real_steps_on_this_processor():
-    model = ModelConfig(
-        encoder_layers=1, encoder_width=32, encoder_heads=2, subsampling_channels=8, decoder_layers=1,
-        decoder_width=32, decoder_heads=2, max_positions=64, vocab_size=40,
-    )  # fmt: skip
-    with IsolatedMeter(StepMeter, model, TrainSettings(num_workers=2), None, "cpu") as meter:
+    with IsolatedMeter(StepMeter, SMALL, TrainSettings(num_workers=2), None, "cpu") as meter:
         small, large = meter.measure(1, (1000, 12), 2), meter.measure(16, (8000, 40), 1)
         assert small.fits and large.fits
         assert large.peak_bytes > small.peak_bytes and large.step_seconds > small.step_seconds
+
+
+@pytest.mark.parametrize("num_workers", [1, 2])
+def test_a_step_that_ran_out_of_memory_in_backward_leaves_the_meter_whole(num_workers):
+    meter = StepMeter(SMALL, TrainSettings(num_workers=num_workers), None, "cpu")
+    first = next(meter._bare.parameters())
+    before = [parameter.clone() for parameter in meter._bare.parameters()]
+
+    def fail(gradient):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+
+    hook = first.register_hook(fail)
+    probe = meter.measure(2, (1000, 12), 1)
+    hook.remove()
+    assert not probe.fits and probe.why.startswith("CUDA out of memory")
+    for old, new in zip(before, meter._bare.parameters(), strict=True):
+        torch.testing.assert_close(old, new)
+    assert meter.measure(2, (1000, 12), 2).fits
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
 
 
 # --- after the search

@@ -45,13 +45,13 @@ def lines(path) -> list[dict]:
 def test_every_artefact_is_there_and_says_what_it_should(finished, corpus):
     run_dir = finished.run_dir
     assert [name for name in ARTEFACTS if not (run_dir / name).exists()] == []
-    statistics = read_json(run_dir / "statistics.json", "raytrain.statistics/2")["body"]
+    statistics = read_json(run_dir / "statistics.json", "raytrain.statistics/3")["body"]
     manifest = lines(corpus / "train.jsonl")
     assert statistics["utterances"] == len(manifest) == 96
     assert statistics["hours"] == pytest.approx(sum(row["duration"] for row in manifest) / 3600, rel=1e-3)
     assert statistics["prompt_tokens_mean"] == 9
     assignment = Assignment(run_dir / "assignment")
-    index = read_json(run_dir / "assignment" / "index.json", "raytrain.assignment/2")["body"]
+    index = read_json(run_dir / "assignment" / "index.json", "raytrain.assignment/3")["body"]
     assert sum(assignment.rows_per_bucket) + sum(index["rejected"].values()) == 96
     paths = set()
     for bucket, (duration, tokens) in enumerate(index["grid"]):
@@ -176,7 +176,7 @@ def test_bad_rows_are_counted_up_to_the_limit_then_an_error(corpus, tmp_path):
     sections = {"root": str(tmp_path), "train": ["mixed.jsonl"]}
     config = tiny_config(corpus, tmp_path, data={**sections, "max_bad_fraction": 0.05})
     run(config, "statistics", "buckets", "assign")
-    statistics = read_json(config.run_dir / "statistics.json", "raytrain.statistics/2")["body"]
+    statistics = read_json(config.run_dir / "statistics.json", "raytrain.statistics/3")["body"]
     assert statistics["rejected"] == {"bad_duration": 1, "bad_json": 1, "empty_text": 1}
     first = {one["reason"]: one["first"][0]["line"] for one in statistics["rejected_examples"]}
     assert first == {"bad_duration": 7, "bad_json": 6, "empty_text": 8}
@@ -230,6 +230,34 @@ def test_a_dry_plan_for_a_gpu_that_is_not_there(finished):
     assert profile.stat().st_mtime_ns == before
 
 
+def test_a_finite_schedule_loads_every_row_once_and_ends(finished):
+    config = finished.model_copy(update={"train": replace(finished.train, max_epochs=1)})
+    workspace = Workspace(config, config.run_dir)
+    sizes = workspace.profiles()[0].batch_sizes
+    seen, last = 0, []
+    for rank in range(2):
+        with workspace.loader(sizes, None, rank, 2) as batches:
+            for loaded in batches:
+                seen += len(loaded.batch)
+                last.append(loaded.is_last)
+    rows = sum(Assignment(config.run_dir / "assignment").rows_per_bucket)
+    assert rows - len(sizes) <= seen <= rows
+    assert last.count(True) == 2 and last[-1]
+
+
+def test_a_schedule_is_described_and_simulated(finished):
+    arguments = ["schedule", "-c", str(finished.run_dir / "config.yaml")]
+    result = CliRunner().invoke(app, [*arguments, "--simulate", "--workers", "3", "--steps", "20", "--json"])
+    assert result.exit_code == 0, result.stderr
+    found = json.loads(result.stdout)
+    assert found["steps"] == 20 and found["world_size"] == 3 and found["bucket_agreement"] == 1.0
+    assert found["audio_share"] == [1.0] and found["corpora"][0]["repeats"] == 1.0
+    assert 0 < found["audio_padding"] < 0.5 and found["slowest_rank"] >= 1
+    shown = CliRunner().invoke(app, [*arguments, "--simulate", "--steps", "5"], env={"COLUMNS": "100"}).stdout
+    assert "times an epoch" in shown and "workers in one bucket" in shown
+    assert "simulated" not in CliRunner().invoke(app, arguments).stdout
+
+
 def test_an_unwritable_run_folder_is_a_clear_error(corpus, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(StorageError, match="can't write .*not a directory.*run.root"):
@@ -255,10 +283,15 @@ def test_training_starts_from_another_model_with_another_tokenizer(finished, cor
     # A step that changes nothing shows what training began with.
     train = {"init_from": str(tmp_path / "source.nemo"), "max_steps": 1, "learning_rate": 1e-12,
              "min_learning_rate": 0.0, "weight_decay": 0.0, "num_workers": 1, "validate_every_steps": 1}  # fmt: skip
-    changed = {"tokenizer": {"vocab_size": 28}, "model": {"prompt_format": "canary"}}
+    twice = [{"name": "once", "path": "train.jsonl"}, {"name": "often", "path": "train.jsonl", "weight": 3.0}]
+    changed = {
+        "tokenizer": {"vocab_size": 28}, "model": {"prompt_format": "canary"}, "data": {"train": twice},
+    }  # fmt: skip
     config = tiny_config(corpus, tmp_path, train=train, **changed)
     run(config, *STAGE_NAMES[: STAGE_NAMES.index("train") + 1])
-    assert read_json(config.run_dir / "statistics.json", "raytrain.statistics/2")["body"]["prompt_tokens_mean"] == 5
+    assert read_json(config.run_dir / "statistics.json", "raytrain.statistics/3")["body"]["prompt_tokens_mean"] == 5
+    (line,) = [row for row in lines(config.run_dir / "metrics.jsonl") if "loss" in row]
+    assert line["share_once"] + line["share_often"] == pytest.approx(1) and line["share_often"] > line["share_once"]
     found = load_model(config.run_dir)
     assert found.config.vocab_size < source.config.vocab_size
     for name in ("encoder.layers.0.feed_forward1.linear1.weight", "transf_decoder._decoder.final_layer_norm.bias"):

@@ -209,8 +209,12 @@ def write_index(
     rejected: Counter = Counter()
     by_corpus: Counter = Counter()
     examples: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    corpora: list[list[Any]] = []
     buckets = [[0] * len(notes) for _ in plan.grid.buckets]
     for note in sorted(notes, key=lambda note: note["chunk"]):
+        if not corpora or corpora[-1][0] != note["corpus"]:
+            corpora.append([note["corpus"], 0])
+        corpora[-1][1] += 1
         rejected.update(note["rejected"])
         for reason, number in note["rejected"].items():
             place = (note["corpus"], reason)
@@ -229,6 +233,7 @@ def write_index(
         )
     body = {
         "buckets": buckets,
+        "corpora": corpora,  # names and numbers of chunks, in the order of chunks
         "rows": assigned,
         "rejected": dict(sorted(rejected.items())),
         "rejected_examples": [

@@ -93,7 +93,6 @@ def _result(identity: int, row: Any, found: dict, errors: dict) -> dict[str, Any
 
 def transcribe_rows(config: Config, run_dir: Path, rows: list[Any]) -> Iterator[dict[str, Any]]:
     """Hypotheses of test rows in their order, from a Ray Data actor pool."""
-    from dataclasses import asdict
 
     import ray
     from ray.data import ActorPoolStrategy
@@ -101,7 +100,7 @@ def transcribe_rows(config: Config, run_dir: Path, rows: list[Any]) -> Iterator[
     cuda = config.train.device != "cpu" and ray.cluster_resources().get("GPU", 0) > 0
     cpus = int(ray.cluster_resources().get("CPU", 1))
     workers = config.evaluate.num_workers
-    items = [{"row": orjson.dumps({"id": i, "row": asdict(row)})} for i, row in enumerate(rows)]
+    items = [{"row": orjson.dumps({"id": i, "row": row._asdict()})} for i, row in enumerate(rows)]
     arguments = {
         "config": config.model_dump(mode="json"),
         "run_dir": str(run_dir),

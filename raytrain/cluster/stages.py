@@ -35,19 +35,20 @@ from raytrain.cluster.workspace import (
 from raytrain.config import Config
 from raytrain.console import Console
 from raytrain.convert import model_stamp
-from raytrain.data.assignment import INDEX_FORMAT
+from raytrain.data.assignment import INDEX_FORMAT, Assignment
 from raytrain.data.storage import fingerprints, is_uri
 from raytrain.errors import ArtifactError, ManifestError, TrainingError
 from raytrain.lengths.compare import PolicyRow, compare_policies
 from raytrain.lengths.histogram import LengthHistogram
 from raytrain.lengths.plan import BucketPlan
 from raytrain.lengths.profile import BatchProfile
+from raytrain.lengths.simulate import Simulation, simulate
 from raytrain.model.cost import cost_of
 from raytrain.training.checkpoint import CheckpointFolder
 
 # Settings of training that say when to stop, look and save, but not what is learnt: a run goes on when they change.
 _NOT_LINEAGE = (
-    "max_steps", "max_minutes", "stop_at_wer", "validate_every_steps", "max_validation_utterances",
+    "max_steps", "max_epochs", "max_minutes", "stop_at_wer", "validate_every_steps", "max_validation_utterances",
     "checkpoint_every_steps", "keep_checkpoints", "log_every_steps", "num_loader_threads", "prefetch_batches",
     "max_failures", "num_workers", "device", "activation_checkpointing",
 )  # fmt: skip
@@ -102,7 +103,6 @@ def statistics_key(workspace: Workspace) -> Any:
     return [
         _reading(config, "train"),
         config.data.max_bad_fraction,
-        [config.data.temperature, [corpus.weight for corpus in config.data.train]],
         config.section("tokenizer"),
         model_stamp(Path(config.tokenizer.path)) if config.tokenizer.path else None,
         config.model.prompt_format,
@@ -131,8 +131,6 @@ def run_statistics(context: Context) -> str:
     )
     context.tracking.current.log_artifact(context.path("statistics.json"))
     _show_rejected(context, body["rejected_examples"])
-    if config.data.temperature != 1 or any(corpus.weight != 1 for corpus in config.data.train):
-        context.console.warn("weights and temperature are in statistics.json; training hears every row once an epoch")
     return f"{body['utterances']} utterances, {body['hours']:.2f} h, vocabulary {tokenizer.vocab_size}"
 
 
@@ -373,6 +371,31 @@ def plan_dry(config: Config, console: Console, device_memory: int) -> list[dict[
     ]
 
 
+# --- schedule
+
+
+def describe_schedule(
+    config: Config, console: Console, world_size: int, steps: int
+) -> tuple[list[dict[str, Any]], Simulation | None]:
+    """Rows and repeats of each corpus, and `steps` simulated steps (None for 0) with the first batch profile.
+
+    Raises `ArtifactError` where assign or oomptimize have not run.
+    """
+    workspace = Workspace(config, config.run_dir)
+    assignment = Assignment(workspace.path("assignment"))
+    schedule = workspace.schedule(assignment, workspace.profiles()[0].batch_sizes)
+    rows = [sum(column) for column in zip(*assignment.rows_by_corpus, strict=True)]
+    corpora = [
+        {"corpus": name, "rows": number, "repeats": round(repeat, 4)}
+        for name, number, repeat in zip(assignment.corpora, rows, schedule.mixture.repeats, strict=True)
+    ]
+    if not steps:
+        return corpora, None
+    with console.progress("simulating", steps) as update:
+        lengths = [assignment.lengths(bucket) for bucket in range(len(assignment.rows_per_bucket))]
+        return corpora, simulate(schedule, lengths, world_size, steps, lambda done: update(completed=done))
+
+
 # --- train
 
 
@@ -380,10 +403,11 @@ def _lineage(workspace: Workspace) -> str:
     """Names what a checkpoint was learnt from: another lineage's checkpoints can't be gone on with."""
     settings = {name: value for name, value in asdict(workspace.config.train).items() if name not in _NOT_LINEAGE}
     assignment = read_json(workspace.path("assignment", "index.json"), INDEX_FORMAT)["id"]
-    profile = content_id([one.batch_sizes for one in workspace.profiles()])
+    data = workspace.config.data
+    mixing = [data.temperature, data.temperature_by, [[corpus.name, corpus.weight] for corpus in data.train]]
     model = asdict(workspace.model_config())
     start = model_stamp(Path(workspace.config.train.init_from)) if workspace.config.train.init_from else None
-    return content_id([settings, workspace.config.seed, assignment, profile, workspace.tokenizer.id, model, start])
+    return content_id([settings, workspace.config.seed, assignment, mixing, workspace.tokenizer.id, model, start])
 
 
 def train_key(workspace: Workspace) -> Any:

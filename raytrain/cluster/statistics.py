@@ -23,7 +23,6 @@ from raytrain.data.prompt import prompt_ids
 from raytrain.data.tokenizer import CanaryTokenizer, train_tokenizer
 from raytrain.errors import ManifestError
 from raytrain.lengths.histogram import LengthHistogram
-from raytrain.lengths.sampling import sampling_shares
 
 NUM_EXAMPLES = 5
 MAX_CHUNKS = 4096
@@ -230,11 +229,6 @@ def statistics_body(counts: Counts, config: Config) -> dict[str, Any]:
     names = [corpus.name for corpus in config.data.train]
     by_corpus = {name: _sum_where(histograms, lambda group, name=name: group[0] == name) for name in names}
     sources = sorted({group[1] for group in histograms})
-    shares = sampling_shares(
-        [by_corpus[name].hours for name in names],
-        [corpus.weight for corpus in config.data.train],
-        config.data.temperature,
-    )
     rejected: dict[str, int] = Counter()
     for (_, reason), number in counts.rejected.items():
         rejected[reason] += number
@@ -255,10 +249,10 @@ def statistics_body(counts: Counts, config: Config) -> dict[str, Any]:
             name: {
                 "rows": counts.num_rows[name],
                 **_lengths(by_corpus[name]),
-                "sampling_share": round(share, 6),
+                "languages": sorted({group[1] for group in histograms if group[0] == name}),
                 "rejected": {reason: n for (corpus, reason), n in sorted(counts.rejected.items()) if corpus == name},
             }
-            for name, share in zip(names, shares, strict=True)
+            for name in names
         },
         "rejected": dict(sorted(rejected.items())),
         "rejected_examples": [

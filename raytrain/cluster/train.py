@@ -60,7 +60,11 @@ def train_worker(job: dict[str, Any]) -> None:
     with (
         _tracker(workspace, job, rank, step) as log,
         workspace.loader(
-            _batch_sizes(workspace, device), resume.meta["schedule"] if resume else None, rank, world_size
+            _batch_sizes(workspace, device),
+            resume.meta["schedule"] if resume else None,
+            rank,
+            world_size,
+            pin_memory=device.type == "cuda",
         ) as batches,
     ):
         TrainingLoop(

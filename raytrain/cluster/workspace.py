@@ -20,14 +20,17 @@ from raytrain.data.encoder import BlockEncoder
 from raytrain.data.loader import BatchLoader, Quarantine, read_rows
 from raytrain.data.materialize import AudioFinder
 from raytrain.data.tokenizer import CanaryTokenizer
+from raytrain.errors import ConfigError
+from raytrain.lengths.mixture import Mixture
 from raytrain.lengths.plan import BucketPlan
 from raytrain.lengths.profile import BatchProfile
+from raytrain.lengths.sampling import sampling_shares
 from raytrain.lengths.schedule import BatchSchedule, ScheduleState
 from raytrain.model.config import ModelConfig
 
 PLAN_FORMAT = "raytrain.bucket_plan/1"
 PROFILE_FORMAT = "raytrain.batch_profile/2"
-STATISTICS_FORMAT = "raytrain.statistics/2"
+STATISTICS_FORMAT = "raytrain.statistics/3"
 CHUNKS_FORMAT = "raytrain.chunks/1"
 SCORES_FORMAT = "raytrain.scores/1"
 
@@ -89,12 +92,42 @@ class Workspace:
             profile.check_matches(plan_id=self.plan_id, model_id=self.model_id())
         return profiles
 
+    def mixture(self, assignment: Assignment) -> Mixture:
+        """How often an epoch goes through each corpus: once, or as weights and temperature say.
+
+        Raises `ConfigError` where the temperature is between languages and a corpus has several.
+        """
+        data = self.config.data
+        weights = {corpus.name: corpus.weight for corpus in data.train}
+        found = [weights[name] for name in assignment.corpora]
+        if data.temperature == 1 and len(set(found)) <= 1:
+            return Mixture(assignment.rows_by_corpus, (1.0,) * len(found))
+        by_corpus = read_json(self.path("statistics.json"), STATISTICS_FORMAT)["body"]["by_corpus"]
+        languages = None
+        if data.temperature_by == "language":
+            mixed = [name for name in assignment.corpora if len(by_corpus[name]["languages"]) > 1]
+            if mixed:
+                raise ConfigError(
+                    f"data.temperature_by: language needs corpora of one language; {', '.join(mixed)} has several",
+                    got=", ".join(by_corpus[mixed[0]]["languages"]),
+                    remedy="list each language's manifest as a corpus of its own, or use temperature_by: corpus",
+                )
+            languages = ["".join(by_corpus[name]["languages"]) for name in assignment.corpora]
+        hours = [by_corpus[name]["hours"] for name in assignment.corpora]
+        shares = sampling_shares(hours, found, data.temperature, languages)
+        return Mixture.by_shares(assignment.rows_by_corpus, hours, shares)
+
+    def schedule(self, assignment: Assignment, batch_sizes: tuple[int, ...]) -> BatchSchedule:
+        """The run's schedule for batch sizes of a profile."""
+        return BatchSchedule(self.config.seed, self.mixture(assignment), batch_sizes, self.config.train.max_epochs)
+
     def loader(
-        self, batch_sizes: tuple[int, ...], state: dict[str, Any] | None, rank: int, world_size: int
-    ) -> BatchLoader:
+        self, batch_sizes: tuple[int, ...], state: dict[str, Any] | None, rank: int, world_size: int,
+        pin_memory: bool = False,
+    ) -> BatchLoader:  # fmt: skip
         """The rank's batches from `state` on (from the start without one)."""
         assignment = Assignment(self.path("assignment"))
-        schedule = BatchSchedule(self.config.seed, assignment.rows_per_bucket, batch_sizes)
+        schedule = self.schedule(assignment, batch_sizes)
         return BatchLoader(
             assignment,
             schedule,
@@ -106,6 +139,7 @@ class Workspace:
             quarantine=Quarantine(self.path("quarantine.jsonl")),
             num_threads=self.config.train.num_loader_threads,
             prefetch_batches=self.config.train.prefetch_batches,
+            pin_memory=pin_memory,
         )
 
     def rows(self, split: str, limit: int | None = None) -> list[Row]:
@@ -121,7 +155,7 @@ class Workspace:
                 block = encoder.check(block)
                 left_out.update(row.reason for row in block.bad)
                 table, _ = row_table(block, encoder.encode(block), finder)
-                rows += [replace(row, tokens=row.tokens[:longest]) for row in rows_of(table)]
+                rows += [row._replace(tokens=row.tokens[:longest]) for row in rows_of(table)]
                 if limit is not None and len(rows) >= limit:
                     return rows[:limit]
         return rows

@@ -14,15 +14,17 @@ from __future__ import annotations
 import contextlib
 import io
 import tarfile
+import threading
 from bisect import bisect_right
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
 from itertools import accumulate, count
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from raytrain.artifacts import atomic_write, read_json
 from raytrain.data.encoder import EncodedBlock
@@ -31,7 +33,8 @@ from raytrain.data.rows import Block
 from raytrain.data.storage import is_uri
 from raytrain.errors import ArtifactError
 
-INDEX_FORMAT = "raytrain.assignment/2"
+_MAX_OPEN_PARTS = 2048  # a process may map 65530 files, and a billion rows have more parts
+INDEX_FORMAT = "raytrain.assignment/3"
 ROW_SCHEMA = pa.schema(
     [
         ("audio_path", pa.string()),
@@ -48,8 +51,7 @@ ROW_SCHEMA = pa.schema(
 )
 
 
-@dataclass(frozen=True)
-class Row:
+class Row(NamedTuple):
     """One utterance as training needs it; `tokens` is prompt + text + end of text.
 
     Its audio is `audio_size` bytes of `audio_path` from `audio_start` on, the whole file if `audio_size` is 0.
@@ -89,7 +91,9 @@ def row_table(block: Block, encoded: EncodedBlock, finder: AudioFinder) -> tuple
 
 def rows_of(table: pa.Table) -> list[Row]:
     """Rows of a small table of `ROW_SCHEMA`."""
-    return [Row(**{**values, "tokens": tuple(values["tokens"])}) for values in table.to_pylist()]
+    columns = {name: table[name].to_pylist() for name in Row._fields}
+    columns["tokens"] = list(map(tuple, columns["tokens"]))
+    return list(map(Row._make, zip(*columns.values(), strict=True)))
 
 
 def part_name(bucket: int, chunk: int) -> str:
@@ -143,7 +147,8 @@ class PartsWriter:
 
 
 class Assignment:
-    """Random access to the rows of every bucket; parts are opened when first read."""
+    """Random access to the rows of every bucket; parts are opened when first read, and the
+    least used ones closed. Safe to share between threads."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = Path(folder)
@@ -153,28 +158,99 @@ class Assignment:
         counts: list[list[int]] = document["body"]["buckets"]
         self._ends = [list(accumulate(rows)) for rows in counts]
         self.rows_per_bucket: tuple[int, ...] = tuple(sum(rows) for rows in counts)
-        self._tables: dict[tuple[int, int], pa.Table] = {}
+        chunks = [number for _, number in document["body"]["corpora"]]
+        bounds = [0, *accumulate(chunks)]
+        self.corpora: tuple[str, ...] = tuple(name for name, _ in document["body"]["corpora"])
+        # Rows of each bucket by corpus: a corpus' chunks stand together.
+        self.rows_by_corpus: tuple[tuple[int, ...], ...] = tuple(
+            tuple(sum(rows[start:end]) for start, end in zip(bounds, bounds[1:], strict=False)) for rows in counts
+        )
+        self._parts: OrderedDict[tuple[int, int], _Part] = OrderedDict()
+        self._lock = threading.Lock()
 
     def row(self, bucket: int, number: int) -> Row:
         """Row `number` of a bucket. Raises `IndexError` out of range and `ArtifactError` for a lost part."""
+        return self.rows(bucket, [number])[0]
+
+    def rows(self, bucket: int, numbers: Sequence[int] | np.ndarray) -> list[Row]:
+        """Rows of a bucket in the order of `numbers`, which may repeat. Raises as `row` does."""
+        places = np.asarray(numbers, np.int64)
+        if len(places) and not 0 <= places.min() <= places.max() < self.rows_per_bucket[bucket]:
+            raise IndexError(
+                f"bucket {bucket} has {self.rows_per_bucket[bucket]} rows; got row {places.min()} … {places.max()}"
+            )
         ends = self._ends[bucket]
-        if not 0 <= number < self.rows_per_bucket[bucket]:
-            raise IndexError(f"bucket {bucket} has {self.rows_per_bucket[bucket]} rows; got row {number}")
-        chunk = bisect_right(ends, number)
-        start = ends[chunk - 1] if chunk else 0
-        (row,) = rows_of(self._table(bucket, chunk).slice(number - start, 1))
+        chunks = np.searchsorted(ends, places, side="right").tolist()
+        return [
+            self._absolute(self._part(bucket, chunk).row(number - (ends[chunk - 1] if chunk else 0)))
+            for chunk, number in zip(chunks, places.tolist(), strict=True)
+        ]
+
+    def _absolute(self, row: Row) -> Row:
         if row.audio_path.startswith("/") or is_uri(row.audio_path):
             return row
-        return replace(
-            row, audio_path=str(self.folder.absolute() / row.audio_path)
-        )  # copied audio moves with the folder
+        # Copied audio moves with the folder.
+        return row._replace(audio_path=str(self.folder.absolute() / row.audio_path))
 
-    def _table(self, bucket: int, chunk: int) -> pa.Table:
+    def lengths(self, bucket: int) -> tuple[np.ndarray, np.ndarray]:
+        """Durations in ms and tokens of all rows of a bucket by row number, (N,) int64 each."""
+        durations, tokens = [np.empty(0, np.int64)], [np.empty(0, np.int64)]
+        starts = [0, *self._ends[bucket]]
+        for chunk, (start, end) in enumerate(zip(starts, starts[1:], strict=False)):
+            if end > start:
+                for batch in self._part(bucket, chunk).batches:
+                    durations.append(batch["duration_ms"].to_numpy())
+                    tokens.append(pc.list_value_length(batch["tokens"]).to_numpy().astype(np.int64))
+        return np.concatenate(durations), np.concatenate(tokens)
+
+    def _part(self, bucket: int, chunk: int) -> _Part:
         key = (bucket, chunk)
-        if key not in self._tables:
-            path = self.folder / part_name(*key)
-            try:
-                self._tables[key] = pa.ipc.open_file(pa.memory_map(str(path))).read_all()
-            except (OSError, pa.ArrowInvalid) as error:
-                raise ArtifactError(f"{path} can't be read", why=str(error), remedy="rerun assign") from error
-        return self._tables[key]
+        with self._lock:
+            if key in self._parts:
+                self._parts.move_to_end(key)
+                return self._parts[key]
+        path = self.folder / part_name(*key)
+        try:
+            part = _Part(path)
+        except (OSError, pa.ArrowInvalid) as error:
+            raise ArtifactError(f"{path} can't be read", why=str(error), remedy="rerun assign") from error
+        with self._lock:
+            self._parts[key] = part
+            if len(self._parts) > _MAX_OPEN_PARTS:
+                self._parts.popitem(last=False)
+        return part
+
+
+class _Part:
+    """One memory-mapped part. Single rows are read from Arrow's buffers: a batch takes one row here and one there, and
+    Arrow's own ways to a row cost ten times as much."""
+
+    def __init__(self, path: Path) -> None:
+        reader = pa.ipc.open_file(pa.memory_map(str(path)))
+        self.batches = [reader.get_batch(number) for number in range(reader.num_record_batches)]
+        self._ends = list(accumulate(batch.num_rows for batch in self.batches))
+        self._views = [_views(batch) for batch in self.batches]
+
+    def row(self, number: int) -> Row:
+        """Row `number` of the part."""
+        index = bisect_right(self._ends, number)
+        place = number - (self._ends[index - 1] if index else 0)
+        return Row(*(read(place) for read in self._views[index]))
+
+
+def _views(batch: pa.RecordBatch) -> list[Callable[[int], Any]]:
+    """For each field of `Row` a function from a row's place to its value."""
+    return [_view(batch.column(name)) for name in Row._fields]
+
+
+def _view(column: pa.Array) -> Callable[[int], Any]:
+    if pa.types.is_string(column.type):
+        _, offsets, data = column.buffers()
+        bounds = memoryview(offsets).cast("i") if offsets is not None else (0, 0)
+        text, first = memoryview(data) if data is not None else b"", column.offset
+        return lambda place: str(text[bounds[first + place] : bounds[first + place + 1]], "utf-8")
+    if pa.types.is_list(column.type):
+        bounds, first = memoryview(column.buffers()[1]).cast("i"), column.offset
+        values = column.values.to_numpy(zero_copy_only=True)
+        return lambda place: tuple(values[bounds[first + place] : bounds[first + place + 1]].tolist())
+    return column.to_numpy(zero_copy_only=True).item

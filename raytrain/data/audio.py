@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import time
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +11,7 @@ import numpy as np
 from raytrain.data.storage import StorageReadError, is_uri, read_range
 from raytrain.errors import DataError
 
+RETRY_SECONDS = (0.5, 1.0, 2.0, 4.0)
 PARQUET_ROW = -1  # as `size`: the audio is row `start` of a Parquet file
 
 
@@ -67,8 +69,16 @@ def read_audio(
 
 
 def _read_bytes(path: str, start: int, size: int) -> bytes:
-    if size == PARQUET_ROW:
-        from raytrain.data.parquet import read_audio_bytes
+    """A store that fails is asked again after 0.5, 1, 2 and 4 s; what is not there, at once no more."""
+    for pause in (*RETRY_SECONDS, None):
+        try:
+            if size == PARQUET_ROW:
+                from raytrain.data.parquet import read_audio_bytes
 
-        return read_audio_bytes(path, [start])[start]
-    return read_range(path, start, size)
+                return read_audio_bytes(path, [start])[start]
+            return read_range(path, start, size)
+        except StorageReadError as error:
+            if pause is None or not is_uri(path) or isinstance(error.__cause__, FileNotFoundError):
+                raise
+            time.sleep(pause)
+    raise AssertionError("the last try returns or raises")

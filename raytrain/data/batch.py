@@ -5,7 +5,7 @@ Shapes: B utterances, S samples, L tokens (prompt + text + end of text).
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 
 import numpy as np
 import torch
@@ -113,9 +113,12 @@ class SpeechBatch:
 
 @dataclass(frozen=True)
 class LoadedStep:
-    """One rank's share of a step, and the schedule's state after it (what a checkpoint keeps)."""
+    """One rank's share of a step, and the schedule's state after it (what a checkpoint keeps). `is_last` where a
+    finite schedule ends here."""
 
     batch: SpeechBatch
     plan: StepPlan
     state: ScheduleState
     num_replaced: int
+    is_last: bool = False
+    samples_by_corpus: dict[str, int] = field(default_factory=dict)

@@ -9,9 +9,12 @@ from __future__ import annotations
 
 import queue
 import threading
+from collections import Counter, deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
@@ -50,6 +53,15 @@ class Quarantine:
         return (row.audio_path, row.audio_start, row.offset_ms) in self._seen
 
 
+class _Reading(NamedTuple):
+    """A batch whose rows are being decoded."""
+
+    plan: StepPlan
+    state: ScheduleState
+    is_last: bool
+    rows: Iterator[tuple[Row, np.ndarray, int]]
+
+
 class BatchLoader:
     """Iterate over `LoadedStep`s of one rank from `state` on, decoding ahead in threads.
 
@@ -69,10 +81,12 @@ class BatchLoader:
         quarantine: Quarantine,
         num_threads: int = 2,
         prefetch_batches: int = 4,
+        pin_memory: bool = False,
     ) -> None:
         self._assignment, self._schedule, self._state = assignment, schedule, state
         self._rank, self._world_size = rank, world_size
         self._sample_rate, self._pad_id, self._quarantine = sample_rate, pad_id, quarantine
+        self._pin_memory = pin_memory
         self._pool = ThreadPoolExecutor(num_threads, thread_name_prefix="audio")
         self._ready: queue.Queue = queue.Queue(prefetch_batches)
         self._stopped = threading.Event()
@@ -94,19 +108,37 @@ class BatchLoader:
     def __iter__(self) -> Iterator[LoadedStep]:
         while True:
             item = self._ready.get()
+            if item is None:
+                return
             if isinstance(item, Exception):
                 raise item
             yield item
 
     def _produce(self) -> None:
         try:
-            state = self._state
-            while not self._stopped.is_set():
-                plan, state = self._schedule.step(state, self._world_size)
-                numbers = self._schedule.rows(plan, self._rank)
-                self._put(self._load(plan, state, numbers))
+            # One batch decodes while the one before is put together.
+            ahead: deque[_Reading] = deque()
+            for reading in self._readings():
+                ahead.append(reading)
+                if len(ahead) > 1:
+                    self._put(self._collate(ahead.popleft()))
+                if self._stopped.is_set():
+                    return
+            for reading in ahead:
+                self._put(self._collate(reading))
+            self._put(None)
         except Exception as error:  # the consumer raises it; a thread has nobody to tell
             self._put(error)
+
+    def _readings(self) -> Iterator[_Reading]:
+        state, is_last = self._state, self._schedule.is_last(self._state, self._world_size)
+        while not is_last:
+            plan, state = self._schedule.step(state, self._world_size)
+            is_last = self._schedule.is_last(state, self._world_size)
+            numbers = self._schedule.rows(plan, self._rank).tolist()
+            drawn = self._assignment.rows(plan.bucket, numbers)
+            read = self._pool.map(partial(self._read, plan.bucket), numbers, drawn)
+            yield _Reading(plan, state, is_last, read)
 
     def _put(self, item: object) -> None:
         while not self._stopped.is_set():
@@ -116,21 +148,26 @@ class BatchLoader:
             except queue.Full:
                 continue
 
-    def _load(self, plan: StepPlan, state: ScheduleState, numbers: np.ndarray) -> LoadedStep:
-        read = self._pool.map(lambda number: self._read(plan.bucket, int(number)), numbers)
-        rows, audios, replaced = zip(*read, strict=True)
+    def _collate(self, reading: _Reading) -> LoadedStep:
+        rows, audios, replaced = zip(*reading.rows, strict=True)
         batch = SpeechBatch.collate(
             list(audios),
             [list(row.tokens) for row in rows],
             [row.prompt_length for row in rows],
             pad_id=self._pad_id,
         )
-        return LoadedStep(batch=batch, plan=plan, state=state, num_replaced=sum(replaced))
+        if self._pin_memory:  # copies to the GPU then do not wait
+            batch = batch.pin_memory()
+        samples: Counter[str] = Counter()
+        for row, audio in zip(rows, audios, strict=True):
+            samples[row.corpus] += len(audio)
+        return LoadedStep(batch, reading.plan, reading.state, sum(replaced), reading.is_last, dict(samples))
 
-    def _read(self, bucket: int, number: int) -> tuple[Row, np.ndarray, int]:
+    def _read(self, bucket: int, number: int, row: Row) -> tuple[Row, np.ndarray, int]:
         rows_in_bucket = self._assignment.rows_per_bucket[bucket]
         for attempt in range(min(_MAX_REPLACEMENTS, rows_in_bucket)):
-            row = self._assignment.row(bucket, (number + attempt) % rows_in_bucket)
+            if attempt:
+                row = self._assignment.row(bucket, (number + attempt) % rows_in_bucket)
             if row in self._quarantine:
                 continue
             try:

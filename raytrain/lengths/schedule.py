@@ -1,11 +1,12 @@
 """`BatchSchedule`: which rows every rank trains on at every step, as a pure function of a few numbers.
 
 The rows of a bucket form an endless stream: position p is row number p mod N of epoch p div N, in an order that
-a keyed permutation gives. All that changes while training is one position per bucket, so a checkpoint keeps a
-few numbers and resumes at any step with any number of workers. At each step all ranks share one bucket, chosen
-with a probability proportional to the batches it has left in the epoch, so buckets run out together.
+a keyed permutation gives (`Mixture` does the same for corpora with weights). All that changes while training is
+one position per bucket, so a checkpoint keeps a few numbers and resumes at any step with any number of workers. At
+each step all ranks share one bucket, chosen with a probability proportional to the batches it has left in the
+epoch, so buckets run out together.
 
-    >>> schedule = BatchSchedule(seed=1, rows_per_bucket=(100, 50), batch_sizes=(8, 4))
+    >>> schedule = BatchSchedule(seed=1, mixture=(100, 50), batch_sizes=(8, 4))
     >>> plan, state = schedule.step(schedule.initial(), world_size=2)
     >>> len(schedule.rows(plan, rank=0)) == plan.sizes[0]
     True
@@ -13,14 +14,17 @@ with a probability proportional to the batches it has left in the epoch, so buck
 
 from __future__ import annotations
 
+from bisect import bisect_right
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from itertools import accumulate
 from typing import Any
 
 import numpy as np
 
 from raytrain.errors import PlanError
-from raytrain.lengths.permutation import FeistelPermutation, key_of
+from raytrain.lengths.mixture import Mixture
+from raytrain.lengths.permutation import key_of
 
 
 @dataclass(frozen=True)
@@ -50,42 +54,46 @@ class StepPlan:
     epoch: int
 
 
-@dataclass(frozen=True)
 class BatchSchedule:
-    """`rows_per_bucket` from the assignment, `batch_sizes` (per rank) from the profile."""
+    """`mixture` from the assignment (rows by bucket, and by corpus where corpora have weights), `batch_sizes` (per
+    rank) from the profile, `num_epochs` None for an endless one.
 
-    seed: int
-    rows_per_bucket: tuple[int, ...]
-    batch_sizes: tuple[int, ...]
+    A state holds for other batch sizes and other numbers of ranks too.
+    """
 
-    def __post_init__(self) -> None:
-        if len(self.rows_per_bucket) != len(self.batch_sizes):
+    def __init__(
+        self, seed: int, mixture: Mixture | Sequence[int], batch_sizes: Sequence[int], num_epochs: int | None = None
+    ) -> None:
+        self.mixture = mixture if isinstance(mixture, Mixture) else Mixture.plain(mixture)
+        self.seed, self.batch_sizes, self.num_epochs = seed, tuple(batch_sizes), num_epochs
+        self.draws_per_bucket = self.mixture.draws_per_bucket
+        if len(self.draws_per_bucket) != len(self.batch_sizes):
             raise PlanError(
                 "assignment and profile differ in buckets",
-                got=f"{len(self.rows_per_bucket)} and {len(self.batch_sizes)}",
+                got=f"{len(self.draws_per_bucket)} and {len(self.batch_sizes)}",
                 remedy="run assign and oomptimize again",
             )
-        if not any(self.rows_per_bucket):
-            raise PlanError("the assignment has no rows", remedy="see assignment/rejected for the reasons")
 
     def initial(self) -> ScheduleState:
         """The state before the first step."""
-        return ScheduleState(0, (0,) * len(self.rows_per_bucket))
+        return ScheduleState(0, (0,) * len(self.draws_per_bucket))
 
     def left(self, state: ScheduleState) -> list[int]:
         """Rows of each bucket that the epoch still has to give, remainders of earlier epochs included."""
-        return [
-            (state.epoch + 1) * rows - position
-            for rows, position in zip(self.rows_per_bucket, state.positions, strict=True)
-        ]
+        epochs = state.epoch + 1
+        return [epochs * rows - position for rows, position in zip(self.draws_per_bucket, state.positions, strict=True)]
 
     def step(self, state: ScheduleState, world_size: int) -> tuple[StepPlan, ScheduleState]:
         """The next step for `world_size` ranks and the state after it.
 
-        A bucket with fewer rows left than ranks gives none: they are its remainder and start the next epoch.
+        A bucket with fewer rows left than ranks gives none: they are its remainder and start the next epoch. Raises
+        `StopIteration` where the last epoch has ended.
         """
         while True:
+            if self.num_epochs is not None and state.epoch >= self.num_epochs:
+                raise StopIteration
             left = self.left(state)
+            # Batches left, counted up.
             weights = [
                 -(-rows // (world_size * size)) if rows >= world_size else 0
                 for rows, size in zip(left, self.batch_sizes, strict=True)
@@ -95,29 +103,29 @@ class BatchSchedule:
                 break
             state = ScheduleState(state.epoch + 1, state.positions)
         ticket = key_of(self.seed, state.epoch, sum(state.positions)) % total
-        bucket = 0
-        while ticket >= weights[bucket]:
-            ticket -= weights[bucket]
-            bucket += 1
+        bucket = bisect_right(list(accumulate(weights)), ticket)
         rows = min(left[bucket], world_size * self.batch_sizes[bucket])
         share, extra = divmod(rows, world_size)
-        sizes = tuple(share + (rank < extra) for rank in range(world_size))
+        sizes = (share + 1,) * extra + (share,) * (world_size - extra)
         start = state.positions[bucket]
-        positions = list(state.positions)
-        positions[bucket] = start + rows
-        return StepPlan(bucket, start, sizes, state.epoch), ScheduleState(state.epoch, tuple(positions))
+        positions = (*state.positions[:bucket], start + rows, *state.positions[bucket + 1 :])
+        return StepPlan(bucket, start, sizes, state.epoch), ScheduleState(state.epoch, positions)
+
+    def is_last(self, state: ScheduleState, world_size: int) -> bool:
+        """Whether nothing comes after a state."""
+        if self.num_epochs is None:
+            return False
+        last = ScheduleState(self.num_epochs - 1, state.positions)
+        return all(rows < world_size for rows in self.left(last))
 
     def rows(self, plan: StepPlan, rank: int) -> np.ndarray:
         """(sizes[rank],) int64 row numbers of the step's bucket for one rank."""
         first = plan.start + sum(plan.sizes[:rank])
-        positions = np.arange(first, first + plan.sizes[rank])
-        count = self.rows_per_bucket[plan.bucket]
-        numbers = np.empty_like(positions)
-        for epoch in np.unique(positions // count).tolist():
-            inside = positions // count == epoch
-            shuffle = _shuffle(count, key_of(self.seed, plan.bucket, epoch))
-            numbers[inside] = shuffle.many(positions[inside] % count)
-        return numbers
+        return self.mixture.numbers(plan.bucket, np.arange(first, first + plan.sizes[rank]), self.seed)
+
+    def all_rows(self, plan: StepPlan) -> np.ndarray:
+        """(sum of sizes,) int64 row numbers of all ranks, one after the other."""
+        return self.mixture.numbers(plan.bucket, np.arange(plan.start, plan.start + sum(plan.sizes)), self.seed)
 
     def remainder(self, state: ScheduleState) -> int:
         """Rows that are left of the state's epoch (at its end: what starts the next one)."""
@@ -125,14 +133,9 @@ class BatchSchedule:
 
     def steps_in_epoch(self, world_size: int) -> int:
         """Steps of the first epoch, counted by going through it."""
-        state, steps = self.initial(), 0
-        while True:
-            plan, state = self.step(state, world_size)
-            if plan.epoch > 0:
-                return steps
+        one = BatchSchedule(self.seed, self.mixture, self.batch_sizes, num_epochs=1)
+        state, steps = one.initial(), 0
+        while not one.is_last(state, world_size):
+            _, state = one.step(state, world_size)
             steps += 1
-
-
-@lru_cache(maxsize=256)
-def _shuffle(count: int, key: int) -> FeistelPermutation:
-    return FeistelPermutation(count, key)
+        return steps

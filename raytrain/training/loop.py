@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
@@ -92,8 +93,9 @@ class TrainingLoop:
     label_smoothing: float = 0.0
 
     def run(self) -> int:
-        """Train to `max_steps`, `max_minutes` or `stop_at_wer`, whichever comes first."""
+        """Train to `max_steps`, the batches' end, `max_minutes` or `stop_at_wer`, whichever comes first."""
         self._started = time.perf_counter()
+        self._heard: Counter[str] = Counter()
         self._stop = self.step >= self.settings.max_steps
         precision = resolve_precision(self.settings.precision, self.device.type)
         window = _Window()
@@ -112,13 +114,14 @@ class TrainingLoop:
                     label_smoothing=self.label_smoothing,
                 )
                 window.add(result, loaded.batch, loaded.num_replaced)
+                self._heard.update(loaded.samples_by_corpus)
                 window = self._after_step(loaded, window)
                 if self._stop:
                     break
         return self.step
 
     def _after_step(self, loaded: LoadedStep, window: _Window) -> _Window:
-        last = self.step >= self.settings.max_steps
+        last = loaded.is_last or self.step >= self.settings.max_steps
         if self.step % self.settings.log_every_steps == 0 or last:
             self._stop = self._log_window(loaded, window) or last
             window = _Window()
@@ -164,6 +167,9 @@ class TrainingLoop:
                 "epoch": loaded.state.epoch,
                 "replaced": replaced,
             }
+            if len(self._heard) > 1:  # this rank's audio since it started, which is a fair sample of all
+                heard = self._heard.total()
+                metrics |= {f"share_{corpus}": samples / heard for corpus, samples in self._heard.items()}
             self.log(metrics, self.step, self.seconds())
         return stop > 0
 

@@ -58,22 +58,28 @@ class StepMeter:
         self, model: ModelConfig, settings: TrainSettings, budget_bytes: int | None = None, device: str = "cuda"
     ) -> None:
         self._device, self._config, self._settings = torch.device(device), model, settings
+        if self._device.type == "cuda":
+            self._device = torch.device("cuda", torch.cuda.current_device())  # some calls want the number
         if self._device.type == "cuda" and budget_bytes is not None:
             total = torch.cuda.get_device_properties(self._device).total_memory
             _wait_for_memory(self._device, min(budget_bytes, total))
             torch.cuda.set_per_process_memory_fraction(min(1.0, budget_bytes / total), self._device)
-        bare = Canary(model).to(self._device).train()
-        bare.encoder.checkpoint_blocks = settings.activation_checkpointing
-        self._model: torch.nn.Module = bare
-        if settings.num_workers > 1:
-            if not dist.is_initialized():
-                backend = "nccl" if self._device.type == "cuda" else "gloo"
-                dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
-            self._model = torch.nn.parallel.DistributedDataParallel(bare, gradient_as_bucket_view=True)
-        self._optimizer = make_optimizer(bare, settings)
+        self._bare = Canary(model).to(self._device).train()
+        self._bare.encoder.checkpoint_blocks = settings.activation_checkpointing
+        self._wrap()
+        self._optimizer = make_optimizer(self._bare, settings)
         self._precision = resolve_precision(settings.precision, self._device.type)
         with contextlib.suppress(torch.OutOfMemoryError):
             self._run(1, (1000, 16))  # the optimizer's states come with its first step
+
+    def _wrap(self) -> None:
+        """Put the model into a new DDP: one whose backward pass was broken off refuses the next step."""
+        self._model: torch.nn.Module = self._bare
+        if self._settings.num_workers > 1:
+            if not dist.is_initialized():
+                backend = "nccl" if self._device.type == "cuda" else "gloo"
+                dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+            self._model = torch.nn.parallel.DistributedDataParallel(self._bare, gradient_as_bucket_view=True)
 
     def measure(self, batch_size: int, edges: Edges, num_steps: int, *, fresh: bool = True) -> Probe:
         """Real steps; see `Meter`."""
@@ -87,7 +93,9 @@ class StepMeter:
         except torch.OutOfMemoryError as error:
             why = str(error).strip().splitlines()[0]
         self._optimizer.zero_grad(set_to_none=True)
+        self._model = self._bare  # the old DDP's buckets go before the new one's come
         self._empty()
+        self._wrap()
         return Probe(batch_size, False, why=why)
 
     def _run(self, batch_size: int, edges: Edges) -> float:

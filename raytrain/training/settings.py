@@ -14,7 +14,8 @@ class TrainSettings:
     few hours does not learn to attend without it. `device` is `auto`, `cpu` or `cuda`. `init_from` names a model to
     start from: a `.nemo` file, a run, a checkpoint or a Hugging Face folder, where every worker can read it.
     `mask_prompt` trains on the text alone and not on the prompt's tokens. `activation_checkpointing` computes the
-    encoder's blocks twice, for less memory.
+    encoder's blocks twice, for less memory. Training ends at `max_steps`, `max_epochs` or `max_minutes`,
+    whichever comes first.
     """
 
     __pydantic_config__ = {"extra": "forbid"}
@@ -25,6 +26,7 @@ class TrainSettings:
     device: str = "auto"
     precision: str = "auto"
     max_steps: int = 1000
+    max_epochs: int | None = None
     max_minutes: float | None = None
     stop_at_wer: float | None = None
     learning_rate: float = 3e-4
@@ -54,6 +56,8 @@ class TrainSettings:
         for name, allowed in _ONE_OF.items():
             if getattr(self, name) not in allowed:
                 problems.append(f"{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}")
+        if self.max_epochs is not None and self.max_epochs < 1:
+            problems.append(f"max_epochs must be at least 1, got {self.max_epochs}")
         if not 0 <= self.ctc_weight < 1:
             problems.append(f"ctc_weight must be in [0, 1), got {self.ctc_weight}")
         if problems:

@@ -1,0 +1,121 @@
+"""`Mixture`: corpora that are heard more or less often than once an epoch, still without a sampler's state.
+
+Each bucket holds the rows of its corpora one after the other. An epoch draws round(rows · repeats) of each, in one
+shuffled order for the whole bucket; a corpus goes through its own rows in shuffled passes that go on from epoch to
+epoch, so that after any number of epochs two of its rows differ by at most one visit. Which row a draw is follows from
+the draw's number alone.
+
+    >>> mixture = Mixture(rows=((4, 2),), repeats=(1.0, 3.0))
+    >>> mixture.draws
+    ((4, 6),)
+    >>> sorted(mixture.numbers(0, np.arange(10), seed=1).tolist())
+    [0, 1, 2, 3, 4, 4, 4, 5, 5, 5]
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+
+import numpy as np
+
+from raytrain.errors import PlanError
+from raytrain.lengths.permutation import FeistelPermutation, key_of
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """`rows`: for each bucket the number of rows of each corpus, in the order of row numbers. `repeats`: how often an
+    epoch goes through each corpus."""
+
+    rows: tuple[tuple[int, ...], ...]
+    repeats: tuple[float, ...]
+
+    def __post_init__(self) -> None:
+        if any(len(bucket) != len(self.repeats) for bucket in self.rows):
+            raise PlanError(
+                "a mixture needs the rows of every corpus in every bucket",
+                got=sorted({len(bucket) for bucket in self.rows}),
+                allowed=len(self.repeats),
+            )
+        if any(not 0 <= repeat < float("inf") for repeat in self.repeats):
+            raise PlanError("repeats are numbers from 0 on", got=self.repeats)
+        if not any(map(sum, self.rows)):
+            raise PlanError("the assignment has no rows", remedy="see assignment/rejected for the reasons")
+        if not any(map(sum, self.draws)):
+            raise PlanError("no corpus with rows has a weight above 0", got=self.repeats)
+
+    @classmethod
+    def plain(cls, rows_per_bucket: Sequence[int]) -> Mixture:
+        """Every row once an epoch."""
+        return cls(tuple((rows,) for rows in rows_per_bucket), (1.0,))
+
+    @classmethod
+    def by_shares(cls, rows: Sequence[Sequence[int]], hours: Sequence[float], shares: Sequence[float]) -> Mixture:
+        """Corpora with `hours` get `shares` of the training audio; an epoch stays as long as all corpora together."""
+        total, whole = sum(hours), sum(shares)
+        repeats = [share / whole * total / hour if hour > 0 else 0.0 for hour, share in zip(hours, shares, strict=True)]
+        return cls(tuple(map(tuple, rows)), tuple(repeats))
+
+    @cached_property
+    def draws(self) -> tuple[tuple[int, ...], ...]:
+        """For each bucket, how many rows of each corpus an epoch takes; at least 1 where there is a row to take."""
+        return tuple(
+            tuple(
+                max(1, round(rows * repeat)) if rows and repeat else 0
+                for rows, repeat in zip(bucket, self.repeats, strict=True)
+            )
+            for bucket in self.rows
+        )
+
+    @cached_property
+    def draws_per_bucket(self) -> tuple[int, ...]:
+        """Rows that an epoch takes from each bucket."""
+        return tuple(map(sum, self.draws))
+
+    @cached_property
+    def _starts(self) -> list[tuple[np.ndarray, np.ndarray]]:
+        """For each bucket, where the draws and the rows of each corpus begin, with their ends last."""
+        return [
+            (np.cumsum([0, *draws]), np.cumsum([0, *rows])) for draws, rows in zip(self.draws, self.rows, strict=True)
+        ]
+
+    def corpora(self, bucket: int, numbers: np.ndarray) -> np.ndarray:
+        """(N,) index of the corpus that row numbers (N,) of a bucket belong to."""
+        return np.searchsorted(self._starts[bucket][1], numbers, side="right") - 1
+
+    def numbers(self, bucket: int, positions: np.ndarray, seed: int) -> np.ndarray:
+        """(N,) int64 row numbers at stream positions (N,) of a bucket: position p is draw p mod D of epoch p div D."""
+        count = self.draws_per_bucket[bucket]
+        epochs = positions // count
+        found = np.empty_like(positions)
+        for epoch in range(int(epochs.min()), int(epochs.max()) + 1) if len(positions) else ():
+            inside = slice(None) if epochs[0] == epochs[-1] else epochs == epoch
+            draws = shuffle(count, key_of(seed, bucket, epoch)).many(positions[inside] - epoch * count)
+            found[inside] = draws if self.draws[bucket] == self.rows[bucket] else self._rows(bucket, epoch, draws, seed)
+        return found
+
+    def _rows(self, bucket: int, epoch: int, draws: np.ndarray, seed: int) -> np.ndarray:
+        first_draws, first_rows = self._starts[bucket]
+        corpora = np.searchsorted(first_draws, draws, side="right") - 1
+        found = np.empty_like(draws)
+        for corpus in np.unique(corpora).tolist():
+            mine = corpora == corpus
+            rows = self.rows[bucket][corpus]
+            # Where the corpus stands in its own endless stream of shuffled passes.
+            places = draws[mine] - first_draws[corpus] + epoch * self.draws[bucket][corpus]
+            passes = places // rows
+            numbers = np.empty_like(places)
+            for one in np.unique(passes).tolist():
+                now = passes == one
+                order = shuffle(rows, key_of(seed, bucket, corpus, one, 1))
+                numbers[now] = order.many(places[now] - one * rows)
+            found[mine] = numbers + first_rows[corpus]
+        return found
+
+
+@lru_cache(maxsize=4096)
+def shuffle(count: int, key: int) -> FeistelPermutation:
+    """A permutation, made once: its keys cost more than a batch of numbers."""
+    return FeistelPermutation(count, key)
