@@ -63,7 +63,7 @@ def write_assignment(folder: Path, sounds: list[tuple[str, int]]) -> Assignment:
                 for path, duration in rows
             ]  # fmt: skip
             writer.write(bucket, pa.Table.from_pylist(values, schema=ROW_SCHEMA))
-    body = {"buckets": counts, "corpora": [["all", 1]], "rows": len(sounds)}
+    body = {"buckets": counts, "corpora": [["all", 1]], "rows": len(sounds), "grid": [[edge, 64] for edge in EDGES_MS]}
     write_json(folder / "index.json", INDEX_FORMAT, body, {"bucket_plan": "none"})
     return Assignment(folder)
 

@@ -88,7 +88,12 @@ def write_assignment(folder: Path, edges: list[int], durations: np.ndarray, text
                 counts[bucket][chunk] = len(mine)
                 if mine:
                     writer.write(bucket, _table(mine, durations, texts))
-    body = {"buckets": counts, "corpora": [["all", len(chunks)]], "rows": len(texts)}
+    body = {
+        "buckets": counts,
+        "corpora": [["all", len(chunks)]],
+        "rows": len(texts),
+        "grid": [[edge, 4096] for edge in edges],
+    }
     write_json(folder / "index.json", INDEX_FORMAT, body, {"bucket_plan": "none"})
     return Assignment(folder)
 

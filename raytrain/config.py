@@ -21,6 +21,7 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from raytrain.data.augment import AugmentSettings
 from raytrain.data.corpus import Corpus
 from raytrain.errors import ConfigError
 from raytrain.lengths.plan import BucketSettings
@@ -196,6 +197,7 @@ class Config(_Section):
     tokenizer: TokenizerSection = TokenizerSection()
     buckets: BucketSettings = BucketSettings()
     assign: AssignSection = AssignSection()
+    augment: AugmentSettings = AugmentSettings()
     oomptimize: OomptimizeSection = OomptimizeSection()
     model: ModelConfig = ModelConfig()
     train: TrainSettings = TrainSettings()

@@ -12,7 +12,7 @@ CORE = {"raytrain.errors", "raytrain.lengths"}
 ALLOWED = {
     "lengths": {"numpy", *CORE},
     "model": {"numpy", "torch", "sentencepiece", "safetensors", "yaml", "raytrain.model", "raytrain.artifacts", *CORE},
-    "data": {"numpy", "torch", "lhotse", "sentencepiece", "pyarrow", "fsspec", "orjson", "soundfile", "soxr",
+    "data": {"numpy", "torch", "lhotse", "sentencepiece", "pyarrow", "fsspec", "orjson", "soundfile", "soxr", "scipy",
              "raytrain.data", "raytrain.artifacts", *CORE},
     "training": {"numpy", "torch", "jiwer", "raytrain.training", "raytrain.model", "raytrain.data",
                  "raytrain.artifacts", *CORE},

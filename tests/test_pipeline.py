@@ -1,5 +1,6 @@
 """The whole way on a small spoken corpus with a real local Ray and a real MLflow store."""
 
+import itertools
 import json
 import shutil
 from dataclasses import replace
@@ -17,6 +18,7 @@ from raytrain.cluster.workspace import PROFILE_FORMAT, Workspace
 from raytrain.console import Console
 from raytrain.convert import Format, load_model, save_model
 from raytrain.data.assignment import Assignment
+from raytrain.data.augment import AugmentSettings
 from raytrain.demo.run import ARTEFACTS
 from raytrain.errors import ArtifactError, CheckpointError, ManifestError, ProfileError, RaytrainError, StorageError
 from raytrain.model.canary import Canary
@@ -223,6 +225,9 @@ def test_a_dry_plan_for_a_gpu_that_is_not_there(finished):
         for row in rows:
             assert row["predicted_gib"] <= budget + 0.001
             assert sum(row["mib_by_phase"].values()) == pytest.approx(sum(row["mib_by_module"].values()), abs=1)
+        for small, large in itertools.permutations(rows, 2):
+            if small["max_duration_ms"] <= large["max_duration_ms"] and small["max_tokens"] <= large["max_tokens"]:
+                assert small["batch_size"] >= large["batch_size"]
         sizes.append([row["batch_size"] for row in rows])
     assert all(large > 3 * small for small, large in zip(*sizes, strict=True))
     result = CliRunner().invoke(app, [*arguments, "64MiB"], env={"COLUMNS": "100"})
@@ -243,6 +248,30 @@ def test_a_finite_schedule_loads_every_row_once_and_ends(finished):
     rows = sum(Assignment(config.run_dir / "assignment").rows_per_bucket)
     assert rows - len(sizes) <= seen <= rows
     assert last.count(True) == 2 and last[-1]
+
+
+def test_augmented_batches_stay_in_their_buckets_and_are_the_same_for_any_workers(finished):
+    augment = AugmentSettings(speeds=(0.9, 1.1), gain_db=(-3.0, 3.0))
+    config = finished.model_copy(update={"augment": augment, "train": replace(finished.train, max_epochs=1)})
+    workspace = Workspace(config, config.run_dir)
+    plain = Workspace(config.model_copy(update={"augment": AugmentSettings()}), config.run_dir)
+    sizes, edges = workspace.profiles()[0].batch_sizes, Assignment(config.run_dir / "assignment").edges
+    heard = []
+    for one, workers in ((workspace, 1), (workspace, 2), (plain, 1)):
+        sums = {}
+        for rank in range(workers):
+            with one.loader(sizes, None, rank, workers) as batches:
+                for loaded in batches:
+                    lengths = loaded.batch.audio_lengths
+                    assert lengths.max() <= edges[loaded.plan.bucket][0] * 16
+                    start = loaded.plan.start + sum(loaded.plan.sizes[:rank])
+                    for place, total in enumerate(loaded.batch.audio.abs().sum(1).tolist()):
+                        sums[loaded.plan.bucket, start + place] = total
+        heard.append(sums)
+    both = heard[0].keys() & heard[1].keys()
+    assert len(both) > 0.9 * len(heard[0])
+    assert all(heard[0][key] == pytest.approx(heard[1][key], rel=1e-4) for key in both)
+    assert sum(heard[0][key] != heard[2][key] for key in both) > 0.9 * len(both)
 
 
 def test_a_schedule_is_described_and_simulated(finished):

@@ -175,7 +175,22 @@ def predict(
                 saving = partial(function, train=replace(config.train, activation_checkpointing=True))
                 alternative = next(map_on_workers([edges[number]], saving, 1))[0].peak_bytes
             raise _does_not_fit(number, edges[number], prediction.peak_bytes, device, config, alternative)
-    return found
+    return [_at_least(number, found, edges) for number in range(len(found))]
+
+
+def _at_least(number: int, found: list[Any], edges: list[tuple[int, int]]) -> Any:
+    """A bucket's prediction, with what a bucket of longer edges can take: traces end a little below the largest."""
+    one, (duration, tokens) = found[number], edges[number]
+    size = max(
+        (
+            other.batch_size or 0
+            for other, (long, many) in zip(found, edges, strict=True)
+            if long >= duration and many >= tokens
+        )
+    )
+    if size <= (one.batch_size or 0):
+        return one
+    return replace(one, batch_size=size, peak_bytes=round(one.line.base_bytes + size * one.line.slope_bytes))
 
 
 def _does_not_fit(

@@ -404,10 +404,13 @@ def _lineage(workspace: Workspace) -> str:
     settings = {name: value for name, value in asdict(workspace.config.train).items() if name not in _NOT_LINEAGE}
     assignment = read_json(workspace.path("assignment", "index.json"), INDEX_FORMAT)["id"]
     data = workspace.config.data
+    heard = asdict(workspace.config.augment)
     mixing = [data.temperature, data.temperature_by, [[corpus.name, corpus.weight] for corpus in data.train]]
     model = asdict(workspace.model_config())
     start = model_stamp(Path(workspace.config.train.init_from)) if workspace.config.train.init_from else None
-    return content_id([settings, workspace.config.seed, assignment, mixing, workspace.tokenizer.id, model, start])
+    return content_id(
+        [settings, workspace.config.seed, assignment, mixing, heard, workspace.tokenizer.id, model, start]
+    )
 
 
 def train_key(workspace: Workspace) -> Any:

@@ -15,6 +15,7 @@ from raytrain.artifacts import content_id, read_json
 from raytrain.cluster.statistics import chunks_of
 from raytrain.config import Config
 from raytrain.data.assignment import Assignment, Row, row_table, rows_of
+from raytrain.data.augment import Augmenter
 from raytrain.data.corpus import Chunk, read_blocks
 from raytrain.data.encoder import BlockEncoder
 from raytrain.data.loader import BatchLoader, Quarantine, read_rows
@@ -127,7 +128,7 @@ class Workspace:
     ) -> BatchLoader:  # fmt: skip
         """The rank's batches from `state` on (from the start without one)."""
         assignment = Assignment(self.path("assignment"))
-        schedule = self.schedule(assignment, batch_sizes)
+        schedule, augment = self.schedule(assignment, batch_sizes), self.config.augment
         return BatchLoader(
             assignment,
             schedule,
@@ -140,6 +141,7 @@ class Workspace:
             num_threads=self.config.train.num_loader_threads,
             prefetch_batches=self.config.train.prefetch_batches,
             pin_memory=pin_memory,
+            augmenter=Augmenter(augment, self.config.model.sample_rate) if augment.is_on else None,
         )
 
     def rows(self, split: str, limit: int | None = None) -> list[Row]:

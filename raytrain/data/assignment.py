@@ -158,6 +158,8 @@ class Assignment:
         counts: list[list[int]] = document["body"]["buckets"]
         self._ends = [list(accumulate(rows)) for rows in counts]
         self.rows_per_bucket: tuple[int, ...] = tuple(sum(rows) for rows in counts)
+        # (max_duration_ms, max_tokens) of each bucket
+        self.edges: list[tuple[int, int]] = [tuple(edges) for edges in document["body"]["grid"]]
         chunks = [number for _, number in document["body"]["corpora"]]
         bounds = [0, *accumulate(chunks)]
         self.corpora: tuple[str, ...] = tuple(name for name, _ in document["body"]["corpora"])

@@ -20,8 +20,10 @@ import numpy as np
 
 from raytrain.data.assignment import Assignment, Row
 from raytrain.data.audio import AudioError, read_audio
+from raytrain.data.augment import Augmenter
 from raytrain.data.batch import LoadedStep, SpeechBatch
 from raytrain.errors import DataError
+from raytrain.lengths.permutation import key_of
 from raytrain.lengths.schedule import BatchSchedule, ScheduleState, StepPlan
 
 _MAX_REPLACEMENTS = 32
@@ -82,11 +84,12 @@ class BatchLoader:
         num_threads: int = 2,
         prefetch_batches: int = 4,
         pin_memory: bool = False,
+        augmenter: Augmenter | None = None,
     ) -> None:
         self._assignment, self._schedule, self._state = assignment, schedule, state
         self._rank, self._world_size = rank, world_size
         self._sample_rate, self._pad_id, self._quarantine = sample_rate, pad_id, quarantine
-        self._pin_memory = pin_memory
+        self._pin_memory, self._augmenter = pin_memory, augmenter
         self._pool = ThreadPoolExecutor(num_threads, thread_name_prefix="audio")
         self._ready: queue.Queue = queue.Queue(prefetch_batches)
         self._stopped = threading.Event()
@@ -137,7 +140,9 @@ class BatchLoader:
             is_last = self._schedule.is_last(state, self._world_size)
             numbers = self._schedule.rows(plan, self._rank).tolist()
             drawn = self._assignment.rows(plan.bucket, numbers)
-            read = self._pool.map(partial(self._read, plan.bucket), numbers, drawn)
+            first = plan.start + sum(plan.sizes[: self._rank])
+            positions = range(first, first + len(numbers))
+            read = self._pool.map(partial(self._read, plan.bucket), numbers, drawn, positions)
             yield _Reading(plan, state, is_last, read)
 
     def _put(self, item: object) -> None:
@@ -163,7 +168,7 @@ class BatchLoader:
             samples[row.corpus] += len(audio)
         return LoadedStep(batch, reading.plan, reading.state, sum(replaced), reading.is_last, dict(samples))
 
-    def _read(self, bucket: int, number: int, row: Row) -> tuple[Row, np.ndarray, int]:
+    def _read(self, bucket: int, number: int, row: Row, position: int) -> tuple[Row, np.ndarray, int]:
         rows_in_bucket = self._assignment.rows_per_bucket[bucket]
         for attempt in range(min(_MAX_REPLACEMENTS, rows_in_bucket)):
             if attempt:
@@ -171,7 +176,8 @@ class BatchLoader:
             if row in self._quarantine:
                 continue
             try:
-                return row, load_row(row, self._sample_rate), int(attempt > 0)
+                audio = load_row(row, self._sample_rate)
+                return row, self._augmented(audio, bucket, position), int(attempt > 0)
             except AudioError as error:
                 self._quarantine.add(row, error)
         raise DataError(
@@ -179,6 +185,12 @@ class BatchLoader:
             got=row.audio_path,
             remedy="check data.root and that every worker sees the audio; quarantine.jsonl lists the files",
         )
+
+    def _augmented(self, audio: np.ndarray, bucket: int, position: int) -> np.ndarray:
+        if self._augmenter is None:
+            return audio
+        longest = self._assignment.edges[bucket][0] * self._sample_rate // 1000
+        return self._augmenter(audio, key_of(self._schedule.seed, bucket, position, 2), longest)
 
 
 def load_row(row: Row, sample_rate: int) -> np.ndarray:

@@ -154,7 +154,7 @@ def batch_profile(plan: dict[str, Any], profile: dict[str, Any]) -> Figure:
 
     sentence = (
         f"Batch sizes run from {max(sizes)} to {min(sizes)}; peaks reach {max(peaks) / budget:.0%} of the budget of "
-        f"{budget:.2f} GiB ({'measured' if profile['confirmed'] else 'traced'}; {profile['setting']['device_name']})."
+        f"{budget:.2f} GiB ({'measured on ' * profile['confirmed']}{profile['setting']['device_name']})."
     )
     return Figure("Batch profile", _draw(paint), sentence)
 
