@@ -21,6 +21,8 @@ benchmark: .venv/ready
 	$(BIN)/python -m benchmarks.oomptimizer
 	$(BIN)/python -m benchmarks.schedule
 	$(BIN)/python -m benchmarks.loader
+	$(BIN)/python -m benchmarks.stream
+	$(BIN)/python -m benchmarks.loader_memory
 	$(BIN)/python -m benchmarks.host_memory
 	$(BIN)/python -m benchmarks.train_step
 	$(BIN)/python -m benchmarks.decode

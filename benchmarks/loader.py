@@ -25,7 +25,8 @@ sys.path[0] = str(Path(__file__).resolve().parents[1])  # as a script, this file
 from benchmarks._record import record
 from raytrain.artifacts import write_json
 from raytrain.data.assignment import INDEX_FORMAT, ROW_SCHEMA, Assignment, PartsWriter
-from raytrain.data.loader import BatchLoader, Quarantine
+from raytrain.data.augment import Augmenter
+from raytrain.data.loader import BatchLoader, Quarantine, StepReader, scheduled_work
 from raytrain.lengths import BatchSchedule
 
 RATE = 16000
@@ -68,15 +69,22 @@ def write_assignment(folder: Path, sounds: list[tuple[str, int]]) -> Assignment:
     return Assignment(folder)
 
 
+def open_loader(
+    assignment: Assignment, schedule: BatchSchedule, threads: int, augmenter: Augmenter | None = None
+) -> BatchLoader:
+    """One rank's loader from the start."""
+    reader = StepReader(
+        assignment.edges, sample_rate=RATE, pad_id=0, quarantine=Quarantine(None), assignment=assignment,
+        augmenter=augmenter, num_threads=threads,
+    )  # fmt: skip
+    return BatchLoader(scheduled_work(assignment, schedule, schedule.initial(), 0, 1), reader)
+
+
 def ours(assignment: Assignment, threads: int) -> float:
     """Audio-seconds per second of one epoch."""
     schedule = BatchSchedule(1, assignment.rows_per_bucket, SIZES, num_epochs=1)
     start, seconds = time.perf_counter(), 0.0
-    loader = BatchLoader(
-        assignment, schedule, schedule.initial(), rank=0, world_size=1, sample_rate=RATE, pad_id=0,
-        quarantine=Quarantine(None), num_threads=threads,
-    )  # fmt: skip
-    with loader:
+    with open_loader(assignment, schedule, threads) as loader:
         for loaded in loader:
             seconds += float(loaded.batch.audio_lengths.sum()) / RATE
     return seconds / (time.perf_counter() - start)

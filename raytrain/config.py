@@ -56,13 +56,21 @@ class RunSection(_Section):
     root: str | None = None
 
 
+class StreamSection(_Section):
+    """Training without assignment; see `raytrain.data.stream.StreamSampler`."""
+
+    buffer_size: int = Field(20_000, ge=1)
+    concurrent: bool = False
+
+
 class DataSection(_Section):
     """Corpora by split; see `raytrain.data.corpus.Corpus` for an entry's fields. A plain path is an entry too.
 
     Local paths are relative to `root` (falls back to $RAYTRAIN_DATA_ROOT, then `.`). A corpus' share in training is
     weight · hours^(1/`temperature`): above 1, small corpora are heard more often. With `temperature_by: language` it
     is the small languages, each corpus holding one. `chunk_bytes` is what one worker reads at a time; unset, it grows
-    with the corpus.
+    with the corpus. With `stream` (`{}` for its defaults) training reads the corpora as they are, without assignment.
+    `workers: ray` decodes audio on the cluster's free CPUs instead of in threads beside each training worker.
     """
 
     root: str | None = None
@@ -74,6 +82,8 @@ class DataSection(_Section):
     temperature_by: str = Field("corpus", pattern="^(corpus|language)$")
     max_bad_fraction: float = Field(0.01, ge=0, le=1)
     chunk_bytes: int | None = Field(None, ge=1024)
+    stream: StreamSection | None = None
+    workers: str = Field("threads", pattern="^(threads|ray)$")
 
     _sizes = field_validator("chunk_bytes", mode="before")(parse_bytes)
 
@@ -104,6 +114,8 @@ class DataSection(_Section):
             twice = sorted({name for name in names if names.count(name) > 1})
             if twice:
                 raise ValueError(f"{split} has more than one corpus called {', '.join(twice)}")
+        if self.stream is not None and self.workers == "ray":
+            raise ValueError("workers: ray needs an assignment, whose rows any node can read by number; unset stream")
         return self
 
     def corpora(self, split: str) -> list[Corpus]:
@@ -181,10 +193,16 @@ class TrackingSection(_Section):
 
 
 class ClusterSection(_Section):
-    """Ray. `address` unset means $RAY_ADDRESS if there is one, else a local Ray with `num_cpus`."""
+    """Ray. `address` unset means $RAY_ADDRESS if there is one, else a local Ray with `num_cpus`.
+
+    `train_resources` and `data_resources` are custom resources (`{gpu_host: 1}`, `{cpu_host: 0.01}`) that each training
+    worker and each task that decodes audio takes, which is how they are kept on nodes of their own.
+    """
 
     address: str | None = None
     num_cpus: int | None = Field(None, ge=1)
+    train_resources: dict[str, float] = {}
+    data_resources: dict[str, float] = {}
 
 
 class Config(_Section):

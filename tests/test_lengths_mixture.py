@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from raytrain.errors import PlanError
 from raytrain.lengths import BatchSchedule
-from raytrain.lengths.mixture import Mixture
+from raytrain.lengths.mixture import Mixture, repeats_of
 from raytrain.lengths.sampling import sampling_shares
 
 buckets = st.lists(st.lists(st.integers(0, 30), min_size=3, max_size=3).map(tuple), min_size=1, max_size=4).map(tuple)
@@ -50,7 +50,7 @@ def test_equal_repeats_are_the_plain_schedule():
 def test_shares_are_met_and_an_epoch_keeps_its_length():
     rows = ((900, 90), (600, 10))
     hours, wanted = [15.0, 1.0], [0.6, 0.4]
-    mixture = Mixture.by_shares(rows, hours, wanted)
+    mixture = Mixture(rows, repeats_of(hours, wanted))
     assert mixture.repeats == pytest.approx((0.64, 6.4))
     schedule = BatchSchedule(3, mixture, (16, 8))
     state, seen = schedule.initial(), Counter()

@@ -37,6 +37,7 @@ class Stage:
     key: Callable[[Workspace], Any]
     run: Callable[[stages.Context], str]
     uses_ray: bool = True
+    applies: Callable[[Config], bool] = lambda config: True
 
 
 STAGES: tuple[Stage, ...] = (
@@ -45,7 +46,8 @@ STAGES: tuple[Stage, ...] = (
         stages.statistics_key, stages.run_statistics,
     ),
     Stage("buckets", ("statistics",), ("bucket_plan.json",), stages.buckets_key, stages.run_buckets, uses_ray=False),
-    Stage("assign", ("statistics", "buckets"), ("assignment/index.json",), stages.assign_key, stages.run_assign),
+    Stage("assign", ("statistics", "buckets"), ("assignment/index.json",), stages.assign_key, stages.run_assign,
+          applies=lambda config: config.data.stream is None),
     Stage("oomptimize", ("buckets",), ("batch_profile.json",), stages.oomptimize_key, stages.run_oomptimize),
     Stage("train", ("assign", "oomptimize"), ("checkpoints/last.json",), stages.train_key, stages.run_train),
     Stage("evaluate", ("train",), ("hypotheses.jsonl", "scores.json"), stages.evaluate_key, stages.run_evaluate),
@@ -71,7 +73,10 @@ def run_pipeline(config: Config, console: Console, names: tuple[str, ...] = STAG
         for stage in STAGES:
             if stage.name not in names:
                 continue
-            _check_needs(stage, run_dir, done)
+            if not stage.applies(config):
+                console.say(f"  {stage.name} is left out: with data.stream training reads the corpora as they are")
+                continue
+            _check_needs(stage, config, run_dir, done)
             workspace = Workspace(config, run_dir)  # artefacts may have changed since the stage before
             key = content_id({"stage": stage.name, "depends_on": stage.key(workspace)})
             if _is_current(run_dir, done.get(stage.name), key):
@@ -99,8 +104,9 @@ def _run_stage(stage: Stage, context: stages.Context) -> None:
         finish(summary)
 
 
-def _check_needs(stage: Stage, run_dir: Path, done: dict[str, Any]) -> None:
-    missing = [name for name in stage.needs if name not in done]
+def _check_needs(stage: Stage, config: Config, run_dir: Path, done: dict[str, Any]) -> None:
+    left_out = {other.name for other in STAGES if not other.applies(config)}
+    missing = [name for name in stage.needs if name not in done and name not in left_out]
     if missing:
         raise ArtifactError(
             f"{stage.name} needs what {', '.join(missing)} would have written to {run_dir}",

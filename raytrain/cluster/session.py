@@ -42,7 +42,7 @@ def ray_session(settings: ClusterSection) -> Iterator[None]:
 
     logging.getLogger("ray").setLevel(logging.ERROR)
     if ray.is_initialized():
-        _quiet_data()
+        quiet_data()
         yield
         return
     address = settings.address or os.environ.get("RAY_ADDRESS")
@@ -56,7 +56,7 @@ def ray_session(settings: ClusterSection) -> Iterator[None]:
     with _no_native_stderr():
         ray.init(address=address or "local", **common)
     try:
-        _quiet_data()
+        quiet_data()
         yield
     finally:
         ray.shutdown()
@@ -100,7 +100,8 @@ def _no_native_stderr() -> Iterator[None]:
         os.close(nowhere)
 
 
-def _quiet_data() -> None:
+def quiet_data() -> None:
+    """Ray Data in this process: rows in order, nothing printed."""
     from ray.data import DataContext
 
     context = DataContext.get_current()

@@ -37,7 +37,7 @@ from raytrain.console import Console
 from raytrain.convert import model_stamp
 from raytrain.data.assignment import INDEX_FORMAT, Assignment
 from raytrain.data.storage import fingerprints, is_uri
-from raytrain.errors import ArtifactError, ManifestError, TrainingError
+from raytrain.errors import ArtifactError, ConfigError, ManifestError, TrainingError
 from raytrain.lengths.compare import PolicyRow, compare_policies
 from raytrain.lengths.histogram import LengthHistogram
 from raytrain.lengths.plan import BucketPlan
@@ -379,8 +379,14 @@ def describe_schedule(
 ) -> tuple[list[dict[str, Any]], Simulation | None]:
     """Rows and repeats of each corpus, and `steps` simulated steps (None for 0) with the first batch profile.
 
-    Raises `ArtifactError` where assign or oomptimize have not run.
+    Raises `ArtifactError` where assign or oomptimize have not run, and `ConfigError` for a stream.
     """
+    if config.data.stream is not None:
+        raise ConfigError(
+            "a stream has no schedule to describe",
+            why="its batches are what is in the buffer when they are drawn",
+            remedy="unset data.stream and run assign",
+        )
     workspace = Workspace(config, config.run_dir)
     assignment = Assignment(workspace.path("assignment"))
     schedule = workspace.schedule(assignment, workspace.profiles()[0].batch_sizes)
@@ -402,14 +408,17 @@ def describe_schedule(
 def _lineage(workspace: Workspace) -> str:
     """Names what a checkpoint was learnt from: another lineage's checkpoints can't be gone on with."""
     settings = {name: value for name, value in asdict(workspace.config.train).items() if name not in _NOT_LINEAGE}
-    assignment = read_json(workspace.path("assignment", "index.json"), INDEX_FORMAT)["id"]
     data = workspace.config.data
+    if data.stream is None:
+        heard_rows = read_json(workspace.path("assignment", "index.json"), INDEX_FORMAT)["id"]
+    else:
+        heard_rows = content_id([workspace.plan_id, _reading(workspace.config, "train"), data.stream.model_dump()])
     heard = asdict(workspace.config.augment)
     mixing = [data.temperature, data.temperature_by, [[corpus.name, corpus.weight] for corpus in data.train]]
     model = asdict(workspace.model_config())
     start = model_stamp(Path(workspace.config.train.init_from)) if workspace.config.train.init_from else None
     return content_id(
-        [settings, workspace.config.seed, assignment, mixing, heard, workspace.tokenizer.id, model, start]
+        [settings, workspace.config.seed, heard_rows, mixing, heard, workspace.tokenizer.id, model, start]
     )
 
 
@@ -532,7 +541,9 @@ def run_evaluate(context: Context) -> str:
 
 
 def report_key(workspace: Workspace) -> Any:
-    names = ("statistics.json", "bucket_plan.json", "assignment/index.json", "batch_profile.json")
+    names = ["statistics.json", "bucket_plan.json", "batch_profile.json"]
+    if workspace.config.data.stream is None:
+        names.append("assignment/index.json")
     results = ("checkpoints/last.json", "hypotheses.jsonl", "scores.json")
     return [[name, file_id(workspace.path(name))] for name in (*names, *results)]
 

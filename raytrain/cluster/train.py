@@ -59,12 +59,13 @@ def train_worker(job: dict[str, Any]) -> None:
         wrapped = torch.nn.parallel.DistributedDataParallel(model, device_ids=ids, gradient_as_bucket_view=True)
     with (
         _tracker(workspace, job, rank, step) as log,
-        workspace.loader(
+        _batches(
+            workspace,
             _batch_sizes(workspace, device),
             resume.meta["schedule"] if resume else None,
             rank,
             world_size,
-            pin_memory=device.type == "cuda",
+            device.type == "cuda",
         ) as batches,
     ):
         TrainingLoop(
@@ -85,6 +86,19 @@ def train_worker(job: dict[str, Any]) -> None:
             seconds_before=resume.meta["seconds"] if resume else 0.0,
             label_smoothing=model_config.label_smoothing,
         ).run()
+
+
+def _batches(
+    workspace: Any, sizes: tuple[int, ...], state: dict[str, Any] | None, rank: int, world_size: int, pin_memory: bool
+) -> Any:
+    """The rank's batches: from the assignment or a stream, read by threads here or by Ray Data elsewhere."""
+    from raytrain.cluster.ingest import RayBatches, stream_work
+
+    data = workspace.config.data
+    if data.workers == "ray":
+        return RayBatches(workspace, sizes, state, rank, world_size, pin_memory)
+    work = stream_work(workspace, sizes, state, rank, world_size) if data.stream is not None else None
+    return workspace.loader(sizes, state, rank, world_size, pin_memory, work)
 
 
 def _batch_sizes(workspace: Any, device: Any) -> tuple[int, ...]:
@@ -154,6 +168,8 @@ def run_training(
     from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
 
+    from raytrain.cluster.ingest import free_cpus
+
     cuda = config.train.device != "cpu" and ray.cluster_resources().get("GPU", 0) > 0
     if config.train.device == "cuda" and not cuda:
         raise TrainingError("train.device is cuda, but the cluster has no GPU", remedy="set train.device to cpu")
@@ -165,6 +181,13 @@ def run_training(
             got=workers,
             allowed=cpus,
             remedy="lower train.num_workers",
+        )
+    if config.data.workers == "ray" and free_cpus(config, workers) < 1:
+        raise TrainingError(
+            "data.workers is ray, but training leaves no CPU to decode audio",
+            got=f"{cpus} CPUs for {workers} training workers",
+            allowed="a CPU for each worker and at least one more",
+            remedy="add CPU nodes, or unset data.workers",
         )
     plain = config.model_dump(mode="json")
     if config.train.init_from:  # workers have other working folders
@@ -181,7 +204,11 @@ def run_training(
         train_worker,
         train_loop_config=job,
         torch_config=TorchConfig(backend="nccl" if cuda else "gloo", timeout_s=600),
-        scaling_config=ScalingConfig(num_workers=workers, use_gpu=cuda),
+        scaling_config=ScalingConfig(
+            num_workers=workers,
+            use_gpu=cuda,
+            resources_per_worker={"CPU": 1, **({"GPU": 1} if cuda else {}), **config.cluster.train_resources},
+        ),
         run_config=RunConfig(
             # A finished name would resume past its end; our own checkpoints say where to go on.
             name=f"train-{time.time_ns()}",

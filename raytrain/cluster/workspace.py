@@ -6,10 +6,11 @@ Everything here can be rebuilt on any node that sees the run folder, from the co
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import asdict, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from raytrain.artifacts import content_id, read_json
 from raytrain.cluster.statistics import chunks_of
@@ -18,16 +19,19 @@ from raytrain.data.assignment import Assignment, Row, row_table, rows_of
 from raytrain.data.augment import Augmenter
 from raytrain.data.corpus import Chunk, read_blocks
 from raytrain.data.encoder import BlockEncoder
-from raytrain.data.loader import BatchLoader, Quarantine, read_rows
+from raytrain.data.loader import BatchLoader, Quarantine, StepReader, StepWork, read_rows, scheduled_work
 from raytrain.data.materialize import AudioFinder
 from raytrain.data.tokenizer import CanaryTokenizer
 from raytrain.errors import ConfigError
-from raytrain.lengths.mixture import Mixture
+from raytrain.lengths.mixture import Mixture, repeats_of
 from raytrain.lengths.plan import BucketPlan
 from raytrain.lengths.profile import BatchProfile
 from raytrain.lengths.sampling import sampling_shares
 from raytrain.lengths.schedule import BatchSchedule, ScheduleState
 from raytrain.model.config import ModelConfig
+
+if TYPE_CHECKING:
+    from raytrain.data.stream import StreamSampler
 
 PLAN_FORMAT = "raytrain.bucket_plan/1"
 PROFILE_FORMAT = "raytrain.batch_profile/2"
@@ -94,54 +98,87 @@ class Workspace:
         return profiles
 
     def mixture(self, assignment: Assignment) -> Mixture:
-        """How often an epoch goes through each corpus: once, or as weights and temperature say.
+        """How often an epoch goes through each corpus: once, or as weights and temperature say. Raises as `repeats`."""
+        return Mixture(assignment.rows_by_corpus, self.repeats(assignment.corpora))
+
+    def repeats(self, corpora: tuple[str, ...]) -> tuple[float, ...]:
+        """How often an epoch goes through each corpus.
 
         Raises `ConfigError` where the temperature is between languages and a corpus has several.
         """
         data = self.config.data
         weights = {corpus.name: corpus.weight for corpus in data.train}
-        found = [weights[name] for name in assignment.corpora]
+        found = [weights[name] for name in corpora]
         if data.temperature == 1 and len(set(found)) <= 1:
-            return Mixture(assignment.rows_by_corpus, (1.0,) * len(found))
+            return (1.0,) * len(found)
         by_corpus = read_json(self.path("statistics.json"), STATISTICS_FORMAT)["body"]["by_corpus"]
         languages = None
         if data.temperature_by == "language":
-            mixed = [name for name in assignment.corpora if len(by_corpus[name]["languages"]) > 1]
+            mixed = [name for name in corpora if len(by_corpus[name]["languages"]) > 1]
             if mixed:
                 raise ConfigError(
                     f"data.temperature_by: language needs corpora of one language; {', '.join(mixed)} has several",
                     got=", ".join(by_corpus[mixed[0]]["languages"]),
                     remedy="list each language's manifest as a corpus of its own, or use temperature_by: corpus",
                 )
-            languages = ["".join(by_corpus[name]["languages"]) for name in assignment.corpora]
-        hours = [by_corpus[name]["hours"] for name in assignment.corpora]
-        shares = sampling_shares(hours, found, data.temperature, languages)
-        return Mixture.by_shares(assignment.rows_by_corpus, hours, shares)
+            languages = ["".join(by_corpus[name]["languages"]) for name in corpora]
+        hours = [by_corpus[name]["hours"] for name in corpora]
+        return repeats_of(hours, sampling_shares(hours, found, data.temperature, languages))
 
     def schedule(self, assignment: Assignment, batch_sizes: tuple[int, ...]) -> BatchSchedule:
         """The run's schedule for batch sizes of a profile."""
         return BatchSchedule(self.config.seed, self.mixture(assignment), batch_sizes, self.config.train.max_epochs)
 
+    def step_reader(self, assignment: Assignment | None, quarantine: Quarantine, num_threads: int) -> StepReader:
+        """What reads the audio of steps, with the run's augmentation."""
+        augment, sample_rate = self.config.augment, self.config.model.sample_rate
+        buckets = self.plan.grid.buckets
+        return StepReader(
+            [(bucket.max_duration_ms, bucket.max_tokens) for bucket in buckets],
+            sample_rate=sample_rate,
+            pad_id=self.tokenizer.pad_id,
+            quarantine=quarantine,
+            assignment=assignment,
+            augmenter=Augmenter(augment, sample_rate) if augment.is_on else None,
+            num_threads=num_threads,
+        )
+
     def loader(
         self, batch_sizes: tuple[int, ...], state: dict[str, Any] | None, rank: int, world_size: int,
-        pin_memory: bool = False,
+        pin_memory: bool = False, work: Iterator[StepWork] | None = None,
     ) -> BatchLoader:  # fmt: skip
-        """The rank's batches from `state` on (from the start without one)."""
-        assignment = Assignment(self.path("assignment"))
-        schedule, augment = self.schedule(assignment, batch_sizes), self.config.augment
+        """The rank's batches from `state` on (from the start without one), or those of `work`, read by threads."""
+        assignment = None
+        if work is None:
+            assignment = Assignment(self.path("assignment"))
+            schedule = self.schedule(assignment, batch_sizes)
+            start = ScheduleState.from_dict(state) if state else schedule.initial()
+            work = scheduled_work(assignment, schedule, start, rank, world_size)
+        train = self.config.train
         return BatchLoader(
-            assignment,
-            schedule,
-            ScheduleState.from_dict(state) if state else schedule.initial(),
-            rank=rank,
-            world_size=world_size,
-            sample_rate=self.config.model.sample_rate,
-            pad_id=self.tokenizer.pad_id,
-            quarantine=Quarantine(self.path("quarantine.jsonl")),
-            num_threads=self.config.train.num_loader_threads,
-            prefetch_batches=self.config.train.prefetch_batches,
+            work,
+            self.step_reader(assignment, Quarantine(self.path("quarantine.jsonl")), train.num_loader_threads),
+            prefetch_batches=train.prefetch_batches,
             pin_memory=pin_memory,
-            augmenter=Augmenter(augment, self.config.model.sample_rate) if augment.is_on else None,
+        )
+
+    def stream(self, batch_sizes: tuple[int, ...], world_size: int) -> StreamSampler:
+        """The sampler of steps for all ranks where training reads the corpora without assignment."""
+        from raytrain.data.stream import StreamSampler
+
+        config, settings = self.config, self.config.data.stream
+        names = tuple(corpus.name for corpus in config.data.train)
+        return StreamSampler(
+            self.numbered(chunks_of(config, "train")),
+            BlockEncoder(self.tokenizer, config.model.prompt_format, by_words=config.tokenizer.by_words),
+            self.plan,
+            batch_sizes,
+            world_size,
+            config.seed,
+            repeats=dict(zip(names, self.repeats(names), strict=True)),
+            buffer_size=settings.buffer_size,
+            concurrent=settings.concurrent,
+            num_epochs=config.train.max_epochs,
         )
 
     def rows(self, split: str, limit: int | None = None) -> list[Row]:

@@ -6,13 +6,14 @@ Shapes: B utterances, S samples, L tokens (prompt + text + end of text).
 from __future__ import annotations
 
 from dataclasses import dataclass, field, fields
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from raytrain.errors import DataError
-from raytrain.lengths.schedule import ScheduleState, StepPlan
+from raytrain.lengths.schedule import StepPlan
 
 
 @dataclass(frozen=True)
@@ -118,7 +119,7 @@ class LoadedStep:
 
     batch: SpeechBatch
     plan: StepPlan
-    state: ScheduleState
+    state: Any  # ScheduleState or stream.StreamState: both have `epoch` and `to_dict()`
     num_replaced: int
     is_last: bool = False
     samples_by_corpus: dict[str, int] = field(default_factory=dict)

@@ -1,8 +1,8 @@
-"""From the schedule to batches: rows by number, audio decoded by threads ahead of the training step.
+"""From planned steps to batches: audio read and collated by threads ahead of the training step.
 
-Every rank computes the same schedule and takes its own share of each step, so ranks agree without talking.
-A recording that can't be read is replaced by the next readable row of the same bucket, which keeps the
-batch's shape, and is noted in the quarantine file.
+With an assignment every rank computes the same schedule and takes its own share of each step, so ranks agree without
+talking. A recording that can't be read is replaced by another readable row of the same bucket, which keeps the batch's
+shape, and is noted in the quarantine file.
 """
 
 from __future__ import annotations
@@ -10,11 +10,12 @@ from __future__ import annotations
 import queue
 import threading
 from collections import Counter, deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any
 
 import numpy as np
 
@@ -27,6 +28,8 @@ from raytrain.lengths.permutation import key_of
 from raytrain.lengths.schedule import BatchSchedule, ScheduleState, StepPlan
 
 _MAX_REPLACEMENTS = 32
+# The rows of a step that threads are reading: row, its audio, and 1 where it replaces a broken one.
+_Reading = Iterator[tuple[Row, np.ndarray, int]]
 
 
 class Quarantine:
@@ -36,61 +39,164 @@ class Quarantine:
         self._path = path
         self._lock = threading.Lock()
         self._seen: set[tuple[str, int, int]] = set()
+        self._news: list[dict[str, Any]] = []
 
     def add(self, row: Row, error: AudioError) -> None:
         """Note one broken recording."""
+        place = {"audio_path": row.audio_path, "audio_start": row.audio_start, "offset_ms": row.offset_ms}
+        self.add_lines([{**place, "error": str(error)}])
+
+    def add_lines(self, lines: list[dict[str, Any]]) -> None:
+        """Note what another quarantine found."""
         import orjson
 
-        key = (row.audio_path, row.audio_start, row.offset_ms)
         with self._lock:
-            if key in self._seen:
-                return
-            self._seen.add(key)
-            if self._path is not None:
-                line = {"audio_path": row.audio_path, "offset_ms": row.offset_ms, "error": str(error)}
+            for line in lines:
+                key = (line["audio_path"], line["audio_start"], line["offset_ms"])
+                if key in self._seen:
+                    continue
+                self._seen.add(key)
+                if self._path is None:
+                    self._news.append(line)
+                    continue
                 with open(self._path, "ab") as file:
                     file.write(orjson.dumps(line) + b"\n")
+
+    def take_news(self) -> list[dict[str, Any]]:
+        """What was noted since the last call, where there is no file."""
+        with self._lock:
+            news, self._news = self._news, []
+        return news
 
     def __contains__(self, row: Row) -> bool:
         return (row.audio_path, row.audio_start, row.offset_ms) in self._seen
 
 
-class _Reading(NamedTuple):
-    """A batch whose rows are being decoded."""
+@dataclass(frozen=True)
+class StepWork:
+    """One rank's share of a step before its audio is read, and the state after the step.
+
+    `rows` and `keys` (what augmentation follows from) go together. `numbers` are the rows' places in the assignment,
+    from which a broken recording is replaced; without them another row of the same share stands in.
+    """
 
     plan: StepPlan
-    state: ScheduleState
+    state: Any  # ScheduleState or stream.StreamState
     is_last: bool
-    rows: Iterator[tuple[Row, np.ndarray, int]]
+    rows: Sequence[Row]
+    keys: Sequence[int]
+    numbers: Sequence[int] | None = None
+
+
+def scheduled_work(
+    assignment: Assignment, schedule: BatchSchedule, state: ScheduleState, rank: int, world_size: int
+) -> Iterator[StepWork]:
+    """A rank's shares of the schedule's steps from `state` on."""
+    is_last = schedule.is_last(state, world_size)
+    while not is_last:
+        plan, state = schedule.step(state, world_size)
+        is_last = schedule.is_last(state, world_size)
+        yield work_of(assignment, schedule, plan, rank, state, is_last)
+
+
+def work_of(
+    assignment: Assignment, schedule: BatchSchedule, plan: StepPlan, rank: int, state: ScheduleState, is_last: bool
+) -> StepWork:
+    """A rank's share of one planned step."""
+    numbers = schedule.rows(plan, rank).tolist()
+    first = plan.start + sum(plan.sizes[:rank])
+    keys = [key_of(schedule.seed, plan.bucket, position, 2) for position in range(first, first + len(numbers))]
+    return StepWork(plan, state, is_last, assignment.rows(plan.bucket, numbers), keys, numbers)
+
+
+class StepReader:
+    """Reads and collates steps with a pool of threads.
+
+    `edges` are each bucket's (max_duration_ms, max_tokens); `assignment` gives rows that replace broken ones. `close()`
+    ends the threads.
+    """
+
+    def __init__(
+        self,
+        edges: Sequence[tuple[int, int]],
+        *,
+        sample_rate: int,
+        pad_id: int,
+        quarantine: Quarantine,
+        assignment: Assignment | None = None,
+        augmenter: Augmenter | None = None,
+        num_threads: int = 2,
+    ) -> None:
+        self._edges, self._assignment, self._augmenter = edges, assignment, augmenter
+        self._sample_rate, self._pad_id, self._quarantine = sample_rate, pad_id, quarantine
+        self._pool = ThreadPoolExecutor(num_threads, thread_name_prefix="audio")
+
+    def close(self) -> None:
+        """End the threads; what they have not begun is dropped."""
+        self._pool.shutdown(wait=False, cancel_futures=True)
+
+    def start(self, work: StepWork) -> _Reading:
+        """Hand a step's rows to the threads."""
+        return self._pool.map(partial(self._read, work), range(len(work.rows)))
+
+    def finish(self, work: StepWork, reading: _Reading) -> LoadedStep:
+        """Wait for a step's rows and put them together. Raises `DataError` where too many can't be read."""
+        rows, audios, replaced = zip(*reading, strict=True)
+        batch = SpeechBatch.collate(
+            list(audios),
+            [list(row.tokens) for row in rows],
+            [row.prompt_length for row in rows],
+            pad_id=self._pad_id,
+        )
+        samples: Counter[str] = Counter()
+        for row, audio in zip(rows, audios, strict=True):
+            samples[row.corpus] += len(audio)
+        return LoadedStep(batch, work.plan, work.state, sum(replaced), work.is_last, dict(samples))
+
+    def _read(self, work: StepWork, index: int) -> tuple[Row, np.ndarray, int]:
+        row = work.rows[index]
+        for attempt in range(_MAX_REPLACEMENTS):
+            if attempt:
+                row = self._stand_in(work, index, attempt)
+            if row is None:
+                break
+            if row in self._quarantine:
+                continue
+            try:
+                audio = load_row(row, self._sample_rate)
+                return row, self._augmented(audio, work.plan.bucket, work.keys[index]), int(attempt > 0)
+            except AudioError as error:
+                self._quarantine.add(row, error)
+        raise DataError(
+            f"bucket {work.plan.bucket}: no recording to take the place of broken ones can be read",
+            got=work.rows[index].audio_path,
+            remedy="check data.root and that every worker sees the audio; quarantine.jsonl lists the files",
+        )
+
+    def _stand_in(self, work: StepWork, index: int, attempt: int) -> Row | None:
+        if work.numbers is None or self._assignment is None:
+            return work.rows[(index + attempt) % len(work.rows)] if attempt < len(work.rows) else None
+        count = self._assignment.rows_per_bucket[work.plan.bucket]
+        if attempt >= count:
+            return None
+        return self._assignment.row(work.plan.bucket, (work.numbers[index] + attempt) % count)
+
+    def _augmented(self, audio: np.ndarray, bucket: int, key: int) -> np.ndarray:
+        if self._augmenter is None:
+            return audio
+        return self._augmenter(audio, key, self._edges[bucket][0] * self._sample_rate // 1000)
 
 
 class BatchLoader:
-    """Iterate over `LoadedStep`s of one rank from `state` on, decoding ahead in threads.
+    """Iterate over `LoadedStep`s of one rank, read ahead by threads.
 
     `close()` (or the `with` statement) ends the threads; errors of the producer are raised by the iterator.
     """
 
     def __init__(
-        self,
-        assignment: Assignment,
-        schedule: BatchSchedule,
-        state: ScheduleState,
-        *,
-        rank: int,
-        world_size: int,
-        sample_rate: int,
-        pad_id: int,
-        quarantine: Quarantine,
-        num_threads: int = 2,
-        prefetch_batches: int = 4,
-        pin_memory: bool = False,
-        augmenter: Augmenter | None = None,
+        self, work: Iterable[StepWork], reader: StepReader, *, prefetch_batches: int = 4, pin_memory: bool = False
     ) -> None:
-        self._assignment, self._schedule, self._state = assignment, schedule, state
-        self._rank, self._world_size = rank, world_size
-        self._sample_rate, self._pad_id, self._quarantine = sample_rate, pad_id, quarantine
-        self._pin_memory, self._augmenter = pin_memory, augmenter
-        self._pool = ThreadPoolExecutor(num_threads, thread_name_prefix="audio")
+        self._work, self._reader, self._pin_memory = work, reader, pin_memory
         self._ready: queue.Queue = queue.Queue(prefetch_batches)
         self._stopped = threading.Event()
         self._producer = threading.Thread(target=self._produce, name="batches", daemon=True)
@@ -106,7 +212,7 @@ class BatchLoader:
         """End the threads; batches in flight are dropped."""
         self._stopped.set()
         self._producer.join(timeout=30)
-        self._pool.shutdown(wait=False, cancel_futures=True)
+        self._reader.close()
 
     def __iter__(self) -> Iterator[LoadedStep]:
         while True:
@@ -120,30 +226,26 @@ class BatchLoader:
     def _produce(self) -> None:
         try:
             # One batch decodes while the one before is put together.
-            ahead: deque[_Reading] = deque()
-            for reading in self._readings():
-                ahead.append(reading)
+            ahead: deque[tuple[StepWork, _Reading]] = deque()
+            for work in self._work:
+                ahead.append((work, self._reader.start(work)))
                 if len(ahead) > 1:
-                    self._put(self._collate(ahead.popleft()))
+                    self._put(self._finish(*ahead.popleft()))
                 if self._stopped.is_set():
                     return
-            for reading in ahead:
-                self._put(self._collate(reading))
+            for work, reading in ahead:
+                self._put(self._finish(work, reading))
             self._put(None)
         except Exception as error:  # the consumer raises it; a thread has nobody to tell
             self._put(error)
+        finally:
+            if hasattr(self._work, "close"):  # a generator that holds files or threads
+                self._work.close()
 
-    def _readings(self) -> Iterator[_Reading]:
-        state, is_last = self._state, self._schedule.is_last(self._state, self._world_size)
-        while not is_last:
-            plan, state = self._schedule.step(state, self._world_size)
-            is_last = self._schedule.is_last(state, self._world_size)
-            numbers = self._schedule.rows(plan, self._rank).tolist()
-            drawn = self._assignment.rows(plan.bucket, numbers)
-            first = plan.start + sum(plan.sizes[: self._rank])
-            positions = range(first, first + len(numbers))
-            read = self._pool.map(partial(self._read, plan.bucket), numbers, drawn, positions)
-            yield _Reading(plan, state, is_last, read)
+    def _finish(self, work: StepWork, reading: _Reading) -> LoadedStep:
+        loaded = self._reader.finish(work, reading)
+        # Copies to the GPU then do not wait.
+        return replace(loaded, batch=loaded.batch.pin_memory()) if self._pin_memory else loaded
 
     def _put(self, item: object) -> None:
         while not self._stopped.is_set():
@@ -152,45 +254,6 @@ class BatchLoader:
                 return
             except queue.Full:
                 continue
-
-    def _collate(self, reading: _Reading) -> LoadedStep:
-        rows, audios, replaced = zip(*reading.rows, strict=True)
-        batch = SpeechBatch.collate(
-            list(audios),
-            [list(row.tokens) for row in rows],
-            [row.prompt_length for row in rows],
-            pad_id=self._pad_id,
-        )
-        if self._pin_memory:  # copies to the GPU then do not wait
-            batch = batch.pin_memory()
-        samples: Counter[str] = Counter()
-        for row, audio in zip(rows, audios, strict=True):
-            samples[row.corpus] += len(audio)
-        return LoadedStep(batch, reading.plan, reading.state, sum(replaced), reading.is_last, dict(samples))
-
-    def _read(self, bucket: int, number: int, row: Row, position: int) -> tuple[Row, np.ndarray, int]:
-        rows_in_bucket = self._assignment.rows_per_bucket[bucket]
-        for attempt in range(min(_MAX_REPLACEMENTS, rows_in_bucket)):
-            if attempt:
-                row = self._assignment.row(bucket, (number + attempt) % rows_in_bucket)
-            if row in self._quarantine:
-                continue
-            try:
-                audio = load_row(row, self._sample_rate)
-                return row, self._augmented(audio, bucket, position), int(attempt > 0)
-            except AudioError as error:
-                self._quarantine.add(row, error)
-        raise DataError(
-            f"bucket {bucket}: {_MAX_REPLACEMENTS} recordings in a row can't be read",
-            got=row.audio_path,
-            remedy="check data.root and that every worker sees the audio; quarantine.jsonl lists the files",
-        )
-
-    def _augmented(self, audio: np.ndarray, bucket: int, position: int) -> np.ndarray:
-        if self._augmenter is None:
-            return audio
-        longest = self._assignment.edges[bucket][0] * self._sample_rate // 1000
-        return self._augmenter(audio, key_of(self._schedule.seed, bucket, position, 2), longest)
 
 
 def load_row(row: Row, sample_rate: int) -> np.ndarray:

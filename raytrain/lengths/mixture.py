@@ -51,13 +51,6 @@ class Mixture:
         """Every row once an epoch."""
         return cls(tuple((rows,) for rows in rows_per_bucket), (1.0,))
 
-    @classmethod
-    def by_shares(cls, rows: Sequence[Sequence[int]], hours: Sequence[float], shares: Sequence[float]) -> Mixture:
-        """Corpora with `hours` get `shares` of the training audio; an epoch stays as long as all corpora together."""
-        total, whole = sum(hours), sum(shares)
-        repeats = [share / whole * total / hour if hour > 0 else 0.0 for hour, share in zip(hours, shares, strict=True)]
-        return cls(tuple(map(tuple, rows)), tuple(repeats))
-
     @cached_property
     def draws(self) -> tuple[tuple[int, ...], ...]:
         """For each bucket, how many rows of each corpus an epoch takes; at least 1 where there is a row to take."""
@@ -113,6 +106,13 @@ class Mixture:
                 numbers[now] = order.many(places[now] - one * rows)
             found[mine] = numbers + first_rows[corpus]
         return found
+
+
+def repeats_of(hours: Sequence[float], shares: Sequence[float]) -> tuple[float, ...]:
+    """How often corpora with `hours` are gone through to get `shares` of the training audio, where an epoch stays as
+    long as all of them together."""
+    total, whole = sum(hours), sum(shares)
+    return tuple(share / whole * total / hour if hour > 0 else 0.0 for hour, share in zip(hours, shares, strict=True))
 
 
 @lru_cache(maxsize=4096)

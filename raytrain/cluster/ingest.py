@@ -1,0 +1,253 @@
+"""Other ways to a training worker's batches than threads beside it.
+
+`RayBatches` has Ray Data decode and augment the schedule's steps on whatever CPUs of the cluster are free, for GPU
+hosts with too few of them. `StreamSource` is an actor that runs the sampler of a stream for all ranks.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from collections.abc import Iterator
+from contextlib import closing
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import orjson
+
+from raytrain.cluster.session import quiet_data
+from raytrain.cluster.workspace import Workspace
+from raytrain.config import Config, check_config
+from raytrain.data.assignment import Assignment
+from raytrain.data.batch import LoadedStep, SpeechBatch
+from raytrain.data.loader import Quarantine, StepReader, StepWork, work_of
+from raytrain.errors import RaytrainError
+from raytrain.lengths.schedule import BatchSchedule, ScheduleState, StepPlan
+
+_STEPS_PER_DATASET = 2048
+_STORE_SHARE = 0.5  # of the object store for batches that wait, all ranks together
+_STREAM_AHEAD = 8  # steps that a stream's sampler is ahead of the ranks
+
+
+# --- decoding on Ray Data
+
+
+class RayBatches:
+    """A rank's `LoadedStep`s from `state` on, in the schedule's order, read by Ray Data on the cluster's free CPUs."""
+
+    def __init__(
+        self, workspace: Workspace, batch_sizes: tuple[int, ...], state: dict[str, Any] | None, rank: int,
+        world_size: int, pin_memory: bool = False,
+    ) -> None:  # fmt: skip
+        self._workspace, self._batch_sizes = workspace, batch_sizes
+        self._schedule = workspace.schedule(Assignment(workspace.path("assignment")), batch_sizes)
+        self._state = ScheduleState.from_dict(state) if state else self._schedule.initial()
+        self._rank, self._world_size, self._pin_memory = rank, world_size, pin_memory
+        self._quarantine = Quarantine(workspace.path("quarantine.jsonl"))
+        self._steps = self._load()
+
+    def __enter__(self) -> RayBatches:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._steps.close()
+
+    def __iter__(self) -> Iterator[LoadedStep]:
+        return self._steps
+
+    def _load(self) -> Iterator[LoadedStep]:
+        for planned in self._planned():
+            with closing(self._decoded([plan for plan, _, _ in planned])) as decoded:
+                for (plan, state, is_last), (batch, note) in zip(planned, decoded, strict=True):
+                    self._quarantine.add_lines(note["broken"])
+                    if self._pin_memory:
+                        batch = batch.pin_memory()
+                    yield LoadedStep(batch, plan, state, note["replaced"], is_last, note["samples_by_corpus"])
+
+    def _planned(self) -> Iterator[list[tuple[StepPlan, ScheduleState, bool]]]:
+        state, is_last = self._state, self._schedule.is_last(self._state, self._world_size)
+        while not is_last:
+            planned = []
+            while not is_last and len(planned) < _STEPS_PER_DATASET:
+                plan, state = self._schedule.step(state, self._world_size)
+                is_last = self._schedule.is_last(state, self._world_size)
+                planned.append((plan, state, is_last))
+            yield planned
+
+    def _decoded(self, plans: list[StepPlan]) -> Iterator[tuple[SpeechBatch, dict[str, Any]]]:
+        import ray
+        from ray.data import DataContext, ExecutionResources
+
+        quiet_data()
+        cluster = self._workspace.config.cluster
+        context = DataContext.get_current()
+        store = ray.cluster_resources().get("object_store_memory", 1 << 30)
+        # Ranks do not know of each other's datasets: each takes its part of the CPUs and of the store.
+        context.execution_options.resource_limits = ExecutionResources(
+            object_store_memory=store * _STORE_SHARE / self._world_size
+        )
+        job = (orjson.dumps(self._workspace.config.model_dump(mode="json")), str(self._workspace.run_dir))
+        sizes, rank = self._batch_sizes, self._rank
+
+        def decode(table: Any) -> Any:
+            return decode_step(table.to_pylist()[0], *job, sizes)
+
+        shares = [
+            {"bucket": plan.bucket, "start": plan.start + sum(plan.sizes[:rank]), "size": plan.sizes[rank],
+             "epoch": plan.epoch}
+            for plan in plans
+        ]  # fmt: skip
+        data = ray.data.from_items(shares, override_num_blocks=len(shares)).map_batches(
+            decode,
+            batch_size=None,
+            batch_format="pyarrow",
+            num_cpus=1,
+            resources=cluster.data_resources or None,
+            concurrency=max(1, free_cpus(self._workspace.config, self._world_size) // self._world_size),
+        )
+        batches = data.iter_batches(
+            batch_size=1, batch_format="pyarrow", prefetch_batches=self._workspace.config.train.prefetch_batches
+        )
+        for table in batches:
+            yield unpack(table)
+
+
+def free_cpus(config: Config, world_size: int) -> int:
+    """CPUs that training leaves to decoding."""
+    import ray
+
+    resources = ray.cluster_resources()
+    cpus = int(resources.get("CPU", 0)) - world_size
+    for name, amount in config.cluster.data_resources.items():
+        cpus = min(cpus, int(resources.get(name, 0) / amount + 1e-6)) if amount else cpus
+    return cpus
+
+
+def decode_step(share: dict[str, int], config: bytes, run_dir: str, batch_sizes: tuple[int, ...]) -> Any:
+    """One rank's share of a step as a table of one row. Runs in a Ray Data task, whose process keeps what it opened."""
+    assignment, schedule, reader, quarantine = _opened(config, run_dir, batch_sizes)
+    plan = StepPlan(share["bucket"], share["start"], (share["size"],), share["epoch"])
+    work = work_of(assignment, schedule, plan, 0, schedule.initial(), False)
+    return pack(reader.finish(work, reader.start(work)), quarantine.take_news())
+
+
+@lru_cache(maxsize=2)
+def _opened(
+    config: bytes, run_dir: str, batch_sizes: tuple[int, ...]
+) -> tuple[Assignment, BatchSchedule, StepReader, Quarantine]:
+    workspace = Workspace(check_config(orjson.loads(config)), Path(run_dir))
+    assignment, quarantine = Assignment(workspace.path("assignment")), Quarantine(None)
+    schedule = workspace.schedule(assignment, batch_sizes)
+    return assignment, schedule, workspace.step_reader(assignment, quarantine, num_threads=1), quarantine
+
+
+def pack(loaded: LoadedStep, broken: list[dict[str, Any]]) -> Any:
+    """A loaded step as an Arrow table of one row, tensors as bytes."""
+    import pyarrow as pa
+
+    note = {
+        "shapes": [list(tensor.shape) for tensor in loaded.batch.tensors()],
+        "replaced": loaded.num_replaced,
+        "samples_by_corpus": loaded.samples_by_corpus,
+        "broken": broken,
+    }
+    columns = [pa.array([tensor.numpy().tobytes()], pa.large_binary()) for tensor in loaded.batch.tensors()]
+    names = [f"tensor_{number}" for number in range(len(columns))]
+    return pa.table([*columns, pa.array([orjson.dumps(note)], pa.binary())], names=[*names, "note"])
+
+
+def unpack(table: Any) -> tuple[SpeechBatch, dict[str, Any]]:
+    """The inverse of `pack`: the batch, and the note."""
+    import torch
+
+    note = orjson.loads(table["note"][0].as_py())
+    tensors = []
+    for number, shape in enumerate(note["shapes"]):
+        kind = np.float32 if number == 0 else np.int64
+        values = np.frombuffer(table[f"tensor_{number}"][0].as_buffer(), kind)
+        tensors.append(torch.from_numpy(values.copy()).view(shape))  # the store's memory can't be written
+    return SpeechBatch(*tensors), note
+
+
+# --- streams
+
+
+class StreamSource:
+    """An actor that runs a stream's sampler for all ranks and keeps the steps that some rank has not taken yet."""
+
+    def __init__(
+        self, config: dict[str, Any], run_dir: str, batch_sizes: tuple[int, ...], world_size: int,
+        state: dict[str, Any] | None,
+    ) -> None:  # fmt: skip
+        from raytrain.data.stream import StreamState
+
+        workspace = Workspace(check_config(config), Path(run_dir))
+        start = StreamState.from_dict(state) if state else StreamState()
+        self._steps = workspace.stream(batch_sizes, world_size).steps(start)
+        self._kept: dict[int, Any] = {}
+        self._asked = [0] * world_size
+        self._made, self._end = 0, None
+        self._changed = threading.Condition()
+        threading.Thread(target=self._produce, name="stream", daemon=True).start()
+
+    def share(self, rank: int, index: int) -> StepWork | RaytrainError | None:
+        """A rank's share of step `index`, None after the last one, or what ended the stream."""
+        with self._changed:
+            self._asked[rank] = index
+            for old in [number for number in self._kept if number < min(self._asked)]:
+                del self._kept[old]
+            self._changed.notify_all()
+            self._changed.wait_for(lambda: index in self._kept or self._end is not None)
+            if index in self._kept:
+                return self._kept[index].share(rank)
+            return self._end if isinstance(self._end, RaytrainError) else None
+
+    def _produce(self) -> None:
+        end: Any = "end"
+        try:
+            for step in self._steps:
+                with self._changed:
+                    self._changed.wait_for(lambda: self._made < max(self._asked) + _STREAM_AHEAD)
+                    self._kept[self._made] = step
+                    self._made += 1
+                    self._changed.notify_all()
+        except RaytrainError as error:
+            end = error
+        except Exception as error:
+            end = RaytrainError("reading the corpora failed", why=repr(error))
+        with self._changed:
+            self._end = end
+            self._changed.notify_all()
+
+
+def stream_work(
+    workspace: Workspace, batch_sizes: tuple[int, ...], state: dict[str, Any] | None, rank: int, world_size: int
+) -> Iterator[StepWork]:
+    """A rank's shares of a stream's steps; to be called by all ranks of a Ray Train run. Rank 0 starts the source."""
+    import ray
+    from ray.train.collective import broadcast_from_rank_zero
+
+    source = None
+    if rank == 0:
+        # Every rank waits in a call of its own. It takes no CPU of its own, or a small cluster could not start it.
+        actor = ray.remote(num_cpus=0, max_concurrency=world_size + 1)(StreamSource)
+        config = workspace.config.model_dump(mode="json")
+        source = actor.remote(config, str(workspace.run_dir), batch_sizes, world_size, state)
+    return _shares(broadcast_from_rank_zero(source), rank)
+
+
+def _shares(source: Any, rank: int) -> Iterator[StepWork]:
+    import ray
+
+    waiting, index = deque([source.share.remote(rank, 0)]), 0
+    while True:
+        work = ray.get(waiting.popleft())
+        if isinstance(work, RaytrainError):
+            raise work
+        if work is None:
+            return
+        index += 1
+        waiting.append(source.share.remote(rank, index))
+        yield work
