@@ -36,7 +36,7 @@ def measure(steps: int) -> list[int]:
     rng, seen = random.Random(0), []
     for step in range(steps + 1):
         batch = SpeechBatch.synthetic(8, rng.randint(500, 4000), rng.randint(12, 24), vocab=100, device="cpu")
-        train_step(model, batch, optimizer, settings, precision="fp32")
+        train_step(model, [batch], optimizer, settings, precision="fp32")
         if step % 30 == 0:
             seen.append(round(psutil.Process().memory_info().rss / 2**20))
     return seen

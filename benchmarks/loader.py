@@ -77,7 +77,7 @@ def open_loader(
         assignment.edges, sample_rate=RATE, pad_id=0, quarantine=Quarantine(None), assignment=assignment,
         augmenter=augmenter, num_threads=threads,
     )  # fmt: skip
-    return BatchLoader(scheduled_work(assignment, schedule, schedule.initial(), 0, 1), reader)
+    return BatchLoader(scheduled_work(assignment, schedule, schedule.initial(), [0], 1), reader)
 
 
 def ours(assignment: Assignment, threads: int) -> float:

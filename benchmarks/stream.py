@@ -115,14 +115,14 @@ def assigned(folder: Path, steps: int) -> dict[str, Any]:
     start = time.perf_counter()
     assignment = Assignment(out)
     schedule = BatchSchedule(1, assignment.rows_per_bucket, sizes)
-    work = scheduled_work(assignment, schedule, schedule.initial(), 0, 1)
+    work = scheduled_work(assignment, schedule, schedule.initial(), [0], 1)
     with loader_of(work, plan, pad_id, assignment) as loader:
         found = timed(loader, steps, start, our_seconds)
     state = schedule.initial()
     for _ in range(steps):
         _, state = schedule.step(state, 1)
     start = time.perf_counter()
-    with loader_of(scheduled_work(Assignment(out), schedule, state, 0, 1), plan, pad_id, assignment) as loader:
+    with loader_of(scheduled_work(Assignment(out), schedule, state, [0], 1), plan, pad_id, assignment) as loader:
         next(iter(loader))
     return {**found, "making_it_seconds": round(making, 2), "resume_seconds": round(time.perf_counter() - start, 3)}
 

@@ -40,7 +40,7 @@ def stepper(parts: ModelParts, shape: tuple[int, float, int], device: str) -> Ca
     batch, seconds, tokens = shape
     data = SpeechBatch.synthetic(batch, int(seconds * 1000), tokens, vocab=parts.config.vocab_size, device=device)
     precision = resolve_precision("auto", device)
-    return lambda: float(train_step(model, data, optimizer, settings, precision=precision).sums[0])
+    return lambda: float(train_step(model, [data], optimizer, settings, precision=precision).sums[0])
 
 
 @contextlib.contextmanager

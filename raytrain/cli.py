@@ -148,7 +148,7 @@ def schedule(
     simulate: Annotated[
         bool, typer.Option("--simulate", help="Go through steps without audio and measure them.")
     ] = False,
-    workers: Annotated[int | None, typer.Option(min=1, help="Ranks; train.num_workers by default.")] = None,
+    workers: Annotated[int | None, typer.Option(min=1, help="Ranks; those of the configuration by default.")] = None,
     steps: Annotated[int, typer.Option(min=1, help="Steps to simulate.")] = 1000,
     json: Annotated[bool, typer.Option("--json", help="One JSON object.")] = False,
 ) -> None:
@@ -163,7 +163,7 @@ def schedule(
 
     console = Console()
     loaded = load_config(config, set)
-    corpora, found = describe_schedule(loaded, console, workers or loaded.train.num_workers, steps if simulate else 0)
+    corpora, found = describe_schedule(loaded, console, workers or loaded.train.most_workers, steps if simulate else 0)
     if json:
         typer.echo(orjson.dumps({"corpora": corpora, **(asdict(found) if found else {})}).decode())
         return

@@ -116,7 +116,7 @@ def _read_own(checkpoint: Checkpoint) -> ModelParts:
             allowed=f"{wanted} with {config.vocab_size} ids",
             why="the run has trained another tokenizer since, and its ids would mean other pieces",
         )
-    parts = ModelParts.of_state(config, checkpoint.load("model"), tokenizer.models)
+    parts = ModelParts.of_state(config, checkpoint.load_weights(), tokenizer.models)
     check_state(parts.config, parts.state)
     return parts
 

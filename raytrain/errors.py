@@ -45,6 +45,11 @@ class RaytrainError(Exception):
             parts.append(f"to do: {remedy}")
         super().__init__("; ".join(parts))
 
+    def to_dict(self) -> dict[str, str | None]:
+        """The parts as text, from which an error like this can be made again."""
+        parts = {"what": self.what, "got": self.got, "allowed": self.allowed, "why": self.why, "remedy": self.remedy}
+        return {name: None if part is None else str(part) for name, part in parts.items()}
+
     def __reduce__(self):
         # Exceptions cross process borders by pickle (Ray); keyword arguments need help there.
         return _rebuild, (type(self), self.what, self.got, self.allowed, self.why, self.remedy)

@@ -46,7 +46,7 @@ def test_wrong_values_are_named():
     with pytest.raises(ConfigError) as caught:
         check_config({**MINIMAL, "train": {"num_workers": 0, "ctc_weight": 1}, "oomptimize": {"device_memory": "x"}})
     text = str(caught.value)
-    assert "num_workers must be at least 1, got 0" in text
+    assert "num_workers must be a number from 1 on, or [least, most], got 0" in text
     assert "ctc_weight must be in [0, 1), got 1" in text
     assert "'x' is not a size" in text
 

@@ -241,7 +241,7 @@ def test_a_finite_schedule_loads_every_row_once_and_ends(finished):
     sizes = workspace.profiles()[0].batch_sizes
     seen, last = 0, []
     for rank in range(2):
-        with workspace.loader(sizes, None, rank, 2) as batches:
+        with workspace.loader(sizes, None, [rank], 2) as batches:
             for loaded in batches:
                 seen += len(loaded.batch)
                 last.append(loaded.is_last)
@@ -260,7 +260,7 @@ def test_augmented_batches_stay_in_their_buckets_and_are_the_same_for_any_worker
     for one, workers in ((workspace, 1), (workspace, 2), (plain, 1)):
         sums = {}
         for rank in range(workers):
-            with one.loader(sizes, None, rank, workers) as batches:
+            with one.loader(sizes, None, [rank], workers) as batches:
                 for loaded in batches:
                     lengths = loaded.batch.audio_lengths
                     assert lengths.max() <= edges[loaded.plan.bucket][0] * 16

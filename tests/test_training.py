@@ -39,7 +39,7 @@ def test_activation_checkpointing_saves_memory_and_changes_nothing():
         optimizer = make_optimizer(model, SETTINGS)
         batch = SpeechBatch.synthetic(2, 1500, 12, vocab=40, device="cpu")
         for _ in range(2):
-            train_step(model, batch, optimizer, SETTINGS, precision="fp32")
+            train_step(model, [batch], optimizer, SETTINGS, precision="fp32")
         results.append(model.state_dict())
     # Weights, and the running statistics of batch norm, which must not count the second forward pass.
     for name, value in results[0].items():
@@ -51,7 +51,7 @@ def test_steps_lower_the_loss_of_a_batch():
     model = Canary(MODEL).train()
     optimizer = make_optimizer(model, SETTINGS)
     batch = SpeechBatch.synthetic(4, 1500, 18, vocab=40, device="cpu")
-    losses = [train_step(model, batch, optimizer, SETTINGS, precision="fp32").sums for _ in range(15)]
+    losses = [train_step(model, [batch], optimizer, SETTINGS, precision="fp32").sums for _ in range(15)]
     first, last = (float(sums[0] / sums[3]) for sums in (losses[0], losses[-1]))
     assert last < 0.8 * first
     assert int(losses[0][3]) == 4 * 17

@@ -36,7 +36,7 @@ class Transcriber:
         folder = CheckpointFolder(self.workspace.path("checkpoints"))
         found = folder.best() if checkpoint == "best" else folder.newest()
         model = Canary(self.workspace.model_config())
-        model.load_state_dict(found.load("model"))
+        model.load_state_dict(found.load_weights())
         self.model = model.to(self.device).eval()
         evaluate = self.workspace.config.evaluate
         self.search = DecodeSettings(

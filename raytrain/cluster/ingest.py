@@ -6,9 +6,9 @@ hosts with too few of them. `StreamSource` is an actor that runs the sampler of 
 
 from __future__ import annotations
 
+import itertools
 import threading
-from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import closing
 from functools import lru_cache
 from pathlib import Path
@@ -35,16 +35,18 @@ _STREAM_AHEAD = 8  # steps that a stream's sampler is ahead of the ranks
 
 
 class RayBatches:
-    """A rank's `LoadedStep`s from `state` on, in the schedule's order, read by Ray Data on the cluster's free CPUs."""
+    """A worker's shares of each step from `state` on, in the schedule's order, read by Ray Data on the cluster's free
+    CPUs, which it shares with `world_size - 1` other workers."""
 
     def __init__(
-        self, workspace: Workspace, batch_sizes: tuple[int, ...], state: dict[str, Any] | None, rank: int,
-        world_size: int, pin_memory: bool = False,
+        self, workspace: Workspace, batch_sizes: tuple[int, ...], state: dict[str, Any] | None,
+        shares: Sequence[int], num_shares: int, world_size: int = 1, pin_memory: bool = False,
     ) -> None:  # fmt: skip
         self._workspace, self._batch_sizes = workspace, batch_sizes
         self._schedule = workspace.schedule(Assignment(workspace.path("assignment")), batch_sizes)
         self._state = ScheduleState.from_dict(state) if state else self._schedule.initial()
-        self._rank, self._world_size, self._pin_memory = rank, world_size, pin_memory
+        self._shares, self._num_shares = shares, num_shares
+        self._world_size, self._pin_memory = world_size, pin_memory
         self._quarantine = Quarantine(workspace.path("quarantine.jsonl"))
         self._steps = self._load()
 
@@ -59,24 +61,25 @@ class RayBatches:
 
     def _load(self) -> Iterator[LoadedStep]:
         for planned in self._planned():
-            with closing(self._decoded([plan for plan, _, _ in planned])) as decoded:
-                for (plan, state, is_last), (batch, note) in zip(planned, decoded, strict=True):
+            micro = [(one, share) for one in planned for share in self._shares]
+            with closing(self._decoded([(plan, share) for (plan, _, _), share in micro])) as decoded:
+                for ((plan, state, is_last), _), (batch, note) in zip(micro, decoded, strict=True):
                     self._quarantine.add_lines(note["broken"])
                     if self._pin_memory:
                         batch = batch.pin_memory()
                     yield LoadedStep(batch, plan, state, note["replaced"], is_last, note["samples_by_corpus"])
 
     def _planned(self) -> Iterator[list[tuple[StepPlan, ScheduleState, bool]]]:
-        state, is_last = self._state, self._schedule.is_last(self._state, self._world_size)
+        state, is_last = self._state, self._schedule.is_last(self._state, self._num_shares)
         while not is_last:
             planned = []
             while not is_last and len(planned) < _STEPS_PER_DATASET:
-                plan, state = self._schedule.step(state, self._world_size)
-                is_last = self._schedule.is_last(state, self._world_size)
+                plan, state = self._schedule.step(state, self._num_shares)
+                is_last = self._schedule.is_last(state, self._num_shares)
                 planned.append((plan, state, is_last))
             yield planned
 
-    def _decoded(self, plans: list[StepPlan]) -> Iterator[tuple[SpeechBatch, dict[str, Any]]]:
+    def _decoded(self, micro: list[tuple[StepPlan, int]]) -> Iterator[tuple[SpeechBatch, dict[str, Any]]]:
         import ray
         from ray.data import DataContext, ExecutionResources
 
@@ -89,15 +92,15 @@ class RayBatches:
             object_store_memory=store * _STORE_SHARE / self._world_size
         )
         job = (orjson.dumps(self._workspace.config.model_dump(mode="json")), str(self._workspace.run_dir))
-        sizes, rank = self._batch_sizes, self._rank
+        sizes = self._batch_sizes
 
         def decode(table: Any) -> Any:
             return decode_step(table.to_pylist()[0], *job, sizes)
 
         shares = [
-            {"bucket": plan.bucket, "start": plan.start + sum(plan.sizes[:rank]), "size": plan.sizes[rank],
+            {"bucket": plan.bucket, "start": plan.start + sum(plan.sizes[:share]), "size": plan.sizes[share],
              "epoch": plan.epoch}
-            for plan in plans
+            for plan, share in micro
         ]  # fmt: skip
         data = ray.data.from_items(shares, override_num_blocks=len(shares)).map_batches(
             decode,
@@ -126,7 +129,7 @@ def free_cpus(config: Config, world_size: int) -> int:
 
 
 def decode_step(share: dict[str, int], config: bytes, run_dir: str, batch_sizes: tuple[int, ...]) -> Any:
-    """One rank's share of a step as a table of one row. Runs in a Ray Data task, whose process keeps what it opened."""
+    """One share of a step as a table of one row. Runs in a Ray Data task, whose process keeps what it opened."""
     assignment, schedule, reader, quarantine = _opened(config, run_dir, batch_sizes)
     plan = StepPlan(share["bucket"], share["start"], (share["size"],), share["epoch"])
     work = work_of(assignment, schedule, plan, 0, schedule.initial(), False)
@@ -175,25 +178,25 @@ def unpack(table: Any) -> tuple[SpeechBatch, dict[str, Any]]:
 
 
 class StreamSource:
-    """An actor that runs a stream's sampler for all ranks and keeps the steps that some rank has not taken yet."""
+    """An actor that runs a stream's sampler for all workers and keeps the steps that some of them has not taken yet."""
 
     def __init__(
-        self, config: dict[str, Any], run_dir: str, batch_sizes: tuple[int, ...], world_size: int,
+        self, config: dict[str, Any], run_dir: str, batch_sizes: tuple[int, ...], num_shares: int, world_size: int,
         state: dict[str, Any] | None,
     ) -> None:  # fmt: skip
         from raytrain.data.stream import StreamState
 
         workspace = Workspace(check_config(config), Path(run_dir))
         start = StreamState.from_dict(state) if state else StreamState()
-        self._steps = workspace.stream(batch_sizes, world_size).steps(start)
+        self._steps = workspace.stream(batch_sizes, num_shares).steps(start)
         self._kept: dict[int, Any] = {}
         self._asked = [0] * world_size
         self._made, self._end = 0, None
         self._changed = threading.Condition()
         threading.Thread(target=self._produce, name="stream", daemon=True).start()
 
-    def share(self, rank: int, index: int) -> StepWork | RaytrainError | None:
-        """A rank's share of step `index`, None after the last one, or what ended the stream."""
+    def take(self, rank: int, shares: Sequence[int], index: int) -> list[StepWork] | RaytrainError:
+        """A worker's shares of step `index`, none after the last step, or what ended the stream."""
         with self._changed:
             self._asked[rank] = index
             for old in [number for number in self._kept if number < min(self._asked)]:
@@ -201,8 +204,8 @@ class StreamSource:
             self._changed.notify_all()
             self._changed.wait_for(lambda: index in self._kept or self._end is not None)
             if index in self._kept:
-                return self._kept[index].share(rank)
-            return self._end if isinstance(self._end, RaytrainError) else None
+                return [self._kept[index].share(share) for share in shares]
+            return self._end if isinstance(self._end, RaytrainError) else []
 
     def _produce(self) -> None:
         end: Any = "end"
@@ -223,31 +226,32 @@ class StreamSource:
 
 
 def stream_work(
-    workspace: Workspace, batch_sizes: tuple[int, ...], state: dict[str, Any] | None, rank: int, world_size: int
-) -> Iterator[StepWork]:
-    """A rank's shares of a stream's steps; to be called by all ranks of a Ray Train run. Rank 0 starts the source."""
+    workspace: Workspace, batch_sizes: tuple[int, ...], state: dict[str, Any] | None, shares: Sequence[int],
+    num_shares: int, rank: int, world_size: int,
+) -> Iterator[StepWork]:  # fmt: skip
+    """A worker's shares of a stream's steps; to be called by all workers of a Ray Train run. Rank 0 starts the
+    source."""
     import ray
     from ray.train.collective import broadcast_from_rank_zero
 
     source = None
     if rank == 0:
-        # Every rank waits in a call of its own. It takes no CPU of its own, or a small cluster could not start it.
+        # Every worker waits in a call of its own. It takes no CPU of its own, or a small cluster could not start it.
         actor = ray.remote(num_cpus=0, max_concurrency=world_size + 1)(StreamSource)
         config = workspace.config.model_dump(mode="json")
-        source = actor.remote(config, str(workspace.run_dir), batch_sizes, world_size, state)
-    return _shares(broadcast_from_rank_zero(source), rank)
+        source = actor.remote(config, str(workspace.run_dir), batch_sizes, num_shares, world_size, state)
+    return _shares(broadcast_from_rank_zero(source), rank, shares)
 
 
-def _shares(source: Any, rank: int) -> Iterator[StepWork]:
+def _shares(source: Any, rank: int, shares: Sequence[int]) -> Iterator[StepWork]:
     import ray
 
-    waiting, index = deque([source.share.remote(rank, 0)]), 0
-    while True:
-        work = ray.get(waiting.popleft())
+    next_work = source.take.remote(rank, shares, 0)
+    for index in itertools.count(1):
+        work = ray.get(next_work)
         if isinstance(work, RaytrainError):
             raise work
-        if work is None:
+        if not work:
             return
-        index += 1
-        waiting.append(source.share.remote(rank, index))
-        yield work
+        next_work = source.take.remote(rank, shares, index)
+        yield from work

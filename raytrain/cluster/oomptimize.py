@@ -137,7 +137,7 @@ def _predict(
     key = content_id([asdict(model), asdict(train), precision, device_type, budget])
     if key not in _TRACERS:
         _TRACERS.clear()
-        options = {"precision": precision, "world_size": train.num_workers, "device_type": device_type}
+        options = {"precision": precision, "world_size": train.most_workers, "device_type": device_type}
         _TRACERS[key] = StepTracer(model, train, **options), Neighbours()
     tracer, neighbours = _TRACERS[key]
     found = []
@@ -478,7 +478,7 @@ def probe_setting(config: Config, model_id: str, device: Device, device_type: st
         device_name=device.name,
         device_gib=round(device.total_bytes / GIB, 3),
         memory_fraction=config.oomptimize.memory_fraction,
-        world_size=config.train.num_workers,
+        world_size=config.train.most_workers,
         torch_version=torch.__version__.split("+")[0],
         objective=config.oomptimize.objective,
     )

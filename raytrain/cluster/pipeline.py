@@ -7,6 +7,7 @@ to do; and a stage that runs again but writes what it wrote before leaves the st
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -69,7 +70,9 @@ def run_pipeline(config: Config, console: Console, names: tuple[str, ...] = STAG
     atomic_write_bytes(run_dir / "config.yaml", resolved.encode())
     done = _read_state(run_dir)
     ran: list[str] = []
-    with RunTracking(config, run_dir) as tracking:
+    # Ray starts with the first stage that needs it and stays until the last: each start costs seconds, and a shutdown
+    # in mid-run can catch a thread of Ray Data or Tune that still asks for something, which ends the process.
+    with RunTracking(config, run_dir) as tracking, contextlib.ExitStack() as ray:
         for stage in STAGES:
             if stage.name not in names:
                 continue
@@ -85,23 +88,17 @@ def run_pipeline(config: Config, console: Console, names: tuple[str, ...] = STAG
             # From here on the old result is void; a stage that is stopped half-way runs again.
             done.pop(stage.name, None)
             _write_state(run_dir, done)
-            _run_stage(stage, stages.Context(workspace, console, tracking, key))
+            if stage.uses_ray:
+                ray.enter_context(ray_session(config.cluster))
+            context = stages.Context(workspace, console, tracking, key)
+            with console.stage(stage.name) as finish, tracking.stage(stage.name):
+                finish(stage.run(context))
             done[stage.name] = {"key": key, "outputs": _identities(run_dir, stage)}
             _write_state(run_dir, done)
             ran.append(stage.name)
     if not ran:
         console.say(f"nothing to do: {', '.join(names)} up to date in {run_dir}")
     return ran
-
-
-def _run_stage(stage: Stage, context: stages.Context) -> None:
-    with context.console.stage(stage.name) as finish, context.tracking.stage(stage.name):
-        if stage.uses_ray:
-            with ray_session(context.config.cluster):
-                summary = stage.run(context)
-        else:
-            summary = stage.run(context)
-        finish(summary)
 
 
 def _check_needs(stage: Stage, config: Config, run_dir: Path, done: dict[str, Any]) -> None:

@@ -7,6 +7,7 @@ Train and Tune for good, where a plain out-of-memory kill is retried.
 from __future__ import annotations
 
 import contextlib
+import gc
 import logging
 import os
 import pickle
@@ -59,6 +60,7 @@ def ray_session(settings: ClusterSection) -> Iterator[None]:
         quiet_data()
         yield
     finally:
+        gc.collect()  # what still refers to Ray's objects would ask for them after the shutdown, which ends the process
         ray.shutdown()
 
 

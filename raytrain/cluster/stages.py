@@ -49,8 +49,9 @@ from raytrain.training.checkpoint import CheckpointFolder
 # Settings of training that say when to stop, look and save, but not what is learnt: a run goes on when they change.
 _NOT_LINEAGE = (
     "max_steps", "max_epochs", "max_minutes", "stop_at_wer", "validate_every_steps", "max_validation_utterances",
-    "checkpoint_every_steps", "keep_checkpoints", "log_every_steps", "num_loader_threads", "prefetch_batches",
-    "max_failures", "num_workers", "device", "activation_checkpointing",
+    "checkpoint_every_steps", "keep_checkpoints", "keep_best", "patience", "max_skipped_steps", "accumulate",
+    "log_every_steps", "num_loader_threads", "prefetch_batches", "max_failures", "stall_minutes", "num_workers",
+    "device", "activation_checkpointing",
 )  # fmt: skip
 
 
@@ -256,6 +257,7 @@ def oomptimize_key(workspace: Workspace) -> Any:
     return [
         workspace.config.section("oomptimize"),
         [train.precision, train.ctc_weight > 0, train.num_workers, train.device, train.activation_checkpointing],
+        [train.average_decay is not None, train.accumulate > 1],
         workspace.plan_id,
         workspace.model_id(),
     ]
@@ -408,6 +410,8 @@ def describe_schedule(
 def _lineage(workspace: Workspace) -> str:
     """Names what a checkpoint was learnt from: another lineage's checkpoints can't be gone on with."""
     settings = {name: value for name, value in asdict(workspace.config.train).items() if name not in _NOT_LINEAGE}
+    if workspace.config.train.schedule == "cosine":  # which ends at max_steps
+        settings["max_steps"] = workspace.config.train.max_steps
     data = workspace.config.data
     if data.stream is None:
         heard_rows = read_json(workspace.path("assignment", "index.json"), INDEX_FORMAT)["id"]
@@ -434,7 +438,7 @@ def run_train(context: Context) -> str:
     workspace, config = context.workspace, context.config
     lineage = _lineage(workspace)
     _set_aside_other_lineage(context, lineage)
-    folder = CheckpointFolder(context.path("checkpoints"), config.train.keep_checkpoints)
+    folder = CheckpointFolder(context.path("checkpoints"), config.train.keep_checkpoints, config.train.keep_best)
     start = folder.newest()
     if start is not None:
         context.console.say(f"  training goes on from step {start.step}")
@@ -444,6 +448,7 @@ def run_train(context: Context) -> str:
             "bucket_plan": workspace.plan_id,
             "tokenizer": workspace.tokenizer.id,
             "model": workspace.model_id(),
+            "batch_profile": file_id(context.path("batch_profile.json")),
         },
         "model": asdict(workspace.model_config()),
     }
@@ -454,7 +459,11 @@ def run_train(context: Context) -> str:
             meta=meta,
             mlflow=context.tracking.worker_arguments(),
             on_metrics=on_metrics,
+            say=context.console.say,
         )
+    lowered = context.path("batch_profile_lowered.json")
+    if lowered.exists():
+        context.tracking.current.log_artifact(lowered)
     last = folder.newest()
     if last is None:
         raise TrainingError("training ended without a checkpoint", remedy="see the messages above")

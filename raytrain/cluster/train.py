@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from raytrain.artifacts import atomic_write_bytes
+from raytrain.artifacts import atomic_write_bytes, file_id
 from raytrain.config import Config, check_config
 from raytrain.errors import RaytrainError, TrainingError
 
@@ -22,53 +22,53 @@ from raytrain.errors import RaytrainError, TrainingError
 def train_worker(job: dict[str, Any]) -> None:
     """One rank: build from artefacts, resume, train. Runs in a Ray Train worker."""
     import torch
-    import torch.distributed as dist
     from ray import train
 
     from raytrain.cluster.workspace import Workspace
-    from raytrain.convert import load_model
+    from raytrain.lengths.schedule import shares_of
     from raytrain.model.canary import Canary
-    from raytrain.model.transfer import initialise_from
+    from raytrain.training.average import WeightAverage
     from raytrain.training.checkpoint import CheckpointFolder
-    from raytrain.training.loop import TrainingLoop
+    from raytrain.training.faults import FaultNotes, Watchdog
+    from raytrain.training.loop import GaveUp, TrainingLoop
     from raytrain.training.optim import make_optimizer
 
     config = check_config(job["config"])
     workspace = Workspace(config, Path(job["run_dir"]))
     context = train.get_context()
     rank, world_size = context.get_world_rank(), context.get_world_size()
+    shares = shares_of(rank, world_size, job["num_shares"])
     device = train.torch.get_device() if job["cuda"] else torch.device("cpu")
     if device.type == "cpu":
-        torch.set_num_threads(job["threads"])
+        torch.set_num_threads(max(1, job["cpus"] // world_size))
     torch.manual_seed(config.seed)
     model_config = workspace.model_config()
     model = Canary(model_config).to(device)
     model.encoder.checkpoint_blocks = config.train.activation_checkpointing
     optimizer = make_optimizer(model, config.train)
-    checkpoints = CheckpointFolder(workspace.path("checkpoints"), config.train.keep_checkpoints)
-    resume = checkpoints.newest()
-    if resume is not None:
-        model.load_state_dict(resume.load("model", device))
-        optimizer.load_state_dict(resume.load("optimizer", device))
-    elif config.train.init_from:
-        initialise_from(model, workspace.tokenizer.models, load_model(Path(config.train.init_from).expanduser()))
-    step = resume.step if resume else 0
+    average = WeightAverage(model, config.train.average_decay) if config.train.average_decay is not None else None
+    checkpoints = CheckpointFolder(workspace.path("checkpoints"), config.train.keep_checkpoints, config.train.keep_best)
+    notes = FaultNotes(workspace.path("faults"), job["profile_id"], rank)
+    if rank == 0:
+        notes.learn_from_deaths()
+    resume = _agreed_checkpoint(checkpoints, rank)
+    _load(resume, model, optimizer, average, workspace, device)
+    meta = resume.meta if resume else {}
+    sizes = _batch_sizes(workspace, device, notes)
     wrapped = model
-    if dist.is_initialized() and world_size > 1:
+    if world_size > 1:
         ids = [device.index] if device.type == "cuda" else None
-        wrapped = torch.nn.parallel.DistributedDataParallel(model, device_ids=ids, gradient_as_bucket_view=True)
+        # Batch norm's statistics stay each rank's own until they are used; see `training.step`.
+        wrapped = torch.nn.parallel.DistributedDataParallel(
+            model, device_ids=ids, gradient_as_bucket_view=True, broadcast_buffers=False
+        )
     with (
-        _tracker(workspace, job, rank, step) as log,
-        _batches(
-            workspace,
-            _batch_sizes(workspace, device),
-            resume.meta["schedule"] if resume else None,
-            rank,
-            world_size,
-            device.type == "cuda",
-        ) as batches,
+        _tracker(workspace, job, rank, resume.step if resume else 0) as log,
+        _batches(workspace, sizes, meta.get("schedule"), shares, job["num_shares"], device.type == "cuda") as batches,
+        notes.marking() as mark,
+        Watchdog(config.train.stall_minutes * 60, notes.note_stall) as watchdog,
     ):
-        TrainingLoop(
+        loop = TrainingLoop(
             model=model,
             wrapped=wrapped,
             optimizer=optimizer,
@@ -77,34 +77,97 @@ def train_worker(job: dict[str, Any]) -> None:
             checkpoints=checkpoints,
             device=device,
             log=log,
-            validate=workspace.validator(rank, world_size),
+            validate=workspace.validator(rank, world_size, on_batch=watchdog.beat),
             checkpoint_meta=job["meta"],
             seed=config.seed,
             sample_rate=model_config.sample_rate,
             rank=rank,
-            step=step,
-            seconds_before=resume.meta["seconds"] if resume else 0.0,
+            step=resume.step if resume else 0,
+            seconds_before=meta.get("seconds", 0.0),
+            audio_seconds=meta.get("audio_seconds", 0.0),
             label_smoothing=model_config.label_smoothing,
-        ).run()
+            shares=shares,
+            num_shares=job["num_shares"],
+            average=average,
+            on_out_of_memory=lambda bucket, size: notes.lower(bucket, size, "out of memory in a training step"),
+            before_step=lambda step, loaded: mark(step, loaded.plan.bucket, max(loaded.plan.sizes)),
+            doing=watchdog.beat,
+            save_now=_Preemption(),
+        )
+        try:
+            loop.run()
+        except GaveUp as error:
+            # Ray Train would start again; coming back says that training is over, and `run_training` says why.
+            if rank == 0:
+                atomic_write_bytes(workspace.path(_GAVE_UP), json.dumps(error.to_dict()).encode())
+
+
+_GAVE_UP = "gave_up.json"
+_LOWERED = "batch_profile_lowered.json"
+
+
+def _agreed_checkpoint(checkpoints: Any, rank: int) -> Any:
+    """The newest whole checkpoint, the same one on all ranks."""
+    from ray.train.collective import broadcast_from_rank_zero
+
+    found = checkpoints.newest() if rank == 0 else None
+    step = broadcast_from_rank_zero(found.step if found else None)
+    return found if rank == 0 or step is None else checkpoints.at(step)
+
+
+def _load(resume: Any, model: Any, optimizer: Any, average: Any, workspace: Any, device: Any) -> None:
+    from raytrain.convert import load_model
+    from raytrain.model.transfer import initialise_from
+
+    init_from = workspace.config.train.init_from
+    if resume is not None:
+        model.load_state_dict(resume.load("model", device))
+        optimizer.load_state_dict(resume.load("optimizer", device))
+    elif init_from:
+        initialise_from(model, workspace.tokenizer.models, load_model(Path(init_from).expanduser()))
+    if average is not None:
+        average.load_state_dict(resume.load("average", device)) if resume is not None else average.restart()
+
+
+class _Preemption:
+    """Whether a node of this run is about to be taken away: true once for each such notice. All ranks must ask."""
+
+    def __init__(self) -> None:
+        self._known: set[str] = set()
+
+    def __call__(self) -> bool:
+        from ray import train
+
+        notice = train.get_preemption_info()
+        nodes = set(notice.preempted_node_ids) if notice is not None else set()
+        new, self._known = nodes - self._known, self._known | nodes
+        return bool(new)
 
 
 def _batches(
-    workspace: Any, sizes: tuple[int, ...], state: dict[str, Any] | None, rank: int, world_size: int, pin_memory: bool
-) -> Any:
+    workspace: Any, sizes: tuple[int, ...], state: dict[str, Any] | None, shares: range, num_shares: int,
+    pin_memory: bool,
+) -> Any:  # fmt: skip
     """The rank's batches: from the assignment or a stream, read by threads here or by Ray Data elsewhere."""
+    from ray import train
+
     from raytrain.cluster.ingest import RayBatches, stream_work
 
-    data = workspace.config.data
+    context, data = train.get_context(), workspace.config.data
+    rank, world_size = context.get_world_rank(), context.get_world_size()
     if data.workers == "ray":
-        return RayBatches(workspace, sizes, state, rank, world_size, pin_memory)
-    work = stream_work(workspace, sizes, state, rank, world_size) if data.stream is not None else None
-    return workspace.loader(sizes, state, rank, world_size, pin_memory, work)
+        return RayBatches(workspace, sizes, state, shares, num_shares, world_size, pin_memory)
+    work = None
+    if data.stream is not None:
+        work = stream_work(workspace, sizes, state, shares, num_shares, rank, world_size)
+    return workspace.loader(sizes, state, shares, num_shares, pin_memory, work)
 
 
-def _batch_sizes(workspace: Any, device: Any) -> tuple[int, ...]:
-    """Those of the profile for this rank's GPU; where ranks have different GPUs, what fits all of them."""
+def _batch_sizes(workspace: Any, device: Any, notes: Any) -> tuple[int, ...]:
+    """Those of the profile for this rank's GPU, less what notes took off; where ranks have different GPUs, what fits
+    all of them."""
     import torch
-    import torch.distributed as dist
+    from ray import train
 
     from raytrain.lengths.profile import choose_profile, least_sizes
 
@@ -114,10 +177,17 @@ def _batch_sizes(workspace: Any, device: Any) -> tuple[int, ...]:
         name, gib = properties.name, properties.total_memory / 2**30
     known = workspace.profiles()
     devices = [(name, gib)]
-    if dist.is_initialized():
+    if train.get_context().get_world_size() > 1:
+        import torch.distributed as dist
+
         devices = [None] * dist.get_world_size()
         dist.all_gather_object(devices, (name, gib))
-    return least_sizes([choose_profile(known, *one) for one in devices])
+    sizes = least_sizes([choose_profile(known, *one) for one in devices])
+    lowered = notes.lowered(sizes)
+    if lowered != tuple(sizes) and train.get_context().get_world_rank() == 0:
+        body = {"batch_sizes": list(lowered), "instead_of": list(sizes), "notes": notes.reasons()}
+        atomic_write_bytes(workspace.path(_LOWERED), json.dumps(body, indent=1).encode())
+    return lowered
 
 
 @contextlib.contextmanager
@@ -162,18 +232,47 @@ def run_training(
     meta: dict[str, Any],
     mlflow: dict[str, Any] | None,
     on_metrics: Callable[[dict[str, Any]], None],
+    say: Callable[[str], None] = lambda line: None,
 ) -> None:
-    """Train to the end on Ray Train. Raises the worker's own error where it has a readable one."""
+    """Train to the end on Ray Train, also where it gives up for good though training could go on: after a step that ran
+    out of memory, and after a worker that Ray's memory monitor killed. Raises the worker's own error where it has a
+    readable one."""
+    from raytrain.training.faults import FaultNotes
+
+    job = _job(config, run_dir, meta, mlflow)
+    notes = FaultNotes(run_dir / "faults", job["profile_id"])
+    for name in (_GAVE_UP, _LOWERED):
+        (run_dir / name).unlink(missing_ok=True)
+    left = config.train.max_failures
+    with follow(run_dir / "metrics.jsonl", on_metrics):
+        while True:
+            known, started = len(notes.reasons()), time.time()
+            try:
+                with contextlib.redirect_stdout(None):
+                    _trainer(config, run_dir, job, max_failures=left).fit()
+                break
+            except Exception as error:
+                lowered = notes.reasons()[known:]
+                if not lowered and (not killed_for_memory(error) or left < 1):
+                    stalls = notes.stalls(started)
+                    raise _stalled(stalls, config) if stalls else readable(error) from error
+                # A batch that did not fit has been made smaller, so that this ends; another death may come again.
+                left -= not lowered
+                say(f"  training starts again: {lowered[-1] if lowered else 'a worker was killed for its memory'}")
+    if (run_dir / _GAVE_UP).exists():
+        raise TrainingError(**json.loads((run_dir / _GAVE_UP).read_bytes()))
+
+
+def _job(config: Config, run_dir: Path, meta: dict[str, Any], mlflow: dict[str, Any] | None) -> dict[str, Any]:
+    """What a worker gets. Raises `TrainingError` where the cluster can't train so."""
     import ray
-    from ray.train import FailureConfig, RunConfig, ScalingConfig
-    from ray.train.torch import TorchConfig, TorchTrainer
 
     from raytrain.cluster.ingest import free_cpus
 
     cuda = config.train.device != "cpu" and ray.cluster_resources().get("GPU", 0) > 0
     if config.train.device == "cuda" and not cuda:
         raise TrainingError("train.device is cuda, but the cluster has no GPU", remedy="set train.device to cpu")
-    workers = config.train.num_workers
+    workers = config.train.least_workers
     cpus = int(ray.cluster_resources().get("CPU", 1))
     if not cuda and workers > cpus:
         raise TrainingError(
@@ -182,30 +281,43 @@ def run_training(
             allowed=cpus,
             remedy="lower train.num_workers",
         )
-    if config.data.workers == "ray" and free_cpus(config, workers) < 1:
+    if config.data.workers == "ray" and free_cpus(config, config.train.most_workers) < 1:
         raise TrainingError(
             "data.workers is ray, but training leaves no CPU to decode audio",
-            got=f"{cpus} CPUs for {workers} training workers",
+            got=f"{cpus} CPUs for {config.train.most_workers} training workers",
             allowed="a CPU for each worker and at least one more",
             remedy="add CPU nodes, or unset data.workers",
         )
     plain = config.model_dump(mode="json")
     if config.train.init_from:  # workers have other working folders
         plain["train"]["init_from"] = str(Path(config.train.init_from).expanduser().absolute())
-    job = {
+    return {
         "config": plain,
         "run_dir": str(run_dir),
         "meta": meta,
         "mlflow": mlflow,
         "cuda": cuda,
-        "threads": max(1, cpus // workers),
+        "cpus": cpus,
+        "num_shares": config.train.most_workers * config.train.accumulate,
+        "profile_id": file_id(run_dir / "batch_profile.json"),
     }
-    trainer = TorchTrainer(
+
+
+def _trainer(config: Config, run_dir: Path, job: dict[str, Any], max_failures: int) -> Any:
+    from ray.train import FailureConfig, RunConfig, ScalingConfig
+    from ray.train.torch import TorchConfig, TorchTrainer
+
+    cuda, workers = job["cuda"], config.train.num_workers
+    return TorchTrainer(
         train_worker,
         train_loop_config=job,
-        torch_config=TorchConfig(backend="nccl" if cuda else "gloo", timeout_s=600),
+        torch_config=TorchConfig(
+            backend="nccl" if cuda else "gloo",
+            # A rank that waits for a hung one must not end before the hung one's watchdog has said so.
+            timeout_s=max(600, int(config.train.stall_minutes * 60) + 60),
+        ),
         scaling_config=ScalingConfig(
-            num_workers=workers,
+            num_workers=workers if isinstance(workers, int) else tuple(workers),
             use_gpu=cuda,
             resources_per_worker={"CPU": 1, **({"GPU": 1} if cuda else {}), **config.cluster.train_resources},
         ),
@@ -213,29 +325,47 @@ def run_training(
             # A finished name would resume past its end; our own checkpoints say where to go on.
             name=f"train-{time.time_ns()}",
             storage_path=str(run_dir / "ray"),
-            failure_config=FailureConfig(max_failures=config.train.max_failures),
+            failure_config=FailureConfig(max_failures=max_failures),
         ),
     )
-    with follow(run_dir / "metrics.jsonl", on_metrics), contextlib.redirect_stdout(None):
-        try:
-            trainer.fit()
-        except Exception as error:
-            raise readable(error) from error
+
+
+def killed_for_memory(error: BaseException) -> bool:
+    """Whether Ray's memory monitor ended a worker, after which Ray Train does not start again by itself."""
+    import ray
+
+    return any(isinstance(one, ray.exceptions.OutOfMemoryError) for one in _causes(error))
+
+
+def _stalled(stalls: list[str], config: Config) -> TrainingError:
+    return TrainingError(
+        f"training made no progress for {config.train.stall_minutes:g} minutes and was ended",
+        got=f"last of all {'; '.join(sorted(set(stalls)))}",
+        remedy="the worker that does not wait for others is the one to look at: its storage, its GPU, its network; "
+        "raise train.stall_minutes where a step or a validation batch may take as long; `raytrain train` goes on from "
+        "the last checkpoint",
+    )
 
 
 def readable(error: BaseException) -> Exception:
     """The `RaytrainError` inside Ray's wrapping, or a `TrainingError` with the last line of its cause."""
-    seen = [error]
-    for item in seen:
-        failures = getattr(item, "worker_failures", None) or {}
-        inner = [*failures.values(), item.__cause__, getattr(item, "cause", None)]
-        inner.append(getattr(item, "_exc", None))
-        seen.extend(one for one in inner if isinstance(one, BaseException) and one not in seen)
+    seen = _causes(error)
     for item in seen:
         if isinstance(item, RaytrainError):
             return item
     lines = [line for line in str(seen[-1]).strip().splitlines() if line.strip()]
     return TrainingError("training failed", why=lines[-1] if lines else type(error).__name__)
+
+
+def _causes(error: BaseException) -> list[BaseException]:
+    """The error and all that it wraps, outermost first."""
+    seen = [error]
+    for item in seen:
+        failures = getattr(item, "worker_failures", None) or {}
+        inner = [*failures.values(), item.__cause__, getattr(item, "cause", None)]
+        inner += [getattr(item, "_exc", None), getattr(item, "controller_failure", None)]
+        seen.extend(one for one in inner if isinstance(one, BaseException) and one not in seen)
+    return seen
 
 
 @contextlib.contextmanager

@@ -6,7 +6,7 @@ Everything here can be rebuilt on any node that sees the run folder, from the co
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, replace
 from functools import cached_property
 from pathlib import Path
@@ -144,16 +144,17 @@ class Workspace:
         )
 
     def loader(
-        self, batch_sizes: tuple[int, ...], state: dict[str, Any] | None, rank: int, world_size: int,
+        self, batch_sizes: tuple[int, ...], state: dict[str, Any] | None, shares: Sequence[int], num_shares: int,
         pin_memory: bool = False, work: Iterator[StepWork] | None = None,
     ) -> BatchLoader:  # fmt: skip
-        """The rank's batches from `state` on (from the start without one), or those of `work`, read by threads."""
+        """Batches of a worker's `shares` of each step from `state` on (from the start without one), or those of `work`,
+        read by threads."""
         assignment = None
         if work is None:
             assignment = Assignment(self.path("assignment"))
             schedule = self.schedule(assignment, batch_sizes)
             start = ScheduleState.from_dict(state) if state else schedule.initial()
-            work = scheduled_work(assignment, schedule, start, rank, world_size)
+            work = scheduled_work(assignment, schedule, start, shares, num_shares)
         train = self.config.train
         return BatchLoader(
             work,
@@ -162,8 +163,8 @@ class Workspace:
             pin_memory=pin_memory,
         )
 
-    def stream(self, batch_sizes: tuple[int, ...], world_size: int) -> StreamSampler:
-        """The sampler of steps for all ranks where training reads the corpora without assignment."""
+    def stream(self, batch_sizes: tuple[int, ...], num_shares: int) -> StreamSampler:
+        """The sampler of steps for all workers where training reads the corpora without assignment."""
         from raytrain.data.stream import StreamSampler
 
         config, settings = self.config, self.config.data.stream
@@ -173,7 +174,7 @@ class Workspace:
             BlockEncoder(self.tokenizer, config.model.prompt_format, by_words=config.tokenizer.by_words),
             self.plan,
             batch_sizes,
-            world_size,
+            num_shares,
             config.seed,
             repeats=dict(zip(names, self.repeats(names), strict=True)),
             buffer_size=settings.buffer_size,
@@ -199,8 +200,8 @@ class Workspace:
                     return rows[:limit]
         return rows
 
-    def validator(self, rank: int, world_size: int) -> Any:
-        """Validation on the dev manifests, or None where there are none."""
+    def validator(self, rank: int, world_size: int, on_batch: Callable[[str], None] = lambda doing: None) -> Any:
+        """Validation on the dev manifests, or None where there are none. `on_batch` is told of each batch."""
         from raytrain.training.validation import Validator
 
         if not self.config.data.dev:
@@ -214,6 +215,7 @@ class Workspace:
 
         def batches() -> Any:
             for kept, batch in read_rows(rows, sample_rate, self.tokenizer.pad_id, size, quarantine.add):
+                on_batch("validating")
                 yield [row.text for row in kept], batch
 
         return Validator(

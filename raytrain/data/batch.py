@@ -5,6 +5,7 @@ Shapes: B utterances, S samples, L tokens (prompt + text + end of text).
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -114,8 +115,8 @@ class SpeechBatch:
 
 @dataclass(frozen=True)
 class LoadedStep:
-    """One rank's share of a step, and the schedule's state after it (what a checkpoint keeps). `is_last` where a
-    finite schedule ends here."""
+    """One share of a step (a micro-batch), and the schedule's state after the step (what a checkpoint keeps). `is_last`
+    where a finite schedule ends here; `rows` as they were drawn, before broken ones were replaced."""
 
     batch: SpeechBatch
     plan: StepPlan
@@ -123,3 +124,4 @@ class LoadedStep:
     num_replaced: int
     is_last: bool = False
     samples_by_corpus: dict[str, int] = field(default_factory=dict)
+    rows: Sequence[Any] = ()

@@ -1,6 +1,6 @@
 """From planned steps to batches: audio read and collated by threads ahead of the training step.
 
-With an assignment every rank computes the same schedule and takes its own share of each step, so ranks agree without
+With an assignment every rank computes the same schedule and takes its own shares of each step, so ranks agree without
 talking. A recording that can't be read is replaced by another readable row of the same bucket, which keeps the batch's
 shape, and is noted in the quarantine file.
 """
@@ -74,7 +74,7 @@ class Quarantine:
 
 @dataclass(frozen=True)
 class StepWork:
-    """One rank's share of a step before its audio is read, and the state after the step.
+    """One share of a step (a micro-batch) before its audio is read, and the state after the step.
 
     `rows` and `keys` (what augmentation follows from) go together. `numbers` are the rows' places in the assignment,
     from which a broken recording is replaced; without them another row of the same share stands in.
@@ -89,22 +89,23 @@ class StepWork:
 
 
 def scheduled_work(
-    assignment: Assignment, schedule: BatchSchedule, state: ScheduleState, rank: int, world_size: int
+    assignment: Assignment, schedule: BatchSchedule, state: ScheduleState, shares: Sequence[int], num_shares: int
 ) -> Iterator[StepWork]:
-    """A rank's shares of the schedule's steps from `state` on."""
-    is_last = schedule.is_last(state, world_size)
+    """A worker's `shares` of the schedule's steps from `state` on, one after the other; each step has `num_shares`."""
+    is_last = schedule.is_last(state, num_shares)
     while not is_last:
-        plan, state = schedule.step(state, world_size)
-        is_last = schedule.is_last(state, world_size)
-        yield work_of(assignment, schedule, plan, rank, state, is_last)
+        plan, state = schedule.step(state, num_shares)
+        is_last = schedule.is_last(state, num_shares)
+        for share in shares:
+            yield work_of(assignment, schedule, plan, share, state, is_last)
 
 
 def work_of(
-    assignment: Assignment, schedule: BatchSchedule, plan: StepPlan, rank: int, state: ScheduleState, is_last: bool
+    assignment: Assignment, schedule: BatchSchedule, plan: StepPlan, share: int, state: ScheduleState, is_last: bool
 ) -> StepWork:
-    """A rank's share of one planned step."""
-    numbers = schedule.rows(plan, rank).tolist()
-    first = plan.start + sum(plan.sizes[:rank])
+    """One share of a planned step."""
+    numbers = schedule.rows(plan, share).tolist()
+    first = plan.start + sum(plan.sizes[:share])
     keys = [key_of(schedule.seed, plan.bucket, position, 2) for position in range(first, first + len(numbers))]
     return StepWork(plan, state, is_last, assignment.rows(plan.bucket, numbers), keys, numbers)
 
@@ -151,7 +152,7 @@ class StepReader:
         samples: Counter[str] = Counter()
         for row, audio in zip(rows, audios, strict=True):
             samples[row.corpus] += len(audio)
-        return LoadedStep(batch, work.plan, work.state, sum(replaced), work.is_last, dict(samples))
+        return LoadedStep(batch, work.plan, work.state, sum(replaced), work.is_last, dict(samples), work.rows)
 
     def _read(self, work: StepWork, index: int) -> tuple[Row, np.ndarray, int]:
         row = work.rows[index]
@@ -188,7 +189,7 @@ class StepReader:
 
 
 class BatchLoader:
-    """Iterate over `LoadedStep`s of one rank, read ahead by threads.
+    """Iterate over `LoadedStep`s of one worker, read ahead by threads.
 
     `close()` (or the `with` statement) ends the threads; errors of the producer are raised by the iterator.
     """

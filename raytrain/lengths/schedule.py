@@ -139,3 +139,12 @@ class BatchSchedule:
             _, state = one.step(state, world_size)
             steps += 1
         return steps
+
+
+def shares_of(rank: int, world_size: int, num_shares: int) -> range:
+    """Which of a step's shares a worker takes: all of them are dealt out, and who has more has one more.
+
+    A share is what one worker takes of a step where there are as many workers as shares. Fewer workers take several,
+    one after the other (gradient accumulation), and the step stays the same.
+    """
+    return range(num_shares * rank // world_size, num_shares * (rank + 1) // world_size)

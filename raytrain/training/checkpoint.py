@@ -2,6 +2,7 @@
 
     checkpoints/step_00000500/model.pt        weights (plain tensors)
                               optimizer.pt    AdamW states
+                              average.pt      averaged weights, where `train.average_decay` is set
                               meta.json       step, schedule state, ids, model settings, sizes of the files
 
 Everything loads with `weights_only=True`: a checkpoint from elsewhere can't run code.
@@ -14,6 +15,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -41,12 +43,24 @@ class Checkpoint:
         return self.meta["step"]
 
     def load(self, name: str, device: str | torch.device = "cpu") -> dict[str, Any]:
-        """Read `model` or `optimizer`. Raises `CheckpointError` for a damaged file."""
+        """Read `model`, `optimizer` or `average`. Raises `CheckpointError` for a damaged file."""
         path = self.folder / f"{name}.pt"
         try:
             return torch.load(path, map_location=device, weights_only=True)
         except Exception as error:
             raise CheckpointError(f"{path} can't be read", why=str(error).splitlines()[0]) from error
+
+    def has(self, name: str) -> bool:
+        """Whether there is such a part."""
+        return f"{name}.pt" in self.meta["files"]
+
+    def load_weights(self, device: str | torch.device = "cpu") -> dict[str, Any]:
+        """The weights to decode with: averaged where there is an average."""
+        state = self.load("model", device)
+        if self.has("average"):
+            average = self.load("average", device)
+            state.update({name: average[name] for name in average.keys() & state.keys()})
+        return state
 
 
 def write_checkpoint(
@@ -96,10 +110,10 @@ def read_checkpoint(folder: Path) -> Checkpoint | None:
 
 
 class CheckpointFolder:
-    """Writes, lists and prunes the checkpoints of one run; keeps the newest `keep` and the best by WER."""
+    """Writes, lists and prunes the checkpoints of one run; keeps the newest `keep` and the `keep_best` best by WER."""
 
-    def __init__(self, folder: Path, keep: int = 2) -> None:
-        self.folder, self.keep = Path(folder), keep
+    def __init__(self, folder: Path, keep: int = 2, keep_best: int = 1) -> None:
+        self.folder, self.keep, self.keep_best = Path(folder), keep, keep_best
 
     def save(self, step: int, parts: dict[str, dict], meta: dict[str, Any]) -> Checkpoint:
         """Write `parts` (name → state dict) as `step_N`. Raises `StorageError`; older ones stay as they are."""
@@ -109,11 +123,11 @@ class CheckpointFolder:
 
     def mark_best(self, step: int, wer: float) -> bool:
         """Note a checkpoint's validation WER; True if it is the lowest so far."""
-        best = self._best_note()
-        if best is not None and best["wer"] <= wer:
-            return False
-        atomic_write_bytes(self.folder / _BEST, canonical_json({"step": step, "wer": wer}))
-        return True
+        best = self.best_note()
+        known = [one for one in (best or {}).get("kept", []) if one["step"] != step]
+        kept = sorted([*known, {"step": step, "wer": wer}], key=lambda one: (one["wer"], one["step"]))
+        atomic_write_bytes(self.folder / _BEST, canonical_json({**kept[0], "kept": kept[: self.keep_best]}))
+        return kept[0]["step"] == step
 
     def newest(self) -> Checkpoint | None:
         """The newest complete checkpoint; broken ones are passed over."""
@@ -123,21 +137,82 @@ class CheckpointFolder:
                 return checkpoint
         return None
 
+    def at(self, step: int) -> Checkpoint:
+        """The checkpoint of a step. Raises `CheckpointError` where it is not whole."""
+        folder = self.folder / f"step_{step:08d}"
+        checkpoint = read_checkpoint(folder)
+        if checkpoint is None:
+            raise CheckpointError(
+                f"{folder} is not a whole checkpoint", remedy="check that all nodes see the run folder"
+            )
+        return checkpoint
+
     def best(self) -> Checkpoint | None:
         """The checkpoint with the lowest validation WER, else the newest."""
-        note = self._best_note()
+        note = self.best_note()
         found = read_checkpoint(self.folder / f"step_{note['step']:08d}") if note else None
         return found or self.newest()
 
-    def _best_note(self) -> dict[str, Any] | None:
+    def best_note(self) -> dict[str, Any] | None:
+        """`step` and `wer` of the best checkpoint, None before the first validation."""
         try:
-            return json.loads((self.folder / _BEST).read_bytes())
+            note = json.loads((self.folder / _BEST).read_bytes())
         except (OSError, ValueError):
             return None
+        return {"kept": [{"step": note["step"], "wer": note["wer"]}], **note}
 
     def _prune(self) -> None:
-        note = self._best_note()
-        keep_best = f"step_{note['step']:08d}" if note else None
+        best = {f"step_{one['step']:08d}" for one in (self.best_note() or {}).get("kept", [])}
         for folder in sorted(self.folder.glob("step_*"))[: -self.keep]:
-            if folder.name != keep_best:
+            if folder.name not in best:
                 shutil.rmtree(folder, ignore_errors=True)
+
+
+class CheckpointWriter:
+    """Writes checkpoints in a thread while training goes on; one at a time. An error is raised by the next call."""
+
+    def __init__(self, folder: CheckpointFolder) -> None:
+        self._folder = folder
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._pending: Future | None = None
+
+    def __enter__(self) -> CheckpointWriter:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        try:
+            self.wait()
+        except Exception:
+            if kind is None:  # else what ended training is the better error
+                raise
+        finally:
+            self._pool.shutdown()
+
+    def save(self, step: int, parts: dict[str, dict], meta: dict[str, Any], wer: float | None, *, wait: bool) -> None:
+        """Copy `parts` to the host and hand them over; with `wait` come back when all is written."""
+        self.wait()
+        self._pending = self._pool.submit(self._write, step, _on_host(parts), meta, wer)
+        if wait:
+            self.wait()
+
+    def wait(self) -> None:
+        """Until the last checkpoint is written."""
+        if self._pending is not None:
+            pending, self._pending = self._pending, None
+            pending.result()
+
+    def _write(self, step: int, parts: dict[str, dict], meta: dict[str, Any], wer: float | None) -> None:
+        self._folder.save(step, parts, meta)
+        if wer is not None:
+            self._folder.mark_best(step, wer)
+
+
+def _on_host(value: Any) -> Any:
+    """A copy of nested dictionaries and lists with their tensors in host memory: training changes its own in place."""
+    if isinstance(value, torch.Tensor):
+        return value.detach().to("cpu", copy=True)
+    if isinstance(value, dict):
+        return {key: _on_host(one) for key, one in value.items()}
+    if isinstance(value, list):
+        return [_on_host(one) for one in value]
+    return value

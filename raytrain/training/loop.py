@@ -7,10 +7,12 @@ resumed run draws what an uninterrupted one would.
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import math
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,12 +20,19 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from raytrain.data.batch import LoadedStep, SpeechBatch
+from raytrain.artifacts import atomic_write_bytes, canonical_json
+from raytrain.data.batch import LoadedStep
 from raytrain.errors import TrainingError
-from raytrain.training.checkpoint import CheckpointFolder
+from raytrain.training.average import WeightAverage
+from raytrain.training.checkpoint import CheckpointFolder, CheckpointWriter
 from raytrain.training.optim import learning_rate, set_learning_rate
 from raytrain.training.settings import TrainSettings
-from raytrain.training.step import StepResult, resolve_precision, train_step
+from raytrain.training.step import StepResult, resolve_precision, running_statistics, train_step
+
+
+class GaveUp(TrainingError):
+    """Training ended itself, on all ranks at once: started again from the last checkpoint it would end the same."""
+
 
 Log = Callable[[dict[str, float], int, float], None]
 
@@ -33,46 +42,58 @@ class _Window:
     """What happened since the last log line, on this rank, kept on the device until it is read."""
 
     results: list[StepResult] = field(default_factory=list)
+    loaded: list[Sequence[LoadedStep]] = field(default_factory=list)  # without their tensors
     rows: int = 0
     samples: int = 0
     padded_samples: int = 0
     tokens: int = 0
     padded_tokens: int = 0
     replaced: int = 0
+    waited: float = 0.0
     started: float = field(default_factory=time.perf_counter)
 
-    def add(self, result: StepResult, batch: SpeechBatch, replaced: int) -> None:
-        """Count one step; `batch` is still on the host, so reading its lengths waits for nothing."""
+    def add(self, result: StepResult, micro: Sequence[LoadedStep], waited: float) -> None:
+        """Count one step; its batches are still on the host, so reading their lengths waits for nothing."""
         self.results.append(result)
-        self.rows += len(batch)
-        self.samples += int(batch.audio_lengths.sum())
-        self.padded_samples += batch.audio.numel()
-        self.tokens += int(batch.token_lengths.sum())
-        self.padded_tokens += batch.tokens.numel()
-        self.replaced += replaced
+        self.waited += waited
+        for loaded in micro:
+            batch = loaded.batch
+            self.rows += len(batch)
+            self.samples += int(batch.audio_lengths.sum())
+            self.padded_samples += batch.audio.numel()
+            self.tokens += int(batch.token_lengths.sum())
+            self.padded_tokens += batch.tokens.numel()
+            self.replaced += loaded.num_replaced
+        self.loaded.append([_without_tensors(loaded) for loaded in micro])
 
-    def totals(self, device: torch.device, stop: bool) -> list[float]:
-        """Sums over all ranks; `stop` is true everywhere if it is on any rank."""
-        numbers = [
-            self.rows,
-            self.samples,
-            self.padded_samples,
-            self.tokens,
-            self.padded_tokens,
-            self.replaced,
-            stop,
-        ]
-        values = torch.tensor([float(number) for number in numbers], dtype=torch.float64, device=device)
+    def totals(self, device: torch.device, stop: bool, save: bool) -> tuple[dict[str, float], list[float]]:
+        """Sums over all ranks, with the losses'; `stop` and `save` are above 0 everywhere if they are true on any rank.
+        And what tells this rank's steps apart: 1 where one was skipped."""
+        names = ("rows", "samples", "padded_samples", "tokens", "padded_tokens", "replaced")
+        values = {name: float(getattr(self, name)) for name in names} | {"stop": float(stop), "save": float(save)}
+        skipped = torch.stack([result.skipped for result in self.results])
+        # The loss of a skipped step is no number, and would hide those of the others.
+        losses = torch.stack([torch.where(one.skipped > 0, 0, one.sums) for one in self.results]).sum(0)
+        numbers = torch.tensor(list(values.values()), dtype=torch.float64)
+        numbers = torch.cat([numbers.to(device), losses.double()])
         if dist.is_initialized():
-            dist.all_reduce(values)
-        return values.tolist()
+            dist.all_reduce(numbers)
+        found = numbers.tolist()
+        return dict(zip([*values, "loss", "ce_loss", "ctc_loss", "labels"], found, strict=True)), skipped.tolist()
+
+
+def _without_tensors(loaded: LoadedStep) -> LoadedStep:
+    return LoadedStep(None, loaded.plan, loaded.state, loaded.num_replaced, loaded.is_last, rows=loaded.rows)  # type: ignore[arg-type]
 
 
 @dataclass
 class TrainingLoop:
     """All that one rank needs; `run` trains until a limit is reached and returns the last step.
 
-    `model` is the bare model; `wrapped` is what the step calls (the model itself or DDP around it).
+    `model` is the bare model; `wrapped` is what the step calls (the model itself or DDP around it). `shares` are those
+    of a step's `num_shares` that this rank takes: as many of `batches` in a row make a step. `on_out_of_memory` is told
+    the bucket and the batch size of a step that did not fit; `before_step` the step that begins, and its batch; `doing`
+    what the rank does next. `save_now` is asked on every log line whether to save at once (a node is about to go).
     """
 
     model: nn.Module
@@ -90,46 +111,86 @@ class TrainingLoop:
     rank: int = 0
     step: int = 0
     seconds_before: float = 0.0
+    audio_seconds: float = 0.0
     label_smoothing: float = 0.0
+    shares: Sequence[int] = (0,)
+    num_shares: int = 1
+    average: WeightAverage | None = None
+    on_out_of_memory: Callable[[int, int], None] = lambda bucket, size: None
+    before_step: Callable[[int, LoadedStep], None] = lambda step, loaded: None
+    doing: Callable[[str], None] = lambda what: None
+    save_now: Callable[[], bool] = lambda: False
+    flops: Callable[[LoadedStep], float] | None = None
+    peak_flops: float | None = None
 
     def run(self) -> int:
-        """Train to `max_steps`, the batches' end, `max_minutes` or `stop_at_wer`, whichever comes first."""
+        """Train to `max_steps`, the batches' end, `max_minutes`, `stop_at_wer` or the end of patience."""
         self._started = time.perf_counter()
         self._heard: Counter[str] = Counter()
+        self._skipped_in_a_row = self._skipped = 0
+        note = self.checkpoints.best_note()
+        self._best = (note["wer"], note["step"]) if note else (math.inf, self.step)
         self._stop = self.step >= self.settings.max_steps
-        precision = resolve_precision(self.settings.precision, self.device.type)
-        window = _Window()
+        self._precision = resolve_precision(self.settings.precision, self.device.type)
         self.wrapped.train()
-        if not self._stop:
-            for loaded in self.batches:
-                self.step += 1
-                torch.manual_seed(hash((self.seed, self.step, self.rank)) & 0x7FFF_FFFF)
-                set_learning_rate(self.optimizer, learning_rate(self.step, self.settings))
-                result = train_step(
-                    self.wrapped,
-                    loaded.batch.to(self.device),
-                    self.optimizer,
-                    self.settings,
-                    precision=precision,
-                    label_smoothing=self.label_smoothing,
-                )
-                window.add(result, loaded.batch, loaded.num_replaced)
-                self._heard.update(loaded.samples_by_corpus)
-                window = self._after_step(loaded, window)
-                if self._stop:
-                    break
+        with CheckpointWriter(self.checkpoints) as self._writer:
+            if not self._stop:
+                self._train()
         return self.step
+
+    def _train(self) -> None:
+        window, batches = _Window(), iter(self.batches)
+        while not self._stop:
+            self.doing(f"waiting for the batch of step {self.step + 1}")
+            asked = time.perf_counter()
+            micro = list(itertools.islice(batches, len(self.shares)))
+            if not micro:
+                return
+            waited = time.perf_counter() - asked
+            self.step += 1
+            self.before_step(self.step, micro[0])
+            self.doing(f"in step {self.step}, bucket {micro[0].plan.bucket}")
+            set_learning_rate(self.optimizer, learning_rate(self.step, self.settings))
+            window.add(self._one_step(micro), micro, waited)
+            for loaded in micro:
+                self._heard.update(loaded.samples_by_corpus)
+            window = self._after_step(micro[-1], window)
+
+    def _one_step(self, micro: Sequence[LoadedStep]) -> StepResult:
+        try:
+            return train_step(
+                self.wrapped,
+                [loaded.batch.to(self.device) for loaded in micro],
+                self.optimizer,
+                self.settings,
+                precision=self._precision,
+                label_smoothing=self.label_smoothing,
+                seeds=[hash((self.seed, self.step, share)) & 0x7FFF_FFFF for share in self.shares],
+                average=self.average,
+            )
+        except torch.OutOfMemoryError as error:
+            bucket, size = micro[0].plan.bucket, max(len(loaded.batch) for loaded in micro)
+            self.on_out_of_memory(bucket, size)
+            raise TrainingError(
+                f"step {self.step} does not fit into the device's memory",
+                got=f"{size} utterances of bucket {bucket}",
+                why=str(error).splitlines()[0],
+                remedy="training goes on from the last checkpoint with fewer of them; lower oomptimize.memory_fraction "
+                "where that happens often",
+            ) from error
 
     def _after_step(self, loaded: LoadedStep, window: _Window) -> _Window:
         last = loaded.is_last or self.step >= self.settings.max_steps
+        save = False
         if self.step % self.settings.log_every_steps == 0 or last:
-            self._stop = self._log_window(loaded, window) or last
+            stop, save = self._log_window(loaded, window)
+            self._stop = stop or last
             window = _Window()
         wer = None
         if self.validate is not None and (self._stop or self.step % self.settings.validate_every_steps == 0):
             wer = self._run_validation()
             window.started = time.perf_counter()
-        if self._stop or wer is not None or self.step % self.settings.checkpoint_every_steps == 0:
+        if self._stop or save or wer is not None or self.step % self.settings.checkpoint_every_steps == 0:
             self._save(loaded, wer)
         return window
 
@@ -137,71 +198,119 @@ class TrainingLoop:
         """Training time so far, that of interrupted runs included."""
         return self.seconds_before + time.perf_counter() - self._started
 
-    def _log_window(self, loaded: LoadedStep, window: _Window) -> bool:
+    def _log_window(self, loaded: LoadedStep, window: _Window) -> tuple[bool, bool]:
         limit = self.settings.max_minutes
         late = self.rank == 0 and limit is not None and self.seconds() > limit * 60
-        rows, samples, padded, tokens, padded_tokens, replaced, stop = window.totals(self.device, late)
-        sums = torch.stack([result.sums for result in window.results]).sum(0).tolist()
+        sums, skipped = window.totals(self.device, late, self.save_now())
         elapsed = time.perf_counter() - window.started
-        if not math.isfinite(sums[0]):
-            raise TrainingError(
-                f"the loss is {sums[0]} at step {self.step}",
-                got=f"bucket {loaded.plan.bucket}, learning rate {learning_rate(self.step, self.settings):.2e}",
-                remedy="lower train.learning_rate or raise train.warmup_steps; training resumes from the last "
-                "checkpoint",
-            )
+        self._count_skipped(window, skipped)
+        self.audio_seconds += sums["samples"] / self.sample_rate
         if self.rank == 0:
+            labels, steps = max(sums["labels"], 1.0), len(window.results)
+            ranks = dist.get_world_size() if dist.is_initialized() else 1
             metrics = {
-                "loss": sums[0] / sums[3],
-                "ce_loss": sums[1] / sums[3],
-                "ctc_loss": sums[2] / sums[3],
+                **{name: sums[name] / labels for name in ("loss", "ce_loss", "ctc_loss") if sums["labels"]},
                 "lr": learning_rate(self.step, self.settings),
-                "grad_norm": float(window.results[-1].grad_norm),
-                "batch_size": rows / len(window.results),
-                "audio_padding": 1 - samples / padded,
-                "token_padding": 1 - tokens / padded_tokens,
-                "audio_seconds_per_second": samples / self.sample_rate / elapsed,
-                "steps_per_second": len(window.results) / elapsed,
+                "batch_size": sums["rows"] / steps,
+                "audio_padding": 1 - sums["samples"] / sums["padded_samples"],
+                "token_padding": 1 - sums["tokens"] / sums["padded_tokens"],
+                "audio_seconds_per_second": sums["samples"] / self.sample_rate / elapsed,
+                "tokens_per_second": sums["tokens"] / elapsed,
+                "audio_seconds_per_second_per_worker": sums["samples"] / self.sample_rate / elapsed / ranks,
+                "steps_per_second": steps / elapsed,
+                "data_wait": window.waited / elapsed,
                 "memory_gib": _memory_gib(self.device),
                 "bucket": loaded.plan.bucket,
+                f"batch_size_bucket_{loaded.plan.bucket:03}": sum(loaded.plan.sizes),
                 "epoch": loaded.state.epoch,
-                "replaced": replaced,
+                "audio_hours": self.audio_seconds / 3600,
+                "replaced": sums["replaced"],
+                "skipped_steps": self._skipped,
             }
+            grad_norm = float(window.results[-1].grad_norm)
+            if math.isfinite(grad_norm):
+                metrics["grad_norm"] = grad_norm
+            if self.device.type == "cuda":
+                free, total = torch.cuda.mem_get_info(self.device)
+                metrics["memory_headroom"] = free / total
+            if self.flops is not None and self.peak_flops:
+                done = sum(self.flops(one) for micro in window.loaded for one in micro)
+                metrics["mfu"] = done / elapsed / self.peak_flops
             if len(self._heard) > 1:  # this rank's audio since it started, which is a fair sample of all
                 heard = self._heard.total()
                 metrics |= {f"share_{corpus}": samples / heard for corpus, samples in self._heard.items()}
             self.log(metrics, self.step, self.seconds())
-        return stop > 0
+        self._give_up_if_nothing_is_finite()
+        return sums["stop"] > 0, sums["save"] > 0
+
+    def _count_skipped(self, window: _Window, skipped: list[float]) -> None:
+        """All ranks skip the same steps; each notes the rows that it had in them."""
+        first = self.step - len(skipped) + 1
+        for step, micro, was_skipped in zip(itertools.count(first), window.loaded, skipped, strict=False):
+            if not was_skipped:
+                self._skipped_in_a_row = 0
+                continue
+            self._skipped += 1
+            self._skipped_in_a_row += 1
+            rows = [row._asdict() for loaded in micro for row in loaded.rows]
+            body = {"step": step, "rank": self.rank, "bucket": micro[0].plan.bucket, "rows": rows}
+            folder = self.checkpoints.folder.parent / "bad_steps"
+            folder.mkdir(exist_ok=True)
+            atomic_write_bytes(folder / f"step_{step:08d}_rank_{self.rank}.json", canonical_json(body))
+
+    def _give_up_if_nothing_is_finite(self) -> None:
+        if self._skipped_in_a_row >= self.settings.max_skipped_steps:
+            raise GaveUp(
+                f"the gradients of {self._skipped_in_a_row} steps in a row were not finite, up to step {self.step}",
+                got=f"learning rate {learning_rate(self.step, self.settings):.2e}",
+                allowed=f"train.max_skipped_steps: {self.settings.max_skipped_steps}",
+                remedy="lower train.learning_rate or raise train.warmup_steps; bad_steps in the run folder has the "
+                "steps' rows; training resumes from the last checkpoint",
+            )
 
     def _run_validation(self) -> float:
-        _share_buffers(self.model)
-        metrics = self.validate(self.model, self.device)
+        self.doing(f"validating after step {self.step}")
+        self._average_statistics()
+        with self.average.in_place() if self.average is not None else contextlib.nullcontext():
+            metrics = self.validate(self.model, self.device)
         if self.rank == 0:
             self.log(metrics, self.step, self.seconds())
-        goal = self.settings.stop_at_wer
-        if goal is not None and metrics["wer"] <= goal:
+        wer, goal = metrics["wer"], self.settings.stop_at_wer
+        if goal is not None and wer <= goal:
             self._stop = True
-        return metrics["wer"]
+        if wer < self._best[0]:
+            self._best = (wer, self.step)
+        patience = self.settings.patience
+        if patience is not None and self.step - self._best[1] >= patience * self.settings.validate_every_steps:
+            self._stop = True
+        return wer
+
+    def _average_statistics(self) -> None:
+        """Batch norm's running statistics are a rank's own; what is validated and saved is their mean over shares."""
+        buffers = running_statistics(self.model)
+        if self.num_shares == len(self.shares) or not buffers:
+            return
+        flat = torch.cat([buffer.reshape(-1) for buffer in buffers]) * (len(self.shares) / self.num_shares)
+        dist.all_reduce(flat)
+        means = flat.split([buffer.numel() for buffer in buffers])
+        for buffer, mean in zip(buffers, means, strict=True):
+            buffer.copy_(mean.view_as(buffer))
 
     def _save(self, loaded: LoadedStep, wer: float | None) -> None:
+        self._average_statistics()
         if self.rank != 0:
             return
+        self.doing(f"saving step {self.step}")
         parts = {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict()}
+        if self.average is not None:
+            parts["average"] = self.average.state_dict()
         meta = {
             **self.checkpoint_meta,
             "schedule": loaded.state.to_dict(),
             "seconds": round(self.seconds(), 3),
+            "audio_seconds": round(self.audio_seconds, 3),
         }
-        self.checkpoints.save(self.step, parts, meta)
-        if wer is not None:
-            self.checkpoints.mark_best(self.step, wer)
-
-
-def _share_buffers(model: nn.Module) -> None:
-    """Give every rank the batch-norm statistics of rank 0, which are the ones that a checkpoint keeps."""
-    if dist.is_initialized():
-        for buffer in model.buffers():
-            dist.broadcast(buffer, src=0)
+        self._writer.save(self.step, parts, meta, wer, wait=self._stop)
 
 
 def _memory_gib(device: torch.device) -> float:

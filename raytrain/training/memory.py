@@ -307,6 +307,8 @@ class StepTracer:
         self._model.encoder.checkpoint_blocks = settings.activation_checkpointing
         self._parameters = {name: one for name, one in self._model.named_parameters() if one.requires_grad}
         self._optimizer = _Resident(list(self._parameters.values()))
+        averaged = settings.average_decay is not None
+        self._average = [torch.empty_like(one) for one in self._parameters.values()] if averaged else []
         self._meter = LiveBytes(remember)
         self._reducer = None
         if world_size > 1:
@@ -342,6 +344,8 @@ class StepTracer:
             meter.watch(tensor, "optimizer", "optimizer")
         if self._reducer is not None:
             meter.watch(self._reducer, "gradients", "reducer")
+        for tensor in self._average:
+            meter.watch(tensor, "optimizer", "average")
         resident = meter.live
         for tensor in batch.tensors():
             meter.watch(tensor, "activations", "batch")
@@ -361,7 +365,8 @@ class StepTracer:
         try:
             with _places(model, meter), meter, device_like:
                 train_step(
-                    model, batch, self._optimizer, self._settings,  # type: ignore[arg-type]
+                    model, [batch] * min(2, self._settings.accumulate), self._optimizer,  # type: ignore[arg-type]
+                    self._settings,
                     precision=self._precision, label_smoothing=self._config.label_smoothing,
                 )  # fmt: skip
         finally:

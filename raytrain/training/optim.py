@@ -26,10 +26,14 @@ def make_optimizer(model: nn.Module, settings: TrainSettings) -> torch.optim.Ada
 
 
 def learning_rate(step: int, settings: TrainSettings) -> float:
-    """Linear warm-up to the peak, then inverse square root of the step (1-based)."""
-    warmup = settings.warmup_steps
-    scale = step / warmup if step < warmup else math.sqrt(warmup / step)
-    return max(settings.min_learning_rate, settings.learning_rate * scale)
+    """Linear warm-up to the peak, then by the inverse square root of the step (1-based) or a half cosine."""
+    warmup, peak, least = settings.warmup_steps, settings.learning_rate, settings.min_learning_rate
+    if step < warmup:
+        return max(least, peak * step / warmup)
+    if settings.schedule == "inverse_sqrt":
+        return max(least, peak * math.sqrt(warmup / step))
+    gone = min(1.0, (step - warmup) / max(1, settings.max_steps - warmup))
+    return least + (peak - least) * (1 + math.cos(math.pi * gone)) / 2
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, value: float) -> None:

@@ -20,6 +20,7 @@ from raytrain.data.batch import SpeechBatch
 from raytrain.lengths.search import BatchSizeSearch
 from raytrain.model.canary import Canary
 from raytrain.model.config import ModelConfig
+from raytrain.training.average import WeightAverage
 from raytrain.training.optim import make_optimizer
 from raytrain.training.settings import TrainSettings
 from raytrain.training.step import resolve_precision, train_step
@@ -68,6 +69,8 @@ class StepMeter:
         self._bare.encoder.checkpoint_blocks = settings.activation_checkpointing
         self._wrap()
         self._optimizer = make_optimizer(self._bare, settings)
+        decay = settings.average_decay
+        self._average = WeightAverage(self._bare, decay) if decay is not None else None
         self._precision = resolve_precision(settings.precision, self._device.type)
         with contextlib.suppress(torch.OutOfMemoryError):
             self._run(1, (1000, 16))  # the optimizer's states come with its first step
@@ -75,7 +78,7 @@ class StepMeter:
     def _wrap(self) -> None:
         """Put the model into a new DDP: one whose backward pass was broken off refuses the next step."""
         self._model: torch.nn.Module = self._bare
-        if self._settings.num_workers > 1:
+        if self._settings.most_workers > 1:
             if not dist.is_initialized():
                 backend = "nccl" if self._device.type == "cuda" else "gloo"
                 dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
@@ -106,8 +109,8 @@ class StepMeter:
         self._wait()
         start = time.perf_counter()
         train_step(
-            self._model, batch, self._optimizer, self._settings, precision=self._precision,
-            label_smoothing=self._config.label_smoothing,
+            self._model, [batch] * min(2, self._settings.accumulate), self._optimizer, self._settings,
+            precision=self._precision, label_smoothing=self._config.label_smoothing, average=self._average,
         )  # fmt: skip
         self._wait()
         return time.perf_counter() - start

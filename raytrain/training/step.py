@@ -1,8 +1,14 @@
 """One training step, whole: what training runs is what the memory probe runs.
 
-The loss is a sum over tokens divided by the **global** token count. Ranks of one bucket may differ in their
-number of tokens, and a mean of their means would weigh short batches too much. DDP averages gradients over
+The loss is a sum over tokens divided by the **global** token count, over all ranks and micro-batches. Both may differ
+in their number of tokens, and a mean of their means would weigh short batches too much. DDP averages gradients over
 ranks, hence the factor `world_size`.
+
+Running statistics of batch norm take the mean over a step's micro-batches, each as if it were the only one. A rank's
+statistics are of its own shares; `TrainingLoop` averages them over ranks before they are used. Both are linear, so the
+result is the same however shares are dealt out to ranks.
+
+A step whose gradients are not finite changes nothing, on any rank: gradients are the same everywhere, so all see it.
 
 Nothing here waits for the device: no `.item()`, no printing, no branch on a tensor's value.
 """
@@ -10,6 +16,7 @@ Nothing here waits for the device: no `.item()`, no printing, no branch on a ten
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -18,6 +25,7 @@ from torch import Tensor, nn
 
 from raytrain.data.batch import SpeechBatch
 from raytrain.model.loss import canary_loss
+from raytrain.training.average import WeightAverage
 from raytrain.training.settings import TrainSettings
 
 
@@ -25,15 +33,17 @@ from raytrain.training.settings import TrainSettings
 class StepResult:
     """Device tensors of one step; reading them waits for the device, so read them rarely.
 
-    `sums`: (4,) float32, over all ranks: total loss, cross-entropy, CTC, tokens. `grad_norm`: () before clipping.
+    `sums`: (4,) float32, of this rank: total loss, cross-entropy, CTC, tokens. `grad_norm`: () before clipping.
+    `skipped`: () float32, 1 where the gradients were not finite and nothing was changed.
     """
 
     sums: Tensor
     grad_norm: Tensor
+    skipped: Tensor
 
 
 def autocast(device_type: str, precision: str) -> contextlib.AbstractContextManager:
-    """bf16 autocast where asked for, else nothing; on meta the tracer does it (`memory.CudaLike`)."""
+    """bf16 autocast where asked for, else nothing; on meta the tracer does it (`memory.DeviceLike`)."""
     if precision == "bf16" and device_type != "meta":
         return torch.autocast(device_type, dtype=torch.bfloat16)
     return contextlib.nullcontext()
@@ -48,33 +58,71 @@ def resolve_precision(precision: str, device_type: str) -> str:
 
 def train_step(
     model: nn.Module,
-    batch: SpeechBatch,
+    batches: Sequence[SpeechBatch],
     optimizer: torch.optim.Optimizer,
     settings: TrainSettings,
     *,
     precision: str,
     label_smoothing: float = 0.0,
+    seeds: Sequence[int] | None = None,
+    average: WeightAverage | None = None,
 ) -> StepResult:
-    """Forward, loss, backward with gradient reduction (when `model` is DDP), clip, optimizer update."""
+    """Forward, loss and backward of each micro-batch, gradient reduction (when `model` is DDP), clip, update, average.
+
+    `seeds`: one for each micro-batch, set before its forward pass.
+    """
     world_size = dist.get_world_size() if dist.is_initialized() else 1
     optimizer.zero_grad(set_to_none=True)
-    with autocast(batch.audio.device.type, precision):
-        output = model(batch.audio, batch.audio_lengths, batch.input_ids, batch.input_lengths)
-    loss = canary_loss(
-        output,
-        batch.labels,
-        batch.input_lengths,
-        ctc_targets=batch.ctc_targets() if settings.ctc_weight else None,
-        ctc_target_lengths=batch.ctc_target_lengths() if settings.ctc_weight else None,
-        ctc_weight=settings.ctc_weight,
-        label_smoothing=label_smoothing,
-        prompt_lengths=batch.prompt_lengths if settings.mask_prompt else None,
-    )
-    parts = (loss.total_sum, loss.ce_sum, loss.ctc_sum, loss.num_tokens)
-    sums = torch.stack([part.detach().float() for part in parts])
-    if world_size > 1:
-        dist.all_reduce(sums)
-    (loss.total_sum * (world_size / sums[3])).backward()
+    buffers = running_statistics(model)
+    kept = [buffer.clone() for buffer in buffers]
+    tokens = torch.stack([label_tokens(batch, settings) for batch in batches]).sum().float()
+    reduced = dist.all_reduce(tokens, async_op=True) if world_size > 1 else None
+    sums, heard = [], None
+    for number, batch in enumerate(batches):
+        if seeds is not None:
+            torch.manual_seed(seeds[number])
+        with contextlib.ExitStack() as stack:
+            if number < len(batches) - 1 and isinstance(model, nn.parallel.DistributedDataParallel):
+                stack.enter_context(model.no_sync())
+            with autocast(batch.audio.device.type, precision):
+                output = model(batch.audio, batch.audio_lengths, batch.input_ids, batch.input_lengths)
+            loss = canary_loss(
+                output,
+                batch.labels,
+                batch.input_lengths,
+                ctc_targets=batch.ctc_targets() if settings.ctc_weight else None,
+                ctc_target_lengths=batch.ctc_target_lengths() if settings.ctc_weight else None,
+                ctc_weight=settings.ctc_weight,
+                label_smoothing=label_smoothing,
+                prompt_lengths=batch.prompt_lengths if settings.mask_prompt else None,
+            )
+            if reduced is not None:
+                reduced.wait()  # on a GPU the stream waits, not the host
+            (loss.total_sum * (world_size / tokens)).backward()
+        parts = (loss.total_sum, loss.ce_sum, loss.ctc_sum, loss.num_tokens)
+        sums.append(torch.stack([part.detach().float() for part in parts]))
+        if len(batches) > 1:
+            heard = [buffer.clone() for buffer in buffers] if heard is None else torch._foreach_add(heard, buffers)
+            torch._foreach_copy_(buffers, kept)
+    if heard is not None:
+        torch._foreach_copy_(buffers, torch._foreach_div(heard, len(batches)))
     grad_norm = nn.utils.clip_grad_norm_(model.parameters(), settings.clip_norm)
+    skipped = (~torch.isfinite(grad_norm)).float()
+    optimizer.found_inf = skipped  # fused kernels then leave weights, moments and step counts as they are
     optimizer.step()
-    return StepResult(sums=sums, grad_norm=grad_norm)
+    for buffer, before in zip(buffers, kept, strict=True):
+        buffer.copy_(torch.where(skipped > 0, before, buffer))
+    if average is not None:
+        average.update()
+    return StepResult(torch.stack(sums).sum(0), grad_norm, skipped)
+
+
+def running_statistics(model: nn.Module) -> list[Tensor]:
+    """The running means and variances of a model's batch norms."""
+    return [buffer for name, buffer in model.named_buffers() if name.endswith(("running_mean", "running_var"))]
+
+
+def label_tokens(batch: SpeechBatch, settings: TrainSettings) -> Tensor:
+    """() int64: labels that count in the loss."""
+    prompts = (batch.prompt_lengths - 1).sum() if settings.mask_prompt else 0
+    return batch.input_lengths.sum() - prompts
