@@ -23,6 +23,7 @@ benchmark: .venv/ready
 	$(BIN)/python -m benchmarks.loader
 	$(BIN)/python -m benchmarks.stream
 	$(BIN)/python -m benchmarks.loader_memory
+	$(BIN)/python -m benchmarks.training
 	$(BIN)/python -m benchmarks.host_memory
 	$(BIN)/python -m benchmarks.train_step
 	$(BIN)/python -m benchmarks.decode
@@ -40,7 +41,7 @@ lock:
 	rm -rf .venv-lock && $(PYTHON) -m venv .venv-lock
 	.venv-lock/bin/python -m pip install -q --upgrade pip
 	.venv-lock/bin/python -m pip install -q 'torch==2.13.0' '.[dev]' setuptools
-	.venv-lock/bin/python -m pip freeze --all --exclude raytrain --exclude pip | sed 's/+cpu$$//' | grep -v '^nvidia-\|^triton\|^cuda-' > requirements.lock
+	.venv-lock/bin/python -m pip freeze --all --exclude raytrain --exclude pip | sed 's/+cpu$$//' | grep -v '^nvidia-[^m]\|^triton\|^cuda-' > requirements.lock
 	rm -rf .venv-lock
 
 clean:

@@ -49,8 +49,9 @@ def _gpu() -> str:
     return torch.cuda.get_device_name()
 
 
-def record(theme: str, result: dict[str, Any], *, as_json: bool, device: str = "cpu") -> None:
-    """Print the result and write `results/<theme>_<device>_<date>.json`; as JSON, its figures stand at the top."""
+def record(theme: str, result: dict[str, Any], *, as_json: bool, device: str = "cpu") -> Path:
+    """Print the result and write `results/<theme>_<device>_<date>.json`, whose path comes back; as JSON, its figures
+    stand at the top."""
     # A path names somebody's machine; its last part says enough.
     arguments = [Path(word).name if "/" in word else word for word in sys.argv[1:]]
     command = " ".join(["python", "-m", f"benchmarks.{Path(sys.argv[0]).stem}", *arguments])
@@ -64,3 +65,4 @@ def record(theme: str, result: dict[str, Any], *, as_json: bool, device: str = "
         for key, value in result.items():
             print(f"{key}: {value}")
         print(f"written to {path}")
+    return path

@@ -1,4 +1,4 @@
-"""The command line: one command per stage, `run` for all of them, `convert`, `transcribe`, `demo`, `ui`."""
+"""The command line: one command per stage, `run` for all of them, `tune`, `convert`, `transcribe`, `demo`, `ui`."""
 
 from __future__ import annotations
 
@@ -139,6 +139,45 @@ def oomptimize(
             (name, f"{size:,.0f}", f"{size / total:.1%}") for name, size in last[key].items() if size > 0.002 * total
         ]
         console.table((key.removeprefix("mib_by_"), "MiB", "share"), parts)
+
+
+@app.command()
+def tune(
+    config: ConfigOption,
+    set: SetOption = None,
+    json: Annotated[bool, typer.Option("--json", help="One JSON object per trial.")] = False,
+) -> None:
+    """Search settings of training with whole runs, of which the worse ones end early (ASHA); see `tune` in the
+    configuration."""
+    import orjson
+
+    from raytrain.cluster.tune import run_tune
+    from raytrain.config import load_config
+    from raytrain.console import Console
+
+    loaded, console = load_config(config, set), Console(quiet=json)
+    trials = run_tune(loaded, console)
+    if json:
+        for trial in trials:
+            typer.echo(orjson.dumps(trial).decode())
+        return
+    names = list(loaded.tune.space)
+    rows = [
+        (
+            "none" if one["error"] is None else f"{one['error']:.2%}",
+            f"{one['steps']}{' (ended early)' if one['stopped_early'] else ''}",
+            *(_shown(one["settings"].get(name)) for name in names),
+        )
+        for one in trials
+    ]
+    console.table(("error", "steps", *(name.rpartition(".")[2] for name in names)), rows)
+    console.say(f"the best trial's settings are in {loaded.run_dir / 'tune_best.yaml'}; train with")
+    best = " ".join(f"--set {name}={value}" for name, value in trials[0]["settings"].items())
+    console.say(f"  raytrain run --config {config} {best}")
+
+
+def _shown(value: object) -> str:
+    return f"{value:.3g}" if isinstance(value, float) else str(value)
 
 
 @app.command()

@@ -173,12 +173,61 @@ class OomptimizeSection(_Section):
         return self
 
 
+class Distribution(_Section):
+    """What `raytrain tune` draws a setting from: one of `choice` (a list), `uniform`, `log_uniform` ([low, high])."""
+
+    choice: list[Any] | None = Field(None, min_length=1)
+    uniform: tuple[float, float] | None = None
+    log_uniform: tuple[float, float] | None = None
+
+    @model_validator(mode="after")
+    def _one_of(self) -> Distribution:
+        given = [name for name in ("choice", "uniform", "log_uniform") if getattr(self, name) is not None]
+        if len(given) != 1:
+            raise ValueError(f"must be one of choice, uniform, log_uniform, got {', '.join(given) or 'none of them'}")
+        low, high = self.ends()
+        if self.choice is None and not low < high:
+            raise ValueError(f"must be [low, high], got {[low, high]}")
+        if self.log_uniform is not None and low <= 0:
+            raise ValueError(f"log_uniform must be above 0, got {low}")
+        return self
+
+    def ends(self) -> tuple[Any, Any]:
+        """Lowest and highest value, or first and last choice."""
+        if self.choice is not None:
+            return self.choice[0], self.choice[-1]
+        return self.uniform or self.log_uniform
+
+
+class TuneSection(_Section):
+    """`raytrain tune`: training runs with settings drawn from `space`, by their dotted names.
+
+    A trial has at most `max_steps` (those of training if unset). None ends before `grace_steps` (a ninth of them);
+    then one in `reduction_factor` goes on, and so on at each further multiple (ASHA, arXiv 1810.05934). As many trials
+    run at a time as the cluster has room for, at most `max_concurrent`.
+    """
+
+    num_trials: int = Field(16, ge=1)
+    max_steps: int | None = Field(None, ge=1)
+    grace_steps: int | None = Field(None, ge=1)
+    reduction_factor: int = Field(3, ge=2)
+    max_concurrent: int | None = Field(None, ge=1)
+    space: dict[str, Distribution] = {
+        "train.learning_rate": Distribution(log_uniform=(1e-4, 5e-3)),
+        "train.warmup_steps": Distribution(choice=[100, 300, 1000, 2500]),
+        "train.accumulate": Distribution(choice=[1, 2, 4]),
+        "model.spec_augment.time_masks": Distribution(choice=[0, 2, 5, 10]),
+        "model.spec_augment.freq_masks": Distribution(choice=[0, 1, 2]),
+    }
+
+
 class EvaluateSection(_Section):
-    """Decoding of the test manifests; `beam_size` 1 is greedy, see `raytrain.model.decoding.DecodeSettings`."""
+    """Decoding of the dev and test manifests; `beam_size` 1 is greedy, see `raytrain.model.decoding.DecodeSettings`."""
 
     batch_size: int = Field(32, ge=1)
     beam_size: int = Field(1, ge=1)
     length_penalty: float = Field(0.0, ge=0)
+    ctc_weight: float = Field(0.0, ge=0, lt=1)
     num_workers: int = Field(1, ge=1)
     max_generation_delta: int = Field(50, ge=1)
     checkpoint: str = Field("best", pattern="^(best|last)$")
@@ -220,6 +269,7 @@ class Config(_Section):
     model: ModelConfig = ModelConfig()
     train: TrainSettings = TrainSettings()
     evaluate: EvaluateSection = EvaluateSection()
+    tune: TuneSection = TuneSection()
     tracking: TrackingSection = TrackingSection()
     cluster: ClusterSection = ClusterSection()
 
@@ -230,6 +280,8 @@ class Config(_Section):
         if self.buckets.max_tokens > longest:
             problems.append(f"buckets.max_tokens is {self.buckets.max_tokens}, but the model ends at {longest} tokens "
                             f"(model.max_positions + 1)")  # fmt: skip
+        if self.evaluate.ctc_weight and (self.evaluate.beam_size == 1 or not self.train.ctc_weight):
+            problems.append("evaluate.ctc_weight needs a beam_size above 1 and train.ctc_weight, which trains the head")
         start = self.train.init_from
         if start and Path(start).expanduser().absolute().is_relative_to(self.run_dir):
             problems.append("train.init_from lies in this run's own folder, whose checkpoints make way for the new "

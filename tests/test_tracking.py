@@ -31,6 +31,29 @@ def test_json_lines_and_cutting_back_to_a_checkpoint(tmp_path):
     assert rows[1] == {"step": 2, "time_s": 4.0, "loss": 0.5}
 
 
+def test_the_machines_load_goes_to_the_same_store_and_goes_on_after_a_restart(tmp_path, monkeypatch):
+    from mlflow.tracking import MlflowClient
+
+    monkeypatch.setattr("raytrain.tracking.mlflow._SYSTEM_SECONDS", 0.2)
+    monkeypatch.chdir(tmp_path)
+    uri = f"sqlite:///{tmp_path / 'store' / 'mlflow.db'}"
+    (tmp_path / "store").mkdir()
+    common = {"tracking_uri": uri, "experiment": "e", "run_name": "train", "system_metrics": True}
+    counts = []
+    run_id = None
+    for _ in range(2):
+        tracker = MlflowTracker.open(run_id=run_id, **common)
+        time.sleep(1.5)
+        tracker.close()
+        run_id = tracker.run_id
+        history = MlflowClient(tracking_uri=uri).get_metric_history(run_id, "system/cpu_utilization_percentage")
+        steps = sorted(point.step for point in history)
+        assert steps == list(range(len(steps)))
+        counts.append(len(steps))
+    assert 0 < counts[0] < counts[1]
+    assert not (tmp_path / "mlflow.db").exists()  # MLflow's own default
+
+
 def test_runs_in_a_real_store(tmp_path):
     from mlflow.tracking import MlflowClient
 

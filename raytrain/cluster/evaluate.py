@@ -1,7 +1,7 @@
 """Stage `evaluate`: decode the test manifests with a pool of Ray Data actors and score the texts.
 
 Output rows keep the manifests' order. A recording that can't be read gets an error instead of a hypothesis,
-is counted, and stays out of the word error rate.
+is counted, and stays out of the scores.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import numpy as np
 import orjson
 
 from raytrain.config import Config
-from raytrain.training.evaluation import ErrorCounts, count_errors
+from raytrain.training.evaluation import Decoded, ErrorCounts, bleu, count_errors
 
 
 class Transcriber:
@@ -26,7 +26,6 @@ class Transcriber:
         from raytrain.cluster.workspace import Workspace
         from raytrain.config import check_config
         from raytrain.model.canary import Canary
-        from raytrain.model.decoding import DecodeSettings
         from raytrain.training.checkpoint import CheckpointFolder
 
         self.workspace = Workspace(check_config(config), Path(run_dir))
@@ -38,10 +37,7 @@ class Transcriber:
         model = Canary(self.workspace.model_config())
         model.load_state_dict(found.load_weights())
         self.model = model.to(self.device).eval()
-        evaluate = self.workspace.config.evaluate
-        self.search = DecodeSettings(
-            evaluate.beam_size, evaluate.length_penalty, max_generation_delta=evaluate.max_generation_delta
-        )
+        self.search = self.workspace.search()
 
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, list[bytes]]:
         """`batch["row"]`: JSON rows as `Row` fields with `id`; returns JSON hypotheses in the same order."""
@@ -49,7 +45,7 @@ class Transcriber:
 
         from raytrain.data.assignment import Row
         from raytrain.data.loader import read_rows
-        from raytrain.model.decoding import decode
+        from raytrain.model.decoding import transcribe_batch
 
         items = [orjson.loads(text) for text in batch["row"]]
         found: dict[Row, str] = {}
@@ -65,24 +61,23 @@ class Transcriber:
                 lambda row, e: errors.update({row: str(e)}),
             ):
                 speech = speech.to(self.device)
-                states, lengths = self.model.encode(speech.audio, speech.audio_lengths)
-                width = int(speech.prompt_lengths.max())
-                prompts, sizes = speech.tokens[:, :width], speech.prompt_lengths
-                best = decode(self.model, states, lengths, prompts, sizes, tokenizer.eos_id, self.search)
+                best = transcribe_batch(self.model, speech, tokenizer.eos_id, self.search)
                 found.update(zip(kept, (tokenizer.decode(one[0].ids) for one in best), strict=True))
         return {
             "result": [
-                orjson.dumps(_result(item["id"], row, found, errors)) for item, row in zip(items, rows, strict=True)
+                orjson.dumps(_result(item["id"], row, self.workspace.is_translation(row), found, errors))
+                for item, row in zip(items, rows, strict=True)
             ]
         }
 
 
-def _result(identity: int, row: Any, found: dict, errors: dict) -> dict[str, Any]:
+def _result(identity: int, row: Any, translated: bool, found: dict, errors: dict) -> dict[str, Any]:
     result = {
         "id": identity,
         "audio_filepath": row.audio_path,
         "duration_ms": row.duration_ms,
         "lang": row.language,
+        "translated": translated,
         "text": row.text,
     }
     if row in errors:
@@ -122,17 +117,20 @@ def transcribe_rows(config: Config, run_dir: Path, rows: list[Any]) -> Iterator[
 
 
 def score(results: list[dict[str, Any]]) -> dict[str, Any]:
-    """`scores.json`: WER and CER as fractions, counts, and WER by language."""
-    good = [item for item in results if item["hypothesis"] is not None]
+    """`scores.json`: WER and CER of transcriptions as fractions, counts, and WER by language; BLEU of translations by
+    target language."""
+    readable = [item for item in results if item["hypothesis"] is not None]
+    good = [item for item in readable if not item["translated"]]
     languages = sorted({item["lang"] for item in good})
     by_language = {language: _words([item for item in good if item["lang"] == language]) for language in languages}
+    translated = sorted({item["lang"] for item in readable if item["translated"]})
     total = sum(by_language.values(), ErrorCounts())
     characters = count_errors([item["text"] for item in good], [item["hypothesis"] for item in good], unit="character")
     return {
         "wer": total.rate,
         "cer": characters.rate,
         "utterances": total.utterances,
-        "unreadable": len(results) - len(good),
+        "unreadable": len(results) - len(readable),
         "words": total.reference_length,
         "errors": total.errors,
         "substitutions": total.substitutions,
@@ -147,7 +145,16 @@ def score(results: list[dict[str, Any]]) -> dict[str, Any]:
             }
             for language, counts in by_language.items()
         },
+        "bleu": {language: bleu(_decoded(readable, language)) for language in translated},
     }
+
+
+def _decoded(items: list[dict[str, Any]], language: str) -> list[Decoded]:
+    return [
+        Decoded(language, "", True, item["text"], item["hypothesis"])
+        for item in items
+        if item["translated"] and item["lang"] == language
+    ]
 
 
 def _words(items: list[dict[str, Any]]) -> ErrorCounts:

@@ -38,6 +38,7 @@ class Stage:
     key: Callable[[Workspace], Any]
     run: Callable[[stages.Context], str]
     uses_ray: bool = True
+    goes_on: Callable[[Workspace], bool] = lambda workspace: False
     applies: Callable[[Config], bool] = lambda config: True
 
 
@@ -50,7 +51,8 @@ STAGES: tuple[Stage, ...] = (
     Stage("assign", ("statistics", "buckets"), ("assignment/index.json",), stages.assign_key, stages.run_assign,
           applies=lambda config: config.data.stream is None),
     Stage("oomptimize", ("buckets",), ("batch_profile.json",), stages.oomptimize_key, stages.run_oomptimize),
-    Stage("train", ("assign", "oomptimize"), ("checkpoints/last.json",), stages.train_key, stages.run_train),
+    Stage("train", ("assign", "oomptimize"), ("checkpoints/last.json",), stages.train_key, stages.run_train,
+          goes_on=stages.train_goes_on),
     Stage("evaluate", ("train",), ("hypotheses.jsonl", "scores.json"), stages.evaluate_key, stages.run_evaluate),
     Stage(
         "report", ("statistics", "buckets", "assign", "oomptimize", "train", "evaluate"), ("report.html",),
@@ -91,7 +93,7 @@ def run_pipeline(config: Config, console: Console, names: tuple[str, ...] = STAG
             if stage.uses_ray:
                 ray.enter_context(ray_session(config.cluster))
             context = stages.Context(workspace, console, tracking, key)
-            with console.stage(stage.name) as finish, tracking.stage(stage.name):
+            with console.stage(stage.name) as finish, tracking.stage(stage.name, stage.goes_on(workspace)):
                 finish(stage.run(context))
             done[stage.name] = {"key": key, "outputs": _identities(run_dir, stage)}
             _write_state(run_dir, done)

@@ -49,9 +49,9 @@ from raytrain.training.checkpoint import CheckpointFolder
 # Settings of training that say when to stop, look and save, but not what is learnt: a run goes on when they change.
 _NOT_LINEAGE = (
     "max_steps", "max_epochs", "max_minutes", "stop_at_wer", "validate_every_steps", "max_validation_utterances",
-    "checkpoint_every_steps", "keep_checkpoints", "keep_best", "patience", "max_skipped_steps", "accumulate",
-    "log_every_steps", "num_loader_threads", "prefetch_batches", "max_failures", "stall_minutes", "num_workers",
-    "device", "activation_checkpointing",
+    "checkpoint_every_steps", "storage_path", "keep_checkpoints", "keep_best", "patience", "max_skipped_steps",
+    "accumulate", "log_every_steps", "num_loader_threads", "prefetch_batches", "max_failures", "stall_minutes",
+    "num_workers", "device", "activation_checkpointing", "shard",
 )  # fmt: skip
 
 
@@ -429,34 +429,48 @@ def _lineage(workspace: Workspace) -> str:
 def train_key(workspace: Workspace) -> Any:
     config = workspace.config
     dev = _reading(config, "dev") if config.data.dev else None
-    return [_lineage(workspace), config.section("train"), dev, config.evaluate.max_generation_delta]
+    return [_lineage(workspace), config.section("train"), dev, dev and asdict(workspace.search())]
+
+
+def train_goes_on(workspace: Workspace) -> bool:
+    """Whether training has checkpoints of these settings to go on from."""
+    last = CheckpointFolder(workspace.path("checkpoints")).newest()
+    return last is not None and last.meta["ids"].get("lineage") == _lineage(workspace)
+
+
+def training_meta(workspace: Workspace) -> dict[str, Any]:
+    """What every checkpoint says of where it comes from."""
+    return {
+        "ids": {
+            "lineage": _lineage(workspace),
+            "bucket_plan": workspace.plan_id,
+            "tokenizer": workspace.tokenizer.id,
+            "model": workspace.model_id(),
+            "batch_profile": file_id(workspace.path("batch_profile.json")),
+        },
+        "model": asdict(workspace.model_config()),
+    }
 
 
 def run_train(context: Context) -> str:
-    from raytrain.cluster.train import run_training
+    from raytrain.cluster.train import mirror_of, run_training
 
     workspace, config = context.workspace, context.config
     lineage = _lineage(workspace)
     _set_aside_other_lineage(context, lineage)
     folder = CheckpointFolder(context.path("checkpoints"), config.train.keep_checkpoints, config.train.keep_best)
-    start = folder.newest()
+    start, mirror = folder.newest(), mirror_of(config)
+    if start is None and mirror is not None:
+        start = mirror.fetch_newest(make_folder(folder.folder), lineage)
+        if start is not None:
+            context.console.say(f"  found the checkpoint of step {start.step} in {mirror.path}")
     if start is not None:
         context.console.say(f"  training goes on from step {start.step}")
-    meta = {
-        "ids": {
-            "lineage": lineage,
-            "bucket_plan": workspace.plan_id,
-            "tokenizer": workspace.tokenizer.id,
-            "model": workspace.model_id(),
-            "batch_profile": file_id(context.path("batch_profile.json")),
-        },
-        "model": asdict(workspace.model_config()),
-    }
     with _training_progress(context, start.step if start else 0) as on_metrics:
         run_training(
             config,
             workspace.run_dir,
-            meta=meta,
+            meta=training_meta(workspace),
             mlflow=context.tracking.worker_arguments(),
             on_metrics=on_metrics,
             say=context.console.say,
@@ -481,7 +495,7 @@ def _training_progress(context: Context, step: int) -> Iterator[Any]:
         shown: dict[str, float] = {}
 
         def on_metrics(line: dict[str, Any]) -> None:
-            shown.update({key: line[key] for key in ("loss", "wer") if key in line})
+            shown.update({key: line[key] for key in ("loss", "wer", "bleu") if key in line})
             text = "training  " + "  ".join(f"{key} {value:.3f}" for key, value in shown.items())
             update(completed=line["step"], text=text)
 
@@ -538,12 +552,15 @@ def run_evaluate(context: Context) -> str:
     body = score(results)
     parents = {"checkpoint": file_id(context.path("checkpoints", "last.json"))}
     write_json(context.path("scores.json"), SCORES_FORMAT, body, parents)
-    context.tracking.current.log_metrics({"test_wer": body["wer"], "test_cer": body["cer"]}, 0, 0.0)
+    measured = {"test_wer": body["wer"], "test_cer": body["cer"]} if body["utterances"] else {}
+    measured |= {f"test_bleu_{language}": value for language, value in body["bleu"].items()}
+    context.tracking.current.log_metrics(measured, 0, 0.0)
     for name in ("scores.json", "hypotheses.jsonl"):
         context.tracking.current.log_artifact(context.path(name))
     if body["unreadable"]:
         context.console.warn(f"{body['unreadable']} recording(s) can't be read; hypotheses.jsonl says why")
-    return f"WER {body['wer']:.1%} on {body['utterances']} utterances"
+    heard = [f"WER {body['wer']:.1%} on {body['utterances']} utterances"] if body["utterances"] else []
+    return ", ".join([*heard, *(f"BLEU {value:.1f} into {language}" for language, value in body["bleu"].items())])
 
 
 # --- report

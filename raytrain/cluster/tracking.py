@@ -36,14 +36,19 @@ class RunTracking:
             self._parent.close("FAILED" if kind else "FINISHED")
 
     @contextlib.contextmanager
-    def stage(self, name: str) -> Iterator[None]:
-        """A child run around one stage; FAILED where the body raises."""
+    def stage(self, name: str, goes_on: bool = False) -> Iterator[None]:
+        """A child run around one stage, that of its last time where it `goes_on`; FAILED where the body raises."""
         if not self._config.tracking.enabled:
             yield
             return
         if self._parent is None:
             self._parent = self._open_parent()
-        child = self._open(name, self._parent.run_id)
+        known = self._note().get("stages", {}).get(name) if goes_on else None
+        child = self._open(name, self._parent.run_id, run_id=known)
+        if child.run_id:
+            note = self._note()
+            stages = {**note.get("stages", {}), name: child.run_id}
+            atomic_write_bytes(self._run_dir / "mlflow_run.json", canonical_json({**note, "stages": stages}))
         self.current, self._child_id = child, child.run_id
         status = "FAILED"
         try:
@@ -52,6 +57,11 @@ class RunTracking:
         finally:
             child.close(status)
             self.current, self._child_id = NullTracker(), None
+
+    @property
+    def child_id(self) -> str | None:
+        """The current stage's run, None without tracking."""
+        return self._child_id
 
     @contextlib.contextmanager
     def trial(self, name: str) -> Iterator[Tracker]:
@@ -74,20 +84,27 @@ class RunTracking:
             "experiment": self._config.tracking.experiment,
             "run_name": "train",
             "run_id": self._child_id,
+            "system_metrics": True,
         }
 
     def _open_parent(self) -> Any:
-        note = self._run_dir / "mlflow_run.json"
-        uri = tracking_uri(self._config, self._run_dir)
-        with contextlib.suppress(OSError, ValueError, KeyError):
-            known = json.loads(note.read_bytes())
-            if known["uri"] == uri:
-                return self._open(self._config.name, None, run_id=known["run_id"])
+        known = self._note()
+        if "run_id" in known:
+            return self._open(self._config.name, None, run_id=known["run_id"])
         parent = self._open(self._config.name, None)
         if parent.run_id:
-            atomic_write_bytes(note, canonical_json({"uri": uri, "run_id": parent.run_id}))
+            body = {"uri": tracking_uri(self._config, self._run_dir), "run_id": parent.run_id}
+            atomic_write_bytes(self._run_dir / "mlflow_run.json", canonical_json(body))
             parent.log_params(_flat(self._config.model_dump(mode="json")))
         return parent
+
+    def _note(self) -> dict[str, Any]:
+        """Ids of this run folder's runs on the configured server, by which they are gone on with."""
+        try:
+            note = json.loads((self._run_dir / "mlflow_run.json").read_bytes())
+            return note if note["uri"] == tracking_uri(self._config, self._run_dir) else {}
+        except (OSError, ValueError, KeyError):
+            return {}
 
     def _open(self, name: str, parent: str | None, run_id: str | None = None) -> Any:
         from raytrain.tracking.mlflow import MlflowTracker

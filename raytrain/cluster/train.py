@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -16,6 +17,7 @@ from typing import Any
 
 from raytrain.artifacts import atomic_write_bytes, file_id
 from raytrain.config import Config, check_config
+from raytrain.data.storage import absolute
 from raytrain.errors import RaytrainError, TrainingError
 
 
@@ -27,10 +29,11 @@ def train_worker(job: dict[str, Any]) -> None:
     from raytrain.cluster.workspace import Workspace
     from raytrain.lengths.schedule import shares_of
     from raytrain.model.canary import Canary
+    from raytrain.model.cost import peak_flops, training_flops
     from raytrain.training.average import WeightAverage
     from raytrain.training.checkpoint import CheckpointFolder
-    from raytrain.training.faults import FaultNotes, Watchdog
-    from raytrain.training.loop import GaveUp, TrainingLoop
+    from raytrain.training.faults import FaultNotes, Watchdog, kills_for_memory
+    from raytrain.training.loop import GaveUp, TrainingLoop, sharded_module
     from raytrain.training.optim import make_optimizer
 
     config = check_config(job["config"])
@@ -45,18 +48,30 @@ def train_worker(job: dict[str, Any]) -> None:
     model_config = workspace.model_config()
     model = Canary(model_config).to(device)
     model.encoder.checkpoint_blocks = config.train.activation_checkpointing
+    checkpoints = CheckpointFolder(
+        workspace.path("checkpoints"), config.train.keep_checkpoints, config.train.keep_best, mirror_of(config)
+    )
+    notes = FaultNotes(workspace.path("faults"), job["profile_id"], rank)
+    kills = dict(_from_all_ranks(kills_for_memory()))
+    if rank == 0:
+        notes.learn_from_deaths(kills)
+    resume = _agreed_checkpoint(checkpoints, rank)
+    _load_weights(resume, model, workspace, device)
+    sharded = config.train.shard and world_size > 1
+    if sharded:
+        sharded_module().shard(model, device.type)
     optimizer = make_optimizer(model, config.train)
     average = WeightAverage(model, config.train.average_decay) if config.train.average_decay is not None else None
-    checkpoints = CheckpointFolder(workspace.path("checkpoints"), config.train.keep_checkpoints, config.train.keep_best)
-    notes = FaultNotes(workspace.path("faults"), job["profile_id"], rank)
-    if rank == 0:
-        notes.learn_from_deaths()
-    resume = _agreed_checkpoint(checkpoints, rank)
-    _load(resume, model, optimizer, average, workspace, device)
+    if resume is not None:
+        state = resume.load("optimizer", device)
+        sharded_module().load_optimizer(model, optimizer, state) if sharded else optimizer.load_state_dict(state)
+        if average is not None:
+            average.load_state_dict(resume.load("average", device))
     meta = resume.meta if resume else {}
+    flops = training_flops(model_config)
     sizes = _batch_sizes(workspace, device, notes)
     wrapped = model
-    if world_size > 1:
+    if world_size > 1 and not sharded:
         ids = [device.index] if device.type == "cuda" else None
         # Batch norm's statistics stay each rank's own until they are used; see `training.step`.
         wrapped = torch.nn.parallel.DistributedDataParallel(
@@ -89,10 +104,14 @@ def train_worker(job: dict[str, Any]) -> None:
             shares=shares,
             num_shares=job["num_shares"],
             average=average,
+            sharded=sharded,
+            flops=lambda batch: flops(batch.audio_lengths * 1000 / model_config.sample_rate / 80, batch.token_lengths),
+            peak_flops=peak_flops(torch.cuda.get_device_name(device)) if device.type == "cuda" else None,
             on_out_of_memory=lambda bucket, size: notes.lower(bucket, size, "out of memory in a training step"),
             before_step=lambda step, loaded: mark(step, loaded.plan.bucket, max(loaded.plan.sizes)),
             doing=watchdog.beat,
             save_now=_Preemption(),
+            stop_now=workspace.path(STOP).exists,
         )
         try:
             loop.run()
@@ -102,8 +121,28 @@ def train_worker(job: dict[str, Any]) -> None:
                 atomic_write_bytes(workspace.path(_GAVE_UP), json.dumps(error.to_dict()).encode())
 
 
+def mirror_of(config: Config) -> Any:
+    """Where copies of the checkpoints are kept, None where they are not."""
+    from raytrain.cluster.mirror import CheckpointMirror
+
+    path = config.train.storage_path
+    return CheckpointMirror(absolute(f"{path.rstrip('/')}/{config.name}/checkpoints")) if path else None
+
+
+STOP = "stop"  # training ends, as at its last step, soon after a file of this name is in its run folder
 _GAVE_UP = "gave_up.json"
 _LOWERED = "batch_profile_lowered.json"
+
+
+def _from_all_ranks(value: Any) -> list[Any]:
+    """What each rank has, in their order."""
+    import torch.distributed as dist
+
+    if not dist.is_initialized():
+        return [value]
+    values = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
 
 
 def _agreed_checkpoint(checkpoints: Any, rank: int) -> Any:
@@ -115,18 +154,15 @@ def _agreed_checkpoint(checkpoints: Any, rank: int) -> Any:
     return found if rank == 0 or step is None else checkpoints.at(step)
 
 
-def _load(resume: Any, model: Any, optimizer: Any, average: Any, workspace: Any, device: Any) -> None:
+def _load_weights(resume: Any, model: Any, workspace: Any, device: Any) -> None:
     from raytrain.convert import load_model
     from raytrain.model.transfer import initialise_from
 
     init_from = workspace.config.train.init_from
     if resume is not None:
         model.load_state_dict(resume.load("model", device))
-        optimizer.load_state_dict(resume.load("optimizer", device))
     elif init_from:
         initialise_from(model, workspace.tokenizer.models, load_model(Path(init_from).expanduser()))
-    if average is not None:
-        average.load_state_dict(resume.load("average", device)) if resume is not None else average.restart()
 
 
 class _Preemption:
@@ -176,13 +212,7 @@ def _batch_sizes(workspace: Any, device: Any, notes: Any) -> tuple[int, ...]:
         properties = torch.cuda.get_device_properties(device)
         name, gib = properties.name, properties.total_memory / 2**30
     known = workspace.profiles()
-    devices = [(name, gib)]
-    if train.get_context().get_world_size() > 1:
-        import torch.distributed as dist
-
-        devices = [None] * dist.get_world_size()
-        dist.all_gather_object(devices, (name, gib))
-    sizes = least_sizes([choose_profile(known, *one) for one in devices])
+    sizes = least_sizes([choose_profile(known, *one) for one in _from_all_ranks((name, gib))])
     lowered = notes.lowered(sizes)
     if lowered != tuple(sizes) and train.get_context().get_world_rank() == 0:
         body = {"batch_sizes": list(lowered), "instead_of": list(sizes), "notes": notes.reasons()}
@@ -241,18 +271,20 @@ def run_training(
 
     job = _job(config, run_dir, meta, mlflow)
     notes = FaultNotes(run_dir / "faults", job["profile_id"])
-    for name in (_GAVE_UP, _LOWERED):
+    for name in (_GAVE_UP, _LOWERED, STOP):
         (run_dir / name).unlink(missing_ok=True)
     left = config.train.max_failures
     with follow(run_dir / "metrics.jsonl", on_metrics):
         while True:
             known, started = len(notes.reasons()), time.time()
             try:
-                with contextlib.redirect_stdout(None):
+                with contextlib.redirect_stdout(None), _health_check(config):
                     _trainer(config, run_dir, job, max_failures=left).fit()
                 break
             except Exception as error:
                 lowered = notes.reasons()[known:]
+                if killed_for_memory(error):
+                    notes.note_kill_for_memory()
                 if not lowered and (not killed_for_memory(error) or left < 1):
                     stalls = notes.stalls(started)
                     raise _stalled(stalls, config) if stalls else readable(error) from error
@@ -261,6 +293,19 @@ def run_training(
                 say(f"  training starts again: {lowered[-1] if lowered else 'a worker was killed for its memory'}")
     if (run_dir / _GAVE_UP).exists():
         raise TrainingError(**json.loads((run_dir / _GAVE_UP).read_bytes()))
+
+
+@contextlib.contextmanager
+def _health_check(config: Config) -> Iterator[None]:
+    """Let Ray Train give up sooner than after its ten minutes on a worker that does not even answer."""
+    name = "RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S"
+    kept = os.environ.get(name)
+    os.environ.setdefault(name, str(min(600.0, config.train.stall_minutes * 60)))
+    try:
+        yield
+    finally:
+        if kept is None:
+            del os.environ[name]
 
 
 def _job(config: Config, run_dir: Path, meta: dict[str, Any], mlflow: dict[str, Any] | None) -> dict[str, Any]:
@@ -289,8 +334,9 @@ def _job(config: Config, run_dir: Path, meta: dict[str, Any], mlflow: dict[str, 
             remedy="add CPU nodes, or unset data.workers",
         )
     plain = config.model_dump(mode="json")
-    if config.train.init_from:  # workers have other working folders
-        plain["train"]["init_from"] = str(Path(config.train.init_from).expanduser().absolute())
+    for name in ("init_from", "storage_path"):  # workers have other working folders
+        if plain["train"][name]:
+            plain["train"][name] = absolute(plain["train"][name])
     return {
         "config": plain,
         "run_dir": str(run_dir),
@@ -325,7 +371,10 @@ def _trainer(config: Config, run_dir: Path, job: dict[str, Any], max_failures: i
             # A finished name would resume past its end; our own checkpoints say where to go on.
             name=f"train-{time.time_ns()}",
             storage_path=str(run_dir / "ray"),
-            failure_config=FailureConfig(max_failures=max_failures),
+            # Ray Train waits a minute for room for its workers, and without a limit for ever.
+            failure_config=FailureConfig(
+                max_failures=max_failures, controller_failure_limit=max(1, round(config.train.stall_minutes))
+            ),
         ),
     )
 
@@ -354,6 +403,12 @@ def readable(error: BaseException) -> Exception:
         if isinstance(item, RaytrainError):
             return item
     lines = [line for line in str(seen[-1]).strip().splitlines() if line.strip()]
+    if any(type(item).__name__ == "WorkerGroupStartupTimeoutError" for item in seen):
+        return TrainingError(
+            "there was no room for the training workers",
+            why=next((line for line in lines if "timed out" in line), None),
+            remedy="free CPUs or GPUs, add nodes, or lower train.num_workers; [least, most] takes what there is",
+        )
     return TrainingError("training failed", why=lines[-1] if lines else type(error).__name__)
 
 
@@ -374,15 +429,16 @@ def follow(path: Path, on_line: Callable[[dict[str, Any]], None]) -> Iterator[No
     stopped = threading.Event()
 
     def watch() -> None:
-        seen = -1
+        seen = (-1, False)  # a step's validation comes after its other numbers
         while True:
             last = stopped.wait(0.5)
             for line in path.read_bytes().splitlines() if path.exists() else []:
                 with contextlib.suppress(ValueError, KeyError):
                     item = json.loads(line)
-                    if item["step"] > seen or (item["step"] == seen and "wer" in item):
+                    place = (item["step"], "val_loss" in item)
+                    if place > seen:
                         on_line(item)
-                    seen = max(seen, item["step"])
+                        seen = place
             if last:
                 return
 

@@ -21,6 +21,7 @@ from raytrain.data.corpus import Chunk, read_blocks
 from raytrain.data.encoder import BlockEncoder
 from raytrain.data.loader import BatchLoader, Quarantine, StepReader, StepWork, read_rows, scheduled_work
 from raytrain.data.materialize import AudioFinder
+from raytrain.data.prompt import prompt_languages
 from raytrain.data.tokenizer import CanaryTokenizer
 from raytrain.errors import ConfigError
 from raytrain.lengths.mixture import Mixture, repeats_of
@@ -29,6 +30,7 @@ from raytrain.lengths.profile import BatchProfile
 from raytrain.lengths.sampling import sampling_shares
 from raytrain.lengths.schedule import BatchSchedule, ScheduleState
 from raytrain.model.config import ModelConfig
+from raytrain.model.decoding import DecodeSettings
 
 if TYPE_CHECKING:
     from raytrain.data.stream import StreamSampler
@@ -85,8 +87,9 @@ class Workspace:
         )
 
     def model_id(self) -> str:
-        """Names the model's shape: what a batch profile depends on."""
-        return content_id(asdict(self.model_config()))
+        """Names the model's shape: what a batch profile depends on. What is masked takes no memory."""
+        values = asdict(self.model_config())
+        return content_id({name: value for name, value in values.items() if name != "spec_augment"})
 
     def profiles(self) -> list[BatchProfile]:
         """The batch profiles, one for each kind of device. Raises `ProfileError` where they were made for another plan
@@ -200,6 +203,21 @@ class Workspace:
                     return rows[:limit]
         return rows
 
+    def is_translation(self, row: Row) -> bool:
+        """Whether a row's text is in another language than its speech, as its prompt says."""
+        source, target = prompt_languages(
+            self.tokenizer, row.tokens[: row.prompt_length], self.config.model.prompt_format
+        )
+        return source != target
+
+    def search(self) -> DecodeSettings:
+        """How `evaluate` and validation decode."""
+        evaluate = self.config.evaluate
+        return DecodeSettings(
+            evaluate.beam_size, evaluate.length_penalty, max_generation_delta=evaluate.max_generation_delta,
+            ctc_weight=evaluate.ctc_weight,
+        )  # fmt: skip
+
     def validator(self, rank: int, world_size: int, on_batch: Callable[[str], None] = lambda doing: None) -> Any:
         """Validation on the dev manifests, or None where there are none. `on_batch` is told of each batch."""
         from raytrain.training.validation import Validator
@@ -216,11 +234,12 @@ class Workspace:
         def batches() -> Any:
             for kept, batch in read_rows(rows, sample_rate, self.tokenizer.pad_id, size, quarantine.add):
                 on_batch("validating")
-                yield [row.text for row in kept], batch
+                yield kept, batch
 
         return Validator(
             batches=batches,
+            is_translation=self.is_translation,
             decode=self.tokenizer.decode,
             eos_id=self.tokenizer.eos_id,
-            max_generation_delta=self.config.evaluate.max_generation_delta,
+            search=self.search(),
         )

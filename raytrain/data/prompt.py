@@ -9,7 +9,7 @@ is text that came before, in the target language and encoded by that language's 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from raytrain.data.corpus import Utterance
@@ -59,6 +59,13 @@ def prompt_ids(
     ids = tokenizer.encode_text(context, values["target_lang"][2:-2]) if context else []
     rest = [tokenizer.special(token) for token in (BOS, *(values[name] for name in names[1:]))]
     return [tokenizer.special("<|startofcontext|>"), *ids, *rest]
+
+
+def prompt_languages(tokenizer: CanaryTokenizer, ids: Sequence[int], prompt_format: str) -> tuple[int, int]:
+    """The ids of a prompt's source and target language."""
+    slots = [name for name in check_format(prompt_format) if name != "decodercontext"]
+    first = list(ids).index(tokenizer.bos_id) + 1
+    return ids[first + slots.index("source_lang")], ids[first + slots.index("target_lang")]
 
 
 def key_prompt(tokenizer: CanaryTokenizer, row: PromptKey | Utterance, prompt_format: str) -> list[int]:

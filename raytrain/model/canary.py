@@ -73,6 +73,11 @@ class Canary(nn.Module):
         _, states, lengths = self._encode(audio_BS, lengths_B)
         return states, lengths
 
+    def encode_with_ctc(self, audio_BS: Tensor, lengths_B: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """As `encode`, and the CTC head's log-probabilities (B, T, V + 1), the blank last."""
+        raw, states, lengths = self._encode(audio_BS, lengths_B)
+        return states, lengths, self.ctc_head(raw).float().log_softmax(-1)
+
     def cross_mask(self, states_BTD: Tensor, lengths_B: Tensor) -> Tensor:
         """(B, 1, 1, T) bool: the frames that cross-attention may look at."""
         return mask_until(lengths_B.clamp_min(1), states_BTD.shape[1])[:, None, None]

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
+from torch import Tensor
+
 from raytrain.lengths.cost import CostModel
 from raytrain.model.config import ModelConfig
 
@@ -22,6 +26,39 @@ def cost_of(config: ModelConfig) -> CostModel:
         token_squared=config.decoder_layers * 2 * h,
         frame_token=config.decoder_layers * 2 * h,
     )
+
+
+def training_flops(config: ModelConfig) -> Callable[[Tensor, Tensor], float]:
+    """A function of frames and tokens by utterance: the operations of a training step on them, padding not counted.
+
+    A multiply-accumulate is two operations, and the backward pass takes twice what the forward pass does.
+    """
+    cost = cost_of(config)
+
+    def flops(frames: Tensor, tokens: Tensor) -> float:
+        f, t = frames.double(), tokens.double()
+        forward = (
+            cost.frame * f
+            + cost.frame_squared * f * f
+            + cost.token * t
+            + cost.token_squared * t * t
+            + cost.frame_token * f * t
+        )
+        return 6 * float(forward.sum())
+
+    return flops
+
+
+# Dense bf16 operations per second without sparsity, from the vendor's sheets.
+_PEAK_TFLOPS = {
+    "B200": 2250, "H200": 989, "H100 PCIe": 756, "H100": 989, "A100": 312, "L40S": 362, "L40": 181, "L4": 121,
+    "A10": 125, "RTX 4090": 165, "RTX 3090": 71, "V100": 125, "T4": 65,
+}  # fmt: skip
+
+
+def peak_flops(device_name: str) -> float | None:
+    """What a GPU of this name can do per second in bf16 (fp16 where it has none); None where it is not known."""
+    return next((1e12 * peak for name, peak in _PEAK_TFLOPS.items() if name in device_name), None)
 
 
 def _subsampling(config: ModelConfig) -> float:

@@ -11,9 +11,11 @@ Shapes: B utterances, K beams, T encoder frames, V vocabulary.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from raytrain.errors import DataError
@@ -28,6 +30,9 @@ class DecodeSettings:
     `beam_size` 1 is greedy. Hypotheses of n generated tokens (the end included) rank by
     log-probability / ((5 + n) / 6)^`length_penalty` (Wu et al. 2016); `n_best` of them are returned. The prompt
     and what is generated take at most min(max positions, encoder frames + `max_generation_delta`) tokens.
+
+    With `ctc_weight` w the hypotheses of a beam rank by (1 − w)·score + w·log-probability of the CTC head (Watanabe et
+    al. 2017): attention may lose its place where words repeat, CTC does not.
     """
 
     __pydantic_config__ = {"extra": "forbid"}
@@ -36,6 +41,7 @@ class DecodeSettings:
     length_penalty: float = 0.0
     n_best: int = 1
     max_generation_delta: int = 50
+    ctc_weight: float = 0.0
 
     def __post_init__(self) -> None:
         problems = []
@@ -45,6 +51,8 @@ class DecodeSettings:
             problems.append(f"n_best must be from 1 to beam_size ({self.beam_size}), got {self.n_best}")
         if self.length_penalty < 0:
             problems.append(f"length_penalty must be at least 0, got {self.length_penalty}")
+        if not 0 <= self.ctc_weight < 1 or (self.ctc_weight and self.beam_size == 1):
+            problems.append(f"ctc_weight must be in [0, 1), and needs a beam, got {self.ctc_weight}")
         if self.max_generation_delta < 1:
             problems.append(f"max_generation_delta must be at least 1, got {self.max_generation_delta}")
         if problems:
@@ -73,11 +81,13 @@ def decode(
     prompt_lengths: Tensor,
     eos_id: int,
     settings: DecodeSettings | None = None,
+    ctc_log_probs: Tensor | None = None,
 ) -> list[list[Hypothesis]]:
     """The `n_best` hypotheses of each utterance, best first.
 
     `states` (B, T, D) and `lengths` (B,) come from `Canary.encode`, `prompt_ids` (B, P) with `prompt_lengths`
-    (B,) from the tokenizer; prompts of unequal length are decoded group by group. Raises `DataError` for an
+    (B,) from the tokenizer; prompts of unequal length are decoded group by group. `ctc_log_probs` (B, T, V + 1), which
+    `ctc_weight` needs, come from `Canary.encode_with_ctc`. Raises `DataError` for an
     empty prompt and for one that leaves no position to generate.
     """
     settings = settings or DecodeSettings()
@@ -90,6 +100,7 @@ def decode(
             allowed=f"1 to {model.config.max_positions - 1}",
         )
     search = _greedy if settings.beam_size == 1 else _beam
+    wanted = replace(settings, n_best=settings.beam_size) if settings.ctc_weight else settings
     room = (lengths + settings.max_generation_delta).clamp_max(model.config.max_positions) - prompt_lengths
     for row in (room < 1).nonzero().flatten().tolist():
         results[row] = [Hypothesis([], [], 0.0, 0.0, False)]
@@ -99,10 +110,48 @@ def decode(
             continue
         limits = room[rows]
         own = lengths[rows].clamp_min(1)
-        group = search(model, states[rows, : int(own.max())], own, prompt_ids[rows, :size], limits, eos_id, settings)
+        group = search(model, states[rows, : int(own.max())], own, prompt_ids[rows, :size], limits, eos_id, wanted)
         for row, hypotheses in zip(rows.tolist(), group, strict=True):
             results[row] = hypotheses
+    if settings.ctc_weight:
+        for row, hypotheses in enumerate(results):
+            one = ctc_log_probs[row, : int(lengths[row])]
+            results[row] = _ranked_with_ctc(hypotheses, one, settings.ctc_weight)[: settings.n_best]
     return results
+
+
+def _ranked_with_ctc(hypotheses: list[Hypothesis], log_probs: Tensor, weight: float) -> list[Hypothesis]:
+    """Hypotheses of one utterance by both scores; `log_probs` (T, V + 1)."""
+    if not hypotheses or not len(log_probs):
+        return hypotheses
+    sizes = torch.tensor([len(one.ids) for one in hypotheses], device=log_probs.device)
+    targets = torch.zeros(len(hypotheses), max(1, int(sizes.max())), dtype=torch.long, device=log_probs.device)
+    for place, one in enumerate(hypotheses):
+        targets[place, : len(one.ids)] = torch.tensor(one.ids, dtype=torch.long)
+    heard = -F.ctc_loss(
+        log_probs[:, None].expand(-1, len(hypotheses), -1),
+        targets,
+        torch.full_like(sizes, len(log_probs)),
+        sizes,
+        blank=log_probs.shape[-1] - 1,
+        reduction="none",
+    )
+    both = [
+        replace(one, score=(1 - weight) * one.score + weight * value)
+        for one, value in zip(hypotheses, heard.tolist(), strict=True)
+    ]
+    return sorted(both, key=lambda one: -one.score)
+
+
+def transcribe_batch(model: Canary, batch: Any, eos_id: int, settings: DecodeSettings) -> list[list[Hypothesis]]:
+    """`decode` of a `SpeechBatch` after its prompts, from its audio."""
+    ctc = None
+    if settings.ctc_weight:
+        states, lengths, ctc = model.encode_with_ctc(batch.audio, batch.audio_lengths)
+    else:
+        states, lengths = model.encode(batch.audio, batch.audio_lengths)
+    prompts = batch.tokens[:, : int(batch.prompt_lengths.max())]
+    return decode(model, states, lengths, prompts, batch.prompt_lengths, eos_id, settings, ctc)
 
 
 def greedy(

@@ -86,7 +86,9 @@ def _facts(files: dict[str, Any], metrics: list[dict[str, Any]]) -> list[tuple[s
     if metrics:
         facts += [("steps", str(metrics[-1]["step"])), ("training", f"{metrics[-1]['time_s'] / 60:.1f} min")]
     if scores := files["scores"]:
-        facts.append(("test WER", f"{100 * scores['wer']:.1f} %"))
+        if scores["utterances"]:
+            facts.append(("test WER", f"{100 * scores['wer']:.1f} %"))
+        facts += [(f"test BLEU, {language}", f"{value:.1f}") for language, value in scores.get("bleu", {}).items()]
     return facts
 
 

@@ -10,6 +10,7 @@ server or the disk refuses (a missing artefact, a changed parameter) costs that 
 
 from __future__ import annotations
 
+import itertools
 import logging
 import numbers
 import os
@@ -23,6 +24,7 @@ from typing import Any
 
 _LOG = logging.getLogger("raytrain.tracking")
 _RETRY_SECONDS = 30.0
+_SYSTEM_SECONDS = 10.0
 _CLOSE_SECONDS = 20.0
 _MAX_QUEUED = 10_000
 _MAX_BATCH = 500  # metrics in one request; the server takes 1000
@@ -43,6 +45,7 @@ class MlflowTracker:
         self._queue: queue.Queue = queue.Queue(_MAX_QUEUED)
         self._silent_until = 0.0
         self._warned: set[str] = set()
+        self._closed = threading.Event()
         self._try(lambda: None)  # opens the run here, so that a child can name its parent
         self._thread = threading.Thread(target=self._send, name="mlflow", daemon=True)
         self._thread.start()
@@ -57,8 +60,10 @@ class MlflowTracker:
         run_id: str | None = None,
         parent_run_id: str | None = None,
         artifact_location: str | None = None,
+        system_metrics: bool = False,
     ) -> MlflowTracker:
-        """Start a run, or go on with `run_id`; metrics up to the steps already there are not sent again."""
+        """Start a run, or go on with `run_id`; metrics up to the steps already there are not sent again. With
+        `system_metrics` this machine's CPU, memory, disk, network and GPU load too, every ten seconds."""
         os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
         os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "5")
         os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "ERROR")
@@ -74,7 +79,10 @@ class MlflowTracker:
             client.update_run(run_id, status="RUNNING")
             return client, run_id, _last_steps(client, run_id)
 
-        return cls(connect)
+        tracker = cls(connect)
+        if system_metrics:
+            tracker._watch_system(tracking_uri)
+        return tracker
 
     def log_params(self, params: Mapping[str, Any]) -> None:
         """Flat settings; values are cut at MLflow's limit."""
@@ -105,8 +113,28 @@ class MlflowTracker:
         """Copy a file to the run's artefacts."""
         self._put(lambda: self._client.log_artifact(self.run_id, str(path)))
 
+    def _watch_system(self, tracking_uri: str) -> None:
+        """MLflow's own monitor would end with the first request that fails; its readings go through the queue here."""
+        from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
+
+        monitor = SystemMetricsMonitor(self.run_id, tracking_uri=tracking_uri)
+        first = max((step for key, step in self._last_steps.items() if key.startswith("system/")), default=-1) + 1
+
+        def watch() -> None:
+            for number in itertools.count(first):
+                if self._closed.wait(_SYSTEM_SECONDS):
+                    return
+                monitor.collect_metrics()
+                metrics = {f"system/{name}": value for name, value in monitor.aggregate_metrics().items()}
+                for one in monitor.monitors:
+                    one.clear_metrics()
+                self.log_metrics(metrics, number, 0.0)
+
+        threading.Thread(target=watch, name="system metrics", daemon=True).start()
+
     def close(self, status: str = "FINISHED") -> None:
         """Send what is queued, for at most 20 s, and end the run."""
+        self._closed.set()
         until = time.monotonic() + _CLOSE_SECONDS
         try:
             self._queue.put(_End(status), timeout=_CLOSE_SECONDS)

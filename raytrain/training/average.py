@@ -31,12 +31,6 @@ class WeightAverage:
         decay = min(self._decay, (1 + self._updates) / (10 + self._updates))
         torch._foreach_lerp_(self._average, self._weights, 1 - decay)
 
-    @torch.no_grad()
-    def restart(self) -> None:
-        """Begin with the weights as they are now."""
-        torch._foreach_copy_(self._average, self._weights)
-        self._updates = 0
-
     @contextlib.contextmanager
     def in_place(self) -> Iterator[None]:
         """Within it the model has the averaged weights."""
@@ -54,12 +48,18 @@ class WeightAverage:
             average.copy_(kept)
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Averages by parameter name, and the number of updates as `updates`."""
-        return {**dict(zip(self._names, self._average, strict=True)), "updates": torch.tensor(self._updates)}
+        """Averages by parameter name, and the number of updates as `updates`; all ranks must ask for it."""
+        whole = [one.full_tensor() if hasattr(one, "full_tensor") else one for one in self._average]
+        return {**dict(zip(self._names, whole, strict=True)), "updates": torch.tensor(self._updates)}
 
     @torch.no_grad()
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """The inverse of `state_dict`."""
         for name, average in zip(self._names, self._average, strict=True):
-            average.copy_(state[name])
+            value = state[name].to(average.device)
+            if hasattr(average, "full_tensor"):  # of a sharded model
+                from torch.distributed.tensor import distribute_tensor
+
+                value = distribute_tensor(value, average.device_mesh, average.placements)
+            average.copy_(value)
         self._updates = int(state["updates"])

@@ -18,14 +18,14 @@ from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
 from raytrain.artifacts import atomic_write_bytes, canonical_json, file_id, make_folder, storage_error
 from raytrain.errors import CheckpointError
 
-_META = "meta.json"
+META = "meta.json"
 _FORMAT = "raytrain.checkpoint/1"
 _BEST = "best.json"
 
@@ -83,7 +83,7 @@ def write_checkpoint(
             extra(temporary)
         files = {f"{name}.pt": file_id(temporary / f"{name}.pt") for name in parts}
         document = {"format": _FORMAT, "step": step, "files": files, **meta}
-        (temporary / _META).write_bytes(canonical_json(document))
+        (temporary / META).write_bytes(canonical_json(document))
         os.chmod(temporary, 0o755)
         if final.exists():
             shutil.rmtree(final)
@@ -100,7 +100,7 @@ def write_checkpoint(
 def read_checkpoint(folder: Path) -> Checkpoint | None:
     """A checkpoint folder whose files are all there and unchanged, else None."""
     try:
-        meta = json.loads((folder / _META).read_bytes())
+        meta = json.loads((folder / META).read_bytes())
         whole = meta["format"] == _FORMAT and all(
             Path(name).name == name and file_id(folder / name) == identity for name, identity in meta["files"].items()
         )
@@ -109,23 +109,36 @@ def read_checkpoint(folder: Path) -> Checkpoint | None:
     return Checkpoint(folder, meta) if whole else None
 
 
-class CheckpointFolder:
-    """Writes, lists and prunes the checkpoints of one run; keeps the newest `keep` and the `keep_best` best by WER."""
+class Mirror(Protocol):
+    """Keeps copies of checkpoint folders elsewhere. No method raises because that place is away."""
 
-    def __init__(self, folder: Path, keep: int = 2, keep_best: int = 1) -> None:
-        self.folder, self.keep, self.keep_best = Path(folder), keep, keep_best
+    def put(self, source: Path) -> None:
+        """Copy a folder."""
+
+    def remove(self, name: str) -> None:
+        """Remove the copy of a folder."""
+
+
+class CheckpointFolder:
+    """Writes, lists and prunes the checkpoints of one run; keeps the newest `keep` and the `keep_best` best ones by
+    validation error. `mirror` is told of what is written and removed."""
+
+    def __init__(self, folder: Path, keep: int = 2, keep_best: int = 1, mirror: Mirror | None = None) -> None:
+        self.folder, self.keep, self.keep_best, self._mirror = Path(folder), keep, keep_best, mirror
 
     def save(self, step: int, parts: dict[str, dict], meta: dict[str, Any]) -> Checkpoint:
         """Write `parts` (name → state dict) as `step_N`. Raises `StorageError`; older ones stay as they are."""
         checkpoint = write_checkpoint(self.folder / f"step_{step:08d}", step, parts, meta)
+        if self._mirror is not None:
+            self._mirror.put(checkpoint.folder)
         self._prune()
         return checkpoint
 
-    def mark_best(self, step: int, wer: float) -> bool:
-        """Note a checkpoint's validation WER; True if it is the lowest so far."""
+    def mark_best(self, step: int, error: float) -> bool:
+        """Note a checkpoint's validation error; True if it is the lowest so far."""
         best = self.best_note()
         known = [one for one in (best or {}).get("kept", []) if one["step"] != step]
-        kept = sorted([*known, {"step": step, "wer": wer}], key=lambda one: (one["wer"], one["step"]))
+        kept = sorted([*known, {"step": step, "error": error}], key=lambda one: (one["error"], one["step"]))
         atomic_write_bytes(self.folder / _BEST, canonical_json({**kept[0], "kept": kept[: self.keep_best]}))
         return kept[0]["step"] == step
 
@@ -148,24 +161,26 @@ class CheckpointFolder:
         return checkpoint
 
     def best(self) -> Checkpoint | None:
-        """The checkpoint with the lowest validation WER, else the newest."""
+        """The checkpoint with the lowest validation error, else the newest."""
         note = self.best_note()
         found = read_checkpoint(self.folder / f"step_{note['step']:08d}") if note else None
         return found or self.newest()
 
     def best_note(self) -> dict[str, Any] | None:
-        """`step` and `wer` of the best checkpoint, None before the first validation."""
+        """`step` and `error` of the best checkpoint, None before the first validation."""
         try:
             note = json.loads((self.folder / _BEST).read_bytes())
         except (OSError, ValueError):
             return None
-        return {"kept": [{"step": note["step"], "wer": note["wer"]}], **note}
+        return {"kept": [{"step": note["step"], "error": note["error"]}], **note}
 
     def _prune(self) -> None:
         best = {f"step_{one['step']:08d}" for one in (self.best_note() or {}).get("kept", [])}
         for folder in sorted(self.folder.glob("step_*"))[: -self.keep]:
             if folder.name not in best:
                 shutil.rmtree(folder, ignore_errors=True)
+                if self._mirror is not None:
+                    self._mirror.remove(folder.name)
 
 
 class CheckpointWriter:
@@ -188,10 +203,10 @@ class CheckpointWriter:
         finally:
             self._pool.shutdown()
 
-    def save(self, step: int, parts: dict[str, dict], meta: dict[str, Any], wer: float | None, *, wait: bool) -> None:
+    def save(self, step: int, parts: dict[str, dict], meta: dict[str, Any], error: float | None, *, wait: bool) -> None:
         """Copy `parts` to the host and hand them over; with `wait` come back when all is written."""
         self.wait()
-        self._pending = self._pool.submit(self._write, step, _on_host(parts), meta, wer)
+        self._pending = self._pool.submit(self._write, step, _on_host(parts), meta, error)
         if wait:
             self.wait()
 
@@ -201,10 +216,10 @@ class CheckpointWriter:
             pending, self._pending = self._pending, None
             pending.result()
 
-    def _write(self, step: int, parts: dict[str, dict], meta: dict[str, Any], wer: float | None) -> None:
+    def _write(self, step: int, parts: dict[str, dict], meta: dict[str, Any], error: float | None) -> None:
         self._folder.save(step, parts, meta)
-        if wer is not None:
-            self._folder.mark_best(step, wer)
+        if error is not None:
+            self._folder.mark_best(step, error)
 
 
 def _on_host(value: Any) -> Any:

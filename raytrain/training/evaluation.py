@@ -1,9 +1,10 @@
-"""Word error rates from texts: counts that add up over batches, ranks and languages."""
+"""Scores of texts: word error rates, whose counts add up over batches and ranks, and BLEU for translations."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 
 @dataclass(frozen=True)
@@ -51,3 +52,68 @@ def count_errors(references: Iterable[str], hypotheses: Iterable[str], *, unit: 
         length = found.hits + found.substitutions + found.deletions
         total += ErrorCounts(found.substitutions, found.deletions, found.insertions, length, 1)
     return total
+
+
+class Decoded(NamedTuple):
+    """One utterance with what was decoded. `language` is that of the text; `translated` where speech has another."""
+
+    language: str
+    corpus: str
+    translated: bool
+    reference: str
+    hypothesis: str
+
+
+# Languages that sacrebleu's usual tokenizer would take for a single long word.
+_BLEU_TOKENIZERS = {"zh": "zh", "ja": "char", "th": "char", "ko": "char"}
+
+
+def bleu(items: Sequence[Decoded]) -> float:
+    """Corpus BLEU of translations into one language, 0 to 100, with sacrebleu's tokenizer for it."""
+    from sacrebleu.metrics import BLEU
+
+    metric = BLEU(tokenize=_BLEU_TOKENIZERS.get(items[0].language, "13a"))
+    return metric.corpus_score([one.hypothesis for one in items], [[one.reference for one in items]]).score
+
+
+def score_decoded(items: Sequence[Decoded]) -> dict[str, float]:
+    """What validation reports.
+
+    `wer` of transcriptions (a fraction) and `bleu` of translations (0 to 100, the mean over target languages), each
+    where there are any; the same as `wer_LANGUAGE`, `wer_CORPUS`, `bleu_LANGUAGE` and `bleu_CORPUS` where there are
+    several. `error` is what checkpoints are compared by: WER and 1 − BLEU / 100, weighted by utterances.
+    """
+    heard = [one for one in items if not one.translated]
+    translated = [one for one in items if one.translated]
+    found: dict[str, float] = {}
+    found |= _by_group("wer", heard, _wer, _wer)
+    found |= _by_group("bleu", translated, bleu, _mean_bleu)
+    errors = found.get("wer", 0.0) * len(heard) + (1 - found.get("bleu", 0.0) / 100) * len(translated)
+    return {**found, "error": errors / max(len(items), 1)}
+
+
+def _by_group(
+    name: str,
+    items: Sequence[Decoded],
+    score: Callable[[Sequence[Decoded]], float],
+    total: Callable[[Sequence[Decoded]], float],
+) -> dict[str, float]:
+    if not items:
+        return {}
+    found = {name: total(items)}
+    for field, one_score in (("language", score), ("corpus", total)):
+        groups = sorted({getattr(one, field) for one in items})
+        if len(groups) > 1:
+            found |= {
+                f"{name}_{group}": one_score([one for one in items if getattr(one, field) == group]) for group in groups
+            }
+    return found
+
+
+def _wer(items: Sequence[Decoded]) -> float:
+    return count_errors([one.reference for one in items], [one.hypothesis for one in items]).rate
+
+
+def _mean_bleu(items: Sequence[Decoded]) -> float:
+    languages = sorted({one.language for one in items})
+    return sum(bleu([one for one in items if one.language == language]) for language in languages) / len(languages)

@@ -1,13 +1,12 @@
 """What training keeps in `faults/` so that the next attempt does better: batches that did not fit, deaths, stalls.
 
-    faults/lowered-….json     a bucket whose step ran out of memory, and the batch size that it may have from now on
-    faults/doing-RANK         step and bucket that a rank is in; what it leaves behind if it is killed
-    faults/deaths.json        how often an attempt was killed while in a bucket
-    faults/stalled-….json     what a rank that made no progress was doing
+    faults/lowered-….json      a bucket whose step ran out of memory, and the batch size that it may have from now on
+    faults/doing-RANK          what a rank is in the middle of: left behind if its process is killed
+    faults/killed-for-memory   Ray's memory monitor ended the last attempt
+    faults/stalled-….json      what a rank that made no progress was doing
 
-A step that runs out of GPU memory says so itself. A process that the system kills for host memory can't: where
-attempts died twice in the same bucket, that bucket is lowered too, for a process that is killed in the same place twice
-is seldom chance.
+A step that runs out of GPU memory says so itself. A process that is killed for host memory can't; but Ray's monitor is
+known by its error, and the kernel counts the processes that it kills for memory (`oom_kill` in `/proc/vmstat`).
 """
 
 from __future__ import annotations
@@ -16,17 +15,27 @@ import contextlib
 import json
 import mmap
 import os
+import socket
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from raytrain.artifacts import atomic_write_bytes, canonical_json, make_folder
 
-_MARK = 64  # bytes
-_DEATHS_TO_LOWER = 2
+_MARK = 256  # bytes
+_KILLED_FOR_MEMORY = "killed-for-memory"
+
+
+def kills_for_memory() -> tuple[str, int]:
+    """This machine's name, and how many processes its kernel has killed for memory so far; 0 where it does not say."""
+    with contextlib.suppress(OSError, ValueError, IndexError):
+        for line in Path("/proc/vmstat").read_text().splitlines():
+            if line.startswith("oom_kill "):
+                return socket.gethostname(), int(line.split()[1])
+    return socket.gethostname(), 0
 
 
 class FaultNotes:
@@ -68,43 +77,45 @@ class FaultNotes:
         body = {"doing": f"worker {self._rank}: {doing}", "time": time.time()}
         atomic_write_bytes(self._folder / f"stalled-{time.time_ns()}-{self._rank}.json", canonical_json(body))
 
+    def note_kill_for_memory(self) -> None:
+        """Note that the last attempt ended because a worker was killed for its memory."""
+        atomic_write_bytes(self._folder / _KILLED_FOR_MEMORY, b"")
+
     @contextlib.contextmanager
     def marking(self) -> Iterator[Callable[[int, int, int], None]]:
         """Gives a function that notes (step, bucket, batch size) of the step that begins. Whoever leaves the block,
         also by an error, was not killed, and leaves no mark."""
         path = self._folder / f"doing-{self._rank}"
         path.write_bytes(b" " * _MARK)
+        machine, kills = kills_for_memory()
         with open(path, "r+b") as file, mmap.mmap(file.fileno(), _MARK) as mark:
 
             def write(step: int, bucket: int, size: int) -> None:
-                mark[:] = f"{step} {bucket} {size}".ljust(_MARK).encode()  # memory only: the kernel keeps it
+                text = f"{os.getpid()} {step} {bucket} {size} {kills} {machine}"
+                mark[:] = text.encode()[:_MARK].ljust(_MARK)  # memory only: the kernel keeps it
 
             try:
                 yield write
             finally:
                 path.unlink(missing_ok=True)
 
-    def learn_from_deaths(self) -> None:
-        """Count what the last attempt was killed in, and lower a bucket that was so twice. For one rank to call before
-        any marks."""
-        marks = [path.read_bytes().split() for path in self._folder.glob("doing-*")]
-        for path in self._folder.glob("doing-*"):
+    def learn_from_deaths(self, kills: Mapping[str, int]) -> None:
+        """Lower the bucket that the last attempt was in where one of its processes was killed for memory. `kills`: see
+        `kills_for_memory`, of all machines. For one rank to call, before any marks."""
+        paths = list(self._folder.glob("doing-*"))
+        marks = [path.read_bytes().decode(errors="replace").split() for path in paths]
+        by_monitor = (self._folder / _KILLED_FOR_MEMORY).exists()
+        for path in (*paths, self._folder / _KILLED_FOR_MEMORY):
             path.unlink(missing_ok=True)
-        found = [tuple(map(int, mark)) for mark in marks if len(mark) == 3]
-        if not found:
-            return
-        _, bucket, size = max(found)
-        path = self._folder / "deaths.json"
-        try:
-            deaths = json.loads(path.read_bytes())
-        except (OSError, ValueError):
-            deaths = {}
-        key = f"{self._profile_id} {bucket}"
-        deaths[key] = deaths.get(key, 0) + 1
-        if deaths[key] >= _DEATHS_TO_LOWER and size > 1:
-            deaths[key] = 0
-            self.lower(bucket, size, f"workers were killed {_DEATHS_TO_LOWER} times in this bucket")
-        atomic_write_bytes(path, canonical_json(deaths))
+        found = [
+            (int(step), int(bucket), int(size))
+            for _, step, bucket, size, before, machine in (mark for mark in marks if len(mark) == 6)
+            if by_monitor or kills.get(machine, 0) > int(before)
+        ]
+        if found:
+            _, bucket, size = max(found)
+            if size > 1:
+                self.lower(bucket, size, "a worker was killed for its memory")
 
     def _notes(self, pattern: str) -> Iterator[dict[str, Any]]:
         for path in sorted(self._folder.glob(pattern)):

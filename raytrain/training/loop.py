@@ -20,8 +20,8 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from raytrain.artifacts import atomic_write_bytes, canonical_json
-from raytrain.data.batch import LoadedStep
+from raytrain.artifacts import atomic_write_bytes, canonical_json, make_folder
+from raytrain.data.batch import LoadedStep, SpeechBatch
 from raytrain.errors import TrainingError
 from raytrain.training.average import WeightAverage
 from raytrain.training.checkpoint import CheckpointFolder, CheckpointWriter
@@ -38,6 +38,16 @@ Log = Callable[[dict[str, float], int, float], None]
 
 
 @dataclass
+class _OfBucket:
+    """What this rank saw of one bucket: utterances of a whole step, audio, and the peak (bytes) of the GPU's steps."""
+
+    size: int = 0
+    samples: int = 0
+    padded_samples: int = 0
+    peak: int = 0
+
+
+@dataclass
 class _Window:
     """What happened since the last log line, on this rank, kept on the device until it is read."""
 
@@ -49,13 +59,18 @@ class _Window:
     tokens: int = 0
     padded_tokens: int = 0
     replaced: int = 0
+    flops: float = 0.0
     waited: float = 0.0
     started: float = field(default_factory=time.perf_counter)
+    by_bucket: dict[int, _OfBucket] = field(default_factory=dict)
 
-    def add(self, result: StepResult, micro: Sequence[LoadedStep], waited: float) -> None:
+    def add(self, result: StepResult, micro: Sequence[LoadedStep], waited: float, peak: int = 0) -> None:
         """Count one step; its batches are still on the host, so reading their lengths waits for nothing."""
         self.results.append(result)
         self.waited += waited
+        plan = micro[0].plan
+        of_bucket = self.by_bucket.setdefault(plan.bucket, _OfBucket())
+        of_bucket.size, of_bucket.peak = sum(plan.sizes), max(of_bucket.peak, peak)
         for loaded in micro:
             batch = loaded.batch
             self.rows += len(batch)
@@ -64,12 +79,14 @@ class _Window:
             self.tokens += int(batch.token_lengths.sum())
             self.padded_tokens += batch.tokens.numel()
             self.replaced += loaded.num_replaced
+            of_bucket.samples += int(batch.audio_lengths.sum())
+            of_bucket.padded_samples += batch.audio.numel()
         self.loaded.append([_without_tensors(loaded) for loaded in micro])
 
     def totals(self, device: torch.device, stop: bool, save: bool) -> tuple[dict[str, float], list[float]]:
         """Sums over all ranks, with the losses'; `stop` and `save` are above 0 everywhere if they are true on any rank.
         And what tells this rank's steps apart: 1 where one was skipped."""
-        names = ("rows", "samples", "padded_samples", "tokens", "padded_tokens", "replaced")
+        names = ("rows", "samples", "padded_samples", "tokens", "padded_tokens", "replaced", "flops")
         values = {name: float(getattr(self, name)) for name in names} | {"stop": float(stop), "save": float(save)}
         skipped = torch.stack([result.skipped for result in self.results])
         # The loss of a skipped step is no number, and would hide those of the others.
@@ -93,7 +110,9 @@ class TrainingLoop:
     `model` is the bare model; `wrapped` is what the step calls (the model itself or DDP around it). `shares` are those
     of a step's `num_shares` that this rank takes: as many of `batches` in a row make a step. `on_out_of_memory` is told
     the bucket and the batch size of a step that did not fit; `before_step` the step that begins, and its batch; `doing`
-    what the rank does next. `save_now` is asked on every log line whether to save at once (a node is about to go).
+    what the rank does next; `flops` gives what a step takes for a batch, for the share of `peak_flops` that is reached
+    (MFU). On every log line `save_now` is asked whether to save at once (a node is about to go), and on rank 0
+    `stop_now` whether to end.
     """
 
     model: nn.Module
@@ -116,20 +135,22 @@ class TrainingLoop:
     shares: Sequence[int] = (0,)
     num_shares: int = 1
     average: WeightAverage | None = None
+    sharded: bool = False
     on_out_of_memory: Callable[[int, int], None] = lambda bucket, size: None
     before_step: Callable[[int, LoadedStep], None] = lambda step, loaded: None
     doing: Callable[[str], None] = lambda what: None
     save_now: Callable[[], bool] = lambda: False
-    flops: Callable[[LoadedStep], float] | None = None
+    stop_now: Callable[[], bool] = lambda: False
+    flops: Callable[[SpeechBatch], float] | None = None
     peak_flops: float | None = None
 
     def run(self) -> int:
         """Train to `max_steps`, the batches' end, `max_minutes`, `stop_at_wer` or the end of patience."""
         self._started = time.perf_counter()
         self._heard: Counter[str] = Counter()
-        self._skipped_in_a_row = self._skipped = 0
+        self._skipped_in_a_row = self._skipped = self._peak = 0
         note = self.checkpoints.best_note()
-        self._best = (note["wer"], note["step"]) if note else (math.inf, self.step)
+        self._best = (note["error"], note["step"]) if note else (math.inf, self.step)
         self._stop = self.step >= self.settings.max_steps
         self._precision = resolve_precision(self.settings.precision, self.device.type)
         self.wrapped.train()
@@ -151,9 +172,11 @@ class TrainingLoop:
             self.before_step(self.step, micro[0])
             self.doing(f"in step {self.step}, bucket {micro[0].plan.bucket}")
             set_learning_rate(self.optimizer, learning_rate(self.step, self.settings))
-            window.add(self._one_step(micro), micro, waited)
+            result = self._one_step(micro)
+            window.add(result, micro, waited, self._step_peak())
             for loaded in micro:
                 self._heard.update(loaded.samples_by_corpus)
+                window.flops += self.flops(loaded.batch) if self.flops is not None else 0.0
             window = self._after_step(micro[-1], window)
 
     def _one_step(self, micro: Sequence[LoadedStep]) -> StepResult:
@@ -186,12 +209,12 @@ class TrainingLoop:
             stop, save = self._log_window(loaded, window)
             self._stop = stop or last
             window = _Window()
-        wer = None
+        error = None
         if self.validate is not None and (self._stop or self.step % self.settings.validate_every_steps == 0):
-            wer = self._run_validation()
+            error = self._run_validation()
             window.started = time.perf_counter()
-        if self._stop or save or wer is not None or self.step % self.settings.checkpoint_every_steps == 0:
-            self._save(loaded, wer)
+        if self._stop or save or error is not None or self.step % self.settings.checkpoint_every_steps == 0:
+            self._save(loaded, error)
         return window
 
     def seconds(self) -> float:
@@ -200,8 +223,9 @@ class TrainingLoop:
 
     def _log_window(self, loaded: LoadedStep, window: _Window) -> tuple[bool, bool]:
         limit = self.settings.max_minutes
-        late = self.rank == 0 and limit is not None and self.seconds() > limit * 60
-        sums, skipped = window.totals(self.device, late, self.save_now())
+        late = limit is not None and self.seconds() > limit * 60
+        end = self.rank == 0 and (late or self.stop_now())
+        sums, skipped = window.totals(self.device, end, self.save_now())
         elapsed = time.perf_counter() - window.started
         self._count_skipped(window, skipped)
         self.audio_seconds += sums["samples"] / self.sample_rate
@@ -219,9 +243,9 @@ class TrainingLoop:
                 "audio_seconds_per_second_per_worker": sums["samples"] / self.sample_rate / elapsed / ranks,
                 "steps_per_second": steps / elapsed,
                 "data_wait": window.waited / elapsed,
-                "memory_gib": _memory_gib(self.device),
+                "memory_gib": self._peak / 2**30 if self._peak else _resident_gib(),
                 "bucket": loaded.plan.bucket,
-                f"batch_size_bucket_{loaded.plan.bucket:03}": sum(loaded.plan.sizes),
+                **self._by_bucket(window),
                 "epoch": loaded.state.epoch,
                 "audio_hours": self.audio_seconds / 3600,
                 "replaced": sums["replaced"],
@@ -233,15 +257,34 @@ class TrainingLoop:
             if self.device.type == "cuda":
                 free, total = torch.cuda.mem_get_info(self.device)
                 metrics["memory_headroom"] = free / total
-            if self.flops is not None and self.peak_flops:
-                done = sum(self.flops(one) for micro in window.loaded for one in micro)
-                metrics["mfu"] = done / elapsed / self.peak_flops
+            if self.peak_flops:
+                metrics["mfu"] = sums["flops"] / elapsed / ranks / self.peak_flops
             if len(self._heard) > 1:  # this rank's audio since it started, which is a fair sample of all
                 heard = self._heard.total()
                 metrics |= {f"share_{corpus}": samples / heard for corpus, samples in self._heard.items()}
             self.log(metrics, self.step, self.seconds())
         self._give_up_if_nothing_is_finite()
         return sums["stop"] > 0, sums["save"] > 0
+
+    def _step_peak(self) -> int:
+        """Bytes that the step took of a GPU at its peak; the host knows without waiting. 0 on a CPU."""
+        if self.device.type != "cuda":
+            return 0
+        peak = torch.cuda.max_memory_allocated(self.device)
+        torch.cuda.reset_peak_memory_stats(self.device)
+        self._peak = max(self._peak, peak)
+        return peak
+
+    def _by_bucket(self, window: _Window) -> dict[str, float]:
+        """Batch size and padding of each bucket that the window had steps of, and what a GPU had left in them."""
+        metrics: dict[str, float] = {}
+        total = torch.cuda.get_device_properties(self.device).total_memory if self.device.type == "cuda" else 0
+        for bucket, one in sorted(window.by_bucket.items()):
+            metrics[f"batch_size_bucket_{bucket:03}"] = one.size
+            metrics[f"audio_padding_bucket_{bucket:03}"] = 1 - one.samples / one.padded_samples
+            if total:
+                metrics[f"memory_headroom_bucket_{bucket:03}"] = 1 - one.peak / total
+        return metrics
 
     def _count_skipped(self, window: _Window, skipped: list[float]) -> None:
         """All ranks skip the same steps; each notes the rows that it had in them."""
@@ -254,8 +297,7 @@ class TrainingLoop:
             self._skipped_in_a_row += 1
             rows = [row._asdict() for loaded in micro for row in loaded.rows]
             body = {"step": step, "rank": self.rank, "bucket": micro[0].plan.bucket, "rows": rows}
-            folder = self.checkpoints.folder.parent / "bad_steps"
-            folder.mkdir(exist_ok=True)
+            folder = make_folder(self.checkpoints.folder.parent / "bad_steps")
             atomic_write_bytes(folder / f"step_{step:08d}_rank_{self.rank}.json", canonical_json(body))
 
     def _give_up_if_nothing_is_finite(self) -> None:
@@ -271,19 +313,23 @@ class TrainingLoop:
     def _run_validation(self) -> float:
         self.doing(f"validating after step {self.step}")
         self._average_statistics()
-        with self.average.in_place() if self.average is not None else contextlib.nullcontext():
+        with contextlib.ExitStack() as stack:
+            if self.average is not None:
+                stack.enter_context(self.average.in_place())
+            if self.sharded:
+                stack.enter_context(sharded_module().gathered(self.model))
             metrics = self.validate(self.model, self.device)
         if self.rank == 0:
             self.log(metrics, self.step, self.seconds())
-        wer, goal = metrics["wer"], self.settings.stop_at_wer
-        if goal is not None and wer <= goal:
+        error, goal = metrics["error"], self.settings.stop_at_wer
+        if goal is not None and metrics.get("wer", 1.0) <= goal:
             self._stop = True
-        if wer < self._best[0]:
-            self._best = (wer, self.step)
+        if error < self._best[0]:
+            self._best = (error, self.step)
         patience = self.settings.patience
         if patience is not None and self.step - self._best[1] >= patience * self.settings.validate_every_steps:
             self._stop = True
-        return wer
+        return error
 
     def _average_statistics(self) -> None:
         """Batch norm's running statistics are a rank's own; what is validated and saved is their mean over shares."""
@@ -296,27 +342,39 @@ class TrainingLoop:
         for buffer, mean in zip(buffers, means, strict=True):
             buffer.copy_(mean.view_as(buffer))
 
-    def _save(self, loaded: LoadedStep, wer: float | None) -> None:
+    def _save(self, loaded: LoadedStep, error: float | None) -> None:
         self._average_statistics()
-        if self.rank != 0:
-            return
         self.doing(f"saving step {self.step}")
-        parts = {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict()}
+        if self.sharded:
+            one = sharded_module()
+            parts = {
+                "model": one.model_state(self.model),
+                "optimizer": one.optimizer_state(self.model, self.optimizer),
+            }
+        else:
+            parts = {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict()}
         if self.average is not None:
             parts["average"] = self.average.state_dict()
+        if self.rank != 0:
+            return
         meta = {
             **self.checkpoint_meta,
             "schedule": loaded.state.to_dict(),
             "seconds": round(self.seconds(), 3),
-            "audio_seconds": round(self.audio_seconds, 3),
+            "audio_seconds": self.audio_seconds,
         }
-        self._writer.save(self.step, parts, meta, wer, wait=self._stop)
+        self._writer.save(self.step, parts, meta, error, wait=self._stop)
 
 
-def _memory_gib(device: torch.device) -> float:
-    """Peak memory of this process so far: allocated on the GPU, resident on a CPU."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**30
+def sharded_module() -> Any:
+    """`raytrain.training.sharded`, whose imports cost seconds that nobody else should pay."""
+    from raytrain.training import sharded
+
+    return sharded
+
+
+def _resident_gib() -> float:
+    """The most memory that this process had so far."""
     import resource
 
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20

@@ -14,8 +14,9 @@ class TrainSettings:
     few hours does not learn to attend without it. `device` is `auto`, `cpu` or `cuda`. `init_from` names a model to
     start from: a `.nemo` file, a run, a checkpoint or a Hugging Face folder, where every worker can read it.
     `mask_prompt` trains on the text alone and not on the prompt's tokens. `activation_checkpointing` computes the
-    encoder's blocks twice, for less memory. Training ends at `max_steps`, `max_epochs` or `max_minutes`,
-    whichever comes first, or where the best WER is `patience` validations old.
+    encoder's blocks twice, for less memory. `shard` spreads weights, gradients and moments over all workers (FSDP2),
+    for models that one GPU does not hold. Training ends at `max_steps`, `max_epochs` or `max_minutes`, whichever comes
+    first, or where the best WER is `patience` validations old.
 
     `accumulate` micro-batches of one bucket make a step, as if there were that many times more workers: the same rows
     in the same steps. `schedule` is what follows the warm-up: `inverse_sqrt`, or `cosine` down to `min_learning_rate`
@@ -23,6 +24,9 @@ class TrainSettings:
     `max_skipped_steps` steps in a row whose gradients were not finite training ends; the run folder's `bad_steps` has
     their rows. A worker that does nothing for `stall_minutes` is ended, and training starts again from the last
     checkpoint, as it does after any failure, up to `max_failures` times.
+
+    `storage_path` (a folder or `s3://bucket/path`) gets copies of the checkpoints, from which training goes on where
+    the run folder is lost.
 
     `num_workers` may be [least, most]: training then goes on with as many workers as there is room for, and with fewer
     of them each accumulates more, so that the steps stay the same.
@@ -32,6 +36,7 @@ class TrainSettings:
 
     init_from: str | None = None
     activation_checkpointing: bool = False
+    shard: bool = False
     num_workers: int | tuple[int, int] = 2
     accumulate: int = 1
     device: str = "auto"
@@ -57,6 +62,7 @@ class TrainSettings:
     checkpoint_every_steps: int = 500
     keep_checkpoints: int = 2
     keep_best: int = 1
+    storage_path: str | None = None
     patience: int | None = None
     log_every_steps: int = 10
     num_loader_threads: int = 2

@@ -82,8 +82,11 @@ def train_step(
         if seeds is not None:
             torch.manual_seed(seeds[number])
         with contextlib.ExitStack() as stack:
-            if number < len(batches) - 1 and isinstance(model, nn.parallel.DistributedDataParallel):
+            last = number == len(batches) - 1
+            if not last and isinstance(model, nn.parallel.DistributedDataParallel):
                 stack.enter_context(model.no_sync())
+            elif hasattr(model, "set_requires_gradient_sync"):  # FSDP2
+                model.set_requires_gradient_sync(last)
             with autocast(batch.audio.device.type, precision):
                 output = model(batch.audio, batch.audio_lengths, batch.input_ids, batch.input_lengths)
             loss = canary_loss(
@@ -107,6 +110,8 @@ def train_step(
     if heard is not None:
         torch._foreach_copy_(buffers, torch._foreach_div(heard, len(batches)))
     grad_norm = nn.utils.clip_grad_norm_(model.parameters(), settings.clip_norm)
+    if hasattr(grad_norm, "full_tensor"):  # of a sharded model
+        grad_norm = grad_norm.full_tensor()
     skipped = (~torch.isfinite(grad_norm)).float()
     optimizer.found_inf = skipped  # fused kernels then leave weights, moments and step counts as they are
     optimizer.step()

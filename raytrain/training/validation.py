@@ -1,4 +1,4 @@
-"""Validation during training: every rank decodes its share of the dev rows and the counts are added up."""
+"""Validation during training: every rank decodes its share of the dev rows, and all score what all decoded."""
 
 from __future__ import annotations
 
@@ -11,33 +11,35 @@ import torch.distributed as dist
 from torch import nn
 
 from raytrain.data.batch import SpeechBatch
-from raytrain.model.decoding import greedy
+from raytrain.model.decoding import DecodeSettings, transcribe_batch
 from raytrain.model.loss import canary_loss
-from raytrain.training.evaluation import ErrorCounts, count_errors
+from raytrain.training.evaluation import Decoded, score_decoded
 
 
 @dataclass(frozen=True)
 class Validator:
-    """Computes validation loss (cross-entropy per token) and WER of greedy decoding.
+    """Computes validation loss (cross-entropy per token), and WER and BLEU of what is decoded.
 
-    `batches` yields (texts, batch) pairs of this rank's share, anew at each call; `decode` turns ids into text.
+    `batches` yields (rows, batch) pairs of this rank's share, anew at each call; `is_translation` says it of a row;
+    `decode` turns ids into text.
     """
 
-    batches: Callable[[], Iterable[tuple[Sequence[str], SpeechBatch]]]
+    batches: Callable[[], Iterable[tuple[Sequence[Any], SpeechBatch]]]
+    is_translation: Callable[[Any], bool]
     decode: Callable[[list[int]], str]
     eos_id: int
-    max_generation_delta: int = 50
+    search: DecodeSettings
 
     @torch.no_grad()
     def __call__(self, model: nn.Module, device: torch.device) -> dict[str, float]:
         """Run on all ranks together; returns the same numbers everywhere. `model` is not wrapped by DDP."""
         was_training = model.training
         model.eval()
-        counts, loss_sum, num_tokens = ErrorCounts(), 0.0, 0.0
-        for texts, batch in self.batches():
+        decoded, loss_sum, num_tokens = [], 0.0, 0.0
+        for rows, batch in self.batches():
             batch = batch.to(device)
-            states, lengths = model.encode(batch.audio, batch.audio_lengths)
-            counts += count_errors(texts, self._transcribe(model, states, lengths, batch))
+            for row, text in zip(rows, self._transcribe(model, batch), strict=True):
+                decoded.append(Decoded(row.language, row.corpus, self.is_translation(row), row.text, text))
             output = model(batch.audio, batch.audio_lengths, batch.input_ids, batch.input_lengths)
             loss = canary_loss(
                 output, batch.labels, batch.input_lengths,
@@ -46,18 +48,15 @@ class Validator:
             loss_sum += float(loss.ce_sum)
             num_tokens += float(loss.num_tokens)
         model.train(was_training)
-        totals = torch.tensor([*counts.as_tuple(), loss_sum, num_tokens], dtype=torch.float64)
+        shares = [(decoded, loss_sum, num_tokens)]
         if dist.is_initialized():
-            totals = totals.to(device)
-            dist.all_reduce(totals)
-        *numbers, loss_sum, num_tokens = totals.tolist()
-        counts = ErrorCounts(*(int(number) for number in numbers))
-        return {"wer": counts.rate, "val_loss": loss_sum / max(num_tokens, 1.0)}
+            shares = [None] * dist.get_world_size()
+            dist.all_gather_object(shares, (decoded, loss_sum, num_tokens))
+        every, losses, tokens = zip(*shares, strict=True)
+        return {
+            **score_decoded([one for share in every for one in share]),
+            "val_loss": sum(losses) / max(sum(tokens), 1.0),
+        }
 
-    def _transcribe(self, model: Any, states: Any, lengths: Any, batch: SpeechBatch) -> list[str]:
-        width = int(batch.prompt_lengths.max())
-        ids = greedy(
-            model, states, lengths, batch.tokens[:, :width], batch.prompt_lengths, self.eos_id,
-            max_generation_delta=self.max_generation_delta,
-        )  # fmt: skip
-        return [self.decode(row) for row in ids]
+    def _transcribe(self, model: Any, batch: SpeechBatch) -> list[str]:
+        return [self.decode(best[0].ids) for best in transcribe_batch(model, batch, self.eos_id, self.search)]

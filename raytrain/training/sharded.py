@@ -1,0 +1,90 @@
+"""FSDP2: weights, gradients and moments in parts on all ranks, for models that one GPU does not hold.
+
+Checkpoints look as those of an unsharded run, so that either goes on from the other's.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_optimizer_state_dict,
+)
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.tensor import DTensor
+
+_WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
+
+
+def shard(model: nn.Module, device_type: str) -> nn.Module:
+    """Shard every block of encoder and decoder, and what remains as one, over all ranks; the model itself comes back.
+
+    Load weights before, and make the optimizer after it.
+    """
+    mesh = init_device_mesh(device_type, (dist.get_world_size(),))
+    for block in (*model.encoder.layers, *model.transf_decoder._decoder.layers):
+        fully_shard(block, mesh=mesh)
+    return fully_shard(model, mesh=mesh)
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """A sharded tensor in one piece, which all ranks must ask for; any other as it is."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+@contextlib.contextmanager
+def gathered(model: nn.Module) -> Iterator[None]:
+    """Within it every rank has all weights, so that parts of the model can be called by themselves (decoding)."""
+    blocks = [module for module in model.modules() if isinstance(module, FSDPModule)]
+    for block in blocks:
+        block.set_reshard_after_forward(False, recurse=False)
+        block.unshard()
+    try:
+        yield
+    finally:
+        for block in blocks:
+            block.set_reshard_after_forward(block is not model, recurse=False)
+            block.reshard()
+
+
+def model_state(model: nn.Module) -> dict[str, Tensor]:
+    """All weights on the host of rank 0, nothing on the others; all ranks must ask for it."""
+    if not isinstance(model, FSDPModule):
+        return model.state_dict()
+    return get_model_state_dict(model, options=_WHOLE)
+
+
+def optimizer_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """As `optimizer.state_dict()` of an unsharded model; rank 0 has it, all ranks must ask for it."""
+    if not isinstance(model, FSDPModule):
+        return optimizer.state_dict()
+    state = get_optimizer_state_dict(model, optimizer, options=_WHOLE)
+    if not state:
+        return {}
+    place = {name: number for number, (name, _) in enumerate(_trained(model))}
+    groups = [{**group, "params": [place[name] for name in group["params"]]} for group in state["param_groups"]]
+    return {"state": {place[name]: one for name, one in state["state"].items()}, "param_groups": groups}
+
+
+def load_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
+    """Take what `optimizer_state` gave."""
+    if not isinstance(model, FSDPModule):
+        optimizer.load_state_dict(state)
+        return
+    names = [name for name, _ in _trained(model)]
+    groups = [{**group, "params": [names[place] for place in group["params"]]} for group in state["param_groups"]]
+    named = {"state": {names[place]: one for place, one in state["state"].items()}, "param_groups": groups}
+    set_optimizer_state_dict(model, optimizer, named, options=StateDictOptions(full_state_dict=True))
+
+
+def _trained(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
+    return [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]

@@ -1,0 +1,242 @@
+"""Training that goes wrong and goes on: killed, hung and starved workers, steps that are no numbers, fewer workers."""
+
+import contextlib
+import json
+import os
+import shutil
+import signal
+import threading
+import time
+from dataclasses import replace
+
+import pytest
+import torch
+from conftest import tiny_config
+
+from raytrain.cluster.pipeline import run_pipeline
+from raytrain.console import Console
+from raytrain.errors import TrainingError
+from raytrain.training.checkpoint import CheckpointFolder
+
+pytestmark = [pytest.mark.usefixtures("local_ray"), pytest.mark.timeout(600)]
+TRAIN = {
+    "max_steps": 12, "checkpoint_every_steps": 4, "validate_every_steps": 12, "average_decay": 0.9, "max_failures": 3,
+}  # fmt: skip
+
+
+def run(config, *names: str) -> list[str]:
+    return run_pipeline(config, Console(quiet=True), names)
+
+
+@pytest.fixture(scope="module")
+def prepared(corpus, tmp_path_factory, local_ray):
+    """A run folder with all that training needs."""
+    config = tiny_config(corpus, tmp_path_factory.mktemp("runs"), train=TRAIN, tracking={"enabled": False})
+    run(config, "statistics", "buckets", "assign", "oomptimize")
+    return config
+
+
+@pytest.fixture
+def copy_of(prepared, tmp_path):
+    """A function that gives the prepared configuration a folder of its own and other settings of training."""
+
+    def copy(name: str, **train):
+        other = replace_train(prepared, **train)
+        other = other.model_copy(update={"run": other.run.model_copy(update={"root": str(tmp_path / name)})})
+        shutil.copytree(prepared.run_dir, other.run_dir)
+        return other
+
+    return copy
+
+
+def replace_train(config, **train):
+    return config.model_copy(update={"train": replace(config.train, **train)})
+
+
+@pytest.fixture(scope="module")
+def undisturbed(prepared, tmp_path_factory):
+    """Metrics of every step, and the last checkpoint, of a run that nothing happened to."""
+    root = tmp_path_factory.mktemp("undisturbed")
+    config = prepared.model_copy(update={"run": prepared.run.model_copy(update={"root": str(root)})})
+    shutil.copytree(prepared.run_dir, config.run_dir)
+    run(config, "train")
+    return steps_of(config), CheckpointFolder(config.run_dir / "checkpoints").newest()
+
+
+def steps_of(config) -> dict[int, tuple[float, ...]]:
+    """Loss, its parts, gradient norm and learning rate by step."""
+    names = ("loss", "ce_loss", "ctc_loss", "grad_norm", "lr", "batch_size", "bucket")
+    lines = map(json.loads, (config.run_dir / "metrics.jsonl").read_bytes().splitlines())
+    return {line["step"]: tuple(line[name] for name in names) for line in lines if "loss" in line}
+
+
+@contextlib.contextmanager
+def signalling(config, choose, number: int = signal.SIGKILL):
+    """Send a signal to the worker process of a rank each time that `choose(rank, step, bucket, size)` is true of what
+    it is doing. Gives the list of what was hit."""
+    hit, stopped, seen = [], threading.Event(), set()
+
+    def watch() -> None:
+        while not stopped.wait(0.001):
+            for path in (config.run_dir / "faults").glob("doing-*"):
+                with contextlib.suppress(OSError, ValueError):
+                    pid, step, bucket, size = map(int, path.read_bytes().split()[:4])
+                    rank = int(path.name.removeprefix("doing-"))
+                    if (pid, step) not in seen and choose(rank, step, bucket, size):
+                        seen.add((pid, step))
+                        os.kill(pid, number)
+                        hit.append((rank, step, bucket, size))
+
+    thread = threading.Thread(target=watch, daemon=True)
+    thread.start()
+    try:
+        yield hit
+    finally:
+        stopped.set()
+        thread.join()
+
+
+def test_losses_are_the_same_bit_for_bit_wherever_workers_were_killed(copy_of, undisturbed):
+    config = copy_of("killed")
+    # In the first step, just after a checkpoint, in the middle, and in the last step.
+    places = {(1, 1), (0, 5), (1, 12)}
+
+    def once(rank, step, bucket, size):
+        if (rank, step) in places:
+            places.remove((rank, step))
+            return True
+        return False
+
+    with signalling(config, once) as hit:
+        run(config, "train")
+    assert [(rank, step) for rank, step, _, _ in hit] == [(1, 1), (0, 5), (1, 12)]
+    steps, last = undisturbed
+    assert steps_of(config) == steps
+    found = CheckpointFolder(config.run_dir / "checkpoints").newest()
+    assert found.step == last.step == 12
+    for part in ("model", "average"):
+        ours, theirs = found.load(part), last.load(part)
+        assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    assert found.meta["schedule"] == last.meta["schedule"]
+    assert found.meta["audio_seconds"] == last.meta["audio_seconds"]
+
+
+def test_one_worker_that_accumulates_learns_what_two_workers_learn(copy_of):
+    both = {"max_steps": 50, "checkpoint_every_steps": 50, "validate_every_steps": 50, "learning_rate": 3e-4}
+    two = copy_of("two", **both)
+    one = copy_of("one", num_workers=1, accumulate=2, **both)
+    run(two, "train")
+    run(one, "train")
+    expected, found = steps_of(two), steps_of(one)
+    assert len(found) == 50
+    for step, values in found.items():
+        assert values[:3] == pytest.approx(expected[step][:3], abs=1e-5), f"step {step}"
+        assert values[4:] == expected[step][4:]
+    models = [CheckpointFolder(config.run_dir / "checkpoints").newest().load("model") for config in (one, two)]
+    norms = [name.removesuffix("batch_norm.running_mean") for name in models[0] if name.endswith("running_mean")]
+    assert norms
+    for name in norms:
+        ours, theirs = (
+            # The bias before a batch norm has no gradient but rounding, which Adam makes steps of.
+            (model[f"{name}batch_norm.running_mean"] - model[f"{name}depthwise_conv.bias"],
+             model[f"{name}batch_norm.running_var"])
+            for model in models
+        )  # fmt: skip
+        torch.testing.assert_close(ours[0], theirs[0], atol=1e-3, rtol=0)
+        torch.testing.assert_close(ours[1], theirs[1], atol=1e-6, rtol=1e-4)
+
+
+def test_training_goes_on_with_fewer_workers(copy_of, undisturbed):
+    config = copy_of("elastic", num_workers=(1, 2))
+    wide = config.cluster.model_copy(update={"train_resources": {"CPU": 2}})  # so there is room for one of them
+    run(replace_train(config.model_copy(update={"cluster": wide}), max_steps=6), "train")
+    run(config, "train")  # and then with two again
+    steps, _ = undisturbed
+    assert {step: values[4:] for step, values in steps_of(config).items()} == {
+        step: values[4:] for step, values in steps.items()
+    }
+    for step, values in steps_of(config).items():
+        assert values[:3] == pytest.approx(steps[step][:3], abs=1e-5), f"step {step}"
+
+
+def test_a_bucket_that_takes_too_much_host_memory_gets_smaller_batches(copy_of):
+    config = copy_of("starved", max_steps=8, checkpoint_every_steps=2)
+    sizes = json.loads((config.run_dir / "batch_profile.json").read_bytes())["body"]["profiles"][0]["batch_sizes"]
+
+    # As where memory runs out: workers are killed in full batches of one bucket, and something says what for.
+    first: list[int] = []
+
+    def too_large(rank, step, bucket, size):
+        if size < sizes[bucket] or rank:
+            return False
+        first[:] = first or [bucket]
+        if bucket == first[0]:
+            (config.run_dir / "faults" / "killed-for-memory").touch()
+            return True
+        return False
+
+    with signalling(config, too_large) as hit:
+        run(config, "train")
+    assert len(hit) == 1
+    bucket, size = hit[0][2:]
+    body = json.loads((config.run_dir / "batch_profile_lowered.json").read_bytes())
+    assert body["batch_sizes"][bucket] < size
+    assert "killed for its memory" in body["notes"][0]
+    assert max(steps_of(config)) == 8
+
+
+def test_a_hung_worker_ends_training_with_a_clear_error_and_training_resumes(copy_of, undisturbed):
+    config = copy_of("hung", stall_minutes=0.2, max_failures=0)
+    with (
+        signalling(config, lambda rank, step, bucket, size: (rank, step) == (1, 6), signal.SIGSTOP) as hit,
+        pytest.raises(TrainingError, match=r"no progress for 0.2 minutes.*worker 0: in step 6"),
+    ):
+        run(config, "train")
+    assert hit
+    run(config, "train")
+    assert steps_of(config) == undisturbed[0]
+
+
+def test_steps_that_are_no_numbers_are_skipped_and_too_many_end_training(copy_of):
+    config = copy_of("nan", learning_rate=1e30, max_skipped_steps=3, max_steps=40)
+    started = time.monotonic()
+    with pytest.raises(TrainingError, match="3 steps in a row were not finite.*max_skipped_steps.*bad_steps"):
+        run(config, "train")
+    assert time.monotonic() - started < 60  # and is not tried again, which would end the same way
+    notes = sorted((config.run_dir / "bad_steps").glob("*.json"))
+    assert len(notes) >= 6  # of both ranks
+    rows = json.loads(notes[0].read_bytes())["rows"]
+    assert rows and all(os.path.exists(row["audio_path"]) for row in rows)
+
+
+def test_training_goes_on_from_copies_in_s3_where_the_run_folder_was_lost(copy_of, undisturbed, s3):
+    import pyarrow.fs
+
+    config = copy_of("lost", storage_path=f"{s3}/storage", keep_checkpoints=1)
+    run(replace_train(config, max_steps=8), "train")
+    copies = f"{s3.removeprefix('s3://')}/storage/tiny/checkpoints"
+    s3_files = pyarrow.fs.S3FileSystem(endpoint_override=os.environ["AWS_ENDPOINT_URL"])
+    found = s3_files.get_file_info(pyarrow.fs.FileSelector(copies))
+    assert [one.base_name for one in found] == ["step_00000008"]  # of step 4 nothing is left
+    shutil.rmtree(config.run_dir / "checkpoints")
+    run(config, "train")
+    steps, last = undisturbed
+    assert steps_of(config) == {step: steps[step] for step in range(9, 13)}
+    newest = CheckpointFolder(config.run_dir / "checkpoints").newest()
+    assert all(torch.equal(newest.load("model")[name], value) for name, value in last.load("model").items())
+
+
+def test_a_sharded_run_learns_the_same_and_either_kind_goes_on_from_the_other(copy_of, undisturbed):
+    config = copy_of("sharded")
+    run(replace_train(config, shard=True, max_steps=8), "train")
+    run(replace_train(config, max_steps=10), "train")
+    run(replace_train(config, shard=True), "train")
+    steps, last = undisturbed
+    found = steps_of(config)
+    assert sorted(found) == sorted(steps)
+    for step, values in found.items():
+        assert values[:4] == pytest.approx(steps[step][:4], rel=1e-4), f"step {step}"
+    newest = CheckpointFolder(config.run_dir / "checkpoints").newest()
+    for part in ("model", "average"):
+        for name, value in last.load(part).items():
+            torch.testing.assert_close(newest.load(part)[name], value, atol=2e-3, rtol=1e-2, msg=name)

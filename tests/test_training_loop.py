@@ -1,0 +1,301 @@
+"""The loop of one rank without Ray: skipped steps, memory, patience, averages, validation scores, notes of faults."""
+
+import json
+import threading
+from dataclasses import replace
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from raytrain.data.assignment import Row
+from raytrain.data.batch import LoadedStep, SpeechBatch
+from raytrain.errors import StorageError, TrainingError
+from raytrain.lengths.schedule import ScheduleState, StepPlan, shares_of
+from raytrain.model.canary import Canary
+from raytrain.model.config import ModelConfig
+from raytrain.training.average import WeightAverage
+from raytrain.training.checkpoint import CheckpointFolder, CheckpointWriter
+from raytrain.training.evaluation import Decoded, score_decoded
+from raytrain.training.faults import FaultNotes, Watchdog, kills_for_memory
+from raytrain.training.loop import GaveUp, TrainingLoop
+from raytrain.training.optim import learning_rate, make_optimizer
+from raytrain.training.settings import TrainSettings
+from raytrain.training.step import train_step
+
+MODEL = ModelConfig(
+    encoder_layers=1, encoder_width=32, encoder_heads=2, subsampling_channels=8, decoder_layers=1, decoder_width=32,
+    decoder_heads=2, max_positions=64, vocab_size=40, ctc_head=True,
+)  # fmt: skip
+SETTINGS = TrainSettings(
+    ctc_weight=0.5, warmup_steps=2, learning_rate=1e-3, max_steps=6, log_every_steps=2, validate_every_steps=2,
+    checkpoint_every_steps=100, max_skipped_steps=3,
+)  # fmt: skip
+
+
+def micro_batch(number: int, broken: bool = False) -> LoadedStep:
+    batch = SpeechBatch.synthetic(3, 1200, 14, vocab=40, device="cpu")
+    if broken:
+        batch.audio[0, 100] = float("nan")
+    row = Row(f"/audio/{number}.wav", 0, 1200, "text", "en", 5, (1, 2, 3))
+    return LoadedStep(batch, StepPlan(1, 0, (3,), 0), ScheduleState(0, (number, 0)), 0, rows=[row] * 3)
+
+
+def make_loop(tmp_path, batches, settings=SETTINGS, model=None, validate=None, **options):
+    torch.manual_seed(0)
+    model = model or Canary(MODEL)
+    logged = []
+    loop = TrainingLoop(
+        model=model,
+        wrapped=model,
+        optimizer=make_optimizer(model, settings),
+        settings=settings,
+        batches=batches,
+        checkpoints=CheckpointFolder(tmp_path / "checkpoints", settings.keep_checkpoints, settings.keep_best),
+        device=torch.device("cpu"),
+        log=lambda metrics, step, seconds: logged.append({"step": step, **metrics}),
+        validate=validate,
+        checkpoint_meta={},
+        seed=1,
+        sample_rate=16000,
+        **options,
+    )
+    return loop, logged
+
+
+def test_a_step_whose_gradients_are_not_finite_changes_nothing(tmp_path):
+    kept = {}
+
+    def state(loop):
+        moments = loop.optimizer.state_dict()["state"].values()
+        return [one.clone() for one in loop.model.state_dict().values()] + [
+            value.clone() for moment in moments for value in moment.values()
+        ]
+
+    batches = [micro_batch(number, broken=number == 3) for number in range(6)]
+    loop, logged = make_loop(tmp_path, batches, before_step=lambda step, loaded: kept.update({step: state(loop)}))
+    assert loop.run() == 6
+    counted = [name for name, _ in Canary(MODEL).named_buffers() if name.endswith("num_batches_tracked")]
+    names = list(loop.model.state_dict())
+    for place, (before, after) in enumerate(zip(kept[4], kept[5], strict=True)):
+        if place >= len(names) or names[place] not in counted:
+            assert torch.equal(before, after)
+    assert any(not torch.equal(before, after) for before, after in zip(kept[5], kept[6], strict=True))
+    assert [line["skipped_steps"] for line in logged] == [0, 1, 1]
+    assert all(torch.isfinite(torch.tensor(line["loss"])) for line in logged)
+    note = json.loads((tmp_path / "bad_steps" / "step_00000004_rank_0.json").read_bytes())
+    assert note["step"] == 4 and note["rows"][0]["audio_path"] == "/audio/3.wav"
+
+
+def test_too_many_bad_steps_in_a_row_end_training_and_finite_ones_between_do_not(tmp_path):
+    settings = replace(SETTINGS, max_steps=20, log_every_steps=1)
+    every_third_good = (micro_batch(number, broken=number % 3 != 0) for number in range(100))
+    assert make_loop(tmp_path / "a", every_third_good, settings)[0].run() == 20
+    loop, _ = make_loop(tmp_path / "b", (micro_batch(number, broken=number > 4) for number in range(100)), settings)
+    with pytest.raises(GaveUp, match="3 steps in a row were not finite, up to step 8"):
+        loop.run()
+
+
+class Greedy(torch.nn.Module):
+    """A model that needs more memory than there is for more than two utterances."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner = Canary(MODEL)
+
+    def forward(self, audio, *rest):
+        if len(audio) > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1 GiB\nand more")
+        return self.inner(audio, *rest)
+
+
+def test_a_step_that_does_not_fit_is_noted_and_named(tmp_path):
+    notes = FaultNotes(tmp_path / "faults", "profile")
+    loop, _ = make_loop(
+        tmp_path, [micro_batch(0)], model=Greedy(),
+        on_out_of_memory=lambda bucket, size: notes.lower(bucket, size, "out of memory"),
+    )  # fmt: skip
+    with pytest.raises(TrainingError, match="step 1 does not fit.*3 utterances of bucket 1.*1 GiB"):
+        loop.run()
+    assert notes.lowered((8, 8, 8)) == (8, 2, 8)
+    assert FaultNotes(tmp_path / "faults", "another profile").lowered((8, 8, 8)) == (8, 8, 8)
+
+
+def test_training_ends_when_patience_does_and_keeps_the_best(tmp_path):
+    errors = iter([0.9, 0.5, 0.4, 0.6, 0.7, 0.8, 0.9, 0.1])
+    settings = replace(SETTINGS, max_steps=100, patience=3, keep_checkpoints=1, keep_best=2)
+    validate = lambda model, device: {"wer": (error := next(errors)), "error": error, "val_loss": 1.0}  # noqa: E731
+    loop, _ = make_loop(tmp_path, (micro_batch(number) for number in range(100)), settings, validate=validate)
+    assert loop.run() == 12
+    assert loop.checkpoints.best_note()["kept"] == [{"step": 6, "error": 0.4}, {"step": 4, "error": 0.5}]
+    kept = sorted(folder.name for folder in (tmp_path / "checkpoints").glob("step_*"))
+    assert kept == ["step_00000004", "step_00000006", "step_00000012"]
+
+
+def test_averaged_weights_are_what_the_formula_says_and_what_validation_and_decoding_see(tmp_path):
+    settings, weights = replace(SETTINGS, average_decay=0.5), []
+    model = Canary(MODEL)
+    average = WeightAverage(model, 0.5)
+    name = "encoder.pre_encode.out.weight"
+    seen = []
+
+    def validate(model, device):
+        seen.append(model.state_dict()[name].clone())
+        return {"wer": 1.0, "error": 1.0, "val_loss": 1.0}
+
+    loop, _ = make_loop(
+        tmp_path, [micro_batch(number) for number in range(6)], settings, model, validate, average=average,
+        before_step=lambda step, loaded: weights.append(model.state_dict()[name].clone()),
+    )  # fmt: skip
+    loop.run()
+    weights.append(model.state_dict()[name].clone())
+    expected = weights[0]
+    for update, weight in enumerate(weights[1:], 1):
+        decay = min(0.5, (1 + update) / (10 + update))
+        expected = decay * expected + (1 - decay) * weight
+    torch.testing.assert_close(seen[-1], expected)
+    checkpoint = loop.checkpoints.newest()
+    torch.testing.assert_close(checkpoint.load_weights()[name], expected)
+    assert torch.equal(checkpoint.load("model")[name], weights[-1])
+    restored = WeightAverage(model, 0.5)
+    restored.load_state_dict(checkpoint.load("average"))
+    assert torch.equal(restored.state_dict()[name], average.state_dict()[name])
+    assert int(restored.state_dict()["updates"]) == 6
+
+
+class Syncs(TorchDispatchMode):
+    """Counts what would make the host wait for a GPU: a tensor's value read as a number, or a shape that depends on
+    values."""
+
+    WAITS = ("_local_scalar_dense", "nonzero", "masked_select", "unique", "equal", "is_nonzero")
+
+    def __init__(self):
+        super().__init__()
+        self.found = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.overloadpacket.__name__
+        if name in self.WAITS:
+            self.found.append(name)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_a_training_step_reads_nothing_from_the_device(accumulate):
+    model = Canary(MODEL).train()
+    settings = replace(SETTINGS, mask_prompt=True)
+    optimizer = make_optimizer(model, settings)
+    average = WeightAverage(model, 0.9)
+    batches = [micro_batch(0).batch] * accumulate
+    options = {"precision": "fp32", "average": average, "seeds": range(accumulate)}
+    train_step(model, batches, optimizer, settings, **options)
+    with Syncs() as syncs:
+        train_step(model, batches, optimizer, settings, **options)
+    assert syncs.found == []
+    with Syncs() as syncs:
+        float(torch.ones(1).sum())
+    assert syncs.found == ["_local_scalar_dense"]  # it does count
+
+
+def test_cosine_ends_at_the_least_rate():
+    settings = replace(SETTINGS, schedule="cosine", warmup_steps=10, max_steps=110, min_learning_rate=1e-5)
+    assert learning_rate(10, settings) == pytest.approx(1e-3)
+    assert learning_rate(60, settings) == pytest.approx((1e-3 + 1e-5) / 2)
+    assert learning_rate(110, settings) == learning_rate(500, settings) == pytest.approx(1e-5)
+
+
+@pytest.mark.parametrize("world_size", range(1, 9))
+def test_every_share_of_a_step_has_one_worker(world_size):
+    parts = [shares_of(rank, world_size, 8) for rank in range(world_size)]
+    assert [share for part in parts for share in part] == list(range(8))
+    assert max(map(len, parts)) - min(map(len, parts)) <= 1
+
+
+def test_checkpoints_are_written_beside_training_and_errors_come_with_the_next(tmp_path):
+    weights = {"w": torch.zeros(4)}
+    folder = CheckpointFolder(tmp_path / "checkpoints", keep=5)
+    writer = CheckpointWriter(folder)
+    with writer:
+        writer.save(1, {"model": weights}, {}, None, wait=False)
+        weights["w"] += 1  # training goes on; what is written was copied before
+        writer.save(2, {"model": weights}, {}, 0.5, wait=True)
+    assert [float(folder.at(step).load("model")["w"][0]) for step in (1, 2)] == [0, 1]
+    assert folder.best_note()["step"] == 2
+    (tmp_path / "file").write_bytes(b"")
+    with pytest.raises(StorageError), CheckpointWriter(CheckpointFolder(tmp_path / "file" / "x")) as writer:
+        writer.save(1, {"model": weights}, {}, None, wait=False)
+        writer.wait()
+
+
+def test_validation_scores_words_and_translations_apart():
+    items = [
+        Decoded("en", "a", False, "one two three", "one two three"),
+        Decoded("en", "b", False, "one two three", "one too three"),
+        Decoded("de", "b", False, "eins zwei", "eins zwei"),
+        Decoded("fr", "c", True, "un deux trois quatre cinq", "un deux trois quatre cinq"),
+    ]
+    found = score_decoded(items)
+    assert found["wer"] == pytest.approx(1 / 8)
+    assert found["wer_en"] == pytest.approx(1 / 6) and found["wer_de"] == 0
+    assert found["wer_a"] == 0 and found["wer_b"] == pytest.approx(1 / 5)
+    assert found["bleu"] == pytest.approx(100)
+    assert found["error"] == pytest.approx(3 / 4 * 1 / 8)
+    assert "bleu_fr" not in found  # the only one
+    assert score_decoded(items[3:])["error"] == pytest.approx(0)
+    assert score_decoded([]) == {"error": 0.0}
+
+
+def test_a_kill_for_memory_lowers_the_bucket_it_happened_in(tmp_path):
+    machine, kills = kills_for_memory()
+    notes = FaultNotes(tmp_path, "profile", rank=3)
+    mark = notes.marking()
+    mark.__enter__()(7, 2, 40)  # and then the process is gone
+    FaultNotes(tmp_path, "profile").learn_from_deaths({machine: kills})  # nothing was killed for memory
+    assert notes.lowered((50, 50, 50)) == (50, 50, 50)
+    mark = notes.marking()
+    mark.__enter__()(7, 2, 40)
+    FaultNotes(tmp_path, "profile").learn_from_deaths({machine: kills + 1})
+    assert notes.lowered((50, 50, 50)) == (50, 50, 38)
+    assert notes.reasons() == ["bucket 2 takes 38 utterances instead of 40: a worker was killed for its memory"]
+    FaultNotes(tmp_path, "profile").learn_from_deaths({machine: kills + 9})  # no marks, no lesson
+    assert notes.lowered((50, 50, 50)) == (50, 50, 38)
+    with pytest.raises(ValueError), notes.marking() as write:
+        write(1, 0, 1)
+        raise ValueError
+    assert not list(tmp_path.glob("doing-*"))
+
+
+def test_the_watchdog_ends_what_stands_still_and_nothing_else(tmp_path):
+    ended, notes = threading.Event(), FaultNotes(tmp_path, "profile", rank=1)
+    with Watchdog(0.4, notes.note_stall, end=lambda code: ended.set()) as dog:
+        for number in range(8):
+            dog.beat(f"in step {number}")
+            assert not ended.wait(0.1)
+        assert ended.wait(5)
+    (found,) = notes.stalls(0)
+    assert found.startswith("worker 1: in step 7 for")
+    assert notes.stalls(2e10) == []
+
+
+def test_a_notice_saves_at_once(tmp_path):
+    notices = iter([False, True, False])
+    loop, _ = make_loop(tmp_path, [micro_batch(number) for number in range(6)], save_now=lambda: next(notices))
+    loop.checkpoints.keep = 10
+    loop.run()
+    steps = [folder.name for folder in sorted((tmp_path / "checkpoints").glob("step_*"))]
+    assert steps == ["step_00000004", "step_00000006"]
+
+
+def test_metrics_say_how_fast_and_how_full(tmp_path):
+    loop, logged = make_loop(
+        tmp_path, [micro_batch(number) for number in range(12)], shares=range(2), num_shares=2,
+        flops=lambda batch: 1e9, peak_flops=1e12,
+    )  # fmt: skip
+    loop.run()
+    line = SimpleNamespace(**logged[-1])
+    assert line.batch_size == 6 and line.batch_size_bucket_001 == 3
+    assert line.audio_padding_bucket_001 == line.audio_padding == 0
+    assert 0 <= line.data_wait < 1 and line.mfu > 0
+    assert line.audio_hours == pytest.approx(6 * 6 * 1.2 / 3600)
+    assert line.tokens_per_second > line.audio_seconds_per_second > 0
