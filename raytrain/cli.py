@@ -1,11 +1,11 @@
-"""The command line: one command per stage, `run` for all of them, `tune`, `convert`, `transcribe`, `demo`, `ui`."""
+"""The command line: one command per stage, `run` for all of them, `tune`, `ablate`, `convert`, `transcribe`, …"""
 
 from __future__ import annotations
 
 import os
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -174,6 +174,101 @@ def tune(
     console.say(f"the best trial's settings are in {loaded.run_dir / 'tune_best.yaml'}; train with")
     best = " ".join(f"--set {name}={value}" for name, value in trials[0]["settings"].items())
     console.say(f"  raytrain run --config {config} {best}")
+
+
+@app.command()
+def ablate(
+    config: ConfigOption,
+    set: SetOption = None,
+    predict: Annotated[
+        bool, typer.Option("--predict", help="Train nothing; predict for a GPU that need not be here.")
+    ] = False,
+    model: Annotated[
+        list[str] | None,
+        typer.Option(help="With --predict: a published model, or `own`: the configuration's; may be repeated."),
+    ] = None,
+    gpu: Annotated[str, typer.Option(help="With --predict: the kind of GPU, for its speed.")] = "A100",
+    device_memory: Annotated[str, typer.Option(help="With --predict: the GPU's memory.")] = "80GiB",
+    gpus: Annotated[int, typer.Option(min=1, help="With --predict: GPUs that scheme A trains on.")] = 128,
+    steps: Annotated[int, typer.Option(min=1, help="With --predict: steps that scheme A trains for.")] = 150_000,
+    utilisation: Annotated[
+        float, typer.Option(min=0.01, max=1, help="With --predict: the share of the GPU's peak that steps reach.")
+    ] = 0.4,
+    overhead_seconds: Annotated[
+        float, typer.Option(min=0, help="With --predict: seconds of a step that do not depend on its batch.")
+    ] = 0.1,
+    decoder_depths: Annotated[
+        str | None, typer.Option(metavar="N,N,…", help="Compare decoders of these depths instead of schemes.")
+    ] = None,
+    encoder_depths: Annotated[
+        str | None, typer.Option(metavar="N,N,…", help="With --decoder-depths: the encoders' depths, one or as many.")
+    ] = None,
+    json: Annotated[bool, typer.Option("--json", help="One JSON object.")] = False,
+) -> None:
+    """Compare batching schemes on your corpus: random batches (R), buckets by seconds of audio (A), without outliers
+    (B), with searched sizes (C), in 2D (D), with optimal edges (D+). Trains each of them, or predicts. Or compare
+    decoder depths: parameters, training compute, and after a short training WER and decoding speed."""
+    import orjson
+
+    from raytrain.cluster.ablate import PredictOptions, predict_ablation, run_ablation
+    from raytrain.config import load_config, parse_bytes
+    from raytrain.console import Console
+    from raytrain.lengths.schemes import SCHEMES, title_of
+    from raytrain.model.published import published
+    from raytrain.report.ablation import ablation_tables
+
+    loaded, console = load_config(config, set), Console(quiet=json)
+    if decoder_depths is not None:
+        _compare_depths(loaded, console, decoder_depths, encoder_depths, model, predict, json)
+        return
+    if encoder_depths is not None:
+        raise typer.BadParameter("goes with --decoder-depths", param_hint="--encoder-depths")
+    if predict:
+        try:
+            gib = parse_bytes(device_memory) / 2**30
+        except ValueError as error:
+            raise typer.BadParameter(str(error), param_hint="--device-memory") from None
+        names = model or ["canary-1b", "canary-1b-flash"]
+        models = {name: loaded.model if name == "own" else published(name) for name in names}
+        options = PredictOptions(gpu, gib, utilisation, overhead_seconds, gpus, steps)
+        found = predict_ablation(loaded, console, models, options)
+    else:
+        found = run_ablation(loaded, console)
+    if json:
+        typer.echo(orjson.dumps(found).decode())
+        return
+    for scheme in SCHEMES:
+        console.say(f"  {scheme:<3} {title_of(scheme)}")
+    for table in ablation_tables(*((found, None) if predict else (None, found)), titles=False):
+        console.say(f"\n{table.title}")
+        console.table(table.columns, table.rows)
+        if table.note:
+            console.say(table.note)
+
+
+def _compare_depths(
+    config: Any, console: Any, decoders: str, encoders: str | None, models: list[str] | None, predict: bool, json: bool
+) -> None:
+    import orjson
+
+    from raytrain.cluster.depths import depths_table, run_depths
+    from raytrain.model.published import published
+
+    def depths(text: str | None, option: str) -> list[int]:
+        try:
+            return [int(one) for one in (text or "").split(",") if one.strip()]
+        except ValueError:
+            raise typer.BadParameter(f"{text!r} is not like 24,12,8,4", param_hint=option) from None
+
+    if models and (not predict or len(models) > 1):
+        raise typer.BadParameter("one model, and with --predict", param_hint="--model")
+    shape = published(models[0]) if models and models[0] != "own" else None
+    chosen = depths(decoders, "--decoder-depths"), depths(encoders, "--encoder-depths")
+    found = run_depths(config, console, *chosen, shape, train=not predict)
+    if json:
+        typer.echo(orjson.dumps(found).decode())
+    else:
+        console.table(*depths_table(found))
 
 
 def _shown(value: object) -> str:

@@ -25,6 +25,7 @@ from raytrain.data.augment import AugmentSettings
 from raytrain.data.corpus import Corpus
 from raytrain.errors import ConfigError
 from raytrain.lengths.plan import BucketSettings
+from raytrain.lengths.schemes import SCHEMES
 from raytrain.model.config import ModelConfig
 from raytrain.training.settings import TrainSettings
 
@@ -221,6 +222,35 @@ class TuneSection(_Section):
     }
 
 
+class AblateSection(_Section):
+    """`raytrain ablate`: the batching `schemes` to compare, each trained at every one of `learning_rates` (the run's
+    own if unset) until the validation WER is `stop_at_wer`, or for `max_minutes` or `max_steps` (those of training if
+    unset). `target_wer` is the one that times are compared at.
+
+    Schemes differ where memory binds: `device_memory` and `max_batch_size` stand for those of `oomptimize`.
+    """
+
+    schemes: list[str] = Field(["R", "A", "B", "C", "D", "D+"], min_length=1)
+    learning_rates: list[float] | None = Field(None, min_length=1)
+    target_wer: float = Field(0.2, gt=0)
+    stop_at_wer: float | None = Field(None, gt=0)
+    max_minutes: float | None = Field(None, gt=0)
+    max_steps: int | None = Field(None, ge=1)
+    validate_every_steps: int | None = Field(None, ge=1)
+    device_memory: int | None = Field(None, ge=1 << 20)
+    max_batch_size: int | None = Field(None, ge=1)
+
+    _sizes = field_validator("device_memory", mode="before")(parse_bytes)
+
+    @field_validator("schemes")
+    @classmethod
+    def _known(cls, value: list[str]) -> list[str]:
+        unknown = [one for one in value if one not in SCHEMES]
+        if unknown or len(set(value)) < len(value):
+            raise ValueError(f"must be different ones of {', '.join(SCHEMES)}, got {', '.join(value)}")
+        return value
+
+
 class EvaluateSection(_Section):
     """Decoding of the dev and test manifests; `beam_size` 1 is greedy, see `raytrain.model.decoding.DecodeSettings`."""
 
@@ -270,6 +300,7 @@ class Config(_Section):
     train: TrainSettings = TrainSettings()
     evaluate: EvaluateSection = EvaluateSection()
     tune: TuneSection = TuneSection()
+    ablate: AblateSection = AblateSection()
     tracking: TrackingSection = TrackingSection()
     cluster: ClusterSection = ClusterSection()
 

@@ -13,12 +13,12 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 
-_BLUE, _ORANGE, _GREY = "#2f6db5", "#d9762b", "#8a8f98"
+BLUE, ORANGE, GREY = "#2f6db5", "#d9762b", "#8a8f98"
 _STYLE = {
     "font.size": 9,
     "axes.spines.top": False,
     "axes.spines.right": False,
-    "axes.edgecolor": _GREY,
+    "axes.edgecolor": GREY,
     "axes.grid": True,
     "axes.axisbelow": True,
     "grid.color": "#e6e8eb",
@@ -37,7 +37,8 @@ class Figure:
     sentence: str
 
 
-def _draw(paint: Callable[[Any], None], width: float = 6.4, height: float = 3.2) -> str:
+def draw(paint: Callable[[Any], None], width: float = 6.4, height: float = 3.2) -> str:
+    """What `paint` draws on axes, as SVG."""
     with plt.rc_context(_STYLE):
         figure, axes = plt.subplots(figsize=(width, height), layout="constrained")
         paint(axes)
@@ -66,7 +67,7 @@ def lengths(durations_ms: np.ndarray, tokens: np.ndarray, counts: np.ndarray, pl
             if duration / 1000 != right_of(axes):
                 left, low = right_of(axes), 0
             axes.add_patch(
-                plt.Rectangle((left, low), duration / 1000 - left, limit - low, fill=False, ec=_ORANGE, lw=0.9)
+                plt.Rectangle((left, low), duration / 1000 - left, limit - low, fill=False, ec=ORANGE, lw=0.9)
             )
             axes.raytrain_right, axes.raytrain_left, low = duration / 1000, left, limit
         axes.set(xlabel="duration (s)", ylabel="tokens, prompt included", xlim=(0, None), ylim=(0, None))
@@ -81,7 +82,7 @@ def lengths(durations_ms: np.ndarray, tokens: np.ndarray, counts: np.ndarray, pl
         f"{int(counts.sum())} utterances in {len(plan['buckets'])} buckets; each orange box is one bucket, and "
         f"half of all utterances lie in {int(np.searchsorted(share, 0.5) + 1)} of {len(counts)} cells."
     )
-    return Figure("Lengths and buckets", _draw(paint), sentence)
+    return Figure("Lengths and buckets", draw(paint), sentence)
 
 
 def padding(rows: list[dict[str, Any]]) -> Figure:
@@ -90,8 +91,8 @@ def padding(rows: list[dict[str, Any]]) -> Figure:
     def paint(axes: Any) -> None:
         places = np.arange(len(rows))
         for shift, key, color, label in (
-            (-0.2, "audio_padding", _BLUE, "audio"),
-            (0.2, "token_padding", _ORANGE, "tokens"),
+            (-0.2, "audio_padding", BLUE, "audio"),
+            (0.2, "token_padding", ORANGE, "tokens"),
         ):
             bars = axes.bar(places + shift, [100 * row[key] for row in rows], 0.38, color=color, label=label)
             axes.bar_label(bars, fmt="%.1f %%", fontsize=8)
@@ -106,7 +107,7 @@ def padding(rows: list[dict[str, Any]]) -> Figure:
         f"{first['token_padding']:.0%} of the tokens on padding; {last['scheme']} {last['audio_padding']:.0%} and "
         f"{last['token_padding']:.0%}."
     )
-    return Figure("Padding by scheme", _draw(paint), sentence)
+    return Figure("Padding by scheme", draw(paint), sentence)
 
 
 def speaking_rate(rows: list[dict[str, Any]]) -> Figure:
@@ -116,7 +117,7 @@ def speaking_rate(rows: list[dict[str, Any]]) -> Figure:
         names = [f"{row['from_ms'] // 1000}–{row['to_ms'] // 1000}" for row in rows]
         places, step = np.arange(len(rows)), _every(len(rows))
         heights, spread = [row["mean"] for row in rows], [row["std"] for row in rows]
-        axes.bar(places, heights, yerr=spread, color=_BLUE, ecolor=_GREY)
+        axes.bar(places, heights, yerr=spread, color=BLUE, ecolor=GREY)
         axes.set_xticks(places[::step], names[::step])
         axes.set(xlabel="duration (s)", ylabel="tokens per second")
         axes.grid(axis="x", visible=False)
@@ -127,7 +128,7 @@ def speaking_rate(rows: list[dict[str, Any]]) -> Figure:
     )
     falls = rows[0]["mean"] > rows[-1]["mean"]
     sentence += ": the prompt's fixed tokens weigh more in short ones." if falls else "."
-    return Figure("Tokens per second", _draw(paint), sentence)
+    return Figure("Tokens per second", draw(paint), sentence)
 
 
 def batch_profile(plan: dict[str, Any], profile: dict[str, Any]) -> Figure:
@@ -139,16 +140,16 @@ def batch_profile(plan: dict[str, Any], profile: dict[str, Any]) -> Figure:
 
     def paint(axes: Any) -> None:
         places = np.arange(len(sizes))
-        axes.bar(places, sizes, color=_BLUE)
+        axes.bar(places, sizes, color=BLUE)
         names = [f"{duration / 1000:g}s\n{tokens}" for duration, tokens in plan["buckets"]]
         step = _every(len(names))
         axes.set_xticks(places[::step], names[::step], fontsize=7)
         axes.set(xlabel="bucket (longest, most tokens)", ylabel="batch size")
         axes.grid(axis="x", visible=False)
         right = axes.twinx()
-        right.plot(places, peaks, "o-", color=_ORANGE, ms=3, lw=1)
-        right.axhline(budget, color=_ORANGE, ls=":", lw=1)
-        right.set_ylabel("peak memory (GiB), dotted: budget", color=_ORANGE)
+        right.plot(places, peaks, "o-", color=ORANGE, ms=3, lw=1)
+        right.axhline(budget, color=ORANGE, ls=":", lw=1)
+        right.set_ylabel("peak memory (GiB), dotted: budget", color=ORANGE)
         right.set_ylim(0, budget * 1.1)
         right.grid(visible=False)
 
@@ -156,7 +157,7 @@ def batch_profile(plan: dict[str, Any], profile: dict[str, Any]) -> Figure:
         f"Batch sizes run from {max(sizes)} to {min(sizes)}; peaks reach {max(peaks) / budget:.0%} of the budget of "
         f"{budget:.2f} GiB ({'measured on ' * profile['confirmed']}{profile['setting']['device_name']})."
     )
-    return Figure("Batch profile", _draw(paint), sentence)
+    return Figure("Batch profile", draw(paint), sentence)
 
 
 def curve(
@@ -166,7 +167,7 @@ def curve(
     """Lines of metrics over steps (`by="step"`) or minutes (`by="time_s"`); `keys` maps a metric to its label."""
 
     def paint(axes: Any) -> None:
-        for color, (key, label) in zip((_BLUE, _ORANGE, _GREY), keys.items(), strict=False):
+        for color, (key, label) in zip((BLUE, ORANGE, GREY), keys.items(), strict=False):
             points = [(row[by] * scale, row[key] * (100 if percent else 1)) for row in rows if key in row]
             points = points[:: _every(len(points), 2000)]  # more than a screen has pixels
             if points:
@@ -183,4 +184,4 @@ def curve(
         if len(keys) > 1:
             axes.legend(frameon=False)
 
-    return Figure(title, _draw(paint), sentence)
+    return Figure(title, draw(paint), sentence)

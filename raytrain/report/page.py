@@ -16,6 +16,7 @@ import jinja2
 
 from raytrain.artifacts import atomic_write_bytes
 from raytrain.report import figures
+from raytrain.report.ablation import ablation_figures, ablation_tables
 
 _TEMPLATE = Path(__file__).with_name("template.html")
 _NUM_SAMPLES = 12
@@ -24,7 +25,7 @@ _NUM_SAMPLES = 12
 def write_report(run_dir: Path, out: Path, *, title: str) -> Path:
     """Write the page for the artefacts in `run_dir` and return its path."""
     notes: list[str] = []
-    names = ("statistics", "bucket_plan", "batch_profile", "scores")
+    names = ("statistics", "bucket_plan", "batch_profile", "scores", "ablation_predicted", "ablation")
     files = {name: _body(run_dir / f"{name}.json", notes) for name in names}
     files["assignment"] = _body(run_dir / "assignment" / "index.json", notes)
     metrics = _lines(run_dir / "metrics.jsonl", notes)
@@ -37,6 +38,7 @@ def write_report(run_dir: Path, out: Path, *, title: str) -> Path:
         missing=notes + missing,
         samples=_samples(hypotheses),
         scores=files["scores"],
+        tables=ablation_tables(files["ablation_predicted"], files["ablation"]),
         rejected=(files["assignment"] or {}).get("rejected_examples", []),
     )  # fmt: skip
     atomic_write_bytes(out, page.encode())
@@ -123,6 +125,9 @@ def _figures(
         add("The training curves", lambda: _training_figures(metrics))
     else:
         missing.append("There are no training metrics yet: run the stage train.")
+    predicted, trained = files["ablation_predicted"], files["ablation"]
+    if predicted or trained:
+        add("The ablation", lambda: ablation_figures(predicted, trained))
     return drawn, missing
 
 
