@@ -31,7 +31,7 @@ _STAGE_HELP = {
     "assign": "Write every manifest row into its bucket, or into rejected/ with a reason.",
     "oomptimize": "Find every bucket's largest batch size within the memory budget.",
     "train": "Train on all workers; goes on from the newest checkpoint.",
-    "evaluate": "Transcribe the test manifests and compute the word error rate.",
+    "evaluate": "Transcribe the test manifests, score them with intervals, and show the worst in errors.html.",
     "report": "Write report.html from the run folder.",
 }
 

@@ -252,7 +252,11 @@ class AblateSection(_Section):
 
 
 class EvaluateSection(_Section):
-    """Decoding of the dev and test manifests; `beam_size` 1 is greedy, see `raytrain.model.decoding.DecodeSettings`."""
+    """Decoding of the dev and test manifests; `beam_size` 1 is greedy, see `raytrain.model.decoding.DecodeSettings`.
+
+    With `normalizer: whisper` the test's scores also have the word error rate of texts as Whisper's evaluation compares
+    them, see `raytrain.training.normalize`.
+    """
 
     batch_size: int = Field(32, ge=1)
     beam_size: int = Field(1, ge=1)
@@ -261,6 +265,7 @@ class EvaluateSection(_Section):
     num_workers: int = Field(1, ge=1)
     max_generation_delta: int = Field(50, ge=1)
     checkpoint: str = Field("best", pattern="^(best|last)$")
+    normalizer: str = Field("none", pattern="^(none|whisper)$")
 
 
 class TrackingSection(_Section):

@@ -14,8 +14,8 @@ ALLOWED = {
     "model": {"numpy", "torch", "sentencepiece", "safetensors", "yaml", "raytrain.model", "raytrain.artifacts", *CORE},
     "data": {"numpy", "torch", "lhotse", "sentencepiece", "pyarrow", "fsspec", "orjson", "soundfile", "soxr", "scipy",
              "raytrain.data", "raytrain.artifacts", *CORE},
-    "training": {"numpy", "torch", "jiwer", "sacrebleu", "raytrain.training", "raytrain.model", "raytrain.data",
-                 "raytrain.artifacts", *CORE},
+    "training": {"numpy", "torch", "jiwer", "sacrebleu", "whisper_normalizer", "raytrain.training", "raytrain.model",
+                 "raytrain.data", "raytrain.artifacts", *CORE},
     "tracking": {"raytrain.tracking", "raytrain.artifacts", "raytrain.errors"},
     "report": {"numpy", "matplotlib", "jinja2", "pyarrow", "raytrain.report", "raytrain.artifacts", *CORE},
 }  # fmt: skip
@@ -71,7 +71,8 @@ import {modules}
             "raytrain.model.canary, raytrain.model.decoding, raytrain.model.longform, raytrain.model.alignment, "
             "raytrain.model.nemo, raytrain.model.huggingface, raytrain.training.loop, raytrain.training.memory, "
             "raytrain.training.checkpoint, raytrain.training.validation, raytrain.training.probe, "
-            "raytrain.training.isolated, benchmarks.oomptimizer_gpu",
+            "raytrain.training.isolated, raytrain.training.scoring, raytrain.training.worst, "
+            "benchmarks.oomptimizer_gpu",
             {
                 "ray",
                 "mlflow",
@@ -83,6 +84,7 @@ import {modules}
                 "orjson",
                 "jiwer",
                 "sacrebleu",
+                "whisper_normalizer",
                 "rich",
                 "safetensors",
             },

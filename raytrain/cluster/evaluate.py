@@ -1,4 +1,4 @@
-"""Stage `evaluate`: decode the test manifests with a pool of Ray Data actors and score the texts.
+"""Stage `evaluate`: decode the test manifests with a pool of Ray Data actors.
 
 Output rows keep the manifests' order. A recording that can't be read gets an error instead of a hypothesis,
 is counted, and stays out of the scores.
@@ -14,7 +14,7 @@ import numpy as np
 import orjson
 
 from raytrain.config import Config
-from raytrain.training.evaluation import Decoded, ErrorCounts, bleu, count_errors
+from raytrain.training.evaluation import count_errors
 
 
 class Transcriber:
@@ -114,48 +114,3 @@ def transcribe_rows(config: Config, run_dir: Path, rows: list[Any]) -> Iterator[
     )
     for result in dataset.iter_rows():
         yield orjson.loads(result["result"])
-
-
-def score(results: list[dict[str, Any]]) -> dict[str, Any]:
-    """`scores.json`: WER and CER of transcriptions as fractions, counts, and WER by language; BLEU of translations by
-    target language."""
-    readable = [item for item in results if item["hypothesis"] is not None]
-    good = [item for item in readable if not item["translated"]]
-    languages = sorted({item["lang"] for item in good})
-    by_language = {language: _words([item for item in good if item["lang"] == language]) for language in languages}
-    translated = sorted({item["lang"] for item in readable if item["translated"]})
-    total = sum(by_language.values(), ErrorCounts())
-    characters = count_errors([item["text"] for item in good], [item["hypothesis"] for item in good], unit="character")
-    return {
-        "wer": total.rate,
-        "cer": characters.rate,
-        "utterances": total.utterances,
-        "unreadable": len(results) - len(readable),
-        "words": total.reference_length,
-        "errors": total.errors,
-        "substitutions": total.substitutions,
-        "deletions": total.deletions,
-        "insertions": total.insertions,
-        "by_language": {
-            language: {
-                "wer": counts.rate,
-                "utterances": counts.utterances,
-                "words": counts.reference_length,
-                "errors": counts.errors,
-            }
-            for language, counts in by_language.items()
-        },
-        "bleu": {language: bleu(_decoded(readable, language)) for language in translated},
-    }
-
-
-def _decoded(items: list[dict[str, Any]], language: str) -> list[Decoded]:
-    return [
-        Decoded(language, "", True, item["text"], item["hypothesis"])
-        for item in items
-        if item["translated"] and item["lang"] == language
-    ]
-
-
-def _words(items: list[dict[str, Any]]) -> ErrorCounts:
-    return count_errors([item["text"] for item in items], [item["hypothesis"] for item in items])

@@ -53,7 +53,8 @@ STAGES: tuple[Stage, ...] = (
     Stage("oomptimize", ("buckets",), ("batch_profile.json",), stages.oomptimize_key, stages.run_oomptimize),
     Stage("train", ("assign", "oomptimize"), ("checkpoints/last.json",), stages.train_key, stages.run_train,
           goes_on=stages.train_goes_on),
-    Stage("evaluate", ("train",), ("hypotheses.jsonl", "scores.json"), stages.evaluate_key, stages.run_evaluate),
+    Stage("evaluate", ("train",), ("hypotheses.jsonl", "scores.json", "errors.html"), stages.evaluate_key,
+          stages.run_evaluate),
     Stage(
         "report", ("statistics", "buckets", "assign", "oomptimize", "train", "evaluate"), ("report.html",),
         stages.report_key, stages.run_report, uses_ray=False,

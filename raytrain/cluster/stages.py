@@ -535,7 +535,10 @@ def evaluate_key(workspace: Workspace) -> Any:
 
 
 def run_evaluate(context: Context) -> str:
-    from raytrain.cluster.evaluate import score, transcribe_rows
+    from raytrain.cluster.evaluate import transcribe_rows
+    from raytrain.report.errors import write_errors
+    from raytrain.training.scoring import score, texts_of
+    from raytrain.training.worst import worst
 
     rows = context.workspace.rows("test")
     for reason, number in context.workspace.left_out["test"].items():
@@ -549,18 +552,35 @@ def run_evaluate(context: Context) -> str:
             update(advance=1)
     results.sort(key=lambda result: result["id"])
     atomic_write_bytes(context.path("hypotheses.jsonl"), b"".join(orjson.dumps(one) + b"\n" for one in results))
-    body = score(results)
+    texts = texts_of(results, context.config.evaluate.normalizer)
+    body = score(texts)
     parents = {"checkpoint": file_id(context.path("checkpoints", "last.json"))}
     write_json(context.path("scores.json"), SCORES_FORMAT, body, parents)
-    measured = {"test_wer": body["wer"], "test_cer": body["cer"]} if body["utterances"] else {}
-    measured |= {f"test_bleu_{language}": value for language, value in body["bleu"].items()}
-    context.tracking.current.log_metrics(measured, 0, 0.0)
-    for name in ("scores.json", "hypotheses.jsonl"):
+    write_errors(context.path("errors.html"), title=context.config.name, scores=body, worst=worst(texts))
+    context.tracking.current.log_metrics(_test_metrics(body), 0, 0.0)
+    for name in ("scores.json", "hypotheses.jsonl", "errors.html"):
         context.tracking.current.log_artifact(context.path(name))
     if body["unreadable"]:
         context.console.warn(f"{body['unreadable']} recording(s) can't be read; hypotheses.jsonl says why")
-    heard = [f"WER {body['wer']:.1%} on {body['utterances']} utterances"] if body["utterances"] else []
-    return ", ".join([*heard, *(f"BLEU {value:.1f} into {language}" for language, value in body["bleu"].items())])
+    return ", ".join(_said_of(body))
+
+
+def _test_metrics(body: dict[str, Any]) -> dict[str, float]:
+    heard = ("wer", "cer", "wer_normalized") if body["utterances"] else ()
+    metrics = {f"test_{name}": body[name] for name in heard if name in body}
+    return metrics | {
+        f"test_{name}_{language}": value for name in ("bleu", "chrf") for language, value in body[name].items()
+    }
+
+
+def _said_of(body: dict[str, Any]) -> Iterator[str]:
+    if body["utterances"]:
+        low, high = body["wer_ci"]
+        yield f"WER {body['wer']:.1%} ({low:.1%} to {high:.1%}) on {body['utterances']} utterances"
+    if body["utterances"] and "wer_normalized" in body:
+        yield f"normalised {body['wer_normalized']:.1%}"
+    for language, value in body["bleu"].items():
+        yield f"BLEU {value:.1f} into {language}"
 
 
 # --- report

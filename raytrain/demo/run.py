@@ -19,8 +19,8 @@ UTTERANCES = {"train": 2400, "dev": 80, "test": 160}
 MAX_WER = 0.20
 ARTEFACTS = (
     "tokenizer/tokenizer.json", "histogram.parquet", "statistics.json", "bucket_plan.json", "assignment/index.json",
-    "batch_profile.json", "checkpoints/last.json", "metrics.jsonl", "hypotheses.jsonl", "scores.json", "report.html",
-    "mlflow.db",
+    "batch_profile.json", "checkpoints/last.json", "metrics.jsonl", "hypotheses.jsonl", "scores.json", "errors.html",
+    "report.html", "mlflow.db",
 )  # fmt: skip
 
 
@@ -70,6 +70,7 @@ def _summary(run_dir: Path, scores: dict[str, Any]) -> Table:
     profile = _body(run_dir / "batch_profile.json")["profiles"][0]
     before, after = plan["padding_by_scheme"][0], plan["padding_by_scheme"][-1]
     metrics = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    low, high = scores["wer_ci"]
     table = Table(title="What the demo did", show_header=False, title_justify="left")
     rows = [
         ("training speech", f"{statistics['hours']:.2f} h, {statistics['utterances']} utterances"),
@@ -78,7 +79,7 @@ def _summary(run_dir: Path, scores: dict[str, Any]) -> Table:
         ("token padding", f"{before['token_padding']:.1%} in random batches → {after['token_padding']:.1%}"),
         ("batch sizes", f"{max(profile['batch_sizes'])} … {min(profile['batch_sizes'])} per worker"),
         ("training", f"{metrics[-1]['step']} steps, {metrics[-1]['time_s'] / 60:.1f} min"),
-        ("WER, held out", f"{scores['wer']:.1%} on {scores['utterances']} utterances"),
+        ("WER, held out", f"{scores['wer']:.1%} ({low:.1%} to {high:.1%}) on {scores['utterances']} utterances"),
     ]
     rows += [(f"  {language}", f"{row['wer']:.1%}") for language, row in scores["by_language"].items()]
     for name, value in rows:

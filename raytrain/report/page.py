@@ -12,13 +12,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import jinja2
-
-from raytrain.artifacts import atomic_write_bytes
 from raytrain.report import figures
 from raytrain.report.ablation import ablation_figures, ablation_tables
+from raytrain.report.rendering import write_page
 
-_TEMPLATE = Path(__file__).with_name("template.html")
 _NUM_SAMPLES = 12
 
 
@@ -31,7 +28,9 @@ def write_report(run_dir: Path, out: Path, *, title: str) -> Path:
     metrics = _lines(run_dir / "metrics.jsonl", notes)
     hypotheses = _lines(run_dir / "hypotheses.jsonl", notes)
     drawn, missing = _figures(run_dir, files, metrics)
-    page = _environment().from_string(_TEMPLATE.read_text()).render(
+    return write_page(
+        out,
+        "report.html",
         title=title,
         facts=_facts(files, metrics),
         figures=drawn,
@@ -39,17 +38,9 @@ def write_report(run_dir: Path, out: Path, *, title: str) -> Path:
         samples=_samples(hypotheses),
         scores=files["scores"],
         tables=ablation_tables(files["ablation_predicted"], files["ablation"]),
+        has_errors=out.with_name("errors.html").exists(),
         rejected=(files["assignment"] or {}).get("rejected_examples", []),
-    )  # fmt: skip
-    atomic_write_bytes(out, page.encode())
-    return out
-
-
-def _environment() -> jinja2.Environment:
-    # All text is escaped: transcripts and file names come from outside.
-    environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
-    environment.filters["percent"] = lambda value: f"{100 * value:.1f} %"
-    return environment
+    )
 
 
 def _body(path: Path, notes: list[str]) -> Any:
@@ -89,9 +80,15 @@ def _facts(files: dict[str, Any], metrics: list[dict[str, Any]]) -> list[tuple[s
         facts += [("steps", str(metrics[-1]["step"])), ("training", f"{metrics[-1]['time_s'] / 60:.1f} min")]
     if scores := files["scores"]:
         if scores["utterances"]:
-            facts.append(("test WER", f"{100 * scores['wer']:.1f} %"))
-        facts += [(f"test BLEU, {language}", f"{value:.1f}") for language, value in scores.get("bleu", {}).items()]
+            facts.append((_with_interval("test WER", scores.get("wer_ci"), 100), f"{100 * scores['wer']:.1f} %"))
+        intervals = scores.get("bleu_ci", {})
+        for language, value in scores.get("bleu", {}).items():
+            facts.append((_with_interval(f"test BLEU, {language}", intervals.get(language), 1), f"{value:.1f}"))
     return facts
+
+
+def _with_interval(name: str, ends: list[float] | None, scale: float) -> str:
+    return f"{name} (95 %: {scale * ends[0]:.1f} – {scale * ends[1]:.1f})" if ends else name
 
 
 def _figures(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 
 @dataclass(frozen=True)
@@ -68,11 +68,16 @@ class Decoded(NamedTuple):
 _BLEU_TOKENIZERS = {"zh": "zh", "ja": "char", "th": "char", "ko": "char"}
 
 
-def bleu(items: Sequence[Decoded]) -> float:
-    """Corpus BLEU of translations into one language, 0 to 100, with sacrebleu's tokenizer for it."""
+def bleu_metric(language: str, *, sentences: bool = False) -> Any:
+    """sacrebleu's BLEU with its tokenizer for texts of a language; for `sentences` that may lack long n-grams."""
     from sacrebleu.metrics import BLEU
 
-    metric = BLEU(tokenize=_BLEU_TOKENIZERS.get(items[0].language, "13a"))
+    return BLEU(tokenize=_BLEU_TOKENIZERS.get(language, "13a"), effective_order=sentences)
+
+
+def bleu(items: Sequence[Decoded]) -> float:
+    """Corpus BLEU of translations into one language, 0 to 100."""
+    metric = bleu_metric(items[0].language)
     return metric.corpus_score([one.hypothesis for one in items], [[one.reference for one in items]]).score
 
 

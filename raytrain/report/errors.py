@@ -1,0 +1,29 @@
+"""`errors.html`: the worst utterances of a test word by word, and what is confused most often, on one page that needs
+nothing else and no script."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from raytrain.report.rendering import write_page
+
+
+def write_errors(out: Path, *, title: str, scores: Mapping[str, Any], worst: Mapping[str, Any]) -> Path:
+    """Write the page from the body of `scores.json` and what `raytrain.training.worst.worst` found; returns its path.
+
+    Its size is bounded as `worst` is. Languages are numbered, for their names, which come from outside, can't be used
+    in a style sheet.
+    """
+    shown = [*worst["most_errors"], *worst["highest_rates"], *worst["translations"]]
+    confused = [row[0] for rows in worst["confusions"].values() for row in rows]
+    languages = sorted({*(item["lang"] for item in shown), *confused})
+    return write_page(
+        out,
+        "errors.html",
+        title=title,
+        scores=scores,
+        worst=worst,
+        number_of={language: number for number, language in enumerate(languages)},
+    )

@@ -1,0 +1,34 @@
+"""Pages that need nothing else: the templates of this folder, filled in and written whole or not at all."""
+
+from __future__ import annotations
+
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import jinja2
+
+from raytrain.artifacts import atomic_write_bytes
+
+
+def write_page(out: Path, template: str, **values: Any) -> Path:
+    """Fill in a template by name and write it to `out`, which is returned."""
+    atomic_write_bytes(out, _environment().get_template(template).render(**values).encode())
+    return out
+
+
+@cache
+def _environment() -> jinja2.Environment:
+    # All text is escaped: transcripts and file names come from outside.
+    loader = jinja2.FileSystemLoader(Path(__file__).parent)
+    environment = jinja2.Environment(loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    environment.filters["percent"] = lambda value: f"{100 * value:.1f} %"
+    environment.filters["seconds"] = lambda milliseconds: f"{milliseconds / 1000:.1f} s"
+    environment.filters["interval"] = _interval
+    environment.filters["grouped"] = lambda number: f"{number:,}".replace(",", "\u202f")
+    return environment
+
+
+def _interval(ends: list[float] | None, scale: float = 100) -> str:
+    """`11.2 – 13.1` for [0.112, 0.131]; empty where there is none."""
+    return f"{scale * ends[0]:.1f} – {scale * ends[1]:.1f}" if ends else ""

@@ -1,0 +1,39 @@
+"""Texts as Whisper's evaluation compares them (Radford et al., arXiv 2212.04356, appendix C).
+
+English loses case, punctuation and fillers, and gets one spelling of numbers, contractions and British words; other
+languages lose case, punctuation and what stands in brackets. Languages without spaces are split into characters, so
+that their word error rate counts those.
+
+    normalizer("whisper", "en")("Mr. Smith won't pay twenty dollars.")    # "mister smith will not pay $20"
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+
+NORMALIZERS = ("none", "whisper")
+_WITHOUT_SPACES = frozenset({"zh", "ja", "th", "lo", "my", "yue"})
+
+
+def normalizer(name: str, language: str) -> Callable[[str], str]:
+    """What brings texts of a language (`en`, `en-GB`) into the form that is compared; `none` leaves them alone."""
+    if name == "none":
+        return lambda text: text
+    base = language.replace("_", "-").partition("-")[0].lower()
+    clean = _english() if base == "en" else _basic(base in _WITHOUT_SPACES)
+    return lambda text: clean(text).strip()
+
+
+@cache
+def _english() -> Callable[[str], str]:
+    from whisper_normalizer.english import EnglishTextNormalizer
+
+    return EnglishTextNormalizer()
+
+
+@cache
+def _basic(split_letters: bool) -> Callable[[str], str]:
+    from whisper_normalizer.basic import BasicTextNormalizer
+
+    return BasicTextNormalizer(split_letters=split_letters)
