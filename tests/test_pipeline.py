@@ -73,6 +73,8 @@ def test_every_artefact_is_there_and_says_what_it_should(finished, corpus):
     assert [row["text"] for row in hypotheses] == [row["text"] for row in lines(corpus / "test.jsonl")]
     scores = read_json(run_dir / "scores.json", "raytrain.scores/1")["body"]
     assert scores["utterances"] == 10 and scores["wer"] >= 0
+    assert scores["wer_ci"][0] <= scores["wer"] <= scores["wer_ci"][1] and "wer_normalized" not in scores
+    assert sum(span["utterances"] for span in scores["by_duration"]) == 10
     assert yaml.safe_load((run_dir / "config.yaml").read_text())["name"] == "tiny"
 
 
@@ -88,6 +90,8 @@ def test_mlflow_has_a_parent_and_a_child_for_each_stage(finished):
     assert {"loss", "lr", "audio_padding", "batch_size", "audio_seconds_per_second", "memory_gib", "wer",
             "wer_by_second"} <= set(train.data.metrics)  # fmt: skip
     assert len(client.get_metric_history(train.info.run_id, "loss")) == 6
+    assert {"test_wer", "test_cer"} <= set(children["evaluate"].data.metrics)
+    assert "errors.html" in {one.path for one in client.list_artifacts(children["evaluate"].info.run_id)}
     parent = client.get_run(train.data.tags["mlflow.parentRunId"])
     assert parent.data.params["train.max_steps"] == "6"
 
@@ -105,6 +109,10 @@ def test_the_report_is_one_page_that_needs_nothing_else(finished):
         assert text in page
     outside = [word for word in page.split() if word.startswith(("src=", 'href="http'))]
     assert outside == []
+    assert 'href="errors.html"' in page
+    errors = (finished.run_dir / "errors.html").read_text()
+    first = lines(finished.run_dir / "hypotheses.jsonl")[0]
+    assert first["audio_filepath"] in errors and "S: another word" in errors
 
 
 def test_a_second_run_does_nothing_and_a_changed_setting_redoes_what_depends_on_it(finished, corpus):
@@ -115,6 +123,10 @@ def test_a_second_run_does_nothing_and_a_changed_setting_redoes_what_depends_on_
     assert run(changed) == ["evaluate"]
     (finished.run_dir / "report.html").unlink()
     assert run(changed) == ["report"]
+    normalized = tiny_config(corpus, root, evaluate={"max_generation_delta": 5, "normalizer": "whisper"})
+    assert run(normalized) == ["evaluate", "report"]
+    scores = read_json(finished.run_dir / "scores.json", "raytrain.scores/1")["body"]
+    assert {"wer_normalized", "wer_normalized_ci"} <= set(scores) & set(scores["by_language"]["de"])
 
 
 def test_training_goes_on_when_more_steps_are_asked_for(finished, corpus):

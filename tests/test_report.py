@@ -132,6 +132,9 @@ def test_nothing_is_fetched_from_outside(run_dir: Path) -> None:
     assert "<link" not in page and "<script" not in page and "@import" not in page
     targets = re.findall(r'(?:src|href)="([^"]*)"|url\(([^)]*)\)', page)
     assert all(target.startswith(("#", "data:")) for pair in targets for target in pair if target)
+    assert "errors.html" not in page
+    (run_dir / "errors.html").write_text("there")
+    assert re.findall(r'<a href="([^"]*)"', _page(run_dir)) == ["errors.html"]  # fetched only on a click
 
 
 def test_texts_from_outside_are_escaped(run_dir: Path) -> None:
@@ -142,6 +145,25 @@ def test_texts_from_outside_are_escaped(run_dir: Path) -> None:
 
 def test_words_that_differ_are_marked(run_dir: Path) -> None:
     assert re.findall(r'<span class="wrong">([^<]*)</span>', _page(run_dir)) == ["five", "more", "␣"]
+
+
+def test_scores_have_their_intervals_and_durations(run_dir: Path) -> None:
+    rates = {"wer": 0.125, "wer_ci": [0.1, 0.151], "cer": 0.05, "cer_ci": [0.04, 0.0612]}
+    rates |= {"wer_normalized": 0.0625, "wer_normalized_ci": [0.05, 0.0789]}
+    group = {**rates, "utterances": 1234, "hours": 1.5, "words": 8000, "errors": 1000}
+    translations = {"bleu": {"fr": 31.26}, "bleu_ci": {"fr": [30.0, 32.5]}, "chrf": {"fr": 55.5}}
+    translations |= {"chrf_ci": {"fr": [54.0, 57.0]}, "translations": {"fr": 321}}
+    spans = [{"from_ms": 0, "to_ms": 5000, **group}, {"from_ms": 40_000, "to_ms": None, **group}]
+    scores = {**group, "by_language": {"de": group, _EVIL: group}, "by_duration": spans, **translations}
+    write_json(run_dir / "scores.json", "raytrain.scores/1", scores)
+    page = _page(run_dir)
+    assert "<script" not in page
+    rows = [re.sub(r"<[^>]*>", " ", row) for row in re.findall(r"<tr.*?</tr>", page, re.DOTALL)]
+    rows = [" ".join(row.split()) for row in rows]
+    for first in ("de", "all", "0 – 5", "above 40"):
+        assert f"{first} 12.5 % 10.0 – 15.1 6.2 % 5.0 – 7.9 5.0 % 4.0 – 6.1 1000 8000 1234 1.50" in rows
+    assert "fr 31.3 30.0 – 32.5 55.5 54.0 – 57.0 321" in rows
+    assert "test WER (95 %: 10.0 – 15.1)" in page and "test BLEU, fr (95 %: 30.0 – 32.5)" in page
 
 
 def test_an_empty_folder_says_which_stages_to_run(tmp_path: Path) -> None:
