@@ -55,6 +55,7 @@ def train_worker(job: dict[str, Any]) -> None:
     kills = dict(_from_all_ranks(kills_for_memory()))
     if rank == 0:
         notes.learn_from_deaths(kills)
+        _note_placement_group(workspace.path(_PLACEMENT_GROUP))
     resume = _agreed_checkpoint(checkpoints, rank)
     _load_weights(resume, model, workspace, device)
     sharded = config.train.shard and world_size > 1
@@ -288,11 +289,35 @@ def run_training(
                 if not lowered and (not killed_for_memory(error) or left < 1):
                     stalls = notes.stalls(started)
                     raise _stalled(stalls, config) if stalls else readable(error) from error
+                _free_workers(run_dir / _PLACEMENT_GROUP)
                 # A batch that did not fit has been made smaller, so that this ends; another death may come again.
                 left -= not lowered
                 say(f"  training starts again: {lowered[-1] if lowered else 'a worker was killed for its memory'}")
     if (run_dir / _GAVE_UP).exists():
         raise TrainingError(**json.loads((run_dir / _GAVE_UP).read_bytes()))
+
+
+_PLACEMENT_GROUP = "faults/placement-group"
+
+
+def _note_placement_group(path: Path) -> None:
+    """Write down what holds the CPUs and GPUs of the workers that run now."""
+    import ray
+
+    group = ray.util.get_current_placement_group()
+    if group is not None:
+        atomic_write_bytes(path, group.id.hex().encode())
+
+
+def _free_workers(path: Path) -> None:
+    """Give back what the last attempt's workers had. Ray Train does so itself, but not where the memory monitor killed
+    what does it there; the next attempt would wait for them for ever."""
+    import ray
+    from ray.util.placement_group import PlacementGroup, remove_placement_group
+
+    with contextlib.suppress(OSError, ValueError, ray.exceptions.RayError):
+        remove_placement_group(PlacementGroup(ray.PlacementGroupID(bytes.fromhex(path.read_text()))))
+    path.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
