@@ -158,6 +158,13 @@ def test_averaged_weights_are_what_the_formula_says_and_what_validation_and_deco
     checkpoint = loop.checkpoints.newest()
     torch.testing.assert_close(checkpoint.load_weights()[name], expected)
     assert torch.equal(checkpoint.load("model")[name], weights[-1])
+    # A model made of the checkpoint is the averaged one in every weight, also where one has two names (the tied head).
+    loaded = Canary(MODEL)
+    loaded.load_state_dict(checkpoint.load_weights())
+    with average.in_place():
+        wanted = {key: value.clone() for key, value in model.state_dict().items()}
+    for key, value in loaded.state_dict().items():
+        assert torch.equal(value, wanted[key]), key
     restored = WeightAverage(model, 0.5)
     restored.load_state_dict(checkpoint.load("average"))
     assert torch.equal(restored.state_dict()[name], average.state_dict()[name])

@@ -22,6 +22,10 @@ class WeightAverage:
                 self._names.append(name)
                 self._weights.append(parameter)
         self._average = [weight.detach().clone() for weight in self._weights]
+        # A tied weight has several names in a model's state, and is one and the same under all of them.
+        place = {id(weight): number for number, weight in enumerate(self._weights)}
+        every = model.named_parameters(remove_duplicate=False)
+        self._aliases = {name: place[id(weight)] for name, weight in every if id(weight) in place}
         self._decay, self._updates = decay, 0
 
     @torch.no_grad()
@@ -48,9 +52,10 @@ class WeightAverage:
             average.copy_(kept)
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Averages by parameter name, and the number of updates as `updates`; all ranks must ask for it."""
+        """Averages by each name of a parameter, and the number of updates as `updates`; all ranks must ask for it."""
         whole = [one.full_tensor() if hasattr(one, "full_tensor") else one for one in self._average]
-        return {**dict(zip(self._names, whole, strict=True)), "updates": torch.tensor(self._updates)}
+        averages = {name: whole[number] for name, number in self._aliases.items()}
+        return {**averages, "updates": torch.tensor(self._updates)}
 
     @torch.no_grad()
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
