@@ -18,13 +18,14 @@ import numpy as np
 import torch
 
 from raytrain.data.audio import AudioError, read_audio
+from raytrain.data.batch import SpeechBatch
 from raytrain.data.prompt import prompt_ids
 from raytrain.data.tokenizer import CanaryTokenizer
 from raytrain.errors import DataError
-from raytrain.model.alignment import token_spans
-from raytrain.model.decoding import DecodeSettings, Hypothesis, decode
-from raytrain.model.longform import TimedToken, check_window, join, windows
+from raytrain.model.decoding import DecodeSettings
+from raytrain.model.longform import TimedToken, check_window, default_overlap, windows
 from raytrain.model.portable import ModelParts
+from raytrain.recognition import Heard, Recogniser, confidence, joined
 
 
 @dataclass(frozen=True)
@@ -64,12 +65,6 @@ class _Window(NamedTuple):
     samples: np.ndarray
 
 
-class _Decoded(NamedTuple):
-    tokens: list[TimedToken]
-    others: list[list[int]]
-    ended: bool
-
-
 class Transcriber:
     """Holds a model on a device; `run` yields one `Transcript` per recording, in order.
 
@@ -91,7 +86,7 @@ class Transcriber:
         times: bool = False,
     ) -> None:
         self.tokenizer = CanaryTokenizer(parts.tokenizers)
-        language = language or _only(self.tokenizer.languages)
+        language = language or only_language(self.tokenizer)
         self.prompt = prompt_ids(
             self.tokenizer,
             language,
@@ -100,15 +95,15 @@ class Transcriber:
             prompt_format=parts.config.prompt_format,
         )
         self.sample_rate = parts.config.sample_rate
-        overlap_s = min(4.0, window_s / 4) if overlap_s is None else overlap_s
+        overlap_s = default_overlap(window_s) if overlap_s is None else overlap_s
         check_window(window_s, overlap_s)
         if device == "auto":
             device = "cuda" if torch.cuda.is_available() else "cpu"
         if device not in ("cpu", "cuda") or (device == "cuda" and not torch.cuda.is_available()):
             raise DataError("there is no such device", got=device, allowed="auto, cpu, and cuda where there is one")
-        self.model = parts.build().to(device)
-        self.device = torch.device(device)
-        self.settings = settings or DecodeSettings()
+        self.recogniser = Recogniser(
+            parts.build(), self.tokenizer, settings or DecodeSettings(), torch.device(device)
+        )
         self.batch_size, self.times = batch_size, times
         self.window_s, self.overlap_s = window_s, overlap_s
 
@@ -130,61 +125,31 @@ class Transcriber:
             cuts = windows(audio, self.sample_rate, window_s=self.window_s, overlap_s=self.overlap_s)
             spans[number] = [(start / self.sample_rate, end / self.sample_rate) for start, end in cuts]
             pieces += [_Window(number, start / self.sample_rate, audio[start:end]) for start, end in cuts]
-        decoded: dict[int, list[_Decoded]] = {number: [] for number in spans}
+        decoded: dict[int, list[Heard]] = {number: [] for number in spans}
         # Windows of like length share a batch, so that little of it is padding.
         order = sorted(range(len(pieces)), key=lambda i: -len(pieces[i].samples))
-        found: dict[int, _Decoded] = {}
+        found: dict[int, Heard] = {}
         for first in range(0, len(order), self.batch_size):
             chosen = order[first : first + self.batch_size]
             timed = [self.times or len(spans[pieces[i].recording]) > 1 for i in chosen]
-            found.update(zip(chosen, self._decode([pieces[i] for i in chosen], timed), strict=True))
+            found.update(zip(chosen, self._hear([pieces[i] for i in chosen], timed), strict=True))
         for number, piece in enumerate(pieces):
             decoded[piece.recording].append(found[number])
         for number, path in enumerate(paths):
             yield results[number] or self._transcript(str(path), spans[number], decoded[number])
 
-    @torch.inference_mode()
-    def _decode(self, pieces: list[_Window], timed: list[bool]) -> list[_Decoded]:
-        audio = torch.zeros(len(pieces), max(len(piece.samples) for piece in pieces))
-        for row, piece in enumerate(pieces):
-            audio[row, : len(piece.samples)] = torch.from_numpy(piece.samples)
-        lengths = torch.tensor([len(piece.samples) for piece in pieces], device=self.device)
-        states, sizes = self.model.encode(audio.to(self.device), lengths)
-        prompt = torch.tensor([self.prompt] * len(pieces), device=self.device)
-        prompt_sizes = torch.full((len(pieces),), prompt.shape[1], device=self.device)
-        found = decode(self.model, states, sizes, prompt, prompt_sizes, self.tokenizer.eos_id, self.settings)
-        results = []
-        for row, (piece, hypotheses) in enumerate(zip(pieces, found, strict=True)):
-            own = slice(row, row + 1)
-            spans = None
-            if timed[row]:
-                spans = token_spans(self.model, states[own], sizes[own], self.prompt, hypotheses[0].ids)
-            duration_s = len(piece.samples) / self.sample_rate
-            tokens = self._timed(hypotheses[0], spans, piece.start_s, duration_s)
-            results.append(_Decoded(tokens, [one.ids for one in hypotheses[1:]], hypotheses[0].ended))
-        return results
+    def _hear(self, pieces: list[_Window], timed: list[bool]) -> list[Heard]:
+        size, prompts = len(self.prompt), [self.prompt] * len(pieces)
+        batch = SpeechBatch.collate(
+            [piece.samples for piece in pieces], prompts, [size] * len(pieces), pad_id=self.tokenizer.pad_id
+        )
+        return self.recogniser.hear(batch, [piece.start_s for piece in pieces], timed)
 
-    def _timed(
-        self, best: Hypothesis, spans: list[tuple[float, float]] | None, start_s: float, duration_s: float
-    ) -> list[TimedToken]:
-        unknown = (math.nan, math.nan)
-        spans = spans and [(start, min(end, duration_s)) for start, end in spans]
-        return [
-            TimedToken(token, *(spans[i] if spans else unknown), log_prob, self.tokenizer.starts_word(token)).later(
-                start_s
-            )
-            for i, (token, log_prob) in enumerate(zip(best.ids, best.token_log_probs, strict=True))
-        ]
-
-    def _transcript(self, path: str, spans: list[tuple[float, float]], decoded: list[_Decoded]) -> Transcript:
-        tokens = decoded[0].tokens
-        for (_, left_end), (right_start, _), part in zip(spans, spans[1:], decoded[1:], strict=False):
-            tokens = join(tokens, part.tokens, right_start, left_end)
-        text = self.tokenizer.decode(token.id for token in tokens)
-        confidence = math.exp(sum(token.log_prob for token in tokens) / len(tokens)) if tokens else None
+    def _transcript(self, path: str, spans: list[tuple[float, float]], decoded: list[Heard]) -> Transcript:
+        tokens = joined(spans, decoded)
         alternatives = [self.tokenizer.decode(ids) for ids in decoded[0].others] if len(decoded) == 1 else []
         return Transcript(
-            path, text, spans[-1][1], confidence, self._words(tokens), alternatives,
+            path, self.recogniser.text(tokens), spans[-1][1], confidence(tokens), self._words(tokens), alternatives,
             cut_off=not all(part.ended for part in decoded),
         )  # fmt: skip
 
@@ -196,21 +161,22 @@ class Transcriber:
             groups[-1].append(token)
         words = []
         for group in groups:
-            text = self.tokenizer.decode(token.id for token in group)
+            text = self.recogniser.text(group)
             start, end = group[0].start_s, group[-1].end_s
             known = not math.isnan(start)
             # A single space piece before the word it belongs to is no word of its own.
             if text:
-                confidence = math.exp(sum(token.log_prob for token in group))
-                words.append(Word(text, start if known else None, end if known else None, confidence))
+                sure = math.exp(sum(token.log_prob for token in group))
+                words.append(Word(text, start if known else None, end if known else None, sure))
         return words
 
 
-def _only(languages: tuple[str, ...]) -> str:
-    if len(languages) == 1:
-        return languages[0]
+def only_language(tokenizer: CanaryTokenizer) -> str:
+    """The language of a model that knows one. Raises `DataError` for one that knows more."""
+    if len(tokenizer.languages) == 1:
+        return tokenizer.languages[0]
     raise DataError(
-        "the model knows several languages", allowed=", ".join(languages), remedy="name one with --language"
+        "the model knows several languages", allowed=", ".join(tokenizer.languages), remedy="name one with --language"
     )
 
 

@@ -47,12 +47,11 @@ def windows(audio: np.ndarray, sample_rate: int, *, window_s: float, overlap_s: 
     """
     check_window(window_s, overlap_s)
     window, overlap, size = round(window_s * sample_rate), round(overlap_s * sample_rate), len(audio)
-    if size <= window:
+    number = most_windows(size, window, overlap)
+    if number == 1:
         return [(0, size)]
     loudness = _loudness(audio, sample_rate)
     slack = overlap // 2
-    step = window - overlap - 2 * slack  # progress of the least lucky choice of edges
-    number = -(-(size - window) // step) + 1
     length = min(window - slack, -(-(size + (number - 1) * overlap) // number))
     spans = []
     start = 0
@@ -62,6 +61,17 @@ def windows(audio: np.ndarray, sample_rate: int, *, window_s: float, overlap_s: 
         spans.append((start, end))
         start = _quietest(loudness, end - overlap - slack, end - overlap + slack, sample_rate)
     return [*spans, (start, size)]
+
+
+def most_windows(size: int, window: int, overlap: int) -> int:
+    """How many windows a recording of `size` has at most; all in samples, or all in milliseconds."""
+    step = window - overlap - 2 * (overlap // 2)  # progress of the least lucky choice of edges
+    return max(0, -(-(size - window) // step)) + 1
+
+
+def default_overlap(window_s: float) -> float:
+    """Seconds that neighbouring windows share where nothing else is asked for."""
+    return min(4.0, window_s / 4)
 
 
 def check_window(window_s: float, overlap_s: float) -> None:

@@ -1,0 +1,28 @@
+"""Batches of like lengths for decoding, each as large as memory allows at its longest utterance.
+
+    sorted_batches([900, 4000, 1000], [1, 1, 1], largest=lambda ms: 2)      # [[1, 2], [0]]
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+
+def sorted_batches(
+    durations_ms: Sequence[int], num_pieces: Sequence[int], largest: Callable[[int], int]
+) -> list[list[int]]:
+    """Places of the utterances by batch, longest first; equal lengths keep their order.
+
+    An utterance of duration `durations_ms[i]` counts as `num_pieces[i]` of that length. A batch holds at most
+    `largest(its longest duration)` pieces, or one utterance that has more.
+    """
+    order = sorted(range(len(durations_ms)), key=lambda place: -durations_ms[place])
+    batches: list[list[int]] = []
+    room = 0
+    for place in order:
+        if not batches or num_pieces[place] > room:
+            batches.append([])
+            room = largest(durations_ms[place])
+        batches[-1].append(place)
+        room -= num_pieces[place]
+    return batches
