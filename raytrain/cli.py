@@ -10,6 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from raytrain.errors import RaytrainError
+from raytrain.transcribe_command import transcribe
 
 app = typer.Typer(
     name="raytrain",
@@ -350,52 +351,7 @@ def convert(
     typer.echo(f"{target} written: {describe(parts)}")
 
 
-@app.command()
-def transcribe(
-    files: Annotated[list[Path], typer.Argument(help="Recordings that libsndfile reads (WAV, FLAC, OGG, MP3).")],
-    checkpoint: Annotated[
-        Path, typer.Option("--checkpoint", "-m", help="A .nemo file, run folder, checkpoint or Hugging Face folder.")
-    ],
-    language: Annotated[str | None, typer.Option(help="Spoken language; not needed if the model knows one.")] = None,
-    target_language: Annotated[str | None, typer.Option(help="Translate into this language.")] = None,
-    pnc: Annotated[bool, typer.Option(help="Ask for punctuation and capitals.")] = True,
-    beam_size: Annotated[int, typer.Option(min=1, help="1 is greedy.")] = 1,
-    length_penalty: Annotated[float, typer.Option(min=0, help="Above 0 favours longer texts of a beam.")] = 0.0,
-    n_best: Annotated[int, typer.Option(min=1, help="Texts to give with --json.")] = 1,
-    batch_size: Annotated[int, typer.Option(min=1, help="Recordings or windows decoded together.")] = 8,
-    window_seconds: Annotated[float, typer.Option(help="Longest piece of a recording, at most 40.")] = 40.0,
-    overlap_seconds: Annotated[
-        float | None, typer.Option(help="What neighbouring pieces share; 4, or a quarter of a piece if that is less.")
-    ] = None,
-    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
-    json: Annotated[bool, typer.Option("--json", help="One JSON object a line, with times and confidence.")] = False,
-) -> None:
-    """Print the text of each recording; exit code 1 if one could not be read."""
-    import orjson
-
-    from raytrain.convert import load_model
-    from raytrain.model.decoding import DecodeSettings
-    from raytrain.transcribe import Transcriber
-
-    try:
-        settings = DecodeSettings(beam_size, length_penalty, n_best)
-    except ValueError as error:
-        raise typer.BadParameter(str(error)) from None
-    transcriber = Transcriber(
-        load_model(checkpoint), language=language, target_language=target_language, pnc=pnc, device=device,
-        settings=settings, batch_size=batch_size, window_s=window_seconds, overlap_s=overlap_seconds, times=json,
-    )  # fmt: skip
-    failed = False
-    for result in transcriber.run([str(file) for file in files]):
-        failed = failed or result.error is not None
-        if json:
-            typer.echo(orjson.dumps(result.to_dict()).decode())
-        elif result.error is not None:
-            typer.echo(f"error: {result.error}", err=True)
-        else:
-            typer.echo(result.text if len(files) == 1 else f"{result.path}\t{result.text}")
-    if failed:
-        raise typer.Exit(1)
+app.command()(transcribe)
 
 
 @app.command()

@@ -256,6 +256,7 @@ class EvaluateSection(_Section):
 
     With `normalizer: whisper` the test's scores also have the word error rate of texts as Whisper's evaluation compares
     them, see `raytrain.training.normalize`.
+    Batches have at most `batch_size` utterances; those of the test manifests fewer where memory is short.
     """
 
     batch_size: int = Field(32, ge=1)

@@ -64,26 +64,26 @@ class Stopwatch:
 
 
 class Recogniser:
-    """A model on a device, and how to search. `seconds` adds up what its parts (`PARTS`) took."""
+    """A model on a device, and how to search."""
 
     def __init__(
         self, model: Canary, tokenizer: CanaryTokenizer, settings: DecodeSettings, device: torch.device
     ) -> None:
         self.model, self.tokenizer, self.settings, self.device = model.to(device).eval(), tokenizer, settings, device
-        self.seconds: Counter[str] = Counter()
+        self._seconds: Counter[str] = Counter()
         self._watch = Stopwatch(device)
         model.preprocessor.register_forward_hook(lambda *_: self._watch.mark("features"))
 
     def hear(
         self, batch: SpeechBatch, starts_s: Sequence[float], timed: Sequence[bool], limit: int | None = None
-    ) -> list[Heard]:
-        """The windows of a batch, longest first, at most `limit` of them at a time.
+    ) -> list[Heard | DataError]:
+        """The windows of a batch, at most `limit` of them at a time.
 
         `starts_s` are their times in the recordings. Tokens have times where `timed` asks for them, else NaN. The
         prompts are the first `prompt_lengths` of the batch's tokens. Where a GPU runs out of memory, halves are tried;
-        raises `DataError` where not even one window fits.
+        a window that does not fit alone is answered with the error.
         """
-        found: list[Heard] = []
+        found: list[Heard | DataError] = []
         limit = limit or len(batch)
         while len(found) < len(batch):
             first, last = len(found), min(len(found) + limit, len(batch))
@@ -99,7 +99,7 @@ class Recogniser:
             torch.cuda.empty_cache()
             if len(part) == 1:
                 seconds = int(part.audio_lengths[0]) / self.model.config.sample_rate
-                raise DataError(f"{seconds:.1f} s of audio need more memory than the device has left", why=why)
+                found.append(DataError(f"{seconds:.1f} s of audio need more memory than the device has left", why=why))
             limit = -(-len(part) // 2)
         return found
 
@@ -123,7 +123,7 @@ class Recogniser:
             others = [one.ids for one in hypotheses[1:]]
             heard.append(Heard(self._timed(hypotheses[0], spans, start_s), others, hypotheses[0].ended))
         watch.mark("decoder")
-        self.seconds += watch.take()
+        self._seconds += watch.take()
         return heard
 
     def _spans(
@@ -142,6 +142,11 @@ class Recogniser:
             )
             for i, (token, log_prob) in enumerate(zip(best.ids, best.token_log_probs, strict=True))
         ]
+
+    def take_seconds(self) -> Counter[str]:
+        """Seconds that the device spent on each of `PARTS` since the last call."""
+        seconds, self._seconds = self._seconds, Counter()
+        return seconds
 
     def text(self, tokens: Sequence[TimedToken]) -> str:
         """The text of tokens."""

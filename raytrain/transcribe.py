@@ -101,9 +101,7 @@ class Transcriber:
             device = "cuda" if torch.cuda.is_available() else "cpu"
         if device not in ("cpu", "cuda") or (device == "cuda" and not torch.cuda.is_available()):
             raise DataError("there is no such device", got=device, allowed="auto, cpu, and cuda where there is one")
-        self.recogniser = Recogniser(
-            parts.build(), self.tokenizer, settings or DecodeSettings(), torch.device(device)
-        )
+        self.recogniser = Recogniser(parts.build(), self.tokenizer, settings or DecodeSettings(), torch.device(device))
         self.batch_size, self.times = batch_size, times
         self.window_s, self.overlap_s = window_s, overlap_s
 
@@ -143,7 +141,11 @@ class Transcriber:
         batch = SpeechBatch.collate(
             [piece.samples for piece in pieces], prompts, [size] * len(pieces), pad_id=self.tokenizer.pad_id
         )
-        return self.recogniser.hear(batch, [piece.start_s for piece in pieces], timed)
+        heard = self.recogniser.hear(batch, [piece.start_s for piece in pieces], timed)
+        for one in heard:
+            if isinstance(one, DataError):
+                raise one
+        return heard
 
     def _transcript(self, path: str, spans: list[tuple[float, float]], decoded: list[Heard]) -> Transcript:
         tokens = joined(spans, decoded)

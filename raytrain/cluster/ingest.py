@@ -147,22 +147,27 @@ def _opened(
 
 
 def pack(loaded: LoadedStep, broken: list[dict[str, Any]]) -> Any:
-    """A loaded step as an Arrow table of one row, tensors as bytes."""
-    import pyarrow as pa
-
+    """A loaded step as an Arrow table of one row."""
     note = {
-        "shapes": [list(tensor.shape) for tensor in loaded.batch.tensors()],
         "replaced": loaded.num_replaced,
         "samples_by_corpus": loaded.samples_by_corpus,
         "broken": broken,
     }
-    columns = [pa.array([tensor.numpy().tobytes()], pa.large_binary()) for tensor in loaded.batch.tensors()]
+    return pack_batch(loaded.batch, note)
+
+
+def pack_batch(batch: SpeechBatch, note: dict[str, Any]) -> Any:
+    """A batch and a note (JSON values) as an Arrow table of one row, tensors as bytes."""
+    import pyarrow as pa
+
+    note = {**note, "shapes": [list(tensor.shape) for tensor in batch.tensors()]}
+    columns = [pa.array([tensor.numpy().tobytes()], pa.large_binary()) for tensor in batch.tensors()]
     names = [f"tensor_{number}" for number in range(len(columns))]
     return pa.table([*columns, pa.array([orjson.dumps(note)], pa.binary())], names=[*names, "note"])
 
 
 def unpack(table: Any) -> tuple[SpeechBatch, dict[str, Any]]:
-    """The inverse of `pack`: the batch, and the note."""
+    """The inverse of `pack_batch`: the batch, and the note."""
     import torch
 
     note = orjson.loads(table["note"][0].as_py())

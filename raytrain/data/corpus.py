@@ -27,7 +27,7 @@ from raytrain.data.storage import StorageReadError, absolute, bare_name, expand,
 from raytrain.errors import ManifestError
 
 if TYPE_CHECKING:
-    from raytrain.data.rows import Block
+    from raytrain.data.rows import Block, RawRow
 
 # Format → module with `make_chunks(corpus, paths, chunk_bytes)`, which yields chunks without number and languages, and
 # `read(chunk)`, which yields (place of the first row in the chunk, rows as `rows.RawRow`), a few thousand at a time.
@@ -179,6 +179,11 @@ def read_blocks(chunk: Chunk) -> Iterator[Block]:
             block.bad = [row._replace(line=row.line + first) for row in block.bad]
             block.numbers = block.numbers + first
         yield block
+
+
+def raw_rows(chunk: Chunk) -> Iterator[tuple[int, list[RawRow]]]:
+    """Rows of a chunk as its format's reader gives them, unchecked: (place of the first in the chunk, rows)."""
+    return _reader(chunk.format).read(chunk)
 
 
 def read_chunk(chunk: Chunk) -> Iterator[Utterance | BadRow]:

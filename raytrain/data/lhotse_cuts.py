@@ -32,7 +32,8 @@ def cut_row(cut: dict[str, Any], *, in_tar: bool = False) -> RawRow:
         if source.__class__ is str:
             return "unsupported_audio", source
         audio = cut["id"] if in_tar else source["source"]
-        return {"audio_filepath": audio, "duration": cut["duration"], "offset": cut.get("start"), **_described(cut)}
+        place = {"audio_filepath": audio, "duration": cut["duration"], "offset": cut.get("start")}
+        return {"id": cut.get("id"), **place, **_described(cut)}
     except (LookupError, TypeError, AttributeError) as error:
         return "bad_json", f"not a cut as Lhotse writes it: {error!r}"
 

@@ -241,7 +241,8 @@ class RowParser:
         source = row.get("source_lang") or row.get("lang") or self._chunk.language
         target = row.get("target_lang") or self._chunk.target_language or source
         if source is None:
-            return "missing_field", "needs source_lang or lang, or the corpus' language (data.default_language)"
+            settings = "data.default_language, or --language"
+            return "missing_field", f"needs source_lang or lang, or the corpus' language ({settings})"
         if not (isinstance(source, str) and isinstance(target, str)):
             return "unknown_language", f"{source!r} → {target!r}: a language is a text"
         source, target = (name.removeprefix("<|").removesuffix("|>") for name in (source, target))

@@ -1,0 +1,75 @@
+"""Finished parts of an output file, so that a job that was stopped does only what is missing.
+
+    parts = FinishedParts(Path("out.jsonl"), key="5f0c…")       # in out.jsonl.parts/
+    parts.write(0, rows_id, [b'{"pred_text":"one"}'], num_failed=0)
+    parts.find(0, rows_id)                                       # Finished(num_rows=1, num_failed=0)
+    parts.join(1)                                                # out.jsonl; the folder is gone
+
+A part is one file that appears whole: a line about it, then its rows. It counts only for the same `key` (model and
+settings) and the same rows.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import orjson
+
+from raytrain.artifacts import atomic_write, atomic_write_bytes, content_id, make_folder, storage_error
+
+_FORMAT = "raytrain.transcript_part/1"
+
+
+class Finished(NamedTuple):
+    """A part that is done: its rows, and how many of them have an error."""
+
+    num_rows: int
+    num_failed: int
+
+
+class FinishedParts:
+    """The parts of `output`, in a folder beside it. Raises `StorageError` where that can't be made."""
+
+    def __init__(self, output: Path, key: str) -> None:
+        self.output, self._key = Path(output), key
+        self.folder = make_folder(self.output.with_name(self.output.name + ".parts"))
+
+    def find(self, number: int, rows_id: str) -> Finished | None:
+        """What is known of a part; None where it is missing, damaged, or of another model, setting or row."""
+        try:
+            head, _, body = self._path(number).read_bytes().partition(b"\n")
+            note = orjson.loads(head)
+            known = (note["format"], note["key"], note["rows_id"], note["body_id"])
+            if known == (_FORMAT, self._key, rows_id, content_id(body)):
+                return Finished(note["num_rows"], note["num_failed"])
+        except (OSError, ValueError, KeyError, TypeError):
+            pass
+        return None
+
+    def write(self, number: int, rows_id: str, lines: Sequence[bytes], num_failed: int) -> Finished:
+        """Write a part: its rows as JSON in order. Raises `StorageError`."""
+        body = b"".join(line + b"\n" for line in lines)
+        note = {
+            "format": _FORMAT, "key": self._key, "rows_id": rows_id, "body_id": content_id(body),
+            "num_rows": len(lines), "num_failed": num_failed,
+        }  # fmt: skip
+        atomic_write_bytes(self._path(number), orjson.dumps(note) + b"\n" + body)
+        return Finished(len(lines), num_failed)
+
+    def join(self, num_parts: int) -> None:
+        """Make the output of the first `num_parts` parts, and remove the folder. Raises `StorageError`."""
+        try:
+            with atomic_write(self.output) as output:
+                for number in range(num_parts):
+                    with open(self._path(number), "rb") as part:
+                        part.readline()
+                        shutil.copyfileobj(part, output)
+            shutil.rmtree(self.folder)
+        except OSError as error:
+            raise storage_error(self.output, error) from error
+
+    def _path(self, number: int) -> Path:
+        return self.folder / f"part-{number:06d}.jsonl"
