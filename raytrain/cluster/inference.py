@@ -39,6 +39,7 @@ from raytrain.training.decode_memory import BatchSizes, DecodeTracer
 MAX_BATCH = 256
 _GPU_SHARE, _HOST_SHARE = 0.9, 0.5
 _BATCHES_PER_DATASET = 2048  # for each worker; between two datasets the workers start anew
+_BATCH_MS = 3_600_000  # of audio: several batches pass through the host's memory at a time, and a GPU needs no more
 _REMOTE_READERS = 16
 
 
@@ -146,8 +147,12 @@ def make_batches(numbered: Sequence[tuple[int, Request]], sizes: BatchSizes, job
         return []
     durations, pieces = zip(*(job.piece(request.duration_ms) for _, request in numbered), strict=True)
     even = -(-len(numbered) // workers)
+
+    def largest(duration_ms: int) -> int:
+        return max(1, min(sizes.largest(duration_ms), even, _BATCH_MS // duration_ms))
+
     batches = []
-    for places in sorted_batches(durations, pieces, lambda duration_ms: min(sizes.largest(duration_ms), even)):
+    for places in sorted_batches(durations, pieces, largest):
         ids, requests = zip(*(numbered[place] for place in places), strict=True)
         batches.append(Batch(ids, requests, sizes.largest(durations[places[0]])))
     return batches

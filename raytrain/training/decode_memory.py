@@ -152,6 +152,8 @@ class BatchSizes:
 
 
 def upper_edge(duration_ms: int) -> int:
-    """The shortest edge of at least `duration_ms`."""
-    steps = math.ceil(round(math.log(max(duration_ms, _FIRST_EDGE_MS) / _FIRST_EDGE_MS, _RATIO), 9))
-    return max(duration_ms, math.ceil(_FIRST_EDGE_MS * _RATIO**steps))
+    """The shortest edge of at least `duration_ms`; an edge is its own."""
+    step = max(0, math.floor(math.log(max(duration_ms, 1) / _FIRST_EDGE_MS, _RATIO)) - 1)
+    while (edge := math.ceil(_FIRST_EDGE_MS * _RATIO**step)) < duration_ms:
+        step += 1
+    return edge
