@@ -347,7 +347,8 @@ def test_texts_are_those_of_single_recordings_in_input_order(parts, checkpoint, 
     assert all(value > 0 for value in summary["part_seconds"].values())
     heard = sum(soundfile.info(folder / row["audio_filepath"]).duration for row in rows if row not in (half,)
                 and row.get("audio_filepath", "broken.wav") not in ("broken.wav", "gone.flac"))  # fmt: skip
-    assert summary["audio_s"] == pytest.approx(heard + 1.0, abs=0.1)
+    span = min(1.0, soundfile.info(folder / half["audio_filepath"]).duration - 0.5)
+    assert summary["audio_s"] == pytest.approx(heard + span, abs=0.1)
     assert summary["rtfx"] == pytest.approx(summary["audio_s"] / summary["seconds"], rel=0.01)
 
 
@@ -433,7 +434,7 @@ def test_what_no_row_is_at_fault_for_ends_the_job_at_once(checkpoint, corpus, fo
         transcribe_manifests(order_of(manifest, checkpoint, settings=DecodeSettings(500)), QUIET)
     with pytest.raises(DataError, match="wrong length; got 50"):
         transcribe_manifests(order_of(manifest, checkpoint, window_s=50.0), QUIET)
-    assert not (folder / "out.jsonl").exists()
+    assert not list(folder.glob("out.jsonl*"))
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ become OUT.jsonl. The same command after a kill finds the parts that are done; s
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
@@ -115,16 +116,18 @@ def transcribe_manifests(order: Order, console: Console) -> Summary:
     job = Job(
         partial(load_parts, str(path)), order.settings, config.sample_rate, tokenizer.pad_id, order.window_s, overlap_s
     )
-    key = [model_stamp(path), asdict(order.settings), order.window_s, overlap_s]
-    store = FinishedParts(order.output, content_id(key))
+    key = content_id([model_stamp(path), asdict(order.settings), order.window_s, overlap_s])
     with ray_session(order.cluster), console.progress("transcribing", None) as update:
         pool = find_pool(order.workers, order.device, order.device_memory)
         sizes = batch_sizes(config, order.settings, pool, order.max_batch)
         if order.device_memory is not None:
             _check_memory(sizes)
+        store = FinishedParts(order.output, key)
         run = _Run(store, job, pool, sizes, update)
         summary = run.go(read_requests(chunks, prompts), order.part_rows)
     if not summary.rows:
+        with contextlib.suppress(OSError):  # not empty: parts of other rows, which are not ours to drop
+            store.folder.rmdir()
         raise ManifestError("the manifests have no rows", got=", ".join(chunk.path for chunk in chunks[:3]))
     store.join(summary.parts)
     return summary
