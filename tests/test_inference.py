@@ -31,7 +31,7 @@ from raytrain.data.corpus import Corpus, plan_chunks
 from raytrain.data.finished import Finished, FinishedParts
 from raytrain.data.requests import ManifestRow, Prompts, Request, read_requests
 from raytrain.data.tokenizer import CanaryTokenizer, train_tokenizer
-from raytrain.errors import ConfigError, DataError, ManifestError
+from raytrain.errors import ConfigError, DataError, ManifestError, RaytrainError
 from raytrain.lengths.batching import sorted_batches
 from raytrain.model.canary import Canary
 from raytrain.model.config import ModelConfig
@@ -306,6 +306,8 @@ def test_texts_are_those_of_single_recordings_in_input_order(parts, checkpoint, 
     rows.insert(3, {"audio_filepath": "long.wav", "lang": "de"})
     (folder / "broken.wav").write_bytes(b"RIFF no audio")
     rows.insert(5, {"audio_filepath": "broken.wav", "duration": 2.0, "lang": "en"})
+    (folder / "x.raw").write_bytes(bytes(3000))  # samples alone, which nobody can interpret
+    rows.insert(7, {"audio_filepath": "x.raw", "duration": 2.0, "lang": "en"})
     rows.insert(6, {"audio_filepath": "gone.flac", "duration": 2.0, "lang": "en"})
     rows.append({"duration": 1.0, "lang": "en"})
     half = {"offset": 0.5, "duration": 1.0, "lang": "en", "audio_filepath": rows[0]["audio_filepath"]}
@@ -323,12 +325,12 @@ def test_texts_are_those_of_single_recordings_in_input_order(parts, checkpoint, 
         for language in ("en", "de")
         for pnc in (None, "no")
     }
-    texts = set()
+    texts, unreadable = set(), ("broken.wav", "gone.flac", "x.raw")
     for asked, row in zip(rows, found, strict=True):
         own = {name: value for name, value in asked.items() if name not in ("pred_text", "error")}
         assert {name: row.get(name) for name in own} == own
         audio = asked.get("audio_filepath", "")
-        if audio in ("", "broken.wav", "gone.flac"):
+        if audio in ("", *unreadable):
             assert "pred_text" not in row and row["error"]
             continue
         if asked is rows[-1]:
@@ -342,11 +344,11 @@ def test_texts_are_those_of_single_recordings_in_input_order(parts, checkpoint, 
         texts.add(row["pred_text"])
     assert len(texts) > 5, "the model's texts tell nothing"
     assert found[3]["pred_text"] and soundfile.info(folder / "long.wav").duration > 8  # three windows or more
-    assert (summary["rows"], summary["failed"], summary["parts"]) == (len(rows), 3, -(-len(rows) // 6))
+    assert (summary["rows"], summary["failed"], summary["parts"]) == (len(rows), 4, -(-len(rows) // 6))
     assert set(summary["part_seconds"]) == {"decode audio", *PARTS}
     assert all(value > 0 for value in summary["part_seconds"].values())
     heard = sum(soundfile.info(folder / row["audio_filepath"]).duration for row in rows if row not in (half,)
-                and row.get("audio_filepath", "broken.wav") not in ("broken.wav", "gone.flac"))  # fmt: skip
+                and row.get("audio_filepath", "x.raw") not in unreadable)  # fmt: skip
     span = min(1.0, soundfile.info(folder / half["audio_filepath"]).duration - 0.5)
     assert summary["audio_s"] == pytest.approx(heard + span, abs=0.1)
     assert summary["rtfx"] == pytest.approx(summary["audio_s"] / summary["seconds"], rel=0.01)
@@ -364,6 +366,17 @@ def test_audio_is_decoded_beside_the_model(parts, checkpoint, corpus, folder, lo
     assert [[text["id"] for text in one.texts] for one in found] == [list(batch.ids) for batch in batches]
     models, readers = ({one.processes[name] for one in found} for name in ("model", "reader"))
     assert len(models) == 1 and not models & readers and os.getpid() not in models | readers
+
+
+def test_a_worker_that_can_not_load_the_model_is_an_error_that_says_so(corpus, folder, parts, local_ray):
+    write(folder / "m.jsonl", *manifest_of(corpus))
+    rows = list(read_requests(plan_chunks([Corpus("c", str(folder / "m.jsonl"))]), prompts_of(parts)))
+    pool = find_pool(1, "cpu", None)
+    job = Job(partial(load_parts, str(folder / "nowhere")), DecodeSettings(), 16_000, 0)
+    sizes = BatchSizes(DecodeTracer(parts.config, job.settings), pool.budget_bytes)
+    batches = make_batches([(number, row.request) for number, row in enumerate(rows)], sizes, job, 1)
+    with pytest.raises(RaytrainError, match="a worker failed; because .*nowhere.* to do: check"):
+        list(recognise(batches, job, pool))
 
 
 def test_what_a_pool_can_not_have_is_refused(local_ray):

@@ -28,7 +28,7 @@ from raytrain.data.audio import AudioError, read_audio
 from raytrain.data.batch import SpeechBatch
 from raytrain.data.requests import Request
 from raytrain.data.storage import is_uri
-from raytrain.errors import ConfigError, DataError
+from raytrain.errors import ConfigError, DataError, RaytrainError
 from raytrain.lengths.batching import sorted_batches
 from raytrain.model.canary import Canary
 from raytrain.model.config import ModelConfig
@@ -41,6 +41,7 @@ _GPU_SHARE, _HOST_SHARE = 0.9, 0.5
 _BATCHES_PER_DATASET = 2048  # for each worker; between two datasets the workers start anew
 _BATCH_MS = 3_600_000  # of audio: several batches pass through the host's memory at a time, and a GPU needs no more
 _REMOTE_READERS = 16
+_RESTARTS = 3
 
 
 @dataclass(frozen=True)
@@ -159,7 +160,10 @@ def make_batches(numbered: Sequence[tuple[int, Request]], sizes: BatchSizes, job
 
 
 def recognise(batches: Iterable[Batch], job: Job, pool: Pool) -> Iterator[Recognised]:
-    """The texts of batches, in their order. They are taken some thousands at a time."""
+    """The texts of batches, in their order. They are taken some thousands at a time.
+
+    Raises `RaytrainError` where workers die again and again, or can't load the model.
+    """
     batches = iter(batches)
     while some := list(islice(batches, _BATCHES_PER_DATASET * pool.workers)):
         yield from _recognise(some, job, pool)
@@ -187,10 +191,29 @@ def _recognise(batches: list[Batch], job: Job, pool: Pool) -> Iterator[Recognise
             compute=ActorPoolStrategy(size=min(pool.workers, len(batches))),
             num_cpus=pool.actor_cpus,
             num_gpus=1 if pool.cuda else 0,
+            # Ray Data's default is to try for ever, also where each try ends for lack of the host's memory.
+            max_restarts=_RESTARTS,
+            max_task_retries=_RESTARTS,
         )
     )  # fmt: skip
-    for row in data.iter_rows():
+    rows = data.iter_rows()
+    while True:
+        try:
+            row = next(rows, None)
+        except ray.exceptions.RayError as error:
+            raise RaytrainError(
+                "a worker failed", why=_last_line(error),
+                remedy="check that all nodes see the model and have memory for it; what is finished is kept",
+            ) from error  # fmt: skip
+        if row is None:
+            return
         yield Recognised(**orjson.loads(row["result"]))
+
+
+def _last_line(error: Exception) -> str:
+    """What a worker's traceback ends with."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[-1] if lines else repr(error)
 
 
 # --- on workers
@@ -234,6 +257,8 @@ def _read(request: Request, job: Job) -> np.ndarray | AudioError:
         )  # fmt: skip
     except AudioError as error:
         return error
+    except Exception as error:  # whatever a file does to its codec, the batch's other recordings are not to blame
+        return AudioError(f"can't read audio {request.audio_path}", why=repr(error))
     return audio[: request.duration_ms * job.sample_rate // 1000]
 
 

@@ -172,7 +172,7 @@ class _Part:
     def rows_id(self) -> str:
         """Names the rows by their content and by where their audio was found."""
         values = [[row.fields, row.request and tuple(row.request), row.error] for row in self.rows]
-        return content_id(orjson.dumps(values, option=orjson.OPT_NON_STR_KEYS))
+        return content_id(orjson.dumps(values))
 
     def lines(self) -> tuple[list[bytes], int]:
         """The output's lines, and how many of them have an error."""
