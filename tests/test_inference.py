@@ -23,7 +23,7 @@ from test_cli import ray_processes
 from typer.testing import CliRunner
 
 from raytrain.cli import app
-from raytrain.cluster.inference import Job, find_pool, make_batches, read_batch, recognise
+from raytrain.cluster.inference import Job, Pool, find_pool, make_batches, read_batch, recognise
 from raytrain.cluster.transcripts import Order, cut_parts, load_parts, transcribe_manifests
 from raytrain.console import Console
 from raytrain.convert import Format, save_model
@@ -43,6 +43,7 @@ from raytrain.transcribe import Transcriber
 
 ROOT = Path(__file__).parents[1]
 QUIET = Console(quiet=True)
+POOL = Pool(workers=2, cuda=True, budget_bytes=0, threads=1, actor_cpus=0.4, reader_cpus=1)
 MODEL = ModelConfig(
     encoder_layers=2, encoder_width=64, encoder_heads=2, subsampling_channels=32, decoder_layers=2, decoder_width=64,
     decoder_heads=2, max_positions=128, vocab_size=40,
@@ -103,13 +104,18 @@ def order_of(manifest: Path, checkpoint: Path, **options) -> Order:
 
 
 @settings(max_examples=60, deadline=None)
-@given(st.lists(st.tuples(st.integers(1, 40_000), st.integers(1, 9)), max_size=60), st.integers(1, 200_000))
-def test_every_utterance_is_in_one_batch_of_at_most_the_largest_size(utterances, budget):
+@given(
+    st.lists(st.tuples(st.integers(1, 40_000), st.integers(1, 9)), max_size=60),
+    st.integers(1, 200_000),
+    st.integers(0, 50_000),
+)
+def test_every_utterance_is_in_one_batch_of_at_most_the_largest_size_and_padding(utterances, budget, padding):
     durations, pieces = [one[0] for one in utterances], [one[1] for one in utterances]
-    batches = sorted_batches(durations, pieces, lambda ms: max(1, budget // ms))
+    batches = sorted_batches(durations, pieces, lambda ms: max(1, budget // ms), padding)
     assert sorted(place for batch in batches for place in batch) == list(range(len(utterances)))
     for batch in batches:
         assert len(batch) == 1 or sum(pieces[place] for place in batch) <= max(1, budget // durations[batch[0]])
+        assert sum((durations[batch[0]] - durations[place]) * pieces[place] for place in batch) <= padding
     flat = [durations[place] for batch in batches for place in batch]
     assert flat == sorted(flat, reverse=True)
 
@@ -182,7 +188,7 @@ def test_batches_stay_under_the_budget_and_are_larger_for_short_rows():
     sizes = BatchSizes(tracer, budget)
     durations = np.exp(np.random.default_rng(1).uniform(np.log(300), np.log(90_000), 400)).astype(int).tolist()
     numbered = [(number, Request("a.wav", 0, 0, 0, ms, (1, 2))) for number, ms in enumerate(durations)]
-    batches = make_batches(numbered, sizes, job, workers=2)
+    batches = make_batches(numbered, sizes, job, POOL)
     assert sorted(one for batch in batches for one in batch.ids) == list(range(400))
     seen = []
     for batch in batches:
@@ -361,7 +367,7 @@ def test_audio_is_decoded_beside_the_model(parts, checkpoint, corpus, folder, lo
     job = Job(partial(load_parts, str(checkpoint)), DecodeSettings(beam_size=2), 16_000, 0)
     numbered = [(number, row.request) for number, row in enumerate(rows)]
     sizes = BatchSizes(DecodeTracer(parts.config, job.settings), pool.budget_bytes, max_size=3)
-    batches = make_batches(numbered, sizes, job, 1)
+    batches = make_batches(numbered, sizes, job, pool)
     found = list(recognise(batches, job, pool))
     assert [[text["id"] for text in one.texts] for one in found] == [list(batch.ids) for batch in batches]
     models, readers = ({one.processes[name] for one in found} for name in ("model", "reader"))
@@ -374,7 +380,7 @@ def test_a_worker_that_can_not_load_the_model_is_an_error_that_says_so(corpus, f
     pool = find_pool(1, "cpu", None)
     job = Job(partial(load_parts, str(folder / "nowhere")), DecodeSettings(), 16_000, 0)
     sizes = BatchSizes(DecodeTracer(parts.config, job.settings), pool.budget_bytes)
-    batches = make_batches([(number, row.request) for number, row in enumerate(rows)], sizes, job, 1)
+    batches = make_batches([(number, row.request) for number, row in enumerate(rows)], sizes, job, pool)
     with pytest.raises(RaytrainError, match="a worker failed; because .*nowhere.* to do: check"):
         list(recognise(batches, job, pool))
 

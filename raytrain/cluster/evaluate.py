@@ -60,7 +60,7 @@ def transcribe_rows(config: Config, run_dir: Path, rows: list[Row]) -> Iterator[
                 row.tokens[: row.prompt_length])
         for row in rows
     ]  # fmt: skip
-    for done in recognise(make_batches(list(enumerate(requests)), sizes, job, pool.workers), job, pool):
+    for done in recognise(make_batches(list(enumerate(requests)), sizes, job, pool), job, pool):
         for found in done.texts:
             row = rows[found["id"]]
             yield _result(found["id"], row, workspace.is_translation(row), found)

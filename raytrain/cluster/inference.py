@@ -3,7 +3,7 @@ the model, on GPUs where there are some.
 
     pool = find_pool(workers=None, device="auto", device_memory=None)
     sizes = batch_sizes(model_config, settings, pool, max_size=256)
-    batches = make_batches(list(enumerate(requests)), sizes, job, pool.workers)
+    batches = make_batches(list(enumerate(requests)), sizes, job, pool)
     for done in recognise(batches, job, pool):
         done.texts[0]      # {"id": 0, "text": "three seven", "confidence": 0.93}, or {"id": 0, "error": "can't read …"}
 
@@ -40,8 +40,9 @@ MAX_BATCH = 256
 _GPU_SHARE, _HOST_SHARE = 0.9, 0.5
 _BATCHES_PER_DATASET = 2048  # for each worker; between two datasets the workers start anew
 _BATCH_MS = 3_600_000  # of audio: several batches pass through the host's memory at a time, and a GPU needs no more
+# Padding of a batch that costs about as much as one batch more, whose decoder takes its steps one after the other.
+_PADDING_MS = {"cpu": 30_000, "cuda": 600_000}
 _REMOTE_READERS = 16
-_RESTARTS = 3
 
 
 @dataclass(frozen=True)
@@ -142,18 +143,18 @@ def batch_sizes(config: ModelConfig, settings: DecodeSettings, pool: Pool, max_s
     return BatchSizes(tracer, pool.budget_bytes, max_size)
 
 
-def make_batches(numbered: Sequence[tuple[int, Request]], sizes: BatchSizes, job: Job, workers: int) -> list[Batch]:
+def make_batches(numbered: Sequence[tuple[int, Request]], sizes: BatchSizes, job: Job, pool: Pool) -> list[Batch]:
     """(id, request) pairs as batches of like lengths, the longest first, such that each worker gets some."""
     if not numbered:
         return []
     durations, pieces = zip(*(job.piece(request.duration_ms) for _, request in numbered), strict=True)
-    even = -(-len(numbered) // workers)
+    even = -(-len(numbered) // pool.workers)
 
     def largest(duration_ms: int) -> int:
         return max(1, min(sizes.largest(duration_ms), even, _BATCH_MS // duration_ms))
 
     batches = []
-    for places in sorted_batches(durations, pieces, largest):
+    for places in sorted_batches(durations, pieces, largest, _PADDING_MS["cuda" if pool.cuda else "cpu"]):
         ids, requests = zip(*(numbered[place] for place in places), strict=True)
         batches.append(Batch(ids, requests, sizes.largest(durations[places[0]])))
     return batches
@@ -162,7 +163,7 @@ def make_batches(numbered: Sequence[tuple[int, Request]], sizes: BatchSizes, job
 def recognise(batches: Iterable[Batch], job: Job, pool: Pool) -> Iterator[Recognised]:
     """The texts of batches, in their order. They are taken some thousands at a time.
 
-    Raises `RaytrainError` where workers die again and again, or can't load the model.
+    Raises `RaytrainError` where workers can't load the model, or fail.
     """
     batches = iter(batches)
     while some := list(islice(batches, _BATCHES_PER_DATASET * pool.workers)):
@@ -191,12 +192,9 @@ def _recognise(batches: list[Batch], job: Job, pool: Pool) -> Iterator[Recognise
             compute=ActorPoolStrategy(size=min(pool.workers, len(batches))),
             num_cpus=pool.actor_cpus,
             num_gpus=1 if pool.cuda else 0,
-            # Ray Data's default is to try for ever, also where each try ends for lack of the host's memory.
-            max_restarts=_RESTARTS,
-            max_task_retries=_RESTARTS,
         )
     )  # fmt: skip
-    rows = data.iter_rows()
+    rows = iter(data.iter_rows())
     while True:
         try:
             row = next(rows, None)

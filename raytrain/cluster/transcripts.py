@@ -240,7 +240,7 @@ class _Run:
                 continue
             numbered = [(number, row.request) for number, row in enumerate(part.rows, part.first) if row.request]
             self._part_of |= dict.fromkeys((number for number, _ in numbered), part)
-            for batch in make_batches(numbered, self._sizes, self._job, self._pool.workers):
+            for batch in make_batches(numbered, self._sizes, self._job, self._pool):
                 summary.batches += 1
                 yield batch
 

@@ -9,20 +9,26 @@ from collections.abc import Callable, Sequence
 
 
 def sorted_batches(
-    durations_ms: Sequence[int], num_pieces: Sequence[int], largest: Callable[[int], int]
+    durations_ms: Sequence[int],
+    num_pieces: Sequence[int],
+    largest: Callable[[int], int],
+    most_padding_ms: float = float("inf"),
 ) -> list[list[int]]:
     """Places of the utterances by batch, longest first; equal lengths keep their order.
 
     An utterance of duration `durations_ms[i]` counts as `num_pieces[i]` of that length. A batch holds at most
-    `largest(its longest duration)` pieces, or one utterance that has more.
+    `largest(its longest duration)` pieces, or one utterance that has more, and at most `most_padding_ms` of padding.
     """
     order = sorted(range(len(durations_ms)), key=lambda place: -durations_ms[place])
     batches: list[list[int]] = []
-    room = 0
+    longest = room = 0
+    padding = 0.0
     for place in order:
-        if not batches or num_pieces[place] > room:
+        duration, pieces = durations_ms[place], num_pieces[place]
+        padding += (longest - duration) * pieces
+        if not batches or pieces > room or padding > most_padding_ms:
             batches.append([])
-            room = largest(durations_ms[place])
+            longest, room, padding = duration, largest(duration), 0.0
         batches[-1].append(place)
-        room -= num_pieces[place]
+        room -= pieces
     return batches
