@@ -16,14 +16,15 @@ from torch.nn import functional as F
 
 from raytrain.model.config import ModelConfig
 from raytrain.model.dropout import dropout
+from raytrain.model.linear import Linear, PreparedLinear, affine, affine_of
 
-Affine = tuple[Tensor, Tensor]
+Norm = tuple[Tensor, Tensor]
 
 
 @dataclass
 class LayerCache:
     """What one layer needs to decode on: `self_keys_values` (2, B, H, max, K) filled up to the position,
-    `cross_keys` and `cross_values` (B, H, T, K), and its weights in the order of use.
+    `cross_keys` and `cross_values` (B, H, T, K), and its layer norms and linear maps in the order of use.
 
     A step of one token is mostly overhead. Weights that are looked up once, and queries, keys and values from one
     product, make it about a third faster than calling the modules.
@@ -32,7 +33,19 @@ class LayerCache:
     self_keys_values: Tensor
     cross_keys: Tensor
     cross_values: Tensor
-    weights: tuple[Affine, ...]
+    maps: tuple[Norm | Linear, ...]
+
+    def append(self, keys_values: Tensor, start: int | Tensor) -> Tensor:
+        """Write (2, B, H, U, K) at positions `start` on; returns those that there are now.
+
+        A tensor `start` (1,) stays on its device, for one token, and all `max` positions are returned: shapes do not
+        depend on it.
+        """
+        if isinstance(start, Tensor):
+            return self.self_keys_values.index_copy_(3, start, keys_values)
+        end = start + keys_values.shape[3]
+        self.self_keys_values[:, :, :, start:end] = keys_values
+        return self.self_keys_values[:, :, :, :end]
 
     def select(self, rows: Tensor, filled: int, cross_rows: Tensor | slice | None = None) -> LayerCache:
         """Some rows of the batch, of which `filled` positions are in use; cross-attention rows are the same ones
@@ -103,6 +116,7 @@ class DecoderBlock(nn.Module):
         self.second_sub_layer = Attention(width, heads, config.dropout)
         self.layer_norm_3 = nn.LayerNorm(width, eps=1e-5)
         self.third_sub_layer = DecoderFeedForward(width, width * config.decoder_ff_factor, config.dropout)
+        self.projections: PreparedLinear | None = None  # of queries, keys and values, where prepared for inference
 
     def forward(self, x: Tensor, states_BTD: Tensor, cross_mask: Tensor) -> Tensor:
         """Whole sequences; padding needs no mask, since attention looks back only and padding is at the end."""
@@ -114,46 +128,53 @@ class DecoderBlock(nn.Module):
 
     def make_cache(self, states_BTD: Tensor, max_tokens: int) -> LayerCache:
         """An empty cache for `max_tokens` positions with the cross-attention keys filled in."""
+        heads, width = self.first_sub_layer.heads, states_BTD.shape[2]
+        keys, values = self.second_sub_layer.keys_values(states_BTD)
+        own = states_BTD.new_empty(2, len(states_BTD), heads, max_tokens, width // heads)
+        return LayerCache(own, keys.contiguous(), values.contiguous(), self.maps())
+
+    def maps(self) -> tuple[Norm | Linear, ...]:
+        """Layer norms and linear maps in the order in which `extend_layer` uses them."""
         own, cross, feed = self.first_sub_layer, self.second_sub_layer, self.third_sub_layer
-        batch, _, width = states_BTD.shape
-        keys, values = cross.keys_values(states_BTD)
-        nets = (own.query_net, own.key_net, own.value_net)
-        projections = torch.cat([net.weight for net in nets]), torch.cat([net.bias for net in nets])
         order = (
             self.layer_norm_1, None, own.out_projection, self.layer_norm_2, cross.query_net, cross.out_projection,
             self.layer_norm_3, feed.dense_in, feed.dense_out,
         )  # fmt: skip
-        return LayerCache(
-            states_BTD.new_empty(2, batch, own.heads, max_tokens, width // own.heads),
-            keys.contiguous(),
-            values.contiguous(),
-            tuple(projections if module is None else (module.weight, module.bias) for module in order),
+        projections = affine_of(self.projections) if self.projections else affine(*self.joined_projections())
+        return tuple(
+            projections if one is None else (one.weight, one.bias) if isinstance(one, nn.LayerNorm) else affine_of(one)
+            for one in order
         )
+
+    def joined_projections(self) -> tuple[Tensor, Tensor]:
+        """Weight (3D, D) and bias (3D,) of self-attention's queries, keys and values."""
+        own = self.first_sub_layer
+        nets = (own.query_net, own.key_net, own.value_net)
+        return torch.cat([net.weight for net in nets]), torch.cat([net.bias for net in nets])
 
 
 def extend_layer(
-    x: Tensor, cache: LayerCache, start: int, self_mask: Tensor | None, cross_mask: Tensor | None, beams: int
+    x: Tensor, cache: LayerCache, start: int | Tensor, self_mask: Tensor | None, cross_mask: Tensor | None, beams: int
 ) -> Tensor:
     """`DecoderBlock` in evaluation for tokens at positions `start` on: (R, U, D) → (R, U, D).
 
     The cache takes their keys and values. With `beams`, rows are (utterance, beam) and the beams of an utterance
     are queries to one set of frames.
     """
-    norm_1, projections, out, norm_2, query, cross_out, norm_3, dense_in, dense_out = cache.weights
+    norm_1, projections, out, norm_2, query, cross_out, norm_3, dense_in, dense_out = cache.maps
     rows, tokens, width = x.shape
-    heads, shape, end = cache.cross_keys.shape[1], (width,), start + tokens
+    heads, shape = cache.cross_keys.shape[1], (width,)
     attend = F.scaled_dot_product_attention
-    new = F.linear(F.layer_norm(x, shape, *norm_1), *projections)
+    new = projections(F.layer_norm(x, shape, *norm_1))
     new = new.view(rows, tokens, 3, heads, -1).permute(2, 0, 3, 1, 4)
-    cache.self_keys_values[:, :, :, start:end] = new[1:]
-    keys, values = cache.self_keys_values[:, :, :, :end]
+    keys, values = cache.append(new[1:], start)
     mixed = attend(new[0], keys, values, attn_mask=self_mask)
-    x = x + F.linear(mixed.transpose(1, 2).reshape(rows, tokens, width), *out)
-    queries = F.linear(F.layer_norm(x, shape, *norm_2), *query)
+    x = x + out(mixed.transpose(1, 2).reshape(rows, tokens, width))
+    queries = query(F.layer_norm(x, shape, *norm_2))
     queries = queries.view(rows // beams, beams * tokens, heads, -1).transpose(1, 2)
     mixed = attend(queries, cache.cross_keys, cache.cross_values, attn_mask=cross_mask)
-    x = x + F.linear(mixed.transpose(1, 2).reshape(rows, tokens, width), *cross_out)
-    return x + F.linear(F.linear(F.layer_norm(x, shape, *norm_3), *dense_in).relu_(), *dense_out)
+    x = x + cross_out(mixed.transpose(1, 2).reshape(rows, tokens, width))
+    return x + dense_out(dense_in(F.layer_norm(x, shape, *norm_3)).relu_())
 
 
 class _Position(nn.Module):
@@ -185,8 +206,9 @@ class Embedding(nn.Module):
         self.layer_norm = nn.LayerNorm(config.decoder_width, eps=1e-5)
         self.dropout = config.dropout
 
-    def forward(self, ids_BU: Tensor, start: int = 0) -> Tensor:
-        positions = self.position_embedding.pos_enc[start : start + ids_BU.shape[1]]
+    def forward(self, ids_BU: Tensor, start: int | Tensor = 0) -> Tensor:
+        table = self.position_embedding.pos_enc
+        positions = table[start] if isinstance(start, Tensor) else table[start : start + ids_BU.shape[1]]
         x = self.layer_norm(self.token_embedding(ids_BU) + positions)
         return dropout(x, self.dropout, self.training)
 
@@ -218,12 +240,13 @@ class TransformerDecoder(nn.Module):
         return [layer.make_cache(states_BTD, max_tokens) for layer in self._decoder.layers]
 
     def extend(
-        self, ids_BU: Tensor, cache: list[LayerCache], start: int, cross_mask: Tensor | None, beams: int = 1
+        self, ids_BU: Tensor, cache: list[LayerCache], start: int | Tensor, cross_mask: Tensor | None, beams: int = 1
     ) -> Tensor:
-        """Hidden states (B, U, D) of tokens at positions `start` on; see `extend_layer`."""
-        x = self._embedding(ids_BU, start)
-        mask = None
-        if ids_BU.shape[1] > 1:
+        """Hidden states (B, U, D) of tokens at positions `start` on; see `extend_layer` and `LayerCache.append`."""
+        x, mask = self._embedding(ids_BU, start), None
+        if isinstance(start, Tensor):
+            mask = (torch.arange(cache[0].self_keys_values.shape[3], device=start.device) <= start)[None]
+        elif ids_BU.shape[1] > 1:
             size = (ids_BU.shape[1], start + ids_BU.shape[1])
             mask = torch.ones(size, dtype=torch.bool, device=ids_BU.device).tril(start)
         for own in cache:

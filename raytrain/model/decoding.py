@@ -1,7 +1,8 @@
 """Greedy and beam decoding with a preallocated key/value cache.
 
 Rows that have ended leave the batch, so late steps cost what the unfinished rows cost. The length cap is each
-utterance's own, not that of the batch's padding, so a batch gives what its members give alone.
+utterance's own, not that of the batch's padding, so a batch gives what its members give alone. The host does not wait
+for a GPU at every token: it looks every few steps which rows have ended, and cuts what they said after their end.
 
     hypotheses = decode(model, states, lengths, prompt_ids, prompt_lengths, eos_id, DecodeSettings(beam_size=4))
     hypotheses[0][0].ids         # best of the first utterance
@@ -21,6 +22,12 @@ from torch import Tensor
 from raytrain.errors import DataError
 from raytrain.model.canary import Canary
 from raytrain.model.decoder import LayerCache
+from raytrain.model.graphs import Programs, StaticSteps, programs_for
+from raytrain.model.linear import affine_of
+from raytrain.model.steps import EagerSteps
+
+# Steps between two looks of the host at a GPU. A wait costs about as much as a step; so does a step after the end.
+LOOK_EVERY = 8
 
 
 @dataclass(frozen=True)
@@ -178,39 +185,62 @@ def _greedy(
     limits: Tensor,
     eos_id: int,
     settings: DecodeSettings,
+    look_every: int | None = None,
+    programs: Programs | None = None,
 ) -> list[list[Hypothesis]]:
-    """One prompt length; `limits` (B,): how many tokens each row may generate, the end included."""
+    """One prompt length; `limits` (B,): how many tokens each row may generate, the end included.
+
+    `look_every` and `programs` are chosen by the device, if not given; the results do not depend on them.
+    """
     batch, size = prompt.shape
-    most = max(int(limits.max()), 0)
-    decoder = model.transf_decoder
-    cache = decoder.make_cache(states, size + most)
+    left, every = limits.tolist(), look_every or _look_every(states)
+    most, frames = max(left), states.shape[1]
+    programs = programs or programs_for(model, states)
+    static = programs is not None and programs.have_room(batch, frames, size + most)
     mask = _cross_mask(model, states, lengths)
-    steps: list[tuple[Tensor, Tensor]] = []  # of the active rows, on the device; read once at the end
-    rows: list[list[int]] = []
-    active, left = list(range(batch)), limits.tolist()
-    inputs, position = prompt, 0
-    for step in range(most):
-        hidden = decoder.extend(inputs, cache, position, mask)
-        position += inputs.shape[1]
-        best, chosen = model.log_softmax(hidden[:, -1]).float().log_softmax(-1).max(-1)
-        steps.append((chosen, best))
-        rows.append(active)
-        going = (chosen != eos_id).tolist()
-        keep = [i for i, row in enumerate(active) if going[i] and step + 1 < left[row]]
+    steps = EagerSteps(model, states, mask, prompt, size if static else size + most)
+    owners, over, pending = list(range(batch)), [False] * batch, []
+    ids: list[list[int]] = [[] for _ in owners]
+    spans: list[tuple[list[int], Tensor]] = []  # rows and log-probabilities (R, steps) from one look to the next
+    for step in range(1, most + 1):
+        pending.append(steps.step())
+        if static and step == 1 and most > 1:
+            steps = StaticSteps(programs, steps)
+        if step % every and step < most:
+            continue
+        chosen, log_probs = (torch.stack(part, 1) for part in zip(*pending, strict=True))
+        spans.append((owners, log_probs))
+        tokens, pending = chosen.tolist(), []
+        for row, own in zip(owners, tokens, strict=True):
+            ids[row] += own
+            over[row] = over[row] or step >= left[row] or eos_id in own
+        keep = [i for i, row in enumerate(owners) if not over[row]]
         if not keep:
             break
-        if len(keep) < len(active):
-            active, index = [active[i] for i in keep], torch.tensor(keep, device=states.device)
-            chosen, mask = chosen[index], mask if mask is None else mask[index]
-            cache = [layer.select(index, position) for layer in cache]
-        inputs = chosen[:, None]
-    ids: list[list[int]] = [[] for _ in range(batch)]
-    log_probs: list[list[float]] = [[] for _ in range(batch)]
-    for owners, (chosen, best) in zip(rows, steps, strict=True):
-        for row, token, value in zip(owners, chosen.tolist(), best.tolist(), strict=True):
-            ids[row].append(token)
-            log_probs[row].append(value)
-    return [[_finish(own, values, eos_id, settings.length_penalty)] for own, values in zip(ids, log_probs, strict=True)]
+        if len(keep) < len(owners):
+            owners = [owners[i] for i in steps.keep(keep)]
+    return [
+        [_finish(own[:limit], values[:limit], eos_id, settings.length_penalty)]
+        for own, values, limit in zip(ids, _by_row(spans, batch), left, strict=True)
+    ]
+
+
+def _look_every(states: Tensor) -> int:
+    """On a CPU a look costs nothing."""
+    return LOOK_EVERY if states.is_cuda else 1
+
+
+def _by_row(spans: list[tuple[list[int], Tensor]], batch: int) -> list[list[float]]:
+    """Each row's values in order, read from the device at once."""
+    found: list[list[float]] = [[] for _ in range(batch)]
+    flat = torch.cat([values.flatten() for _, values in spans]).tolist()
+    first = 0
+    for owners, values in spans:
+        size = values.shape[1]
+        for row in owners:
+            found[row] += flat[first : first + size]
+            first += size
+    return found
 
 
 def _cross_mask(model: Canary, states: Tensor, lengths: Tensor) -> Tensor | None:
@@ -234,9 +264,12 @@ def _penalty(num_tokens: int | Tensor, alpha: float) -> float | Tensor:
 class _Beams:
     """Search state of the unfinished utterances, (B, K) each; a beam that has ended keeps its slot and score.
 
-    `ids` and `log_probs` (B, K, most) hold what was generated; `sizes` counts tokens, the end included.
+    `owners` are the utterances' numbers in the batch and `limits` (B, 1) their length caps; `ids` and `log_probs`
+    (B, K, most) hold what was generated; `sizes` counts tokens, the end included.
     """
 
+    owners: list[int]
+    limits: Tensor
     ids: Tensor
     log_probs: Tensor
     totals: Tensor
@@ -248,13 +281,13 @@ class _Beams:
         """(B, K): what hypotheses rank by."""
         return self.totals / _penalty(self.sizes, alpha)
 
-    def rows(self, keep: Tensor, filled: int) -> _Beams:
+    def rows(self, slots: list[int], filled: int) -> _Beams:
         """Keep some utterances."""
-        beams = self.ids.shape[1]
+        keep, beams = torch.tensor(slots, dtype=torch.long, device=self.ids.device), self.ids.shape[1]
         flat = (keep[:, None] * beams + torch.arange(beams, device=keep.device)).flatten()
         cache = [layer.select(flat, filled, keep) for layer in self.cache]
-        parts = (self.ids, self.log_probs, self.totals, self.sizes, self.ended)
-        return _Beams(*(part[keep] for part in parts), cache=cache)
+        parts = (self.limits, self.ids, self.log_probs, self.totals, self.sizes, self.ended)
+        return _Beams([self.owners[i] for i in slots], *(part[keep] for part in parts), cache=cache)
 
 
 def _beam(
@@ -265,35 +298,38 @@ def _beam(
     limits: Tensor,
     eos_id: int,
     settings: DecodeSettings,
+    look_every: int | None = None,
 ) -> list[list[Hypothesis]]:
     """Beam search over one prompt length; see `_greedy`. An utterance ends when no live beam can still overtake
-    its `n_best` ended ones."""
+    its `n_best` ended ones, so that more steps would change nothing; the host need not look at once."""
     batch, size = prompt.shape
-    device, beams, most = states.device, settings.beam_size, int(limits.max())
+    device, beams, left = states.device, settings.beam_size, limits.tolist()
+    every, most = look_every or _look_every(states), max(left)
     results: list[list[Hypothesis]] = [[Hypothesis([], [], 0.0, 0.0, False)] for _ in range(batch)]
     if most < 1:
         return results
     decoder, mask = model.transf_decoder, _cross_mask(model, states, lengths)
     # The prompt is the same in all beams: it runs once per utterance and its keys are then repeated.
     cache = decoder.make_cache(states, size + most)
-    log_probs = model.log_softmax(decoder.extend(prompt, cache, 0, mask)[:, -1]).float().log_softmax(-1)
-    search = _first_beams(log_probs, beams, most, eos_id)
+    head = affine_of(model.log_softmax.mlp["layer0"])
+    log_probs = head(decoder.extend(prompt, cache, 0, mask)[:, -1]).float().log_softmax(-1)
+    search = _first_beams(log_probs, limits, beams, most, eos_id)
     repeat = torch.arange(batch, device=device).repeat_interleave(beams)
     search.cache = [layer.select(repeat, size, slice(None)) for layer in cache]
-    active = torch.arange(batch, device=device)
-    active, search, mask = _retire(results, active, search, mask, limits, eos_id, settings, 1, size)
-    step = 1
-    while len(active):
+    for step in range(1, most + 1):
+        filled = size + step - 1
+        if step % every == 0 or step >= min(left[row] for row in search.owners):
+            search, mask = _retire(results, search, mask, eos_id, settings, step, filled)
+            if not search.owners:
+                break
         inputs = search.ids[:, :, step - 1].reshape(-1, 1)
-        hidden = decoder.extend(inputs, search.cache, size + step - 1, mask, beams)
-        log_probs = model.log_softmax(hidden[:, -1]).float().log_softmax(-1).unflatten(0, (-1, beams))
+        hidden = decoder.extend(inputs, search.cache, filled, mask, beams)
+        log_probs = head(hidden[:, -1]).float().log_softmax(-1).unflatten(0, (-1, beams))
         _grow(search, log_probs, step, size, eos_id, settings.length_penalty)
-        step += 1
-        active, search, mask = _retire(results, active, search, mask, limits, eos_id, settings, step, size + step - 1)
     return results
 
 
-def _first_beams(log_probs_BV: Tensor, beams: int, most: int, eos_id: int) -> _Beams:
+def _first_beams(log_probs_BV: Tensor, limits: Tensor, beams: int, most: int, eos_id: int) -> _Beams:
     batch, vocab = log_probs_BV.shape
     best, chosen = log_probs_BV.topk(min(beams, vocab))
     if beams > vocab:
@@ -301,7 +337,8 @@ def _first_beams(log_probs_BV: Tensor, beams: int, most: int, eos_id: int) -> _B
     ids = torch.full((batch, beams, most), eos_id, device=chosen.device)
     values = torch.zeros(batch, beams, most, device=chosen.device)
     ids[:, :, 0], values[:, :, 0] = chosen, best
-    return _Beams(ids, values, best, torch.ones_like(chosen), chosen == eos_id)
+    ended = chosen == eos_id
+    return _Beams(list(range(batch)), limits[:, None], ids, values, best, torch.ones_like(chosen), ended)
 
 
 def _grow(search: _Beams, log_probs_BKV: Tensor, step: int, prompt_size: int, eos_id: int, alpha: float) -> None:
@@ -334,31 +371,27 @@ def _grow(search: _Beams, log_probs_BKV: Tensor, step: int, prompt_size: int, eo
 
 def _retire(
     results: list[list[Hypothesis]],
-    active: Tensor,
     search: _Beams,
     mask: Tensor | None,
-    limits: Tensor,
     eos_id: int,
     settings: DecodeSettings,
     step: int,
     filled: int,
-) -> tuple[Tensor, _Beams, Tensor | None]:
+) -> tuple[_Beams, Tensor | None]:
     """Write the hypotheses of utterances that are decided, and go on with the others."""
-    alpha, own = settings.length_penalty, limits[active]
-    scores = search.scores(alpha)
+    alpha, scores = settings.length_penalty, search.scores(settings.length_penalty)
     # A live beam can at best keep its log-probability and use up its length.
-    reachable = torch.where(search.ended, float("-inf"), search.totals / _penalty(own[:, None], alpha))
+    reachable = torch.where(search.ended, float("-inf"), search.totals / _penalty(search.limits, alpha))
     ended = torch.where(search.ended, scores, float("-inf"))
     decided = ended.topk(settings.n_best).values[:, -1] >= reachable.amax(1)
-    done = decided | search.ended.all(1) | (step >= own)
-    if not bool(done.any()):
-        return active, search, mask
-    for row in done.nonzero().flatten().tolist():
-        order = scores[row].argsort(descending=True, stable=True)[: settings.n_best].tolist()
-        used = min(step, int(own[row]))
-        results[int(active[row])] = [
-            _finish(search.ids[row, beam, :used].tolist(), search.log_probs[row, beam, :used].tolist(), eos_id, alpha)
-            for beam in order
-        ]
-    keep = (~done).nonzero().flatten()
-    return active[keep], search.rows(keep, filled), mask if mask is None else mask[keep]
+    done = (decided | search.ended.all(1) | (step >= search.limits[:, 0])).tolist()
+    over, keep = ([i for i, one in enumerate(done) if one is wanted] for wanted in (True, False))
+    if not over:
+        return search, mask
+    rows = torch.tensor(over, device=scores.device)[:, None]
+    order = scores[rows[:, 0]].argsort(dim=1, descending=True, stable=True)[:, : settings.n_best]
+    ids, values = (part[rows, order, :step].tolist() for part in (search.ids, search.log_probs))
+    for slot, *texts in zip(over, ids, values, strict=True):
+        results[search.owners[slot]] = [_finish(*text, eos_id, alpha) for text in zip(*texts, strict=True)]
+    search = search.rows(keep, filled)
+    return search, mask if mask is None else mask[torch.tensor(keep, dtype=torch.long, device=mask.device)]

@@ -19,6 +19,7 @@ from torch.utils.checkpoint import checkpoint
 from raytrain.model.config import ModelConfig
 from raytrain.model.dropout import dropout
 from raytrain.model.features import mask_until
+from raytrain.model.linear import pointwise
 
 
 def subsampled(lengths: Tensor) -> Tensor:
@@ -67,11 +68,11 @@ class Subsampling(nn.Module):
         x = mel_BMT.transpose(1, 2)[:, None] * mask_until(frames_B, mel_BMT.shape[2])[:, None, :, None]
         x = x.contiguous(memory_format=torch.channels_last)
         lengths = frames_B
-        for strided, pointwise in ((self.conv[0], None), (self.conv[2], self.conv[3]), (self.conv[5], self.conv[6])):
+        for strided, mixing in ((self.conv[0], None), (self.conv[2], self.conv[3]), (self.conv[5], self.conv[6])):
             x = strided(x)
             lengths = (lengths - 1) // 2 + 1
-            if pointwise is not None:
-                x = F.linear(x.permute(0, 2, 3, 1), pointwise.weight.flatten(1), pointwise.bias).permute(0, 3, 1, 2)
+            if mixing is not None:
+                x = pointwise(mixing, x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
             # 1×1 convolutions see one frame: only strided ones need the mask.
             x = MaskedReLU.apply(x, mask_until(lengths, x.shape[2])[:, None, :, None])
         return self.out(x.transpose(1, 2).flatten(2)), lengths
@@ -140,11 +141,11 @@ class Convolution(nn.Module):
 
     def forward(self, x_BTD: Tensor, valid_B1T: Tensor) -> Tensor:
         # (B, T, D) is what channels last calls (B, D, 1, T), so nothing is transposed in memory.
-        x = F.linear(x_BTD, self.pointwise_conv1.weight.flatten(1), self.pointwise_conv1.bias)
+        x = pointwise(self.pointwise_conv1, x_BTD)
         x = F.glu(x) * valid_B1T.transpose(1, 2)
         x = self._depthwise(x.transpose(1, 2)[:, :, None])[:, :, 0].transpose(1, 2)
         x = F.silu(self._normalise(x.flatten(0, 1)).view_as(x))
-        return F.linear(x, self.pointwise_conv2.weight.flatten(1), self.pointwise_conv2.bias)
+        return pointwise(self.pointwise_conv2, x)
 
     def _normalise(self, x_ND: Tensor) -> Tensor:
         norm = self.batch_norm
