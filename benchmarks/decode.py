@@ -29,9 +29,11 @@ from raytrain.model.portable import ModelParts
 
 
 class Decoding:
-    """One model and one batch of noise; `encode` and `search` are timed."""
+    """One model and one batch of noise; `encode` and `search` are timed. `model` is that of `parts` if it is built."""
 
-    def __init__(self, parts: ModelParts, batch: int, beam: int, arguments: Any) -> None:
+    def __init__(
+        self, parts: ModelParts, batch: int, beam: int, arguments: Any, model: torch.nn.Module | None = None
+    ) -> None:
         tokenizer = CanaryTokenizer(parts.tokenizers)
         self.eos, self.device, seconds = tokenizer.eos_id, arguments.device, arguments.seconds
         device = self.device
@@ -39,7 +41,7 @@ class Decoding:
         # The cap counts the prompt, whose length differs between the formats; the texts shall be equally long.
         self.delta = arguments.delta + len(self.prompt)
         self.settings = DecodeSettings(beam_size=beam, max_generation_delta=self.delta)
-        self.model = parts.build().to(device)
+        self.model = parts.build().to(device) if model is None else model
         torch.manual_seed(0)
         self.audio = torch.randn(batch, int(seconds * parts.config.sample_rate), device=device)
         self.lengths = torch.full((batch,), self.audio.shape[1], device=device)
@@ -62,14 +64,15 @@ class Decoding:
             torch.cuda.synchronize()
 
 
+def seconds_of(work: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    work()
+    return time.perf_counter() - start
+
+
 def timed(work: Callable[[], object], rounds: int) -> float:
     """Median seconds."""
-    times = []
-    for _ in range(rounds):
-        start = time.perf_counter()
-        work()
-        times.append(time.perf_counter() - start)
-    return statistics.median(times)
+    return statistics.median(seconds_of(work) for _ in range(rounds))
 
 
 def measure(parts: ModelParts, batch: int, beam: int, arguments: Any, peer: Peer | None) -> dict[str, Any]:

@@ -257,6 +257,7 @@ class EvaluateSection(_Section):
     With `normalizer: whisper` the test's scores also have the word error rate of texts as Whisper's evaluation compares
     them, see `raytrain.training.normalize`.
     Batches have at most `batch_size` utterances; those of the test manifests fewer where memory is short.
+    `precision` (fp32, bf16, int8) is that of linear layers, see `raytrain.model.inference`.
     """
 
     batch_size: int = Field(32, ge=1)
@@ -267,6 +268,7 @@ class EvaluateSection(_Section):
     max_generation_delta: int = Field(50, ge=1)
     checkpoint: str = Field("best", pattern="^(best|last)$")
     normalizer: str = Field("none", pattern="^(none|whisper)$")
+    precision: str = Field("fp32", pattern="^(fp32|bf16|int8)$")
 
 
 class TrackingSection(_Section):

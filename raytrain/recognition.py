@@ -23,6 +23,7 @@ from raytrain.errors import DataError
 from raytrain.model.alignment import token_spans
 from raytrain.model.canary import Canary
 from raytrain.model.decoding import DecodeSettings, Hypothesis, decode
+from raytrain.model.inference import prepare_for_inference
 from raytrain.model.longform import TimedToken, join
 
 PARTS = ("features", "encoder", "decoder")
@@ -64,12 +65,14 @@ class Stopwatch:
 
 
 class Recogniser:
-    """A model on a device, and how to search."""
+    """A model on a device, and how to search. The model can't be trained any more (`prepare_for_inference`)."""
 
     def __init__(
-        self, model: Canary, tokenizer: CanaryTokenizer, settings: DecodeSettings, device: torch.device
-    ) -> None:
-        self.model, self.tokenizer, self.settings, self.device = model.to(device).eval(), tokenizer, settings, device
+        self, model: Canary, tokenizer: CanaryTokenizer, settings: DecodeSettings, device: torch.device,
+        precision: str = "fp32",
+    ) -> None:  # fmt: skip
+        self.model = prepare_for_inference(model, precision, device)
+        self.tokenizer, self.settings, self.device = tokenizer, settings, device
         self._seconds: Counter[str] = Counter()
         self._watch = Stopwatch(device)
         model.preprocessor.register_forward_hook(lambda *_: self._watch.mark("features"))

@@ -79,6 +79,7 @@ class Transcriber:
         target_language: str | None = None,
         pnc: bool = True,
         device: str = "auto",
+        precision: str = "fp32",
         settings: DecodeSettings | None = None,
         batch_size: int = 8,
         window_s: float = 40.0,
@@ -101,7 +102,9 @@ class Transcriber:
             device = "cuda" if torch.cuda.is_available() else "cpu"
         if device not in ("cpu", "cuda") or (device == "cuda" and not torch.cuda.is_available()):
             raise DataError("there is no such device", got=device, allowed="auto, cpu, and cuda where there is one")
-        self.recogniser = Recogniser(parts.build(), self.tokenizer, settings or DecodeSettings(), torch.device(device))
+        self.recogniser = Recogniser(
+            parts.build(), self.tokenizer, settings or DecodeSettings(), torch.device(device), precision
+        )
         self.batch_size, self.times = batch_size, times
         self.window_s, self.overlap_s = window_s, overlap_s
 

@@ -85,6 +85,7 @@ def transcribe(
     window_seconds: Annotated[float, typer.Option(help="Longest piece of a recording, at most 40.")] = 40.0,
     overlap_seconds: Overlap = None,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    precision: Annotated[str, typer.Option(help="Of linear layers: fp32, bf16, or int8 on a CPU.")] = "fp32",
     json: Json = False,
     manifest: Manifest = None,
     output: Output = None,
@@ -105,7 +106,7 @@ def transcribe(
     except ValueError as error:
         raise typer.BadParameter(str(error)) from None
     shared = {"language": language, "target_language": target_language, "pnc": pnc, "settings": settings,
-              "window_s": window_seconds, "overlap_s": overlap_seconds, "device": device}  # fmt: skip
+              "window_s": window_seconds, "overlap_s": overlap_seconds, "device": device, "precision": precision}  # fmt: skip
     on_ray = {"output": output, "audio": audio, "root": root, "workers": workers, "device_memory": device_memory,
               "part_rows": part_rows}  # fmt: skip
     if bool(files) == bool(manifest):

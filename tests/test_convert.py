@@ -275,8 +275,9 @@ def test_the_commands(parts, corpus, tmp_path):
     row = json.loads((corpus / "test.jsonl").read_text().splitlines()[0])
     audio = str(corpus / row["audio_filepath"])
     base = ["transcribe", "--checkpoint", str(tmp_path / "x.nemo"), "--language", "en"]
-    done = run(app, [*base, audio], catch_exceptions=False)
-    assert done.exit_code == 0
+    for precision in ("fp32", "bf16", "int8"):
+        done = run(app, [*base, "--precision", precision, audio], catch_exceptions=False)
+        assert done.exit_code == 0
     # The second recording is longer than a window; the third does not exist.
     done = run(
         app,
@@ -300,6 +301,9 @@ def test_commands_refuse_with_a_reason(parts, tmp_path):
         run(app, ["transcribe", "-m", str(tmp_path / "own"), "x.wav"], catch_exceptions=False)
     with pytest.raises(RaytrainError, match=r"unknown language.*fr"):
         run(app, ["transcribe", "-m", str(tmp_path / "own"), "--language", "fr", "x.wav"], catch_exceptions=False)
+    with pytest.raises(RaytrainError, match="no such precision; got fp8; allowed: fp32, bf16, int8"):
+        run(app, ["transcribe", "-m", str(tmp_path / "own"), "--language", "en", "--precision", "fp8", "x.wav"],
+            catch_exceptions=False)  # fmt: skip
     done = run(app, ["convert", str(tmp_path / "own"), "x", "--to", "onnx"])
     assert done.exit_code == 2 and "nemo, raytrain, huggingface" in done.output
     done = run(app, ["transcribe", "-m", "x", "--n-best", "3", "x.wav"])

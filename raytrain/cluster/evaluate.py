@@ -53,7 +53,9 @@ def transcribe_rows(config: Config, run_dir: Path, rows: list[Row]) -> Iterator[
     pool = find_pool(evaluate.num_workers, device, None, config.cluster.data_resources)
     load = partial(load_run, config.model_dump(mode="json"), str(run_dir), evaluate.checkpoint)
     # Whole rows, as in training and validation: what is longer than a window is not cut here.
-    job = Job(load, workspace.search(), config.model.sample_rate, workspace.tokenizer.pad_id)
+    job = Job(
+        load, workspace.search(), config.model.sample_rate, workspace.tokenizer.pad_id, precision=evaluate.precision
+    )
     sizes = batch_sizes(workspace.model_config(), job.settings, pool, evaluate.batch_size)
     requests = [
         Request(row.audio_path, row.audio_start, row.audio_size, row.offset_ms, row.duration_ms,

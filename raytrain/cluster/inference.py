@@ -63,7 +63,8 @@ class Pool:
 class Job:
     """What every worker is to do. `load` gives the model and its tokenizer, and must be importable there.
 
-    Recordings longer than `window_s` are cut into windows that share `overlap_s`; without it none is cut.
+    Recordings longer than `window_s` are cut into windows that share `overlap_s`; without it none is cut. `precision`
+    is that of linear layers (`raytrain.model.inference`).
     """
 
     load: Callable[[], tuple[Canary, Any]]
@@ -72,6 +73,7 @@ class Job:
     pad_id: int
     window_s: float | None = None
     overlap_s: float = 0.0
+    precision: str = "fp32"
 
     def piece(self, duration_ms: int) -> tuple[int, int]:
         """(length in ms, number) of the pieces that a recording of `duration_ms` has at most."""
@@ -271,7 +273,8 @@ class Listener:
         if not cuda:
             torch.set_num_threads(threads)
         self._job = job
-        self._recogniser = Recogniser(*job.load(), job.settings, torch.device("cuda" if cuda else "cpu"))
+        device = torch.device("cuda" if cuda else "cpu")
+        self._recogniser = Recogniser(*job.load(), job.settings, device, job.precision)
 
     def __call__(self, table: Any) -> dict[str, list[bytes]]:
         """`table` has one batch; returns one `Recognised` as JSON."""

@@ -53,6 +53,7 @@ class Order:
     output: Path
     checkpoint: Path
     settings: DecodeSettings = DecodeSettings()
+    precision: str = "fp32"
     language: str | None = None
     target_language: str | None = None
     pnc: bool = True
@@ -114,9 +115,10 @@ def transcribe_manifests(order: Order, console: Console) -> Summary:
     prompts = Prompts(tokenizer, config.prompt_format, config.max_positions, order.pnc)
     path = order.checkpoint.expanduser().absolute()
     job = Job(
-        partial(load_parts, str(path)), order.settings, config.sample_rate, tokenizer.pad_id, order.window_s, overlap_s
+        partial(load_parts, str(path)), order.settings, config.sample_rate, tokenizer.pad_id, order.window_s, overlap_s,
+        order.precision,
     )
-    key = content_id([model_stamp(path), asdict(order.settings), order.window_s, overlap_s])
+    key = content_id([model_stamp(path), asdict(order.settings), order.window_s, overlap_s, order.precision])
     with ray_session(order.cluster), console.progress("transcribing", None) as update:
         pool = find_pool(order.workers, order.device, order.device_memory)
         sizes = batch_sizes(config, order.settings, pool, order.max_batch)

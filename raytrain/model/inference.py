@@ -18,8 +18,9 @@ from raytrain.model.linear import PRECISIONS, PreparedLinear
 def prepare_for_inference(model: Canary, precision: str, device: torch.device) -> Canary:
     """Move `model` to `device` and pack its linear layers in `precision`, in place; returns it in evaluation mode.
 
-    `fp32` gives the same numbers up to rounding. `bf16` and `int8` round (see `PreparedLinear`); subsampling, which sees
-    the widest range of values, stays in float32. Raises `DataError` for an unknown precision and for int8 off the CPU.
+    `fp32` gives the same numbers up to rounding; `bf16` and `int8` round (see `PreparedLinear`). With int8 subsampling,
+    which sees the widest range of values, stays in float32. Raises `DataError` for an unknown precision and for int8
+    off the CPU.
     """
     if precision not in PRECISIONS:
         raise DataError("there is no such precision", got=precision, allowed=", ".join(PRECISIONS))

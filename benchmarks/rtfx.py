@@ -1,0 +1,155 @@
+"""RTFx (audio-seconds per second) of encoder, decoder and both, by model, precision, batch and length of text.
+
+    python -m benchmarks.rtfx --models canary-1b canary-1b-flash --precisions fp32 int8 --batches 1 4
+
+Models take turns within a round, so that what else the machine does meets all of them alike. Weights are random and
+greedy search ends after a given number of tokens, the same in every model: `--tokens-per-second` of audio, prompt and
+end not counted (English has 3 to 4 with 1024 pieces). On a GPU the decoder is timed with and without CUDA graphs.
+`flash_times_faster_than_1b` compares the two at equal length of text.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import gc
+import os
+import statistics
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from benchmarks._models import random_parts
+from benchmarks._record import record
+from benchmarks.decode import Decoding, seconds_of
+from raytrain.model.decoding import _greedy
+from raytrain.model.graphs import VARIABLE
+from raytrain.model.inference import prepare_for_inference
+from raytrain.model.linear import PRECISIONS
+from raytrain.model.portable import ModelParts
+
+MODELS = ("canary-1b", "canary-1b-flash", "canary-180m-flash", "canary-tiny")
+
+
+class Utterances(Decoding):
+    """A batch whose texts have `tokens` tokens, whatever the number of frames."""
+
+    tokens = 0
+
+    @torch.inference_mode()
+    def search(self) -> list[int]:
+        limits = torch.full_like(self.sizes, self.tokens)
+        states, lengths = self.states
+        found = _greedy(self.model, states, lengths, self.prompts, limits, self.eos, self.settings)
+        self._wait()
+        return [len(hypotheses[0].ids) for hypotheses in found]
+
+
+def load(name: str, precision: str, device: str) -> tuple[ModelParts, torch.nn.Module]:
+    """A random model, and its parts without the weights, which are packed in the model."""
+    parts = random_parts(name)
+    model = prepare_for_inference(parts.build(), precision, torch.device(device))
+    return replace(parts, state={}), model
+
+
+def measure(runs: dict[str, Utterances], tokens: int, audio_seconds: float, rounds: int) -> dict[str, dict[str, Any]]:
+    """By model, medians over rounds in which all of them take turns."""
+    times: dict[str, dict[str, list[float]]] = {name: {} for name in runs}
+    for number in range(rounds + 1):
+        for name, run in runs.items():
+            run.tokens = tokens
+            found = {"encoder": seconds_of(run.encode), **_searches(run)}
+            for part, value in found.items() if number else ():  # the first round warms up
+                times[name].setdefault(part, []).append(value)
+            assert set(run.search() if not number else [tokens]) == {tokens}
+    return {name: _figures(parts, tokens, audio_seconds) for name, parts in times.items()}
+
+
+def _searches(run: Utterances) -> dict[str, float]:
+    if run.device != "cuda":
+        return {"decoder": seconds_of(run.search)}
+    found = {}
+    for key, value in (("decoder", "1"), ("decoder_without_graphs", "0")):
+        with _environment(VARIABLE, value):
+            found[key] = seconds_of(run.search)
+    return found
+
+
+@contextlib.contextmanager
+def _environment(name: str, value: str) -> Iterator[None]:
+    before = os.environ.get(name)
+    os.environ[name] = value
+    try:
+        yield
+    finally:
+        os.environ.pop(name)
+        if before is not None:
+            os.environ[name] = before
+
+
+def _figures(times: dict[str, list[float]], tokens: int, audio_seconds: float) -> dict[str, Any]:
+    medians = {part: statistics.median(values) for part, values in times.items()}
+    encoder, decoder = medians["encoder"], medians["decoder"]
+    return {
+        "tokens": tokens,
+        **{f"{part}_ms": round(1000 * value, 1) for part, value in medians.items()},
+        "ms_per_token": round(1000 * decoder / tokens, 2),
+        "encoder_rtfx": round(audio_seconds / encoder, 2),
+        "decoder_rtfx": round(audio_seconds / decoder, 2),
+        "rtfx": round(audio_seconds / (encoder + decoder), 2),
+    }
+
+
+def times_faster(found: dict[str, dict[str, Any]]) -> dict[str, float] | None:
+    """canary-1b-flash over canary-1b, where both were measured."""
+    if not {"canary-1b", "canary-1b-flash"} <= found.keys():
+        return None
+    flash, deep = found["canary-1b-flash"], found["canary-1b"]
+    return {
+        "whole": round(flash["rtfx"] / deep["rtfx"], 2),
+        "decoder": round(flash["decoder_rtfx"] / deep["decoder_rtfx"], 2),
+        "encoder": round(flash["encoder_rtfx"] / deep["encoder_rtfx"], 2),
+    }
+
+
+def measure_all(arguments: Any) -> dict[str, Any]:
+    """Every precision with all models in memory at once, in every shape."""
+    result: dict[str, Any] = {"threads": arguments.threads, "flash_times_faster_than_1b": {}}
+    for precision in arguments.precisions:
+        models = {name: load(name, precision, arguments.device) for name in arguments.models}
+        for seconds in arguments.seconds:
+            for batch in arguments.batches:
+                settings = argparse.Namespace(device=arguments.device, seconds=seconds, delta=1)
+                runs = {name: Utterances(parts, batch, 1, settings, model) for name, (parts, model) in models.items()}
+                for rate in arguments.tokens_per_second:
+                    tokens = max(1, round(rate * seconds))
+                    found = measure(runs, tokens, batch * seconds, arguments.rounds)
+                    shape = f"{precision} {batch} x {seconds:g} s {tokens} tokens"
+                    result |= {f"{name} {shape}": figures for name, figures in found.items()}
+                    if ratio := times_faster(found):
+                        result["flash_times_faster_than_1b"][shape] = ratio
+        del models, runs
+        gc.collect()
+    return result
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", nargs="+", default=["canary-tiny"], choices=MODELS)
+    parser.add_argument("--precisions", nargs="+", default=["fp32"], choices=PRECISIONS)
+    parser.add_argument("--batches", nargs="+", type=int, default=[1, 4])
+    parser.add_argument("--seconds", nargs="+", type=float, default=[5.0], help="lengths of utterances")
+    parser.add_argument("--tokens-per-second", nargs="+", type=float, default=[4.0], help="of audio, in the text")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    record("rtfx", measure_all(arguments), as_json=arguments.json, device=arguments.device)
+
+
+if __name__ == "__main__":
+    main()
