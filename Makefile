@@ -27,6 +27,7 @@ benchmark: .venv/ready
 	$(BIN)/python -m benchmarks.host_memory
 	$(BIN)/python -m benchmarks.train_step
 	$(BIN)/python -m benchmarks.decode
+	$(BIN)/python -m benchmarks.rtfx --precisions fp32 bf16 int8
 
 .venv/ready: requirements.lock pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "raytrain needs Python 3.11 or newer; set PYTHON=python3.x")'

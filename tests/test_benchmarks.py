@@ -82,3 +82,20 @@ def test_a_search_that_starts_at_a_prediction_takes_fewer_probes():
     found = count_probes(plan, [Prediction(1, 1, line, StepMemory(1, 1), 1, 1) for line in lines], int(2e10), rounds=3)
     assert found["answers_above_what_fits"] == 0
     assert found["fewer_probes"] > 2.5
+
+
+def test_rtfx_compares_models_at_equal_length_of_text():
+    from benchmarks.rtfx import Utterances, load, measure, times_faster
+
+    settings = SimpleNamespace(device="cpu", seconds=2.0, delta=1)
+    runs = {}
+    for name, precision in (("canary-1b", "fp32"), ("canary-1b-flash", "int8")):
+        parts, model = load("canary-tiny", precision, "cpu")
+        runs[name] = Utterances(parts, 2, 1, settings, model)
+    found = measure(runs, 5, 4.0, 2)
+    for run, figures in zip(runs.values(), found.values(), strict=True):
+        assert run.search() == [5, 5] and figures["tokens"] == 5
+        assert figures["rtfx"] == pytest.approx(4000 / (figures["encoder_ms"] + figures["decoder_ms"]), rel=0.02)
+    flash, deep = found["canary-1b-flash"], found["canary-1b"]
+    assert times_faster(found)["decoder"] == pytest.approx(deep["decoder_ms"] / flash["decoder_ms"], rel=0.05)
+    assert times_faster({"canary-1b": deep}) is None

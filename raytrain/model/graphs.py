@@ -88,9 +88,9 @@ class Program:
         for own, other in zip(self.cache, cache, strict=True):
             own.self_keys_values[:, :rows, :, :filled] = other.self_keys_values[:, :, :, :filled]
             own.self_keys_values[:, :rows, :, filled:] = 0
-            own.cross_keys[:rows, :, :frames] = other.cross_keys
-            own.cross_values[:rows, :, :frames] = other.cross_values
-            own.cross_values[:rows, :, frames:] = 0
+            for mine, theirs in ((own.cross_keys, other.cross_keys), (own.cross_values, other.cross_values)):
+                mine[:rows, :, :frames] = theirs
+                mine[:rows, :, frames:] = 0
 
 
 def _captured(step: Callable[[], None], owner: Programs) -> Callable[[], None]:

@@ -18,9 +18,8 @@ from raytrain.model.linear import affine_of
 
 def most_likely(logits_RV: Tensor) -> tuple[Tensor, Tensor]:
     """The best token of each row and its log-probability, in float32."""
-    logits = logits_RV.float()
-    best, chosen = logits.max(-1)
-    return chosen, best - logits.logsumexp(-1)
+    best, chosen = logits_RV.float().log_softmax(-1).max(-1)
+    return chosen, best
 
 
 class EagerSteps:
