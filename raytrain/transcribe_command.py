@@ -106,7 +106,8 @@ def transcribe(
     except ValueError as error:
         raise typer.BadParameter(str(error)) from None
     shared = {"language": language, "target_language": target_language, "pnc": pnc, "settings": settings,
-              "window_s": window_seconds, "overlap_s": overlap_seconds, "device": device, "precision": precision}  # fmt: skip
+              "window_s": window_seconds, "overlap_s": overlap_seconds, "device": device,
+              "precision": precision}  # fmt: skip
     on_ray = {"output": output, "audio": audio, "root": root, "workers": workers, "device_memory": device_memory,
               "part_rows": part_rows}  # fmt: skip
     if bool(files) == bool(manifest):
