@@ -69,7 +69,8 @@ import {modules}
         ("raytrain.lengths", {"torch", "ray", "mlflow", "pydantic", "lhotse", "pyarrow", "yaml"}),
         (
             "raytrain.model.canary, raytrain.model.decoding, raytrain.model.longform, raytrain.model.alignment, "
-            "raytrain.model.inference, raytrain.model.nemo, raytrain.model.huggingface, raytrain.training.loop, raytrain.training.memory, "
+            "raytrain.model.inference, raytrain.model.nemo, raytrain.model.huggingface, raytrain.training.loop, "
+            "raytrain.training.memory, "
             "raytrain.training.checkpoint, raytrain.training.validation, raytrain.training.probe, "
             "raytrain.training.isolated, raytrain.training.scoring, raytrain.training.worst, "
             "benchmarks.oomptimizer_gpu",
