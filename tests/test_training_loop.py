@@ -301,8 +301,8 @@ def test_metrics_say_how_fast_and_how_full(tmp_path):
     )  # fmt: skip
     loop.run()
     line = SimpleNamespace(**logged[-1])
-    assert line.batch_size == 6 and line.batch_size_bucket_001 == 3
-    assert line.audio_padding_bucket_001 == line.audio_padding == 0
+    assert line.batch_size == 6 and logged[-1]["batch_size_by_bucket/001"] == 3
+    assert logged[-1]["audio_padding_by_bucket/001"] == line.audio_padding == 0
     assert 0 <= line.data_wait < 1 and line.mfu > 0
     assert line.audio_hours == pytest.approx(6 * 6 * 1.2 / 3600)
     assert line.tokens_per_second > line.audio_seconds_per_second > 0

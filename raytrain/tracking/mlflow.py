@@ -208,7 +208,9 @@ def _last_steps(client: Any, run_id: str) -> dict[str, int]:
 
 def _start_run(client: Any, experiment: str, run_name: str, parent: str | None, location: str | None) -> str:
     found = client.get_experiment_by_name(experiment)
-    experiment_id = found.experiment_id if found else client.create_experiment(experiment, location)
+    # Else its pages open as those of a chat application, without the list of runs.
+    kind = {"mlflow.experimentKind": "custom_model_development"}
+    experiment_id = found.experiment_id if found else client.create_experiment(experiment, location, tags=kind)
     tags = {"mlflow.parentRunId": parent} if parent else {}
     return client.create_run(experiment_id, run_name=run_name, tags=tags).info.run_id
 

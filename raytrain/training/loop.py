@@ -280,10 +280,10 @@ class TrainingLoop:
         metrics: dict[str, float] = {}
         total = torch.cuda.get_device_properties(self.device).total_memory if self.device.type == "cuda" else 0
         for bucket, one in sorted(window.by_bucket.items()):
-            metrics[f"batch_size_bucket_{bucket:03}"] = one.size
-            metrics[f"audio_padding_bucket_{bucket:03}"] = 1 - one.samples / one.padded_samples
+            metrics[f"batch_size_by_bucket/{bucket:03}"] = one.size
+            metrics[f"audio_padding_by_bucket/{bucket:03}"] = 1 - one.samples / one.padded_samples
             if total:
-                metrics[f"memory_headroom_bucket_{bucket:03}"] = 1 - one.peak / total
+                metrics[f"memory_headroom_by_bucket/{bucket:03}"] = 1 - one.peak / total
         return metrics
 
     def _count_skipped(self, window: _Window, skipped: list[float]) -> None:
