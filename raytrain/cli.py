@@ -148,8 +148,10 @@ def tune(
     set: SetOption = None,
     json: Annotated[bool, typer.Option("--json", help="One JSON object per trial.")] = False,
 ) -> None:
-    """Search settings of training with whole runs, of which the worse ones end early (ASHA); see `tune` in the
-    configuration."""
+    """Search settings of training with whole runs, of which the worse ones end early (ASHA).
+
+    The section `tune` of the configuration says what to search.
+    """
     import orjson
 
     from raytrain.cluster.tune import run_tune
@@ -206,9 +208,12 @@ def ablate(
     ] = None,
     json: Annotated[bool, typer.Option("--json", help="One JSON object.")] = False,
 ) -> None:
-    """Compare batching schemes on your corpus: random batches (R), buckets by seconds of audio (A), without outliers
-    (B), with searched sizes (C), in 2D (D), with optimal edges (D+). Trains each of them, or predicts. Or compare
-    decoder depths: parameters, training compute, and after a short training WER and decoding speed."""
+    """Compare batching schemes, or decoder depths, on your corpus: by training each, or by prediction.
+
+    Schemes: random batches (R), buckets by seconds of audio (A), without outliers (B), with searched sizes (C), in 2D
+    (D), with optimal edges (D+). Depths: parameters, training compute, and after a short training WER and decoding
+    speed.
+    """
     import orjson
 
     from raytrain.cluster.ablate import PredictOptions, predict_ablation, run_ablation

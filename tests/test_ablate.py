@@ -205,6 +205,35 @@ def test_schemes_are_trained_and_compared_and_a_second_call_trains_nothing(corpu
         assert text in page
 
 
+@pytest.mark.timeout(600)
+def test_decoder_depths_are_counted_trained_and_timed(corpus, tmp_path, local_ray):
+    ablate = {"max_steps": 2, "validate_every_steps": 2}
+    path = write(tiny_values(corpus, tmp_path, ablate=ablate), tmp_path)
+    command = ["ablate", "--decoder-depths", "2,1", "--json", "--config", path]
+    found = {}
+    for more in (["--predict"], []):
+        result = CliRunner().invoke(app, [*command, *more])
+        assert result.exit_code == 0, (result.output, result.exception)
+        found[len(more)] = json.loads(next(line for line in result.output.splitlines() if line.startswith("{")))["rows"]
+    counted, trained = found[1], found[0]
+    assert [(row["encoder_layers"], row["decoder_layers"]) for row in trained] == [(1, 2), (1, 1)]
+    for row, same in zip(trained, counted, strict=True):
+        assert row.items() >= same.items()
+        assert row["why"] is None and row["steps"] == 2 and row["best_wer"] is not None
+        assert row["rtfx"]["rtfx_batch_1"] > 0 and 0 < row["rtfx"]["decoder_share_batch_8"] < 1
+    assert trained[0]["parameters"] > trained[1]["parameters"]
+    assert trained[0]["training_compute"] == 1 > trained[1]["training_compute"]
+    predicted = CliRunner().invoke(
+        app, ["ablate", "--predict", "--decoder-depths", "24,4", "--encoder-depths", "24,32", "--model", "canary-1b",
+              "--json", "--config", path],
+    )  # fmt: skip
+    rows = json.loads(next(line for line in predicted.output.splitlines() if line.startswith("{")))["rows"]
+    assert [round(row["parameters"] / 1e6, 1) for row in rows] == [1016.7, 882.4]
+    uneven = ["ablate", "--decoder-depths", "4,2,1", "--encoder-depths", "4,2", "--config", path]
+    wrong = CliRunner().invoke(app, uneven)
+    assert isinstance(wrong.exception, ConfigError) and "one for each" in str(wrong.exception)
+
+
 def test_what_an_ablation_needs_is_said(corpus, tmp_path):
     with pytest.raises(ConfigError, match="must be different ones of R, A, B, C, D, D\\+, got R, E"):
         check_config(tiny_values(corpus, tmp_path, ablate={"schemes": ["R", "E"]}))

@@ -151,6 +151,7 @@ def train_on_cluster(prepared, tmp_path, scenario: str, **train):
     return json.loads((tmp_path / "tiny" / "seen.json").read_bytes()), steps
 
 
+@pytest.mark.slow  # the next test loses a node too
 def test_training_goes_on_with_one_node_less(prepared, tmp_path):
     seen, steps = train_on_cluster(prepared, tmp_path, "lost")
     # Whoever is left takes both shares of each step.
