@@ -16,9 +16,10 @@ from pathlib import Path
 from typing import Any
 
 from raytrain.artifacts import atomic_write_bytes, file_id
+from raytrain.cluster.failures import killed_for_memory, readable, stalled
 from raytrain.config import Config, check_config
 from raytrain.data.storage import absolute
-from raytrain.errors import RaytrainError, TrainingError
+from raytrain.errors import TrainingError
 
 
 def train_worker(job: dict[str, Any]) -> None:
@@ -288,7 +289,7 @@ def run_training(
                     notes.note_kill_for_memory()
                 if not lowered and (not killed_for_memory(error) or left < 1):
                     stalls = notes.stalls(started)
-                    raise _stalled(stalls, config) if stalls else readable(error) from error
+                    raise stalled(stalls, config) if stalls else readable(error) from error
                 _free_workers(run_dir / _PLACEMENT_GROUP)
                 # A batch that did not fit has been made smaller, so that this ends; another death may come again.
                 left -= not lowered
@@ -402,50 +403,6 @@ def _trainer(config: Config, run_dir: Path, job: dict[str, Any], max_failures: i
             ),
         ),
     )
-
-
-def killed_for_memory(error: BaseException) -> bool:
-    """Whether Ray's memory monitor ended a worker, after which Ray Train does not start again by itself."""
-    import ray
-
-    return any(isinstance(one, ray.exceptions.OutOfMemoryError) for one in _causes(error))
-
-
-def _stalled(stalls: list[str], config: Config) -> TrainingError:
-    return TrainingError(
-        f"training made no progress for {config.train.stall_minutes:g} minutes and was ended",
-        got=f"last of all {'; '.join(sorted(set(stalls)))}",
-        remedy="the worker that does not wait for others is the one to look at: its storage, its GPU, its network; "
-        "raise train.stall_minutes where a step or a validation batch may take as long; `raytrain train` goes on from "
-        "the last checkpoint",
-    )
-
-
-def readable(error: BaseException) -> Exception:
-    """The `RaytrainError` inside Ray's wrapping, or a `TrainingError` with the last line of its cause."""
-    seen = _causes(error)
-    for item in seen:
-        if isinstance(item, RaytrainError):
-            return item
-    lines = [line for line in str(seen[-1]).strip().splitlines() if line.strip()]
-    if any(type(item).__name__ == "WorkerGroupStartupTimeoutError" for item in seen):
-        return TrainingError(
-            "there was no room for the training workers",
-            why=next((line for line in lines if "timed out" in line), None),
-            remedy="free CPUs or GPUs, add nodes, or lower train.num_workers; [least, most] takes what there is",
-        )
-    return TrainingError("training failed", why=lines[-1] if lines else type(error).__name__)
-
-
-def _causes(error: BaseException) -> list[BaseException]:
-    """The error and all that it wraps, outermost first."""
-    seen = [error]
-    for item in seen:
-        failures = getattr(item, "worker_failures", None) or {}
-        inner = [*failures.values(), item.__cause__, getattr(item, "cause", None)]
-        inner += [getattr(item, "_exc", None), getattr(item, "controller_failure", None)]
-        seen.extend(one for one in inner if isinstance(one, BaseException) and one not in seen)
-    return seen
 
 
 @contextlib.contextmanager

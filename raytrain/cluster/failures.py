@@ -1,0 +1,51 @@
+"""What Ray's errors mean: the cause that a person can act on, and what training may go on after."""
+
+from __future__ import annotations
+
+from raytrain.config import Config
+from raytrain.errors import RaytrainError, TrainingError
+
+
+def killed_for_memory(error: BaseException) -> bool:
+    """Whether Ray's memory monitor ended a worker, after which Ray Train does not start again by itself."""
+    import ray
+
+    return any(isinstance(one, ray.exceptions.OutOfMemoryError) for one in _causes(error))
+
+
+def stalled(stalls: list[str], config: Config) -> TrainingError:
+    """The error for workers that made no progress; `stalls` say what each was doing."""
+    return TrainingError(
+        f"training made no progress for {config.train.stall_minutes:g} minutes and was ended",
+        got=f"last of all {'; '.join(sorted(set(stalls)))}",
+        remedy="the worker that does not wait for others is the one to look at: its storage, its GPU, its network; "
+        "raise train.stall_minutes where a step or a validation batch may take as long; `raytrain train` goes on from "
+        "the last checkpoint",
+    )
+
+
+def readable(error: BaseException) -> Exception:
+    """The `RaytrainError` inside Ray's wrapping, or a `TrainingError` with the last line of its cause."""
+    seen = _causes(error)
+    for item in seen:
+        if isinstance(item, RaytrainError):
+            return item
+    lines = [line for line in str(seen[-1]).strip().splitlines() if line.strip()]
+    if any(type(item).__name__ == "WorkerGroupStartupTimeoutError" for item in seen):
+        return TrainingError(
+            "there was no room for the training workers",
+            why=next((line for line in lines if "timed out" in line), None),
+            remedy="free CPUs or GPUs, add nodes, or lower train.num_workers; [least, most] takes what there is",
+        )
+    return TrainingError("training failed", why=lines[-1] if lines else type(error).__name__)
+
+
+def _causes(error: BaseException) -> list[BaseException]:
+    """The error and all that it wraps, outermost first."""
+    seen = [error]
+    for item in seen:
+        failures = getattr(item, "worker_failures", None) or {}
+        inner = [*failures.values(), item.__cause__, getattr(item, "cause", None)]
+        inner += [getattr(item, "_exc", None), getattr(item, "controller_failure", None)]
+        seen.extend(one for one in inner if isinstance(one, BaseException) and one not in seen)
+    return seen
