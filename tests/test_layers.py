@@ -12,8 +12,8 @@ CORE = {"raytrain.errors", "raytrain.lengths"}
 ALLOWED = {
     "lengths": {"numpy", *CORE},
     "model": {"numpy", "torch", "sentencepiece", "safetensors", "yaml", "raytrain.model", "raytrain.artifacts", *CORE},
-    "data": {"numpy", "torch", "lhotse", "sentencepiece", "pyarrow", "fsspec", "orjson", "soundfile", "soxr", "scipy",
-             "raytrain.data", "raytrain.artifacts", *CORE},
+    "data": {"numpy", "torch", "lhotse", "sentencepiece", "pyarrow", "fsspec", "orjson", "soundfile", "miniaudio",
+             "soxr", "scipy", "raytrain.data", "raytrain.artifacts", *CORE},
     "training": {"numpy", "torch", "jiwer", "sacrebleu", "whisper_normalizer", "raytrain.training", "raytrain.model",
                  "raytrain.data", "raytrain.artifacts", *CORE},
     "tracking": {"raytrain.tracking", "raytrain.artifacts", "raytrain.errors"},

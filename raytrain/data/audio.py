@@ -1,4 +1,8 @@
-"""Read audio: any libsndfile format, a span of it, mono, at the model's sample rate."""
+"""Read audio: any libsndfile format, a span of it, mono, at the model's sample rate.
+
+Whole FLAC, Vorbis and MP3 files go through miniaudio, whose decoders are 1.2 to 1.5 times as fast; what these do not
+take is libsndfile's.
+"""
 
 from __future__ import annotations
 
@@ -13,6 +17,8 @@ from raytrain.errors import DataError
 
 RETRY_SECONDS = (0.5, 1.0, 2.0, 4.0)
 PARQUET_ROW = -1  # as `size`: the audio is row `start` of a Parquet file
+_HEAD_BYTES = 64  # tell a format
+_BYTES_PER_SECOND = 200_000  # a file with more than this is not worth decoding whole for what is wanted of it
 
 
 class AudioError(DataError):
@@ -41,13 +47,16 @@ def read_audio(
         if data is None and (size or is_uri(path)):
             data = _read_bytes(path, start, size)
         source = path if data is None else io.BytesIO(data)
-        with soundfile.SoundFile(source) as file:
-            rate = file.samplerate
-            if offset_ms:
-                file.seek(offset_ms * rate // 1000)
-            # Durations are rounded up to whole milliseconds; reading past the end gives what is there.
-            frames = -1 if duration_ms is None else -(-duration_ms * rate // 1000)
-            samples = file.read(frames, dtype="float32", always_2d=True)
+        found = None if offset_ms else _whole_file(path if data is None else data, duration_ms)
+        if found is not None:
+            samples, rate = found
+        else:
+            with soundfile.SoundFile(source) as file:
+                rate = file.samplerate
+                if offset_ms:
+                    file.seek(offset_ms * rate // 1000)
+                # Reading past the end gives what is there.
+                samples = file.read(_frames(duration_ms, rate), dtype="float32", always_2d=True)
     except StorageReadError as error:
         raise AudioError(f"can't read audio {path}", why=error.why or error.what) from error
     except (OSError, RuntimeError) as error:
@@ -66,6 +75,55 @@ def read_audio(
         if not len(mono):
             raise AudioError(f"no audio in {path}", got=f"{len(samples)} sample(s)", remedy="leave it out")
     return np.ascontiguousarray(mono, dtype=np.float32)
+
+
+def _frames(duration_ms: int | None, rate: int) -> int:
+    """Durations are rounded up to whole milliseconds; -1 is all that there is."""
+    return -1 if duration_ms is None else -(-duration_ms * rate // 1000)
+
+
+def _whole_file(source: str | bytes, duration_ms: int | None) -> tuple[np.ndarray, int] | None:
+    """(frames, channels) float32 and the sample rate, of a file's first `duration_ms`; None where libsndfile has to see
+    to it: another format, a much longer file, or one that is broken."""
+    import miniaudio
+
+    if isinstance(source, bytes):
+        head, size = source[:_HEAD_BYTES], len(source)
+    else:
+        with open(source, "rb") as file:
+            head = file.read(_HEAD_BYTES)
+            size = file.seek(0, io.SEEK_END)
+    kind = _kind(head)
+    if kind is None or (duration_ms is not None and size > max(1, duration_ms / 1000) * _BYTES_PER_SECOND):
+        return None
+    data = source if isinstance(source, bytes) else Path(source).read_bytes()
+    try:
+        if kind == "mp3":
+            sound, expected = miniaudio.mp3_read_f32(data), 0
+        elif kind == "flac":
+            sound, expected = miniaudio.flac_read_f32(data), miniaudio.flac_get_info(data).num_frames
+        else:
+            known = miniaudio.vorbis_get_info(data)
+            sound = miniaudio.decode(data, miniaudio.SampleFormat.FLOAT32, known.nchannels, known.sample_rate)
+            expected = known.num_frames
+    except miniaudio.MiniaudioError:
+        return None
+    samples = np.frombuffer(sound.samples, dtype=np.float32).reshape(-1, sound.nchannels)
+    if not len(samples) or len(samples) < expected:
+        return None
+    frames = _frames(duration_ms, sound.sample_rate)
+    return (samples if frames < 0 else samples[:frames]), sound.sample_rate
+
+
+def _kind(head: bytes) -> str | None:
+    """Told from a file's first bytes."""
+    if head.startswith(b"fLaC"):
+        return "flac"
+    if head.startswith(b"OggS") and head[28:35] == b"\x01vorbis":
+        return "vorbis"
+    if head.startswith(b"ID3") or (len(head) > 1 and head[0] == 0xFF and head[1] & 0xE6 == 0xE2):  # layer III
+        return "mp3"
+    return None
 
 
 def _read_bytes(path: str, start: int, size: int) -> bytes:
