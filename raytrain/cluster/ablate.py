@@ -176,11 +176,16 @@ def _with_limits(config: Config) -> Config:
     config = config.model_copy(update={"oomptimize": config.oomptimize.model_copy(update=limits)})
     if config.oomptimize.device_memory is None:
         raise ConfigError("an ablation needs ablate.device_memory", remedy="name the memory that a step may take")
-    train = {"stop_at_wer": section.stop_at_wer, "patience": None}
-    train |= {"max_minutes": section.max_minutes} if section.max_minutes is not None else {}
-    train |= {"max_steps": section.max_steps} if section.max_steps is not None else {}
-    train |= {"validate_every_steps": section.validate_every_steps} if section.validate_every_steps is not None else {}
-    return config.model_copy(update={"train": replace(config.train, **train, checkpoint_every_steps=10**9)})
+    return training_limits(config)
+
+
+def training_limits(config: Config) -> Config:
+    """The run's configuration with the ablation's ends of training; each validation saves, which is enough."""
+    section = config.ablate
+    names = ("max_minutes", "max_steps", "validate_every_steps")
+    train = {name: getattr(section, name) for name in names if getattr(section, name) is not None}
+    train |= {"stop_at_wer": section.stop_at_wer, "patience": None, "checkpoint_every_steps": 10**9}
+    return config.model_copy(update={"train": replace(config.train, **train)})
 
 
 def prepare_folder(config: Config, console: Console, name: str, update: dict[str, Any]) -> Config:

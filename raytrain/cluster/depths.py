@@ -7,14 +7,14 @@ training step costs, and after a short training (a Ray Tune trial) validation WE
 
 from __future__ import annotations
 
-import time
+import contextlib
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from raytrain.artifacts import write_json
-from raytrain.cluster.ablate import histogram_of, prepare_folder, trial_metrics
+from raytrain.cluster.ablate import histogram_of, prepare_folder, training_limits, trial_metrics
 from raytrain.cluster.session import ray_session
 from raytrain.cluster.tracking import RunTracking, tracking_uri
 from raytrain.cluster.trials import run_grid
@@ -60,33 +60,35 @@ def run_depths(
 ) -> dict[str, Any]:  # fmt: skip
     """What `decoder_depths.json` keeps: a row for each depth; without `train` the columns that need none, which may be
     of another `model` than the configuration's."""
-    section = config.ablate
-    updates: dict[str, Any] = {"patience": None, "stop_at_wer": section.stop_at_wer}
-    for name in ("max_minutes", "max_steps", "validate_every_steps"):
-        if getattr(section, name) is not None:
-            updates[name] = getattr(section, name)
-    config = config.model_copy(update={"train": replace(config.train, **updates)})
+    target, config = config.ablate.target_wer, training_limits(config)
     if train and not config.data.dev:
         raise ConfigError("comparing depths needs data.dev", remedy="name dev manifests, or use --predict")
-    with RunTracking(config, config.run_dir) as tracking, ray_session(config.cluster):
+    with ray_session(config.cluster) if train else contextlib.nullcontext():  # counting alone may need no Ray
         histogram = histogram_of(config, console)
-        base = Workspace(config, config.run_dir).model_config()
-        models = depth_models(model or base, decoders, encoders)
+        models = depth_models(model or Workspace(config, config.run_dir).model_config(), decoders, encoders)
         rows = [_counted(one, histogram) for one in models]
         for row in rows:
             row["training_compute"] = row["macs_per_epoch"] / rows[0]["macs_per_epoch"]
         if train:
-            jobs = [_prepare(config, console, one) for one in models]
-            with console.stage("ablate") as finish, tracking.stage("ablate depths"):
-                trials = run_grid(config, console, jobs, config.run_dir / "ablate", tracking.child_id)
-                for row, model, trial in zip(rows, models, trials, strict=True):
-                    row |= trial_metrics(trial, section.target_wer)
-                    row["why"] = trial["why"]
-                    row["rtfx"] = _rtfx(config, model, Path(trial["folder"])) if trial["folder"] else None
-                finish(f"{len(trials)} trainings")
-        body = {"rows": rows, "trained": train, "target_wer": section.target_wer}
-        write_json(config.run_dir / "decoder_depths.json", DEPTHS_FORMAT, body)
+            _train(config, console, models, rows, target)
+    body = {"rows": rows, "trained": train, "target_wer": target}
+    write_json(config.run_dir / "decoder_depths.json", DEPTHS_FORMAT, body)
     return body
+
+
+def _train(
+    config: Config, console: Console, models: list[ModelConfig], rows: list[dict[str, Any]], target: float
+) -> None:
+    """Train every depth, and add to its row what came out."""
+    with RunTracking(config, config.run_dir) as tracking:
+        jobs = [_prepare(config, console, one) for one in models]
+        with console.stage("ablate") as finish, tracking.stage("ablate depths"):
+            trials = run_grid(config, console, jobs, config.run_dir / "ablate", tracking.child_id)
+            for row, model, trial in zip(rows, models, trials, strict=True):
+                row |= trial_metrics(trial, target)
+                row["why"] = trial["why"]
+                row["rtfx"] = _rtfx(config, model, Path(trial["folder"])) if trial["folder"] else None
+            finish(f"{len(trials)} trainings")
 
 
 def _counted(model: ModelConfig, histogram: Any) -> dict[str, Any]:
@@ -115,53 +117,32 @@ def _prepare(config: Config, console: Console, model: ModelConfig) -> dict[str, 
 
 
 def _rtfx(config: Config, model: ModelConfig, folder: Path) -> dict[str, float]:
-    """Audio-seconds per second of greedy decoding of dev recordings, one at a time and eight together, by encoder and
-    decoder; reading audio does not count."""
+    """Audio-seconds per second of greedy decoding of dev recordings, one at a time and eight together, and the
+    decoder's part of the time; reading audio does not count."""
     import torch
 
+    from raytrain.cluster.evaluate import load_run
     from raytrain.data.loader import read_rows
-    from raytrain.model.canary import Canary
-    from raytrain.model.decoding import DecodeSettings, decode
-    from raytrain.training.checkpoint import CheckpointFolder
+    from raytrain.model.decoding import DecodeSettings
+    from raytrain.recognition import Recogniser
 
-    workspace = Workspace(config.model_copy(update={"model": model}), folder)
+    own = config.model_copy(update={"model": model})
     device = torch.device("cuda" if torch.cuda.is_available() and config.train.device != "cpu" else "cpu")
-    network = Canary(workspace.model_config())
-    network.load_state_dict(CheckpointFolder(folder / "checkpoints").best().load_weights())
-    network = network.to(device).eval()
     search = DecodeSettings(max_generation_delta=config.evaluate.max_generation_delta)
-    tokenizer = workspace.tokenizer
+    recogniser = Recogniser(*load_run(own.model_dump(mode="json"), str(folder), "best"), search, device)
+    rows, pad_id = Workspace(own, folder).rows("dev", 40), recogniser.tokenizer.pad_id
     found: dict[str, float] = {}
     for size in (1, 8):
-        rows = workspace.rows("dev", 40)
-        spent, audio = {"encoder": 0.0, "decoder": 0.0}, 0.0
-        batches = [
-            batch.to(device)
-            for _, batch in read_rows(rows, model.sample_rate, tokenizer.pad_id, size, lambda row, error: None)
-        ]
-        with torch.inference_mode():
-            for number, batch in enumerate([batches[0], *batches]):  # the first one warms up
-                start = time.perf_counter()
-                states, lengths = network.encode(batch.audio, batch.audio_lengths)
-                _wait(device)
-                encoded = time.perf_counter()
-                prompts = batch.tokens[:, : int(batch.prompt_lengths.max())]
-                decode(network, states, lengths, prompts, batch.prompt_lengths, tokenizer.eos_id, search)
-                _wait(device)
-                if number:
-                    spent["encoder"] += encoded - start
-                    spent["decoder"] += time.perf_counter() - encoded
-                    audio += float(batch.audio_lengths.sum()) / model.sample_rate
-        found[f"rtfx_batch_{size}"] = audio / sum(spent.values())
-        found[f"decoder_share_batch_{size}"] = spent["decoder"] / sum(spent.values())
+        batches = [batch for _, batch in read_rows(rows, model.sample_rate, pad_id, size, lambda row, error: None)]
+        recogniser.hear(batches[0], [0.0] * len(batches[0]), [False] * len(batches[0]))  # the first one warms up
+        recogniser.take_seconds()
+        for batch in batches:
+            recogniser.hear(batch, [0.0] * len(batch), [False] * len(batch))
+        spent = recogniser.take_seconds()
+        audio = sum(float(batch.audio_lengths.sum()) for batch in batches) / model.sample_rate
+        found[f"rtfx_batch_{size}"] = audio / spent.total()
+        found[f"decoder_share_batch_{size}"] = spent["decoder"] / spent.total()
     return found
-
-
-def _wait(device: Any) -> None:
-    import torch
-
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 def depths_table(body: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
