@@ -54,7 +54,7 @@ def make_folder(path: Path) -> Path:
     return path
 
 
-def storage_error(path: Path, error: OSError) -> StorageError:
+def storage_error(path: Path | str, error: OSError) -> StorageError:
     """What to tell a user when the operating system refuses a write."""
     return StorageError(
         f"can't write {path}",

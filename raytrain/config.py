@@ -23,6 +23,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from raytrain.data.augment import AugmentSettings
 from raytrain.data.corpus import Corpus
+from raytrain.data.remote import DEFAULT_CACHE_BYTES, local_folder
+from raytrain.data.storage import absolute, is_uri
 from raytrain.errors import ConfigError
 from raytrain.lengths.plan import BucketSettings
 from raytrain.lengths.schemes import SCHEMES
@@ -52,9 +54,17 @@ class _Section(BaseModel):
 
 
 class RunSection(_Section):
-    """Where results go: `<root>/<name>/`. `root` falls back to $RAYTRAIN_RUN_ROOT, then `runs`."""
+    """Where results go: `<root>/<name>/`, where `root` is a folder that all nodes share, or a URI (`s3://…`).
+
+    `root` falls back to $RAYTRAIN_RUN_ROOT, then `runs`. Of a run at a URI each node keeps what it reads in its cache,
+    $RAYTRAIN_CACHE or `~/.cache/raytrain`: parts of the assignment up to `cache_size`, the least used of which make
+    way.
+    """
 
     root: str | None = None
+    cache_size: int = Field(DEFAULT_CACHE_BYTES, ge=1 << 20)
+
+    _sizes = field_validator("cache_size", mode="before")(parse_bytes)
 
 
 class StreamSection(_Section):
@@ -325,15 +335,27 @@ class Config(_Section):
         if start and Path(start).expanduser().absolute().is_relative_to(self.run_dir):
             problems.append("train.init_from lies in this run's own folder, whose checkpoints make way for the new "
                             "ones; give the run another name, or copy the model out first")  # fmt: skip
+        if is_uri(self.run_location):
+            if self.tracking.enabled and not self.tracking.uri:
+                problems.append(f"run.root is {self.run_location.rpartition('/')[0]}, where MLflow can't keep its "
+                                f"database; set tracking.uri to a server, or tracking.enabled to false")  # fmt: skip
+            if self.train.storage_path:
+                problems.append("train.storage_path copies checkpoints of a run on disk; those of a run at a URI are "
+                                "there already")  # fmt: skip
         if problems:
             raise ValueError("; ".join(problems))
         return self
 
     @property
     def run_dir(self) -> Path:
-        """Absolute folder of this run's artefacts."""
-        root = Path(self.run.root or os.environ.get(RUN_ROOT_VARIABLE) or "runs")
-        return (root / self.name).expanduser().absolute()
+        """Absolute folder of this run's artefacts on this machine; for a run at a URI, in the cache."""
+        return local_folder(self.run_location)
+
+    @property
+    def run_location(self) -> str:
+        """Absolute path or URI of this run's artefacts, as all nodes know it."""
+        root = self.run.root or os.environ.get(RUN_ROOT_VARIABLE) or "runs"
+        return f"{root.rstrip('/')}/{self.name}" if is_uri(root) else absolute(f"{root}/{self.name}")
 
     def section(self, *names: str) -> dict[str, Any]:
         """Named sections as plain JSON values, for keys and records."""

@@ -256,16 +256,21 @@ def test_validation_scores_words_and_translations_apart():
 def test_a_kill_for_memory_lowers_the_bucket_it_happened_in(tmp_path):
     machine, kills = kills_for_memory()
     notes = FaultNotes(tmp_path, "profile", rank=3)
+
+    def learn(kills: dict[str, int]) -> None:
+        first = FaultNotes(tmp_path, "profile")
+        first.learn_from_deaths(kills, first.take_marks())
+
     mark = notes.marking()
     mark.__enter__()(7, 2, 40)  # and then the process is gone
-    FaultNotes(tmp_path, "profile").learn_from_deaths({machine: kills})  # nothing was killed for memory
+    learn({machine: kills})  # nothing was killed for memory
     assert notes.lowered((50, 50, 50)) == (50, 50, 50)
     mark = notes.marking()
     mark.__enter__()(7, 2, 40)
-    FaultNotes(tmp_path, "profile").learn_from_deaths({machine: kills + 1})
+    learn({machine: kills + 1})
     assert notes.lowered((50, 50, 50)) == (50, 50, 38)
     assert notes.reasons() == ["bucket 2 takes 38 utterances instead of 40: a worker was killed for its memory"]
-    FaultNotes(tmp_path, "profile").learn_from_deaths({machine: kills + 9})  # no marks, no lesson
+    learn({machine: kills + 9})  # no marks, no lesson
     assert notes.lowered((50, 50, 50)) == (50, 50, 38)
     with pytest.raises(ValueError), notes.marking() as write:
         write(1, 0, 1)

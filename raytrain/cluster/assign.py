@@ -22,27 +22,39 @@ import pyarrow.compute as pc
 from raytrain.artifacts import atomic_write, atomic_write_bytes, write_json
 from raytrain.cluster.session import map_on_workers
 from raytrain.cluster.statistics import NUM_EXAMPLES
-from raytrain.data.assignment import INDEX_FORMAT, ROW_SCHEMA, PartsWriter, row_table
+from raytrain.data.assignment import (
+    INDEX_FORMAT,
+    ROW_SCHEMA,
+    PartsWriter,
+    audio_name,
+    note_name,
+    part_name,
+    row_table,
+)
 from raytrain.data.audio import PARQUET_ROW
 from raytrain.data.corpus import BadRow, Chunk, read_blocks
 from raytrain.data.encoder import BlockEncoder
 from raytrain.data.materialize import AudioFinder, make_flacs
+from raytrain.data.remote import DEFAULT_CACHE_BYTES, RunStore
 from raytrain.data.rows import Block
+from raytrain.data.storage import patiently, write_bytes
 from raytrain.data.tokenizer import CanaryTokenizer
 from raytrain.errors import ArtifactError, ManifestError
 from raytrain.lengths.plan import BucketPlan
 
+FOLDER = "assignment"
 _FLUSH_AT = 32_768  # rows that wait before each bucket's are written: small batches make slow files
 _FLUSH_AUDIO_AT = 256  # rows whose audio is in memory together
 
 
 @dataclass(frozen=True)
 class AssignSettings:
-    """`sample_rate` is what audio is copied at, None where it is not copied."""
+    """`sample_rate` is what audio is copied at, None where it is not copied; `cache_size` see `RunSection`."""
 
     prompt_format: str
     by_words: bool = True
     sample_rate: int | None = None
+    cache_size: int = DEFAULT_CACHE_BYTES
 
 
 class ChunkAssigner:
@@ -82,6 +94,21 @@ class ChunkAssigner:
             "rejected": dict(sorted(self._rejected.items())),
             "examples": self._examples,
         }
+
+    def share(self, note: dict[str, Any], store: RunStore) -> dict[str, Any]:
+        """Put the chunk's files where the run folder is; the note with the parts' ids, by which others check them."""
+        if not store.is_remote:
+            return note
+        home, chunk = self._folder.name, self._chunk.index
+        files = {}
+        for bucket in map(int, note["rows"]):
+            name = part_name(bucket, chunk)
+            files[name] = store.put_part(f"{home}/{name}")
+            if self._sample_rate is not None:
+                store.put_part(f"{home}/{audio_name(bucket, chunk)}", keep=False)  # which is read by ranges
+        if note["rejected"]:
+            store.share(f"{home}/rejected/part-{chunk:05d}.jsonl")
+        return {**note, "files": files}
 
     def _add(self, block: Block) -> None:
         encoded = self._encoder.encode(block)
@@ -170,7 +197,7 @@ def assign_all(
     chunks: list[Chunk],
     tokenizer: CanaryTokenizer,
     plan: BucketPlan,
-    folder: Path,
+    store: RunStore,
     settings: AssignSettings,
     *,
     key: str,
@@ -178,23 +205,24 @@ def assign_all(
     """Run the missing chunks on Ray Data; yields the note of every chunk, finished before or now."""
     import ray
 
-    notes = folder / "parts"
-    _clear_other_inputs(folder, key)
-    done = [_read_note(notes / f"{chunk.index:05d}.json") for chunk in chunks]
+    _clear_other_inputs(store, key)
+    done = [_read_note(store.local / FOLDER / note_name(chunk.index)) for chunk in chunks]
     yield from (note for note in done if note)
     missing = [chunk for chunk, note in zip(chunks, done, strict=True) if not note]
     if not missing:
         return
-    shared = ray.put((tokenizer, plan))
+    shared, location = ray.put((tokenizer, plan)), store.location
 
     def work(chunks: list[Chunk]) -> list[dict[str, Any]]:
         tokenizer, plan = ray.get(shared)
         encoder = BlockEncoder(tokenizer, settings.prompt_format, by_words=settings.by_words)
+        store = RunStore(location, settings.cache_size)
         made = []
         for chunk in chunks:
-            note = ChunkAssigner(chunk, encoder, plan, folder, settings.sample_rate).run()
+            assigner = ChunkAssigner(chunk, encoder, plan, store.local / FOLDER, settings.sample_rate)
+            note = assigner.share(patiently(assigner.run), store)
             # The note comes last: a chunk without one is written again, over the same file names.
-            atomic_write_bytes(notes / f"{chunk.index:05d}.json", orjson.dumps(note))
+            write_bytes(store.place(f"{FOLDER}/{note_name(chunk.index)}"), orjson.dumps(note))
             made.append(note)
         return made
 
@@ -245,13 +273,18 @@ def write_index(
     return write_json(folder / "index.json", INDEX_FORMAT, body, parents)
 
 
-def _clear_other_inputs(folder: Path, key: str) -> None:
+def _clear_other_inputs(store: RunStore, key: str) -> None:
     """Parts made from other inputs (another plan, tokenizer, manifest) must not mix with new ones, and what a killed
     job had half written goes."""
-    marker = folder / "inputs.key"
-    if folder.exists() and (not marker.exists() or marker.read_text() != key):
-        shutil.rmtree(folder)
-    atomic_write_bytes(marker, key.encode())
+    name, folder = f"{FOLDER}/inputs.key", store.local / FOLDER
+    marker = store.look(name)
+    if not marker.exists() or marker.read_text() != key:
+        store.clear(FOLDER)
+        atomic_write_bytes(marker, key.encode())
+        store.share(name)
+    if store.is_remote:  # notes of other inputs may have stayed on this machine
+        shutil.rmtree(folder / "parts", ignore_errors=True)
+        store.look_at_all(f"{FOLDER}/parts", "*.json")
     for half in folder.glob("*/.*"):
         half.unlink()
 

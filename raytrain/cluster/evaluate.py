@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 from raytrain.cluster.inference import Job, batch_sizes, find_pool, make_batches, recognise
@@ -17,15 +16,13 @@ from raytrain.data.assignment import Row
 from raytrain.data.requests import Request
 from raytrain.data.tokenizer import CanaryTokenizer
 from raytrain.model.canary import Canary
-from raytrain.training.checkpoint import CheckpointFolder
 from raytrain.training.evaluation import count_errors
 
 
-def load_run(config: dict[str, Any], run_dir: str, checkpoint: str) -> tuple[Canary, CanaryTokenizer]:
+def load_run(config: dict[str, Any], location: str, checkpoint: str) -> tuple[Canary, CanaryTokenizer]:
     """The model of a run's `best` or `last` checkpoint and its tokenizer, for a worker."""
-    workspace = Workspace(check_config(config), Path(run_dir))
-    folder = CheckpointFolder(workspace.path("checkpoints"))
-    found = folder.best() if checkpoint == "best" else folder.newest()
+    workspace = Workspace(check_config(config), location)
+    found = workspace.checkpoints().to_decode(checkpoint)
     model = Canary(workspace.model_config())
     model.load_state_dict(found.load_weights())
     return model, workspace.tokenizer
@@ -46,12 +43,12 @@ def _result(identity: int, row: Row, translated: bool, found: dict[str, Any]) ->
     return {**result, "hypothesis": hypothesis, "wer": round(count_errors([row.text], [hypothesis]).rate, 6)}
 
 
-def transcribe_rows(config: Config, run_dir: Path, rows: list[Row]) -> Iterator[dict[str, Any]]:
+def transcribe_rows(config: Config, location: str, rows: list[Row]) -> Iterator[dict[str, Any]]:
     """Hypotheses of test rows, batch by batch, from a pool of `evaluate.num_workers`; `id` is the row's place."""
-    workspace, evaluate = Workspace(config, run_dir), config.evaluate
+    workspace, evaluate = Workspace(config, location), config.evaluate
     device = "auto" if config.train.device != "cpu" else "cpu"
     pool = find_pool(evaluate.num_workers, device, None, config.cluster.data_resources)
-    load = partial(load_run, config.model_dump(mode="json"), str(run_dir), evaluate.checkpoint)
+    load = partial(load_run, config.model_dump(mode="json"), location, evaluate.checkpoint)
     # Whole rows, as in training and validation: what is longer than a window is not cut here.
     job = Job(
         load, workspace.search(), config.model.sample_rate, workspace.tokenizer.pad_id, precision=evaluate.precision

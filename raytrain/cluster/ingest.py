@@ -11,7 +11,6 @@ import threading
 from collections.abc import Iterator, Sequence
 from contextlib import closing
 from functools import lru_cache
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -43,11 +42,11 @@ class RayBatches:
         shares: Sequence[int], num_shares: int, world_size: int = 1, pin_memory: bool = False,
     ) -> None:  # fmt: skip
         self._workspace, self._batch_sizes = workspace, batch_sizes
-        self._schedule = workspace.schedule(Assignment(workspace.path("assignment")), batch_sizes)
+        self._schedule = workspace.schedule(workspace.assignment(), batch_sizes)
         self._state = ScheduleState.from_dict(state) if state else self._schedule.initial()
         self._shares, self._num_shares = shares, num_shares
         self._world_size, self._pin_memory = world_size, pin_memory
-        self._quarantine = Quarantine(workspace.path("quarantine.jsonl"))
+        self._quarantine = workspace.quarantine
         self._steps = self._load()
 
     def __enter__(self) -> RayBatches:
@@ -91,7 +90,7 @@ class RayBatches:
         context.execution_options.resource_limits = ExecutionResources(
             object_store_memory=store * _STORE_SHARE / self._world_size
         )
-        job = (orjson.dumps(self._workspace.config.model_dump(mode="json")), str(self._workspace.run_dir))
+        job = (orjson.dumps(self._workspace.config.model_dump(mode="json")), self._workspace.store.location)
         sizes = self._batch_sizes
 
         def decode(table: Any) -> Any:
@@ -128,9 +127,9 @@ def free_cpus(config: Config, world_size: int) -> int:
     return cpus
 
 
-def decode_step(share: dict[str, int], config: bytes, run_dir: str, batch_sizes: tuple[int, ...]) -> Any:
+def decode_step(share: dict[str, int], config: bytes, location: str, batch_sizes: tuple[int, ...]) -> Any:
     """One share of a step as a table of one row. Runs in a Ray Data task, whose process keeps what it opened."""
-    assignment, schedule, reader, quarantine = _opened(config, run_dir, batch_sizes)
+    assignment, schedule, reader, quarantine = _opened(config, location, batch_sizes)
     plan = StepPlan(share["bucket"], share["start"], (share["size"],), share["epoch"])
     work = work_of(assignment, schedule, plan, 0, schedule.initial(), False)
     return pack(reader.finish(work, reader.start(work)), quarantine.take_news())
@@ -138,10 +137,10 @@ def decode_step(share: dict[str, int], config: bytes, run_dir: str, batch_sizes:
 
 @lru_cache(maxsize=2)
 def _opened(
-    config: bytes, run_dir: str, batch_sizes: tuple[int, ...]
+    config: bytes, location: str, batch_sizes: tuple[int, ...]
 ) -> tuple[Assignment, BatchSchedule, StepReader, Quarantine]:
-    workspace = Workspace(check_config(orjson.loads(config)), Path(run_dir))
-    assignment, quarantine = Assignment(workspace.path("assignment")), Quarantine(None)
+    workspace = Workspace(check_config(orjson.loads(config)), location)
+    assignment, quarantine = workspace.assignment(), Quarantine(None)
     schedule = workspace.schedule(assignment, batch_sizes)
     return assignment, schedule, workspace.step_reader(assignment, quarantine, num_threads=1), quarantine
 
@@ -186,12 +185,12 @@ class StreamSource:
     """An actor that runs a stream's sampler for all workers and keeps the steps that some of them has not taken yet."""
 
     def __init__(
-        self, config: dict[str, Any], run_dir: str, batch_sizes: tuple[int, ...], num_shares: int, world_size: int,
+        self, config: dict[str, Any], location: str, batch_sizes: tuple[int, ...], num_shares: int, world_size: int,
         state: dict[str, Any] | None,
     ) -> None:  # fmt: skip
         from raytrain.data.stream import StreamState
 
-        workspace = Workspace(check_config(config), Path(run_dir))
+        workspace = Workspace(check_config(config), location)
         start = StreamState.from_dict(state) if state else StreamState()
         self._steps = workspace.stream(batch_sizes, num_shares).steps(start)
         self._kept: dict[int, Any] = {}
@@ -244,7 +243,7 @@ def stream_work(
         # Every worker waits in a call of its own. It takes no CPU of its own, or a small cluster could not start it.
         actor = ray.remote(num_cpus=0, max_concurrency=world_size + 1)(StreamSource)
         config = workspace.config.model_dump(mode="json")
-        source = actor.remote(config, str(workspace.run_dir), batch_sizes, num_shares, world_size, state)
+        source = actor.remote(config, workspace.store.location, batch_sizes, num_shares, world_size, state)
     return _shares(broadcast_from_rank_zero(source), rank, shares)
 
 

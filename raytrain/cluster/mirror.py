@@ -1,21 +1,26 @@
-"""Copies of checkpoints on another filesystem (`train.storage_path`), from which training goes on where the run folder
-is lost.
+"""Checkpoints on another filesystem: copies (`train.storage_path`), from which training goes on where the run folder is
+lost, or the run's own ones, where its folder is there.
 
 Copying never ends training: what can't be copied is said once, and the next checkpoint tries again.
 """
 
 from __future__ import annotations
 
+import contextlib
+import json
 import logging
 import shutil
 import tempfile
 from pathlib import Path
+from typing import Any
 
-from raytrain.artifacts import make_folder
-from raytrain.data.storage import locate
-from raytrain.errors import CheckpointError
-from raytrain.training.checkpoint import META, Checkpoint, read_checkpoint
+from raytrain.artifacts import file_id, make_folder
+from raytrain.data.remote import RunStore
+from raytrain.data.storage import download, list_files, locate, remove_file, upload
+from raytrain.errors import CheckpointError, RaytrainError, StorageError
+from raytrain.training.checkpoint import BEST, META, Checkpoint, CheckpointFolder, read_checkpoint
 
+FOLDER = "checkpoints"
 _LOG = logging.getLogger("raytrain.checkpoints")
 
 
@@ -31,27 +36,27 @@ class CheckpointMirror:
 
     def put(self, source: Path) -> None:
         """Copy a checkpoint folder or a file; a failure is a warning."""
-        files = [source] if source.is_file() else sorted(source.iterdir(), key=lambda file: file.name == META)
         try:
-            filesystem, base = locate(self.path)
-            filesystem.create_dir(base if source.is_file() else f"{base}/{source.name}", recursive=True)
-            for file in files:
-                name = f"{base}/{file.relative_to(source.parent).as_posix()}"
-                with open(file, "rb") as data, filesystem.open_output_stream(name) as out:
-                    shutil.copyfileobj(data, out, 8 << 20)
+            self.copy(source)
             self._warned = False
-        except Exception as error:  # each filesystem has its own
+        except (OSError, RaytrainError) as error:
             if not self._warned:
                 _LOG.warning("%s can't be copied to %s (%s); the next checkpoint tries again", source, self.path, error)
             self._warned = True
 
+    def copy(self, source: Path) -> None:
+        """Copy a checkpoint folder or a file. Raises `StorageError`."""
+        files = [source] if source.is_file() else sorted(source.iterdir(), key=lambda file: file.name == META)
+        for file in files:
+            upload(file, f"{self.path}/{file.relative_to(source.parent).as_posix()}")
+
     def remove(self, name: str) -> None:
         """Remove a checkpoint; one that is not there is fine."""
         try:
+            remove_file(f"{self.path}/{name}/{META}")
             filesystem, folder = locate(f"{self.path}/{name}")
-            filesystem.delete_file(f"{folder}/{META}")
             filesystem.delete_dir(folder)
-        except Exception as error:
+        except (OSError, RaytrainError) as error:
             _LOG.debug("%s was not removed from %s: %s", name, self.path, error)
 
     def fetch_newest(self, into: Path, lineage: str) -> Checkpoint | None:
@@ -83,3 +88,114 @@ class CheckpointMirror:
                 remedy="check the path and the credentials, or unset train.storage_path",
             ) from error
         return None
+
+
+class SharedCheckpoints(CheckpointFolder):
+    """The checkpoints of a run at a URI: written in this machine's cache, put there, and brought where they are read.
+
+    What is there counts. Methods that read raise `StorageReadError` and `CheckpointError`.
+    """
+
+    def __init__(self, store: RunStore, keep: int = 2, keep_best: int = 1) -> None:
+        self._there = CheckpointMirror(store.place(FOLDER))
+        super().__init__(store.local / FOLDER, keep, keep_best, self._there)
+        self._store = store
+
+    def save(self, step: int, parts: dict[str, dict], meta: dict[str, Any]) -> Checkpoint:
+        """As `CheckpointFolder.save`; what was logged up to the step is there before it."""
+        metrics = self._store.own("metrics.jsonl")
+        if metrics.exists():
+            with contextlib.suppress(StorageError):  # the checkpoint's own copy will say so
+                self._store.share(metrics.name, metrics)
+        return super().save(step, parts, meta)
+
+    def newest(self) -> Checkpoint | None:
+        """The newest complete checkpoint, brought here."""
+        self._look_at_best()
+        for name in reversed(self._names()):
+            checkpoint = self._brought(name)
+            if checkpoint is not None:
+                return checkpoint
+        return None
+
+    def at(self, step: int) -> Checkpoint:
+        """The checkpoint of a step, brought here. Raises `CheckpointError` where it is not whole."""
+        checkpoint = self._brought(f"step_{step:08d}")
+        if checkpoint is None:
+            raise CheckpointError(f"{self._there.path}/step_{step:08d} is not a whole checkpoint")
+        return checkpoint
+
+    def best(self) -> Checkpoint | None:
+        """The checkpoint with the lowest validation error, else the newest, brought here."""
+        self._look_at_best()
+        note = self.best_note()
+        return (self._brought(f"step_{note['step']:08d}") if note else None) or self.newest()
+
+    def about(self, which: str) -> Checkpoint | None:
+        """The `newest` or the `best` checkpoint for what its `meta` says."""
+        self._look_at_best()
+        note, names = self.best_note(), self._names()
+        best = f"step_{note['step']:08d}" if note and which == "best" else None
+        for name in ([best] if best in names else []) + names[::-1]:
+            meta = self._meta(name)
+            if meta is not None:
+                return Checkpoint(self.folder / name, meta)
+        return None
+
+    def to_decode(self, which: str) -> Checkpoint | None:
+        """The `last` or the `best` checkpoint with its weights here, not with the rest of it."""
+        found = self.about("best" if which == "best" else "newest")
+        return self._brought(found.folder.name, ("model.pt", "average.pt")) if found else None
+
+    def settle(self) -> None:
+        """Put what could not be put when it was written. Raises `StorageError`."""
+        there = set(self._names())
+        for folder in sorted(self.folder.glob("step_*")):
+            if folder.name not in there and read_checkpoint(folder) is not None:
+                self._there.copy(folder)
+        if (self.folder / BEST).exists():
+            self._there.copy(self.folder / BEST)
+
+    def _names(self) -> list[str]:
+        metas = list_files(self._there.path, META, recursive=True, missing_ok=True)
+        return sorted(name for name in (meta.split("/")[-2] for meta in metas) if name.startswith("step_"))
+
+    def _look_at_best(self) -> None:
+        self._store.look(f"{FOLDER}/{BEST}")
+
+    def _meta(self, name: str) -> dict[str, Any] | None:
+        """What a checkpoint there says of itself; None where it does not."""
+        with tempfile.TemporaryDirectory() as folder:
+            try:
+                download(f"{self._there.path}/{name}/{META}", Path(folder) / META)
+                meta = json.loads((Path(folder) / META).read_bytes())
+                whole = all(Path(file).name == file for file in meta["files"])
+            except (FileNotFoundError, ValueError, KeyError, TypeError):
+                return None
+        return meta if whole else None
+
+    def _brought(self, name: str, only: tuple[str, ...] | None = None) -> Checkpoint | None:
+        meta = self._meta(name)
+        if meta is None:
+            return None
+        folder = make_folder(self.folder / name)
+        files = {file: meta["files"][file] for file in meta["files"] if only is None or file in only}
+        for file, identity in files.items():
+            path = folder / file
+            if not (path.exists() and file_id(path) == identity):
+                try:
+                    download(f"{self._there.path}/{name}/{file}", path)
+                except FileNotFoundError:
+                    return None
+            if file_id(path) != identity:
+                return None
+        if only is None:
+            download(f"{self._there.path}/{name}/{META}", folder / META)
+        return Checkpoint(folder, meta)
+
+
+def checkpoints_of(store: RunStore, keep: int = 2, keep_best: int = 1, mirror: Any = None) -> CheckpointFolder:
+    """A run's checkpoints, wherever its folder is; `mirror` keeps copies of those of a folder on disk."""
+    if store.is_remote:
+        return SharedCheckpoints(store, keep, keep_best)
+    return CheckpointFolder(store.local / FOLDER, keep, keep_best, mirror)

@@ -13,7 +13,6 @@ import os
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 from raytrain.artifacts import content_id
@@ -298,7 +297,7 @@ class _Brackets:
 
 def confirm(
     config: Config, model: ModelConfig, plan: BucketPlan, device: Device, needs: list[tuple[float, float]],
-    scratch: Path, on_progress: Progress, make_meter: Callable[[dict[str, Any]], Any] = step_meter,
+    scratch: str, on_progress: Progress, make_meter: Callable[[dict[str, Any]], Any] = step_meter,
 ) -> list[dict[str, Any]]:  # fmt: skip
     """One Tune trial per bucket; what each reported, in the order of buckets. `needs` is the predicted memory of each
     bucket's step as (bytes, bytes per utterance).
@@ -323,7 +322,7 @@ def confirm(
     ]
     brackets = ray.remote(_Brackets).options(name=common["brackets"], num_cpus=0).remote(edges, needs, budget)
     try:
-        results = _run_trials(jobs, device, scratch / f"oomptimize-{common['id']}", on_progress, make_meter)
+        results = _run_trials(jobs, device, f"{scratch}/oomptimize-{common['id']}", on_progress, make_meter)
     finally:
         ray.kill(brackets)
     for number, result in enumerate(results):
@@ -334,7 +333,7 @@ def confirm(
 
 
 def _run_trials(
-    jobs: list[dict[str, Any]], device: Device, folder: Path, on_progress: Progress,
+    jobs: list[dict[str, Any]], device: Device, folder: str, on_progress: Progress,
     make_meter: Callable[[dict[str, Any]], Any],
 ) -> list[dict[str, Any]]:  # fmt: skip
     from ray import tune
@@ -352,16 +351,15 @@ def _run_trials(
     os.environ.setdefault("TUNE_GLOBAL_CHECKPOINT_S", "1")
     trainable = tune.with_resources(partial(probe_bucket, make_meter=make_meter), _resources(device))
     space = {"job": tune.grid_search(jobs)}
-    if tune.Tuner.can_restore(str(folder)):
-        tuner = tune.Tuner.restore(str(folder), trainable, restart_errored=True, param_space=space)
+    parent, _, name = folder.rpartition("/")
+    if tune.Tuner.can_restore(folder):
+        tuner = tune.Tuner.restore(folder, trainable, restart_errored=True, param_space=space)
     else:
         tuner = tune.Tuner(
             trainable,
             param_space=space,
             tune_config=tune.TuneConfig(reuse_actors=True),
-            run_config=tune.RunConfig(
-                name=folder.name, storage_path=str(folder.parent), verbose=0, callbacks=[Counted()]
-            ),
+            run_config=tune.RunConfig(name=name, storage_path=parent, verbose=0, callbacks=[Counted()]),
         )
     _SHOWING[:] = [on_progress]
     with contextlib.redirect_stdout(None):
@@ -421,7 +419,7 @@ def _soak(job: dict[str, Any], make_meter: Callable[[dict[str, Any]], Any]) -> I
 
 
 def find_profile(
-    config: Config, model: ModelConfig, model_id: str, plan: BucketPlan, plan_id: str, device: Device, scratch: Path,
+    config: Config, model: ModelConfig, model_id: str, plan: BucketPlan, plan_id: str, device: Device, scratch: str,
     on_progress: Progress, make_meter: Callable[[dict[str, Any]], Any] = step_meter,
 ) -> tuple[BatchProfile, list[dict[str, Any]]]:  # fmt: skip
     """The profile of one device, and what each trial reported (none where the device is only named)."""

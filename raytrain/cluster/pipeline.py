@@ -19,10 +19,11 @@ import yaml
 from raytrain.artifacts import atomic_write_bytes, canonical_json, content_id, file_id, make_folder
 from raytrain.cluster import stages
 from raytrain.cluster.session import ray_session
-from raytrain.cluster.tracking import RunTracking
+from raytrain.cluster.tracking import RUN_NOTE, RunTracking
 from raytrain.cluster.workspace import Workspace
 from raytrain.config import Config
 from raytrain.console import Console
+from raytrain.data.remote import RunStore
 from raytrain.errors import ArtifactError
 
 _STATE = "stages.json"
@@ -68,9 +69,12 @@ def run_pipeline(config: Config, console: Console, names: tuple[str, ...] = STAG
 
     Raises `ArtifactError` where a stage that is not among `names` has not run before.
     """
+    store = RunStore(config.run_location, config.run.cache_size)
+    store.adopt()
     run_dir = make_folder(config.run_dir)
     resolved = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
     atomic_write_bytes(run_dir / "config.yaml", resolved.encode())
+    store.share("config.yaml")
     done = _read_state(run_dir)
     ran: list[str] = []
     # Ray starts with the first stage that needs it and stays until the last: each start costs seconds, and a shutdown
@@ -82,7 +86,7 @@ def run_pipeline(config: Config, console: Console, names: tuple[str, ...] = STAG
             if not stage.applies(config):
                 console.say(f"  {stage.name} is left out: with data.stream training reads the corpora as they are")
                 continue
-            _check_needs(stage, config, run_dir, done)
+            _check_needs(stage, config, done)
             workspace = Workspace(config, run_dir)  # artefacts may have changed since the stage before
             key = content_id({"stage": stage.name, "depends_on": stage.key(workspace)})
             if _is_current(run_dir, done.get(stage.name), key):
@@ -90,26 +94,29 @@ def run_pipeline(config: Config, console: Console, names: tuple[str, ...] = STAG
                 continue
             # From here on the old result is void; a stage that is stopped half-way runs again.
             done.pop(stage.name, None)
-            _write_state(run_dir, done)
+            _write_state(store, done)
             if stage.uses_ray:
                 ray.enter_context(ray_session(config.cluster))
             context = stages.Context(workspace, console, tracking, key)
             with console.stage(stage.name) as finish, tracking.stage(stage.name, stage.goes_on(workspace)):
+                if (run_dir / RUN_NOTE).exists():
+                    store.share(RUN_NOTE)
                 finish(stage.run(context))
+                store.publish()
             done[stage.name] = {"key": key, "outputs": _identities(run_dir, stage)}
-            _write_state(run_dir, done)
+            _write_state(store, done)
             ran.append(stage.name)
     if not ran:
-        console.say(f"nothing to do: {', '.join(names)} up to date in {run_dir}")
+        console.say(f"nothing to do: {', '.join(names)} up to date in {config.run_location}")
     return ran
 
 
-def _check_needs(stage: Stage, config: Config, run_dir: Path, done: dict[str, Any]) -> None:
+def _check_needs(stage: Stage, config: Config, done: dict[str, Any]) -> None:
     left_out = {other.name for other in STAGES if not other.applies(config)}
     missing = [name for name in stage.needs if name not in done and name not in left_out]
     if missing:
         raise ArtifactError(
-            f"{stage.name} needs what {', '.join(missing)} would have written to {run_dir}",
+            f"{stage.name} needs what {', '.join(missing)} would have written to {config.run_location}",
             remedy=f"run `raytrain {missing[0]}` with this configuration first, or `raytrain run` for all stages",
         )
 
@@ -134,5 +141,6 @@ def _read_state(run_dir: Path) -> dict[str, Any]:
         return {}
 
 
-def _write_state(run_dir: Path, done: dict[str, Any]) -> None:
-    atomic_write_bytes(run_dir / _STATE, canonical_json(done))
+def _write_state(store: RunStore, done: dict[str, Any]) -> None:
+    atomic_write_bytes(store.local / _STATE, canonical_json(done))
+    store.share(_STATE)

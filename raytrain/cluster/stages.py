@@ -35,7 +35,7 @@ from raytrain.cluster.workspace import (
 from raytrain.config import Config
 from raytrain.console import Console
 from raytrain.convert import model_stamp
-from raytrain.data.assignment import INDEX_FORMAT, Assignment
+from raytrain.data.assignment import INDEX_FORMAT
 from raytrain.data.storage import fingerprints, is_uri
 from raytrain.errors import ArtifactError, ConfigError, ManifestError, TrainingError
 from raytrain.lengths.compare import PolicyRow, compare_policies
@@ -44,7 +44,6 @@ from raytrain.lengths.plan import BucketPlan
 from raytrain.lengths.profile import BatchProfile
 from raytrain.lengths.simulate import Simulation, simulate
 from raytrain.model.cost import cost_of
-from raytrain.training.checkpoint import CheckpointFolder
 
 # Settings of training that say when to stop, look and save, but not what is learnt: a run goes on when they change.
 _NOT_LINEAGE = (
@@ -227,16 +226,17 @@ def run_assign(context: Context) -> str:
 
     workspace, config = context.workspace, context.config
     chunks = workspace.numbered(chunks_of(config, "train"))
-    folder = context.path("assignment")
+    folder = context.path(job.FOLDER)
     settings = job.AssignSettings(
         prompt_format=config.model.prompt_format,
         by_words=config.tokenizer.by_words,
         sample_rate=config.model.sample_rate if config.assign.materialize else None,
+        cache_size=config.run.cache_size,
     )
     key = content_id([context.key, [[chunk.path, chunk.start, chunk.end] for chunk in chunks]])
     notes = []
     with context.console.progress("assigning", len(chunks)) as update:
-        for note in job.assign_all(chunks, workspace.tokenizer, workspace.plan, folder, settings, key=key):
+        for note in job.assign_all(chunks, workspace.tokenizer, workspace.plan, workspace.store, settings, key=key):
             notes.append(note)
             update(advance=1)
     parents = {"bucket_plan": workspace.plan_id, "tokenizer": workspace.tokenizer.id}
@@ -272,7 +272,7 @@ def run_oomptimize(context: Context) -> str:
         with _shown(context.console) as show:
             profile, trials = find_profile(
                 context.config, workspace.model_config(), workspace.model_id(), workspace.plan, workspace.plan_id,
-                device, context.path("ray"), show,
+                device, workspace.store.place("ray"), show,
             )  # fmt: skip
         profiles.append(profile)
         _track_profile(context, profile, trials)
@@ -390,7 +390,7 @@ def describe_schedule(
             remedy="unset data.stream and run assign",
         )
     workspace = Workspace(config, config.run_dir)
-    assignment = Assignment(workspace.path("assignment"))
+    assignment = workspace.assignment()
     schedule = workspace.schedule(assignment, workspace.profiles()[0].batch_sizes)
     rows = [sum(column) for column in zip(*assignment.rows_by_corpus, strict=True)]
     corpora = [
@@ -434,7 +434,7 @@ def train_key(workspace: Workspace) -> Any:
 
 def train_goes_on(workspace: Workspace) -> bool:
     """Whether training has checkpoints of these settings to go on from."""
-    last = CheckpointFolder(workspace.path("checkpoints")).newest()
+    last = workspace.checkpoints().about("newest")
     return last is not None and last.meta["ids"].get("lineage") == _lineage(workspace)
 
 
@@ -453,13 +453,13 @@ def training_meta(workspace: Workspace) -> dict[str, Any]:
 
 
 def run_train(context: Context) -> str:
-    from raytrain.cluster.train import mirror_of, run_training
+    from raytrain.cluster.train import METRICS, mirror_of, run_training
 
     workspace, config = context.workspace, context.config
     lineage = _lineage(workspace)
     _set_aside_other_lineage(context, lineage)
-    folder = CheckpointFolder(context.path("checkpoints"), config.train.keep_checkpoints, config.train.keep_best)
-    start, mirror = folder.newest(), mirror_of(config)
+    folder = workspace.checkpoints()
+    start, mirror = folder.about("newest"), mirror_of(config)
     if start is None and mirror is not None:
         start = mirror.fetch_newest(make_folder(folder.folder), lineage)
         if start is not None:
@@ -469,7 +469,7 @@ def run_train(context: Context) -> str:
     with _training_progress(context, start.step if start else 0) as on_metrics:
         run_training(
             config,
-            workspace.run_dir,
+            workspace.store.location,
             meta=training_meta(workspace),
             mlflow=context.tracking.worker_arguments(),
             on_metrics=on_metrics,
@@ -478,10 +478,12 @@ def run_train(context: Context) -> str:
     lowered = context.path("batch_profile_lowered.json")
     if lowered.exists():
         context.tracking.current.log_artifact(lowered)
-    last = folder.newest()
+    workspace.store.look(METRICS)
+    workspace.gather_quarantine()
+    last = folder.about("newest")
     if last is None:
         raise TrainingError("training ended without a checkpoint", remedy="see the messages above")
-    best = folder.best() or last
+    best = folder.about("best") or last
     note = {"last_step": last.step, "best_step": best.step, "files": best.meta["files"]}
     atomic_write_bytes(context.path("checkpoints", "last.json"), canonical_json(note))
     return f"{last.step} steps, {last.meta['seconds'] / 60:.1f} min; best checkpoint at step {best.step}"
@@ -504,8 +506,11 @@ def _training_progress(context: Context, step: int) -> Iterator[Any]:
 
 def _set_aside_other_lineage(context: Context, lineage: str) -> None:
     """Move checkpoints and metrics of another setting to `previous/`; they are the user's until overwritten there."""
-    marker = context.path("checkpoints", "lineage.json")
-    if context.path("checkpoints").exists():
+    store = context.workspace.store
+    marker = store.look("checkpoints/lineage.json")
+    if store.is_remote:
+        _set_aside_remote(context, lineage, marker)
+    elif context.path("checkpoints").exists():
         try:
             if json.loads(marker.read_bytes())["lineage"] == lineage:
                 return
@@ -523,6 +528,21 @@ def _set_aside_other_lineage(context: Context, lineage: str) -> None:
     else:
         context.path("metrics.jsonl").unlink(missing_ok=True)
     atomic_write_bytes(marker, canonical_json({"lineage": lineage}))
+    store.share("checkpoints/lineage.json")
+
+
+def _set_aside_remote(context: Context, lineage: str, marker: Path) -> None:
+    store = context.workspace.store
+    with contextlib.suppress(OSError, ValueError, KeyError):
+        if json.loads(marker.read_bytes())["lineage"] == lineage:
+            return
+    if context.workspace.checkpoints().about("newest") is None:
+        store.clear("checkpoints")
+        store.discard("metrics.jsonl")
+        return
+    store.clear("previous")
+    store.set_aside("checkpoints", "metrics.jsonl")
+    context.console.say("  settings changed: training starts anew, the old checkpoints are in previous/")
 
 
 # --- evaluate
@@ -547,7 +567,7 @@ def run_evaluate(context: Context) -> str:
         raise ManifestError("the test manifests have no usable row", remedy="check data.test")
     results = []
     with context.console.progress("transcribing", len(rows)) as update:
-        for result in transcribe_rows(context.config, context.workspace.run_dir, rows):
+        for result in transcribe_rows(context.config, context.workspace.store.location, rows):
             results.append(result)
             update(advance=1)
     results.sort(key=lambda result: result["id"])

@@ -12,6 +12,9 @@ from raytrain.artifacts import atomic_write_bytes, canonical_json
 from raytrain.config import Config
 from raytrain.tracking import NullTracker, Tracker
 
+RUN_NOTE = "mlflow_run.json"
+_PATIENCE_SECONDS = 60.0
+
 
 def tracking_uri(config: Config, run_dir: Path) -> str:
     """The configured server, or an absolute SQLite address: workers have other current folders."""
@@ -48,7 +51,7 @@ class RunTracking:
         if child.run_id:
             note = self._note()
             stages = {**note.get("stages", {}), name: child.run_id}
-            atomic_write_bytes(self._run_dir / "mlflow_run.json", canonical_json({**note, "stages": stages}))
+            atomic_write_bytes(self._run_dir / RUN_NOTE, canonical_json({**note, "stages": stages}))
         self.current, self._child_id = child, child.run_id
         status = "FAILED"
         try:
@@ -94,14 +97,14 @@ class RunTracking:
         parent = self._open(self._config.name, None)
         if parent.run_id:
             body = {"uri": tracking_uri(self._config, self._run_dir), "run_id": parent.run_id}
-            atomic_write_bytes(self._run_dir / "mlflow_run.json", canonical_json(body))
+            atomic_write_bytes(self._run_dir / RUN_NOTE, canonical_json(body))
             parent.log_params(_flat(self._config.model_dump(mode="json")))
         return parent
 
     def _note(self) -> dict[str, Any]:
         """Ids of this run folder's runs on the configured server, by which they are gone on with."""
         try:
-            note = json.loads((self._run_dir / "mlflow_run.json").read_bytes())
+            note = json.loads((self._run_dir / RUN_NOTE).read_bytes())
             return note if note["uri"] == tracking_uri(self._config, self._run_dir) else {}
         except (OSError, ValueError, KeyError):
             return {}
@@ -117,6 +120,8 @@ class RunTracking:
             run_id=run_id,
             parent_run_id=parent,
             artifact_location=location,
+            # A server that these runs are on already comes back.
+            patience=_PATIENCE_SECONDS if run_id or parent else 0.0,
         )
 
 

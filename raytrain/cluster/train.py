@@ -18,8 +18,9 @@ from typing import Any
 from raytrain.artifacts import atomic_write_bytes, file_id
 from raytrain.cluster.failures import killed_for_memory, readable, stalled
 from raytrain.config import Config, check_config
+from raytrain.data.remote import RunStore
 from raytrain.data.storage import absolute
-from raytrain.errors import TrainingError
+from raytrain.errors import RaytrainError, TrainingError
 
 
 def train_worker(job: dict[str, Any]) -> None:
@@ -32,13 +33,13 @@ def train_worker(job: dict[str, Any]) -> None:
     from raytrain.model.canary import Canary
     from raytrain.model.cost import peak_flops, training_flops
     from raytrain.training.average import WeightAverage
-    from raytrain.training.checkpoint import CheckpointFolder
-    from raytrain.training.faults import FaultNotes, Watchdog, kills_for_memory
+    from raytrain.training.faults import Watchdog, kills_for_memory
     from raytrain.training.loop import GaveUp, TrainingLoop, sharded_module
     from raytrain.training.optim import make_optimizer
 
     config = check_config(job["config"])
-    workspace = Workspace(config, Path(job["run_dir"]))
+    workspace = Workspace(config, job["location"])
+    store = workspace.store
     context = train.get_context()
     rank, world_size = context.get_world_rank(), context.get_world_size()
     shares = shares_of(rank, world_size, job["num_shares"])
@@ -49,15 +50,15 @@ def train_worker(job: dict[str, Any]) -> None:
     model_config = workspace.model_config()
     model = Canary(model_config).to(device)
     model.encoder.checkpoint_blocks = config.train.activation_checkpointing
-    checkpoints = CheckpointFolder(
-        workspace.path("checkpoints"), config.train.keep_checkpoints, config.train.keep_best, mirror_of(config)
-    )
-    notes = FaultNotes(workspace.path("faults"), job["profile_id"], rank)
-    kills = dict(_from_all_ranks(kills_for_memory()))
+    checkpoints = workspace.checkpoints(mirror_of(config))
+    notes = _fault_notes(store, job["profile_id"], rank)
+    deaths = _from_all_ranks((kills_for_memory(), notes.take_marks()))
     if rank == 0:
-        notes.learn_from_deaths(kills)
-        _note_placement_group(workspace.path(_PLACEMENT_GROUP))
+        _look_at_faults(store)
+        notes.learn_from_deaths(dict(kills for kills, _ in deaths), [mark for _, marks in deaths for mark in marks])
+        _note_placement_group(store)
     resume = _agreed_checkpoint(checkpoints, rank)
+    _look_at_faults(store)
     _load_weights(resume, model, workspace, device)
     sharded = config.train.shard and world_size > 1
     if sharded:
@@ -120,7 +121,11 @@ def train_worker(job: dict[str, Any]) -> None:
         except GaveUp as error:
             # Ray Train would start again; coming back says that training is over, and `run_training` says why.
             if rank == 0:
-                atomic_write_bytes(workspace.path(_GAVE_UP), json.dumps(error.to_dict()).encode())
+                _tell(store, _GAVE_UP, error.to_dict())
+        finally:
+            workspace.share_quarantine()
+        if rank == 0:
+            checkpoints.settle()
 
 
 def mirror_of(config: Config) -> Any:
@@ -131,6 +136,34 @@ def mirror_of(config: Config) -> Any:
     return CheckpointMirror(absolute(f"{path.rstrip('/')}/{config.name}/checkpoints")) if path else None
 
 
+def _fault_notes(store: RunStore, profile_id: str, rank: int = 0) -> Any:
+    from raytrain.training.faults import FaultNotes
+
+    def name(path: Path) -> str:
+        return f"{_FAULTS}/{path.name}"
+
+    return FaultNotes(
+        store.local / _FAULTS, profile_id, rank,
+        on_written=lambda path: store.share(name(path)), on_removed=lambda path: store.discard(name(path)),
+    )  # fmt: skip
+
+
+def _look_at_faults(store: RunStore) -> None:
+    """Have what other machines noted here too."""
+    from raytrain.training.faults import KILLED_FOR_MEMORY
+
+    if store.is_remote:
+        store.look(f"{_FAULTS}/{KILLED_FOR_MEMORY}")
+        store.look_at_all(_FAULTS, "*.json")
+
+
+def _tell(store: RunStore, name: str, body: Any) -> None:
+    """Write a small file for the driver."""
+    atomic_write_bytes(store.local / name, json.dumps(body, indent=1).encode())
+    store.share(name)
+
+
+_FAULTS = "faults"
 STOP = "stop"  # training ends, as at its last step, soon after a file of this name is in its run folder
 _GAVE_UP = "gave_up.json"
 _LOWERED = "batch_profile_lowered.json"
@@ -218,7 +251,7 @@ def _batch_sizes(workspace: Any, device: Any, notes: Any) -> tuple[int, ...]:
     lowered = notes.lowered(sizes)
     if lowered != tuple(sizes) and train.get_context().get_world_rank() == 0:
         body = {"batch_sizes": list(lowered), "instead_of": list(sizes), "notes": notes.reasons()}
-        atomic_write_bytes(workspace.path(_LOWERED), json.dumps(body, indent=1).encode())
+        _tell(workspace.store, _LOWERED, body)
     return lowered
 
 
@@ -230,7 +263,11 @@ def _tracker(workspace: Any, job: dict[str, Any], rank: int, step: int) -> Itera
     if rank != 0:
         yield lambda metrics, step, seconds: None
         return
-    path = workspace.path("metrics.jsonl")
+    store, path = workspace.store, workspace.store.own(METRICS)
+    if store.is_remote:
+        path.unlink(missing_ok=True)
+        if (known := store.look(METRICS)).exists():
+            atomic_write_bytes(path, known.read_bytes())
     keep_metrics_until(path, step)
     trackers = [JsonLinesTracker(path)]
     if job["mlflow"]:
@@ -238,11 +275,12 @@ def _tracker(workspace: Any, job: dict[str, Any], rank: int, step: int) -> Itera
 
         trackers.append(MlflowTracker.open(**job["mlflow"]))
     tracker = MultiTracker(*trackers)
-    try:
-        yield lambda metrics, step, seconds: tracker.log_metrics(metrics, step, seconds)
-    finally:
-        for one in trackers:
-            one.close()
+    with store.sharing(METRICS, path):
+        try:
+            yield lambda metrics, step, seconds: tracker.log_metrics(metrics, step, seconds)
+        finally:
+            for one in trackers:
+                one.close()
 
 
 def keep_metrics_until(path: Path, step: int) -> None:
@@ -259,66 +297,73 @@ def keep_metrics_until(path: Path, step: int) -> None:
 
 def run_training(
     config: Config,
-    run_dir: Path,
+    location: Path | str,
     *,
     meta: dict[str, Any],
     mlflow: dict[str, Any] | None,
     on_metrics: Callable[[dict[str, Any]], None],
     say: Callable[[str], None] = lambda line: None,
 ) -> None:
-    """Train to the end on Ray Train, also where it gives up for good though training could go on: after a step that ran
-    out of memory, and after a worker that Ray's memory monitor killed. Raises the worker's own error where it has a
-    readable one."""
-    from raytrain.training.faults import FaultNotes
+    """Train to the end in the run folder at `location`, a path or a URI.
 
-    job = _job(config, run_dir, meta, mlflow)
-    notes = FaultNotes(run_dir / "faults", job["profile_id"])
+    Starts again also where Ray Train gives up for good though training could go on: after a step that ran out of
+    memory, and after a worker that Ray's memory monitor killed. Raises the worker's own error where it has a readable
+    one.
+    """
+    store = RunStore(location, config.run.cache_size)
+    job = _job(config, store, meta, mlflow)
+    notes = _fault_notes(store, job["profile_id"])
     for name in (_GAVE_UP, _LOWERED, STOP):
-        (run_dir / name).unlink(missing_ok=True)
+        store.discard(name)
     left = config.train.max_failures
-    with follow(run_dir / "metrics.jsonl", on_metrics):
+    with follow(store, METRICS, on_metrics):
         while True:
+            _look_at_faults(store)
             known, started = len(notes.reasons()), time.time()
             try:
                 with contextlib.redirect_stdout(None), _health_check(config):
-                    _trainer(config, run_dir, job, max_failures=left).fit()
+                    _trainer(config, store, job, max_failures=left).fit()
                 break
             except Exception as error:
+                _look_at_faults(store)
                 lowered = notes.reasons()[known:]
                 if killed_for_memory(error):
                     notes.note_kill_for_memory()
                 if not lowered and (not killed_for_memory(error) or left < 1):
                     stalls = notes.stalls(started)
                     raise stalled(stalls, config) if stalls else readable(error) from error
-                _free_workers(run_dir / _PLACEMENT_GROUP)
+                _free_workers(store)
                 # A batch that did not fit has been made smaller, so that this ends; another death may come again.
                 left -= not lowered
                 say(f"  training starts again: {lowered[-1] if lowered else 'a worker was killed for its memory'}")
-    if (run_dir / _GAVE_UP).exists():
-        raise TrainingError(**json.loads((run_dir / _GAVE_UP).read_bytes()))
+    store.look(_LOWERED)
+    if (gave_up := store.look(_GAVE_UP)).exists():
+        raise TrainingError(**json.loads(gave_up.read_bytes()))
 
 
+METRICS = "metrics.jsonl"
 _PLACEMENT_GROUP = "faults/placement-group"
 
 
-def _note_placement_group(path: Path) -> None:
+def _note_placement_group(store: RunStore) -> None:
     """Write down what holds the CPUs and GPUs of the workers that run now."""
     import ray
 
     group = ray.util.get_current_placement_group()
     if group is not None:
-        atomic_write_bytes(path, group.id.hex().encode())
+        _tell(store, _PLACEMENT_GROUP, group.id.hex())
 
 
-def _free_workers(path: Path) -> None:
+def _free_workers(store: RunStore) -> None:
     """Give back what the last attempt's workers had. Ray Train does so itself, but not where the memory monitor killed
     what does it there; the next attempt would wait for them for ever."""
     import ray
     from ray.util.placement_group import PlacementGroup, remove_placement_group
 
     with contextlib.suppress(OSError, ValueError, ray.exceptions.RayError):
-        remove_placement_group(PlacementGroup(ray.PlacementGroupID(bytes.fromhex(path.read_text()))))
-    path.unlink(missing_ok=True)
+        group = json.loads(store.look(_PLACEMENT_GROUP).read_bytes())
+        remove_placement_group(PlacementGroup(ray.PlacementGroupID(bytes.fromhex(group))))
+    store.discard(_PLACEMENT_GROUP)
 
 
 @contextlib.contextmanager
@@ -334,7 +379,7 @@ def _health_check(config: Config) -> Iterator[None]:
             del os.environ[name]
 
 
-def _job(config: Config, run_dir: Path, meta: dict[str, Any], mlflow: dict[str, Any] | None) -> dict[str, Any]:
+def _job(config: Config, store: RunStore, meta: dict[str, Any], mlflow: dict[str, Any] | None) -> dict[str, Any]:
     """What a worker gets. Raises `TrainingError` where the cluster can't train so."""
     import ray
 
@@ -365,17 +410,17 @@ def _job(config: Config, run_dir: Path, meta: dict[str, Any], mlflow: dict[str, 
             plain["train"][name] = absolute(plain["train"][name])
     return {
         "config": plain,
-        "run_dir": str(run_dir),
+        "location": store.location,
         "meta": meta,
         "mlflow": mlflow,
         "cuda": cuda,
         "cpus": cpus,
         "num_shares": config.train.most_workers * config.train.accumulate,
-        "profile_id": file_id(run_dir / "batch_profile.json"),
+        "profile_id": file_id(store.local / "batch_profile.json"),
     }
 
 
-def _trainer(config: Config, run_dir: Path, job: dict[str, Any], max_failures: int) -> Any:
+def _trainer(config: Config, store: RunStore, job: dict[str, Any], max_failures: int) -> Any:
     from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
 
@@ -396,7 +441,7 @@ def _trainer(config: Config, run_dir: Path, job: dict[str, Any], max_failures: i
         run_config=RunConfig(
             # A finished name would resume past its end; our own checkpoints say where to go on.
             name=f"train-{time.time_ns()}",
-            storage_path=str(run_dir / "ray"),
+            storage_path=store.place("ray"),
             # Ray Train waits a minute for room for its workers, and without a limit for ever.
             failure_config=FailureConfig(
                 max_failures=max_failures, controller_failure_limit=max(1, round(config.train.stall_minutes))
@@ -406,14 +451,17 @@ def _trainer(config: Config, run_dir: Path, job: dict[str, Any], max_failures: i
 
 
 @contextlib.contextmanager
-def follow(path: Path, on_line: Callable[[dict[str, Any]], None]) -> Iterator[None]:
-    """Call `on_line` for each new line of a JSON-lines file while the body runs."""
+def follow(store: RunStore, name: str, on_line: Callable[[dict[str, Any]], None]) -> Iterator[None]:
+    """Call `on_line` for each new line of a JSON-lines file of the run while the body runs."""
     stopped = threading.Event()
 
     def watch() -> None:
         seen = (-1, False)  # a step's validation comes after its other numbers
         while True:
-            last = stopped.wait(0.5)
+            last = stopped.wait(3.0 if store.is_remote else 0.5)
+            path = store.local / name
+            with contextlib.suppress(RaytrainError):  # there again the next time
+                path = store.look(name)
             for line in path.read_bytes().splitlines() if path.exists() else []:
                 with contextlib.suppress(ValueError, KeyError):
                     item = json.loads(line)

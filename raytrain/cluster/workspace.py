@@ -1,10 +1,12 @@
 """The run folder seen as objects: reads artefacts, builds the tokenizer, plan, profile, model and loader.
 
-Everything here can be rebuilt on any node that sees the run folder, from the configuration and the paths.
+Everything here can be rebuilt on any node, from the configuration and the run folder's path or URI.
 """
 
 from __future__ import annotations
 
+import os
+import socket
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, replace
@@ -12,7 +14,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from raytrain.artifacts import content_id, read_json
+from raytrain.artifacts import atomic_write_bytes, content_id, make_folder, read_json
+from raytrain.cluster.mirror import checkpoints_of
 from raytrain.cluster.statistics import chunks_of
 from raytrain.config import Config
 from raytrain.data.assignment import Assignment, Row, row_table, rows_of
@@ -22,6 +25,8 @@ from raytrain.data.encoder import BlockEncoder
 from raytrain.data.loader import BatchLoader, Quarantine, StepReader, StepWork, read_rows, scheduled_work
 from raytrain.data.materialize import AudioFinder
 from raytrain.data.prompt import prompt_languages
+from raytrain.data.remote import RunStore
+from raytrain.data.storage import is_uri
 from raytrain.data.tokenizer import CanaryTokenizer
 from raytrain.errors import ConfigError
 from raytrain.lengths.mixture import Mixture, repeats_of
@@ -34,6 +39,7 @@ from raytrain.model.decoding import DecodeSettings
 
 if TYPE_CHECKING:
     from raytrain.data.stream import StreamSampler
+    from raytrain.training.checkpoint import CheckpointFolder
 
 PLAN_FORMAT = "raytrain.bucket_plan/1"
 PROFILE_FORMAT = "raytrain.batch_profile/2"
@@ -45,22 +51,35 @@ SCORES_FORMAT = "raytrain.scores/1"
 class Workspace:
     """Artefacts of one run by name; each is read once, when first asked for."""
 
-    def __init__(self, config: Config, run_dir: Path) -> None:
-        self.config, self.run_dir = config, Path(run_dir)
+    def __init__(self, config: Config, location: Path | str) -> None:
+        if is_uri(config.run_location) and Path(location) == config.run_dir:
+            location = config.run_location
+        self.config, self.store = config, RunStore(location, config.run.cache_size)
+        self.run_dir = self.store.local
         self.left_out: dict[str, Counter] = {}
 
     def path(self, *parts: str) -> Path:
-        """A path below the run folder."""
+        """A path below the run folder, or below what this machine has of it."""
         return self.run_dir.joinpath(*parts)
+
+    def _read(self, name: str, format: str) -> dict[str, Any]:
+        self.store.bring(name)
+        return read_json(self.path(name), format)
 
     @cached_property
     def tokenizer(self) -> CanaryTokenizer:
         """The run's tokenizer."""
+        self.store.bring_folder("tokenizer")
         return CanaryTokenizer.load(self.path("tokenizer"))
+
+    def assignment(self) -> Assignment:
+        """The assigned rows. Raises `ArtifactError` where assign has not run."""
+        self.store.bring("assignment/index.json")
+        return Assignment(self.path("assignment"), self.store)
 
     @cached_property
     def _plan_document(self) -> dict[str, Any]:
-        return read_json(self.path("bucket_plan.json"), PLAN_FORMAT)
+        return self._read("bucket_plan.json", PLAN_FORMAT)
 
     @property
     def plan(self) -> BucketPlan:
@@ -74,7 +93,7 @@ class Workspace:
 
     def numbered(self, chunks: list[Chunk]) -> list[Chunk]:
         """The chunks with the `first_line` that statistics counted; as they are if those were cut otherwise."""
-        known = [Chunk(**one) for one in read_json(self.path("chunks.json"), CHUNKS_FORMAT)["body"]]
+        known = [Chunk(**one) for one in self._read("chunks.json", CHUNKS_FORMAT)["body"]]
         places = [[(one.path, one.start, one.end) for one in some] for some in (known, chunks)]
         return known if places[0] == places[1] else chunks
 
@@ -94,11 +113,37 @@ class Workspace:
     def profiles(self) -> list[BatchProfile]:
         """The batch profiles, one for each kind of device. Raises `ProfileError` where they were made for another plan
         or model."""
-        body = read_json(self.path("batch_profile.json"), PROFILE_FORMAT)["body"]
+        body = self._read("batch_profile.json", PROFILE_FORMAT)["body"]
         profiles = [BatchProfile.from_body(one) for one in body["profiles"]]
         for profile in profiles:
             profile.check_matches(plan_id=self.plan_id, model_id=self.model_id())
         return profiles
+
+    def checkpoints(self, mirror: Any = None) -> CheckpointFolder:
+        """The run's checkpoints; `mirror` keeps copies of those in a folder on disk."""
+        train = self.config.train
+        return checkpoints_of(self.store, train.keep_checkpoints, train.keep_best, mirror)
+
+    @cached_property
+    def quarantine(self) -> Quarantine:
+        """Where this process names broken recordings."""
+        if not self.store.is_remote:
+            return Quarantine(self.path("quarantine.jsonl"))
+        return Quarantine(make_folder(self.path("quarantine")) / f"{socket.gethostname()}-{os.getpid()}.jsonl")
+
+    def share_quarantine(self) -> None:
+        """Let others see what this process named."""
+        for path in self.path("quarantine").glob(f"*-{os.getpid()}.jsonl") if self.store.is_remote else ():
+            self.store.share(f"quarantine/{path.name}")
+
+    def gather_quarantine(self) -> None:
+        """Put what all processes named into `quarantine.jsonl`."""
+        if self.store.is_remote:
+            self.store.look_at_all("quarantine", "*.jsonl")
+            named = [path.read_bytes().splitlines() for path in self.path("quarantine").glob("*.jsonl")]
+            lines = {line for some in named for line in some}
+            if lines:
+                atomic_write_bytes(self.path("quarantine.jsonl"), b"".join(line + b"\n" for line in sorted(lines)))
 
     def mixture(self, assignment: Assignment) -> Mixture:
         """How often an epoch goes through each corpus: once, or as weights and temperature say. Raises as `repeats`."""
@@ -114,7 +159,7 @@ class Workspace:
         found = [weights[name] for name in corpora]
         if data.temperature == 1 and len(set(found)) <= 1:
             return (1.0,) * len(found)
-        by_corpus = read_json(self.path("statistics.json"), STATISTICS_FORMAT)["body"]["by_corpus"]
+        by_corpus = self._read("statistics.json", STATISTICS_FORMAT)["body"]["by_corpus"]
         languages = None
         if data.temperature_by == "language":
             mixed = [name for name in corpora if len(by_corpus[name]["languages"]) > 1]
@@ -154,14 +199,14 @@ class Workspace:
         read by threads."""
         assignment = None
         if work is None:
-            assignment = Assignment(self.path("assignment"))
+            assignment = self.assignment()
             schedule = self.schedule(assignment, batch_sizes)
             start = ScheduleState.from_dict(state) if state else schedule.initial()
             work = scheduled_work(assignment, schedule, start, shares, num_shares)
         train = self.config.train
         return BatchLoader(
             work,
-            self.step_reader(assignment, Quarantine(self.path("quarantine.jsonl")), train.num_loader_threads),
+            self.step_reader(assignment, self.quarantine, train.num_loader_threads),
             prefetch_batches=train.prefetch_batches,
             pin_memory=pin_memory,
         )
@@ -228,11 +273,10 @@ class Workspace:
         rows = sorted(self.rows("dev", self.config.train.max_validation_utterances), key=lambda row: -row.duration_ms)[
             rank::world_size
         ]
-        quarantine = Quarantine(self.path("quarantine.jsonl"))
         sample_rate, size = self.config.model.sample_rate, self.config.evaluate.batch_size
 
         def batches() -> Any:
-            for kept, batch in read_rows(rows, sample_rate, self.tokenizer.pad_id, size, quarantine.add):
+            for kept, batch in read_rows(rows, sample_rate, self.tokenizer.pad_id, size, self.quarantine.add):
                 on_batch("validating")
                 yield kept, batch
 

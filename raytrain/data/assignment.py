@@ -23,12 +23,14 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import orjson
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from raytrain.artifacts import atomic_write, read_json
 from raytrain.data.encoder import EncodedBlock
 from raytrain.data.materialize import AudioFinder
+from raytrain.data.remote import RunStore
 from raytrain.data.rows import Block
 from raytrain.data.storage import is_uri
 from raytrain.errors import ArtifactError
@@ -106,6 +108,11 @@ def audio_name(bucket: int, chunk: int) -> str:
     return f"bucket={bucket:03d}/audio-{chunk:05d}.tar"
 
 
+def note_name(chunk: int) -> str:
+    """Path of the note that a chunk is done, below the assignment folder."""
+    return f"parts/{chunk:05d}.json"
+
+
 class PartsWriter:
     """Writes one chunk's rows, bucket by bucket, as they come; all files appear when the `with` block ends well."""
 
@@ -148,10 +155,13 @@ class PartsWriter:
 
 class Assignment:
     """Random access to the rows of every bucket; parts are opened when first read, and the
-    least used ones closed. Safe to share between threads."""
+    least used ones closed. Safe to share between threads. `store` is the run folder that it belongs to, from which
+    parts are brought where that is not on this machine."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, store: RunStore | None = None) -> None:
         self.folder = Path(folder)
+        self._store = store if store is not None and store.is_remote else None
+        self._ids: dict[int, dict[str, str]] = {}
         document = read_json(self.folder / "index.json", INDEX_FORMAT)
         self.id: str = document["id"]
         self.plan_id: str = document["parents"]["bucket_plan"]
@@ -192,7 +202,8 @@ class Assignment:
         if row.audio_path.startswith("/") or is_uri(row.audio_path):
             return row
         # Copied audio moves with the folder.
-        return row._replace(audio_path=str(self.folder.absolute() / row.audio_path))
+        home = self._store.place(self.folder.name) if self._store else str(self.folder.absolute())
+        return row._replace(audio_path=f"{home}/{row.audio_path}")
 
     def lengths(self, bucket: int) -> tuple[np.ndarray, np.ndarray]:
         """Durations in ms and tokens of all rows of a bucket by row number, (N,) int64 each."""
@@ -211,16 +222,30 @@ class Assignment:
             if key in self._parts:
                 self._parts.move_to_end(key)
                 return self._parts[key]
-        path = self.folder / part_name(*key)
-        try:
-            part = _Part(path)
-        except (OSError, pa.ArrowInvalid) as error:
-            raise ArtifactError(f"{path} can't be read", why=str(error), remedy="rerun assign") from error
+        part = self._open(bucket, chunk)
         with self._lock:
             self._parts[key] = part
             if len(self._parts) > _MAX_OPEN_PARTS:
                 self._parts.popitem(last=False)
         return part
+
+    def _open(self, bucket: int, chunk: int, attempts: int = 5) -> _Part:
+        path = self.folder / part_name(bucket, chunk)
+        for left in reversed(range(attempts)):
+            try:
+                return _Part(self._brought(bucket, chunk) if self._store else path)
+            except (OSError, pa.ArrowInvalid) as error:
+                if self._store and left and isinstance(error, FileNotFoundError):
+                    continue  # it made way for another part before it was opened
+                raise ArtifactError(f"{path} can't be read", why=str(error), remedy="rerun assign") from error
+        raise AssertionError
+
+    def _brought(self, bucket: int, chunk: int) -> Path:
+        if chunk not in self._ids:
+            note = self._store.look(f"{self.folder.name}/{note_name(chunk)}")
+            self._ids[chunk] = orjson.loads(note.read_bytes())["files"]
+        name = part_name(bucket, chunk)
+        return self._store.part(f"{self.folder.name}/{name}", self._ids[chunk][name])
 
 
 class _Part:

@@ -5,7 +5,8 @@
     read_range("s3://speech/audio_0.tar", 512, 64044)
 
 Credentials, endpoints and regions come from the environment, as each filesystem reads them (`AWS_ENDPOINT_URL`,
-`AWS_ACCESS_KEY_ID`, …).
+`AWS_ACCESS_KEY_ID`, …). A filesystem that is away (no connection, overloaded, an error of its own) is asked again for
+`$RAYTRAIN_STORAGE_PATIENCE` seconds, 120 if unset; what it refuses (no such file, no permission) is told at once.
 """
 
 from __future__ import annotations
@@ -15,13 +16,18 @@ import functools
 import itertools
 import math
 import os
+import random
 import re
-from collections.abc import Sequence
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from raytrain.errors import DataError
+from raytrain.artifacts import atomic_write_bytes, make_folder, storage_error
+from raytrain.errors import DataError, StorageError
 
 _URI = re.compile(r"^[A-Za-z][A-Za-z0-9+.-]+://")
 _COMPRESSION = {".gz": "gzip", ".gzip": "gzip", ".zst": "zstd", ".zstd": "zstd"}
@@ -29,6 +35,15 @@ _BRACES = re.compile(r"\{([^{}]*)\}|_OP_(.*?)_CL_")
 _RANGE = re.compile(r"(\d+)\.\.(\d+)")
 _MAX_EXPANDED = 1_000_000
 _CONNECTIONS = 32
+_BLOCK = 8 << 20
+PATIENCE_VARIABLE = "RAYTRAIN_STORAGE_PATIENCE"
+# How filesystems say that it is they who can't, and not the request that is wrong.
+_AWAY = re.compile(
+    r"NETWORK_CONNECTION|curlCode|SLOW_DOWN|THROTTLING|SERVICE_UNAVAILABLE|INTERNAL_FAILURE|REQUEST_TIMEOUT"
+    r"|HTTP status 5\d\d|timed? ?out|connection (?:refused|reset|aborted|closed)|can't connect|couldn't connect"
+    r"|temporarily unavailable|name resolution",
+    re.IGNORECASE,
+)
 
 
 class StorageReadError(DataError):
@@ -91,11 +106,34 @@ def locate(path: str) -> tuple[Any, str]:
     return filesystem, f"{base.rstrip('/')}/{key}" if key else base
 
 
+def is_away(error: BaseException) -> bool:
+    """Whether an error says that a filesystem can't be reached or can't answer now, so that asking again may help."""
+    if isinstance(error, FileNotFoundError | PermissionError | IsADirectoryError | NotADirectoryError):
+        return False
+    return isinstance(error, ConnectionError | TimeoutError) or bool(_AWAY.search(str(error)))
+
+
+def patiently(function: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
+    """Call a function that may be called again, until no filesystem that it asks is away, or patience is at its end."""
+    until = time.monotonic() + float(os.environ.get(PATIENCE_VARIABLE) or 120)
+    wait = 0.25
+    while True:
+        try:
+            return function(*arguments, **options)
+        except (OSError, DataError, StorageError) as error:
+            if not is_away(error) or time.monotonic() + wait > until:
+                raise
+        time.sleep(wait * random.uniform(0.5, 1.5))  # many workers ask at the same time
+        wait = min(2 * wait, 8.0)
+
+
 def _guarded(action: str):
     def decorate(function):
         @functools.wraps(function)
         def call(path: str, *arguments: Any, **options: Any) -> Any:
             try:
+                if is_uri(path):
+                    return patiently(function, path, *arguments, **options)
                 return function(path, *arguments, **options)
             except OSError as error:
                 missing = isinstance(error, FileNotFoundError)
@@ -162,15 +200,17 @@ def is_folder(path: str) -> bool:
 
 
 @_guarded("list")
-def list_files(folder: str, pattern: str = "*") -> list[str]:
-    """Files in a folder, sorted, whose name matches a shell pattern. Raises `StorageReadError`."""
+def list_files(folder: str, pattern: str = "*", *, recursive: bool = False, missing_ok: bool = False) -> list[str]:
+    """Files in a folder, sorted, whose name matches a shell pattern; with `recursive` those of its folders too.
+
+    Raises `StorageReadError`, with `missing_ok` not for a folder that is not there."""
     import pyarrow.fs
 
     filesystem, name = locate(folder)
-    found = filesystem.get_file_info(pyarrow.fs.FileSelector(name))
-    base = folder.rstrip("/")
-    names = [info.base_name for info in found if info.is_file and fnmatch.fnmatchcase(info.base_name, pattern)]
-    return [f"{base}/{name}" for name in sorted(names)]
+    selector = pyarrow.fs.FileSelector(name, recursive=recursive, allow_not_found=missing_ok)
+    found = [one for one in filesystem.get_file_info(selector) if one.is_file]
+    base, skipped = folder.rstrip("/"), len(name.rstrip("/")) + 1
+    return sorted(f"{base}/{one.path[skipped:]}" for one in found if fnmatch.fnmatchcase(one.base_name, pattern))
 
 
 @_guarded("read")
@@ -190,6 +230,108 @@ def fingerprints(paths: Sequence[str]) -> list[list[Any] | None]:
     """`fingerprint` of many files; remote ones are asked for at the same time."""
     with ThreadPoolExecutor(_CONNECTIONS) as pool:
         return list(pool.map(fingerprint, paths))
+
+
+@_guarded("read")
+def exists(path: str) -> bool:
+    """Whether there is a file. Raises `StorageReadError` where that can't be told."""
+    filesystem, name = locate(path)
+    return filesystem.get_file_info(name).is_file
+
+
+def download(path: str, target: Path, check: Callable[[Path], None] = lambda copy: None) -> None:
+    """Copy a file to a local path, where it appears whole or not at all, and only if `check` does not raise.
+
+    Raises `FileNotFoundError` where there is none, and `StorageReadError`.
+    """
+    if not exists(path):
+        raise FileNotFoundError(path)
+    make_folder(target.parent)
+    _download(path, target, check)
+
+
+@_guarded("read")
+def _download(path: str, target: Path, check: Callable[[Path], None]) -> None:
+    filesystem, name = locate(path)
+    handle, temporary = tempfile.mkstemp(prefix=f".{target.name}.", dir=target.parent)
+    try:
+        with os.fdopen(handle, "wb") as out, filesystem.open_input_stream(name) as data:
+            shutil.copyfileobj(data, out, _BLOCK)
+        check(Path(temporary))
+        os.replace(temporary, target)
+    finally:
+        Path(temporary).unlink(missing_ok=True)
+
+
+def make_parent(filesystem: Any, name: str) -> None:
+    """Create the folder of a file where the filesystem has folders; object stores have names with slashes."""
+    if filesystem.type_name not in ("s3", "gcs", "abfs"):
+        filesystem.create_dir(parent(name), recursive=True)
+
+
+def upload(source: Path, path: str) -> None:
+    """Copy a local file to a path or URI. Raises `StorageError`."""
+    _put(path, lambda out: _copy_into(source, out))
+
+
+def write_bytes(path: str, data: bytes) -> None:
+    """Write a small file to a path or URI, whole or not at all. Raises `StorageError`."""
+    if is_uri(path) and not path.startswith("file://"):
+        _put(path, lambda out: out.write(data))
+    else:
+        atomic_write_bytes(Path(path.removeprefix("file://")), data)
+
+
+def _copy_into(source: Path, out: Any) -> None:
+    with open(source, "rb") as data:
+        shutil.copyfileobj(data, out, _BLOCK)
+
+
+def _put(path: str, write: Callable[[Any], Any]) -> None:
+    """An object store shows an object when it is whole; on other filesystems a reader may see half of it."""
+
+    def put() -> None:
+        filesystem, name = locate(path)
+        make_parent(filesystem, name)
+        with filesystem.open_output_stream(name) as out:
+            write(out)
+
+    try:
+        patiently(put)
+    except OSError as error:
+        raise storage_error(path, error) from error
+
+
+def remove_file(path: str) -> None:
+    """Remove a file; one that is not there is fine. Raises `StorageError`."""
+
+    def remove() -> None:
+        filesystem, name = locate(path)
+        if filesystem.get_file_info(name).is_file:
+            filesystem.delete_file(name)
+
+    try:
+        patiently(remove)
+    except OSError as error:
+        raise storage_error(path, error) from error
+
+
+def move_files(source: str, target: str) -> None:
+    """Move a file, or all files of a folder, to another place of the same filesystem. Raises `StorageError`."""
+    names = [source] if exists(source) else list_files(source, recursive=True, missing_ok=True)
+
+    def move(name: str) -> None:
+        filesystem, old = locate(name)
+        _, new = locate(target + name.removeprefix(source))
+        make_parent(filesystem, new)
+        filesystem.copy_file(old, new)
+        filesystem.delete_file(old)
+
+    try:
+        for name in names:
+            patiently(move, name)
+    except OSError as error:
+        raise storage_error(source, error) from error
 
 
 def compression(path: str) -> str | None:

@@ -1,8 +1,8 @@
 """MLflow behind a queue: training never waits for the tracking server and never fails because of it.
 
-One background thread sends what the queue holds. When the server does not answer, it warns once, drops what it
-could not send (metrics.jsonl has it all) and tries again half a minute later, opening the run included. What the
-server or the disk refuses (a missing artefact, a changed parameter) costs that one item only.
+One background thread sends what the queue holds. When the server does not answer, it warns once, keeps what it could
+not send and tries again, opening the run included; only what a full queue can't take is lost (metrics.jsonl has it
+all). What the server or the disk refuses (a missing artefact, a changed parameter) costs that one item only.
 
     tracker = MlflowTracker.open(tracking_uri="sqlite:////runs/a/mlflow.db", experiment="raytrain", run_name="a")
     child = MlflowTracker.open(..., run_name="train", parent_run_id=tracker.run_id)
@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import itertools
 import logging
+import math
 import numbers
 import os
 import queue
@@ -26,6 +27,7 @@ _LOG = logging.getLogger("raytrain.tracking")
 _RETRY_SECONDS = 30.0
 _SYSTEM_SECONDS = 10.0
 _CLOSE_SECONDS = 20.0
+_LAST_TRIES_SECONDS = 8.0  # of those for a server that is away
 _MAX_QUEUED = 10_000
 _MAX_BATCH = 500  # metrics in one request; the server takes 1000
 _AWAY = "MLflow is away (%s); metrics.jsonl keeps everything"
@@ -36,17 +38,20 @@ _REFUSALS = {"INVALID_PARAMETER_VALUE", "BAD_REQUEST", "RESOURCE_DOES_NOT_EXIST"
 class MlflowTracker:
     """One MLflow run. Made by `open`; `run_id` is None where the server was away at that time."""
 
-    def __init__(self, connect: Callable[[], tuple[Any, str, dict[str, int]]]) -> None:
-        """`connect` returns client, run id and the last step of each metric; it may raise and is tried again."""
+    def __init__(self, connect: Callable[[], tuple[Any, str, dict[str, int]]], patience: float = 0.0) -> None:
+        """`connect` returns client, run id and the last step of each metric; it may raise and is tried again, for
+        `patience` seconds before this comes back."""
         self._connect = connect
         self._client: Any = None
         self.run_id: str | None = None
         self._last_steps: dict[str, int] = {}
         self._queue: queue.Queue = queue.Queue(_MAX_QUEUED)
-        self._silent_until = 0.0
+        self._give_up_at = time.monotonic() + patience
+        self._given_up = False
         self._warned: set[str] = set()
         self._closed = threading.Event()
-        self._try(lambda: None)  # opens the run here, so that a child can name its parent
+        self._insist(lambda: None)  # opens the run here, so that a child can name its parent
+        self._give_up_at = math.inf
         self._thread = threading.Thread(target=self._send, name="mlflow", daemon=True)
         self._thread.start()
 
@@ -61,9 +66,11 @@ class MlflowTracker:
         parent_run_id: str | None = None,
         artifact_location: str | None = None,
         system_metrics: bool = False,
+        patience: float = 0.0,
     ) -> MlflowTracker:
         """Start a run, or go on with `run_id`; metrics up to the steps already there are not sent again. With
-        `system_metrics` this machine's CPU, memory, disk, network and GPU load too, every ten seconds."""
+        `system_metrics` this machine's CPU, memory, disk, network and GPU load too, every ten seconds. A server that
+        does not answer is asked again for `patience` seconds; after that the run is opened in the background."""
         os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
         os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "5")
         os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "ERROR")
@@ -79,7 +86,7 @@ class MlflowTracker:
             client.update_run(run_id, status="RUNNING")
             return client, run_id, _last_steps(client, run_id)
 
-        tracker = cls(connect)
+        tracker = cls(connect, patience)
         if system_metrics:
             tracker._watch_system(tracking_uri)
         return tracker
@@ -134,6 +141,7 @@ class MlflowTracker:
 
     def close(self, status: str = "FINISHED") -> None:
         """Send what is queued, for at most 20 s, and end the run."""
+        self._give_up_at = time.monotonic() + _LAST_TRIES_SECONDS
         self._closed.set()
         until = time.monotonic() + _CLOSE_SECONDS
         try:
@@ -159,16 +167,26 @@ class MlflowTracker:
                 full = len(points) >= _MAX_BATCH
                 item = _NOTHING if full or self._queue.empty() else self._queue.get()
             if points:
-                self._try(lambda points=points: self._client.log_batch(self.run_id, metrics=points))
+                # Sent twice, where the answer was lost, a point is the same one to MLflow.
+                self._insist(lambda points=points: self._client.log_batch(self.run_id, metrics=points))
             if isinstance(item, _End):
                 ended = True
-                self._end(item.status)
+                self._insist(lambda status=item.status: self._client.set_terminated(self.run_id, status))
             elif item is not _NOTHING:
-                self._try(item)
+                self._insist(item)
 
-    def _try(self, call: Callable[[], Any]) -> None:
-        if time.monotonic() < self._silent_until:
-            return
+    def _insist(self, call: Callable[[], Any]) -> None:
+        """Call until the server takes or refuses it, or it is time to give up; at the end, on what comes after too."""
+        wait = 0.5
+        while not self._given_up and not self._try(call):
+            if time.monotonic() > self._give_up_at:
+                self._given_up = self._closed.is_set()
+                return
+            time.sleep(0.5) if self._closed.is_set() else self._closed.wait(wait)
+            wait = min(2 * wait, _RETRY_SECONDS)
+
+    def _try(self, call: Callable[[], Any]) -> bool:
+        """Whether the server took it, or said that it does not want it."""
         try:
             if self._client is None:
                 self._client, self.run_id, self._last_steps = self._connect()
@@ -177,15 +195,10 @@ class MlflowTracker:
             refused = isinstance(error, FileNotFoundError) or getattr(error, "error_code", "") in _REFUSALS
             if refused and self._client is not None:
                 self._warn(_short(error), "MLflow refused an entry (%s)")
-            else:
-                self._silent_until = time.monotonic() + _RETRY_SECONDS
-                self._warn(_short(error))
-
-    def _end(self, status: str) -> None:
-        # Tried in a silence too, or one lost request in the last half minute leaves the run RUNNING for ever.
-        if self._client is not None:
-            self._silent_until = 0.0
-            self._try(lambda: self._client.set_terminated(self.run_id, status))
+                return True
+            self._warn(_short(error))
+            return False
+        return True
 
     def _warn(self, why: str, text: str = _AWAY) -> None:
         if text not in self._warned:

@@ -27,7 +27,7 @@ from raytrain.errors import CheckpointError
 
 META = "meta.json"
 _FORMAT = "raytrain.checkpoint/1"
-_BEST = "best.json"
+BEST = "best.json"
 
 
 @dataclass(frozen=True)
@@ -113,7 +113,7 @@ class Mirror(Protocol):
     """Keeps copies of checkpoint folders elsewhere. No method raises because that place is away."""
 
     def put(self, source: Path) -> None:
-        """Copy a folder."""
+        """Copy a folder or a file."""
 
     def remove(self, name: str) -> None:
         """Remove the copy of a folder."""
@@ -139,7 +139,9 @@ class CheckpointFolder:
         best = self.best_note()
         known = [one for one in (best or {}).get("kept", []) if one["step"] != step]
         kept = sorted([*known, {"step": step, "error": error}], key=lambda one: (one["error"], one["step"]))
-        atomic_write_bytes(self.folder / _BEST, canonical_json({**kept[0], "kept": kept[: self.keep_best]}))
+        atomic_write_bytes(self.folder / BEST, canonical_json({**kept[0], "kept": kept[: self.keep_best]}))
+        if self._mirror is not None:
+            self._mirror.put(self.folder / BEST)
         return kept[0]["step"] == step
 
     def newest(self) -> Checkpoint | None:
@@ -166,21 +168,35 @@ class CheckpointFolder:
         found = read_checkpoint(self.folder / f"step_{note['step']:08d}") if note else None
         return found or self.newest()
 
+    def about(self, which: str) -> Checkpoint | None:
+        """The `newest` or the `best` checkpoint for what its `meta` says; its files need not be here."""
+        return self.best() if which == "best" else self.newest()
+
+    def to_decode(self, which: str) -> Checkpoint | None:
+        """The `last` or the `best` checkpoint with what `load_weights` reads."""
+        return self.best() if which == "best" else self.newest()
+
+    def settle(self) -> None:
+        """Come back when what was saved is where it is to stay."""
+
     def best_note(self) -> dict[str, Any] | None:
         """`step` and `error` of the best checkpoint, None before the first validation."""
         try:
-            note = json.loads((self.folder / _BEST).read_bytes())
+            note = json.loads((self.folder / BEST).read_bytes())
         except (OSError, ValueError):
             return None
         return {"kept": [{"step": note["step"], "error": note["error"]}], **note}
 
     def _prune(self) -> None:
         best = {f"step_{one['step']:08d}" for one in (self.best_note() or {}).get("kept", [])}
-        for folder in sorted(self.folder.glob("step_*"))[: -self.keep]:
-            if folder.name not in best:
-                shutil.rmtree(folder, ignore_errors=True)
+        for name in self._names()[: -self.keep]:
+            if name not in best:
+                shutil.rmtree(self.folder / name, ignore_errors=True)
                 if self._mirror is not None:
-                    self._mirror.remove(folder.name)
+                    self._mirror.remove(name)
+
+    def _names(self) -> list[str]:
+        return sorted(folder.name for folder in self.folder.glob("step_*"))
 
 
 class CheckpointWriter:

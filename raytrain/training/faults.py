@@ -19,14 +19,14 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from raytrain.artifacts import atomic_write_bytes, canonical_json, make_folder
 
 _MARK = 256  # bytes
-_KILLED_FOR_MEMORY = "killed-for-memory"
+KILLED_FOR_MEMORY = "killed-for-memory"
 
 
 def kills_for_memory() -> tuple[str, int]:
@@ -39,17 +39,25 @@ def kills_for_memory() -> tuple[str, int]:
 
 
 class FaultNotes:
-    """Notes of one run. `profile_id` names the batch profile that they are about: those of another one do not count."""
+    """Notes of one run. `profile_id` names the batch profile that they are about: those of another one do not count.
 
-    def __init__(self, folder: Path, profile_id: str, rank: int = 0) -> None:
+    `on_written` and `on_removed` are told of each note's path, to do the same where others read it; not of marks, which
+    are for this machine."""
+
+    def __init__(
+        self, folder: Path, profile_id: str, rank: int = 0,
+        on_written: Callable[[Path], object] = lambda path: None,
+        on_removed: Callable[[Path], object] = lambda path: None,
+    ) -> None:  # fmt: skip
         self._folder, self._profile_id, self._rank = make_folder(Path(folder)), profile_id, rank
+        self._on_written, self._on_removed = on_written, on_removed
         self._mark: mmap.mmap | None = None
 
     def lower(self, bucket: int, failed_size: int, why: str) -> int:
         """Note that `failed_size` utterances of a bucket did not fit; returns what it may have, at least 1."""
         size = max(1, min(failed_size - 1, int(failed_size * 0.95)))
         body = {"bucket": bucket, "failed": failed_size, "batch_size": size, "why": why, "profile": self._profile_id}
-        atomic_write_bytes(self._folder / f"lowered-{time.time_ns()}-{self._rank}.json", canonical_json(body))
+        self._write(f"lowered-{time.time_ns()}-{self._rank}.json", canonical_json(body))
         return size
 
     def lowered(self, sizes: Sequence[int]) -> tuple[int, ...]:
@@ -75,11 +83,15 @@ class FaultNotes:
     def note_stall(self, doing: str) -> None:
         """Note that this rank makes no progress."""
         body = {"doing": f"worker {self._rank}: {doing}", "time": time.time()}
-        atomic_write_bytes(self._folder / f"stalled-{time.time_ns()}-{self._rank}.json", canonical_json(body))
+        self._write(f"stalled-{time.time_ns()}-{self._rank}.json", canonical_json(body))
 
     def note_kill_for_memory(self) -> None:
         """Note that the last attempt ended because a worker was killed for its memory."""
-        atomic_write_bytes(self._folder / _KILLED_FOR_MEMORY, b"")
+        self._write(KILLED_FOR_MEMORY, b"")
+
+    def _write(self, name: str, data: bytes) -> None:
+        atomic_write_bytes(self._folder / name, data)
+        self._on_written(self._folder / name)
 
     @contextlib.contextmanager
     def marking(self) -> Iterator[Callable[[int, int, int], None]]:
@@ -99,17 +111,26 @@ class FaultNotes:
             finally:
                 path.unlink(missing_ok=True)
 
-    def learn_from_deaths(self, kills: Mapping[str, int]) -> None:
+    def take_marks(self) -> list[str]:
+        """What ranks on this machine were in the middle of when they were killed; the marks are gone then."""
+        marks = []
+        for path in self._folder.glob("doing-*"):
+            with contextlib.suppress(FileNotFoundError):  # another rank takes it
+                marks.append(path.read_bytes().decode(errors="replace"))
+                path.unlink()
+        return marks
+
+    def learn_from_deaths(self, kills: Mapping[str, int], marks: Iterable[str]) -> None:
         """Lower the bucket that the last attempt was in where one of its processes was killed for memory. `kills`: see
-        `kills_for_memory`, of all machines. For one rank to call, before any marks."""
-        paths = list(self._folder.glob("doing-*"))
-        marks = [path.read_bytes().decode(errors="replace").split() for path in paths]
-        by_monitor = (self._folder / _KILLED_FOR_MEMORY).exists()
-        for path in (*paths, self._folder / _KILLED_FOR_MEMORY):
-            path.unlink(missing_ok=True)
+        `kills_for_memory`, and `marks`, see `take_marks`, of all machines. For one rank to call, before any marks."""
+        killed = self._folder / KILLED_FOR_MEMORY
+        by_monitor = killed.exists()
+        if by_monitor:
+            killed.unlink()
+            self._on_removed(killed)
         found = [
             (int(step), int(bucket), int(size))
-            for _, step, bucket, size, before, machine in (mark for mark in marks if len(mark) == 6)
+            for _, step, bucket, size, before, machine in (mark for mark in map(str.split, marks) if len(mark) == 6)
             if by_monitor or kills.get(machine, 0) > int(before)
         ]
         if found:
