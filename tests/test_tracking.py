@@ -71,6 +71,7 @@ def test_runs_in_a_real_store(tmp_path):
     # A restarted worker sends steps again; the store must have each once.
     again = MlflowTracker.open(run_name="train", run_id=child.run_id, **common)
     again.log_metrics({"loss": 9.0}, 49, 1.0)
+    again.catch_up([{"step": step, "time_s": 1.0, "loss": 1 / step, "lr": 0.1} for step in (48, 49)])
     again.log_metrics({"loss": 0.5}, 50, 1.0)
     again.close()
     parent.close("FAILED")
@@ -78,6 +79,7 @@ def test_runs_in_a_real_store(tmp_path):
     run = client.get_run(child.run_id)
     history = client.get_metric_history(child.run_id, "loss")
     assert sorted(point.step for point in history) == list(range(1, 51))
+    assert [point.step for point in client.get_metric_history(child.run_id, "lr")] == [48, 49]  # had not been sent
     assert run.data.metrics["loss"] == 0.5 and run.info.status == "FINISHED"
     assert [(p.step, p.value) for p in client.get_metric_history(child.run_id, "wer_by_second")] == [(33, 0.25)]
     assert run.data.tags["mlflow.parentRunId"] == parent.run_id

@@ -274,6 +274,8 @@ def _tracker(workspace: Any, job: dict[str, Any], rank: int, step: int) -> Itera
         from raytrain.tracking.mlflow import MlflowTracker
 
         trackers.append(MlflowTracker.open(**job["mlflow"]))
+        if path.exists():
+            trackers[-1].catch_up(map(json.loads, path.read_bytes().splitlines()))
     tracker = MultiTracker(*trackers)
     with store.sharing(METRICS, path):
         try:

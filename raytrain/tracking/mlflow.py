@@ -18,7 +18,7 @@ import os
 import queue
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -115,6 +115,15 @@ class MlflowTracker:
         if "wer" in new:
             points.append(Metric("wer_by_second", new["wer"], now, int(seconds)))
         self._put(points)
+
+    def catch_up(self, lines: Iterable[Mapping[str, Any]]) -> None:
+        """Log what `metrics.jsonl` has and the run has not: a process that was killed may not have sent all."""
+        if self._client is None:
+            return
+        for line in lines:
+            metrics = {key: value for key, value in line.items() if key not in ("step", "time_s")}
+            if any(line["step"] > self._last_steps.get(key, -1) for key in metrics):
+                self.log_metrics(metrics, line["step"], line.get("time_s", 0.0))
 
     def log_artifact(self, path: Path) -> None:
         """Copy a file to the run's artefacts."""
