@@ -9,6 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
+from raytrain.doctor_command import doctor
 from raytrain.errors import RaytrainError
 from raytrain.transcribe_command import transcribe
 
@@ -357,6 +358,7 @@ def convert(
 
 
 app.command()(transcribe)
+app.command()(doctor)
 
 
 @app.command()
