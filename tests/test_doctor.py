@@ -158,6 +158,7 @@ def test_nodes_that_do_not_answer_or_are_not_there():
     [
         ("Version mismatch: The cluster was started with Ray: 2.59", "same Python"),
         ("Token authentication is enabled but no authentication token was found", "RAY_AUTH_TOKEN"),
+        ("Failed to connect to Ray cluster at 10.0.0.1:6379", "RAY_AUTH_TOKEN"),  # without the token
         ("nobody answers at a:6379", "ray start"),
     ],
 )

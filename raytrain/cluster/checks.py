@@ -96,7 +96,8 @@ def check_connection(why: str) -> Check:
     lower = why.lower()
     if "mismatch" in lower or "version" in lower:
         remedy = "use the same Python (x.y.z) and Ray here and on the cluster"
-    elif "auth" in lower or "token" in lower:
+    elif any(word in lower for word in ("auth", "token", "failed to connect")):
+        # Ray only says that it failed to connect where the token is missing or wrong.
         remedy = "set RAY_AUTH_MODE=token, and the cluster's token in RAY_AUTH_TOKEN or ~/.ray/auth_token"
     else:
         remedy = "start Ray (`ray start --head`), give its address as HOST:6379, open its ports to this machine"
