@@ -18,10 +18,11 @@ from raytrain.cluster.pipeline import run_pipeline
 from raytrain.cluster.session import ray_session
 from raytrain.cluster.stages import read_histogram
 from raytrain.cluster.tracking import RunTracking, tracking_uri
-from raytrain.cluster.trials import run_grid
+from raytrain.cluster.trials import check_on_disk, run_grid
 from raytrain.cluster.workspace import PROFILE_FORMAT, Workspace
 from raytrain.config import Config
 from raytrain.console import Console
+from raytrain.data.remote import RunStore
 from raytrain.errors import ConfigError
 from raytrain.lengths.histogram import LengthHistogram
 from raytrain.lengths.schemes import Hardware, gpu_plans, random_batch, scheme_settings, simulate_scheme, title_of
@@ -92,6 +93,7 @@ def predict_ablation(
         }
     write_json(config.run_dir / "ablation_predicted.json", PREDICTED_FORMAT, body)
     _report(config, console)
+    RunStore(config.run_location).publish()
     return body
 
 
@@ -110,6 +112,7 @@ def run_ablation(config: Config, console: Console) -> dict[str, Any]:
 
     Raises `ConfigError` without dev manifests and without a memory budget that binds.
     """
+    check_on_disk(config, "raytrain ablate")
     if not config.data.dev:
         raise ConfigError("an ablation needs data.dev", why="schemes are compared by their validation WER")
     if config.data.stream is not None:

@@ -17,10 +17,11 @@ from raytrain.artifacts import write_json
 from raytrain.cluster.ablate import histogram_of, prepare_folder, training_limits, trial_metrics
 from raytrain.cluster.session import ray_session
 from raytrain.cluster.tracking import RunTracking, tracking_uri
-from raytrain.cluster.trials import run_grid
+from raytrain.cluster.trials import check_on_disk, run_grid
 from raytrain.cluster.workspace import Workspace
 from raytrain.config import Config
 from raytrain.console import Console
+from raytrain.data.remote import RunStore
 from raytrain.errors import ConfigError
 from raytrain.model.config import ModelConfig
 from raytrain.model.cost import cost_of
@@ -61,6 +62,8 @@ def run_depths(
     """What `decoder_depths.json` keeps: a row for each depth; without `train` the columns that need none, which may be
     of another `model` than the configuration's."""
     target, config = config.ablate.target_wer, training_limits(config)
+    if train:
+        check_on_disk(config, "raytrain ablate --decoder-depths")
     if train and not config.data.dev:
         raise ConfigError("comparing depths needs data.dev", remedy="name dev manifests, or use --predict")
     with ray_session(config.cluster) if train else contextlib.nullcontext():  # counting alone may need no Ray
@@ -73,6 +76,7 @@ def run_depths(
             _train(config, console, models, rows, target)
     body = {"rows": rows, "trained": train, "target_wer": target}
     write_json(config.run_dir / "decoder_depths.json", DEPTHS_FORMAT, body)
+    RunStore(config.run_location).publish()
     return body
 
 

@@ -24,8 +24,8 @@ from raytrain.cluster.checks import Check, NodeFacts
 from raytrain.cluster.node_facts import ask_mlflow, auth_mode, has_token, measure_node, measure_storage, versions
 from raytrain.cluster.session import ray_session
 from raytrain.cluster.tracking import tracking_uri
-from raytrain.config import RUN_ROOT_VARIABLE, ClusterSection, Config
-from raytrain.data.storage import absolute, is_uri
+from raytrain.config import ClusterSection, Config
+from raytrain.data.storage import is_uri
 
 PROBE_BYTES = 64 << 20
 WAIT_SECONDS = 300.0
@@ -115,7 +115,7 @@ def judge(nodes: list[NodeFacts], driver: dict[str, str], config: Config | None,
 
 def run_root(config: Config) -> str:
     """The folder or URI that the run's folder lies in."""
-    return absolute(config.run.root or os.environ.get(RUN_ROOT_VARIABLE) or "runs")
+    return config.run_location.rpartition("/")[0]
 
 
 def _mlflow_uri(config: Config) -> str | None:

@@ -204,6 +204,7 @@ def run_buckets(context: Context) -> str:
 def compare_plans(config: Config) -> list[PolicyRow]:
     """Policies side by side on the run's histogram. Raises `ArtifactError` where statistics have not run."""
     workspace = Workspace(config, config.run_dir)
+    workspace.store.bring("histogram.parquet")
     if not workspace.path("histogram.parquet").exists():
         raise ArtifactError(f"{workspace.path('histogram.parquet')} is missing", remedy="run raytrain statistics first")
     histogram = read_histogram(workspace.path("histogram.parquet"))

@@ -20,6 +20,7 @@ from raytrain.cluster.train import STOP
 from raytrain.cluster.workspace import Workspace
 from raytrain.config import Config, check_config
 from raytrain.console import Console
+from raytrain.data.storage import is_uri
 from raytrain.errors import ConfigError
 
 SHARED = (
@@ -49,6 +50,17 @@ def with_settings(config: Config, settings: dict[str, Any], source: str = "trial
             node = node[part]
         node[last] = value
     return check_config(values, source=f"{source} with {settings}")
+
+
+def check_on_disk(config: Config, what: str) -> None:
+    """Raises `ConfigError` for a run folder at a URI, where trials can't read each other's artefacts."""
+    if is_uri(config.run_location):
+        raise ConfigError(
+            f"{what} needs a run folder on a disk that all nodes share",
+            got=f"run.root {config.run_location.rpartition('/')[0]}",
+            why="its trials read one another's artefacts in place",
+            remedy="set run.root to a shared folder for this command",
+        )
 
 
 class RunningTrial:

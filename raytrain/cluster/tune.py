@@ -15,7 +15,7 @@ import yaml
 from raytrain.artifacts import atomic_write_bytes, content_id, make_folder, write_json
 from raytrain.cluster.session import ray_session
 from raytrain.cluster.tracking import RunTracking, tracking_uri
-from raytrain.cluster.trials import SHARED, concurrent_trials, restored, trial_progress, with_settings
+from raytrain.cluster.trials import SHARED, check_on_disk, concurrent_trials, restored, trial_progress, with_settings
 from raytrain.config import Config, Distribution
 from raytrain.console import Console
 from raytrain.errors import ArtifactError, ConfigError, TrainingError
@@ -29,6 +29,7 @@ def run_tune(config: Config, console: Console) -> list[dict[str, Any]]:
     Raises `ConfigError` where the space names what can't be set, `ArtifactError` before the stages up to oomptimize
     have run, and `TrainingError` where no trial got as far as a validation.
     """
+    check_on_disk(config, "raytrain tune")
     missing = [name for name in SHARED if name != "assignment" or config.data.stream is None]
     missing = [name for name in missing if not (config.run_dir / name).exists()]
     if missing:
