@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
 
 from raytrain.data.augment import AugmentSettings
 from raytrain.data.corpus import Corpus
@@ -29,6 +29,7 @@ from raytrain.errors import ConfigError
 from raytrain.lengths.plan import BucketSettings
 from raytrain.lengths.schemes import SCHEMES
 from raytrain.model.config import ModelConfig
+from raytrain.nodes import check_labels, check_resources
 from raytrain.training.settings import TrainSettings
 
 DATA_ROOT_VARIABLE = "RAYTRAIN_DATA_ROOT"
@@ -292,14 +293,36 @@ class TrackingSection(_Section):
 class ClusterSection(_Section):
     """Ray. `address` unset means $RAY_ADDRESS if there is one, else a local Ray with `num_cpus`.
 
-    `train_resources` and `data_resources` are custom resources (`{gpu_host: 1}`, `{cpu_host: 0.01}`) that each training
-    worker and each task that decodes audio takes, which is how they are kept on nodes of their own.
+    Work is kept on nodes of its own by what these were started with: training and probes of batch sizes by `train_…`,
+    reading, counting, assigning and decoding audio by `data_…`. Labels (`{role: train}`) are selectors: `value`,
+    `!value`, `in(value, value)`. Resources (`{gpu_host: 1}`, `{cpu_host: 0.01}`) are what each training worker and each
+    task takes; `CPU` among `train_resources` is the CPUs of a training worker. `accelerator_type` is Ray's name of the
+    kind of GPU to train on.
     """
 
     address: str | None = None
     num_cpus: int | None = Field(None, ge=1)
+    train_labels: dict[str, str] = {}
+    data_labels: dict[str, str] = {}
     train_resources: dict[str, float] = {}
     data_resources: dict[str, float] = {}
+    accelerator_type: str | None = Field(None, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+
+    @field_validator("train_labels", "data_labels")
+    @classmethod
+    def _labels(cls, value: dict[str, str]) -> dict[str, str]:
+        return _without(check_labels(value), value)
+
+    @field_validator("train_resources", "data_resources")
+    @classmethod
+    def _resources(cls, value: dict[str, float], info: ValidationInfo) -> dict[str, float]:
+        return _without(check_resources(value, ("CPU",) if info.field_name == "train_resources" else ()), value)
+
+
+def _without(problems: list[str], value: Any) -> Any:
+    if problems:
+        raise ValueError("; ".join(problems))
+    return value
 
 
 class Config(_Section):

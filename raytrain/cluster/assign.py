@@ -20,6 +20,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from raytrain.artifacts import atomic_write, atomic_write_bytes, write_json
+from raytrain.cluster.placement import ANYWHERE, Placement
 from raytrain.cluster.session import map_on_workers
 from raytrain.cluster.statistics import NUM_EXAMPLES
 from raytrain.data.assignment import (
@@ -201,6 +202,7 @@ def assign_all(
     settings: AssignSettings,
     *,
     key: str,
+    placement: Placement = ANYWHERE,
 ) -> Iterator[dict[str, Any]]:
     """Run the missing chunks on Ray Data; yields the note of every chunk, finished before or now."""
     import ray
@@ -226,7 +228,7 @@ def assign_all(
             made.append(note)
         return made
 
-    for made in map_on_workers(missing, work, tasks_per_cpu=16):
+    for made in map_on_workers(missing, work, 16, placement):
         yield from made
 
 

@@ -47,7 +47,7 @@ def transcribe_rows(config: Config, location: str, rows: list[Row]) -> Iterator[
     """Hypotheses of test rows, batch by batch, from a pool of `evaluate.num_workers`; `id` is the row's place."""
     workspace, evaluate = Workspace(config, location), config.evaluate
     device = "auto" if config.train.device != "cpu" else "cpu"
-    pool = find_pool(evaluate.num_workers, device, None, config.cluster.data_resources)
+    pool = find_pool(evaluate.num_workers, device, None, config.cluster)
     load = partial(load_run, config.model_dump(mode="json"), location, evaluate.checkpoint)
     # Whole rows, as in training and validation: what is longer than a window is not cut here.
     job = Job(

@@ -16,7 +16,7 @@ import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import islice
 from typing import Any, NamedTuple
 
@@ -24,6 +24,8 @@ import numpy as np
 import orjson
 
 from raytrain.cluster.ingest import pack_batch, unpack
+from raytrain.cluster.placement import ANYWHERE, Placement, total
+from raytrain.config import ClusterSection
 from raytrain.data.audio import AudioError, read_audio
 from raytrain.data.batch import SpeechBatch
 from raytrain.data.requests import Request
@@ -48,7 +50,7 @@ _REMOTE_READERS = 16
 @dataclass(frozen=True)
 class Pool:
     """The actors: how many, on GPUs or not, the bytes and the torch threads that each may use, and what of the
-    cluster's CPUs an actor and a task that reads audio take. `data_resources` are custom ones for such a task."""
+    cluster's CPUs an actor and a task that reads audio take. `models` and `readers` are the nodes of both."""
 
     workers: int
     cuda: bool
@@ -56,7 +58,8 @@ class Pool:
     threads: int
     actor_cpus: float
     reader_cpus: float
-    data_resources: dict[str, float] = field(default_factory=dict)
+    models: Placement = ANYWHERE
+    readers: Placement = ANYWHERE
 
 
 @dataclass(frozen=True)
@@ -101,36 +104,47 @@ class Recognised(NamedTuple):
 
 
 def find_pool(
-    workers: int | None, device: str, device_memory: int | None, data_resources: dict[str, float] | None = None
+    workers: int | None, device: str, device_memory: int | None, cluster: ClusterSection | None = None
 ) -> Pool:
-    """The pool that the running Ray has room for: by default a worker for each GPU, or one on CPUs.
+    """The pool that the running Ray has room for: by default a worker for each GPU, or one on CPUs. Workers on GPUs
+    take the nodes for training, all else those for data.
 
     `device` is auto, cpu or cuda; `device_memory` bytes for each worker's batches and model, by default 0.9 of a GPU's
     or, on CPUs, half of what Ray may give of the smallest node's. Raises `ConfigError` for what is not there.
     """
     import ray
 
-    total = ray.cluster_resources()
-    gpus, cpus = int(total.get("GPU", 0)), float(total.get("CPU", 1))
+    readers, train = Placement.data(cluster or ClusterSection()), Placement.train(cluster or ClusterSection())
+    gpus = int(total(train.present(), "GPU"))
     if device not in ("auto", "cpu", "cuda") or (device == "cuda" and not gpus):
         raise ConfigError("there is no such device", got=device, allowed="auto, cpu, and cuda where Ray has a GPU")
     cuda = device != "cpu" and gpus > 0
-    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"] and node["Resources"].get("CPU")]
+    models = train if cuda else readers
+    reading = [node for node in readers.nodes() if node["Resources"].get("CPU")]
     # Reading needs a share of the CPUs: Ray Data hangs without a word where actors take them all. And the two shares
     # must differ, or reading would be put into the actors.
-    reader_cpus = 1.0 if cpus >= 2 else 0.5
-    most = gpus if cuda else max(1, int((cpus - reader_cpus) / 0.1))
+    reader_cpus = 1.0 if any(node["Resources"]["CPU"] >= 2 for node in reading) else 0.5
+    nodes = [node for node in models.nodes() if node["Resources"].get("CPU") and (not cuda or total([node], "GPU"))]
+    kept = {node["NodeID"] for node in reading}
+    # Actors may fill one node after the other, so what a reader needs must stay free on each.
+    cpus = sum(max(0.0, node["Resources"]["CPU"] - reader_cpus * (node["NodeID"] in kept)) for node in nodes)
+    most = gpus if cuda else max(1, int(cpus / 0.1))
+    if models.resources:
+        slots = [models.slots(node, 0.1, 1.0 if cuda else 0.0) - (models is readers) for node in nodes]
+        most = min(most, sum(slots))
     workers = workers or (gpus if cuda else 1)
-    if workers > most:
-        raise ConfigError("Ray has no room for so many workers", got=workers, allowed=f"1 to {most}")
-    actor_cpus = min(0.4, int((cpus - reader_cpus) / workers * 1000) / 1000)
+    if workers > most or not nodes:
+        raise ConfigError("Ray has no room for so many workers", got=workers, allowed=f"at most {most}")
+    actor_cpus = min(0.4, int(cpus / workers * 1000) / 1000)
     beside = -(-workers // len(nodes))  # workers of one node
     if device_memory is None and cuda:
-        device_memory = int(_GPU_SHARE * ray.get(ray.remote(num_gpus=1, num_cpus=0)(_gpu_bytes).remote()))
+        options = models.remote_options(cpus=0, gpus=1)
+        device_memory = int(_GPU_SHARE * ray.get(ray.remote(**options)(_gpu_bytes).remote()))
     elif device_memory is None:
-        device_memory = int(_HOST_SHARE * min(node.get("memory", 2**32) for node in nodes) / beside)
-    threads = max(1, int(min(node["CPU"] for node in nodes)) // beside)
-    return Pool(workers, cuda, device_memory, threads, actor_cpus, reader_cpus, data_resources or {})
+        smallest = min(node["Resources"].get("memory", 2**32) for node in nodes)
+        device_memory = int(_HOST_SHARE * smallest / beside)
+    threads = max(1, int(min(node["Resources"]["CPU"] for node in nodes)) // beside)
+    return Pool(workers, cuda, device_memory, threads, actor_cpus, reader_cpus, models, readers)
 
 
 def _gpu_bytes() -> int:
@@ -183,8 +197,7 @@ def _recognise(batches: list[Batch], job: Job, pool: Pool) -> Iterator[Recognise
     data = (
         ray.data.from_items([{"batch": one} for one in packed], override_num_blocks=len(packed))
         .map_batches(
-            read, batch_size=None, batch_format="pyarrow", num_cpus=pool.reader_cpus,
-            resources=pool.data_resources or None,
+            read, batch_size=None, batch_format="pyarrow", **pool.readers.remote_options(pool.reader_cpus)
         )
         .map_batches(
             Listener,
@@ -192,8 +205,7 @@ def _recognise(batches: list[Batch], job: Job, pool: Pool) -> Iterator[Recognise
             batch_size=None,
             batch_format="pyarrow",
             compute=ActorPoolStrategy(size=min(pool.workers, len(batches))),
-            num_cpus=pool.actor_cpus,
-            num_gpus=1 if pool.cuda else 0,
+            **pool.models.remote_options(pool.actor_cpus, 1 if pool.cuda else 0),
         )
     )  # fmt: skip
     rows = iter(data.iter_rows())

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import orjson
 
+from raytrain.cluster.placement import Placement, total
 from raytrain.cluster.session import quiet_data
 from raytrain.cluster.workspace import Workspace
 from raytrain.config import Config, check_config
@@ -83,7 +84,6 @@ class RayBatches:
         from ray.data import DataContext, ExecutionResources
 
         quiet_data()
-        cluster = self._workspace.config.cluster
         context = DataContext.get_current()
         store = ray.cluster_resources().get("object_store_memory", 1 << 30)
         # Ranks do not know of each other's datasets: each takes its part of the CPUs and of the store.
@@ -105,8 +105,7 @@ class RayBatches:
             decode,
             batch_size=None,
             batch_format="pyarrow",
-            num_cpus=1,
-            resources=cluster.data_resources or None,
+            **Placement.data(self._workspace.config.cluster).remote_options(),
             concurrency=max(1, free_cpus(self._workspace.config, self._world_size) // self._world_size),
         )
         batches = data.iter_batches(
@@ -117,14 +116,13 @@ class RayBatches:
 
 
 def free_cpus(config: Config, world_size: int) -> int:
-    """CPUs that training leaves to decoding."""
-    import ray
-
-    resources = ray.cluster_resources()
-    cpus = int(resources.get("CPU", 0)) - world_size
-    for name, amount in config.cluster.data_resources.items():
-        cpus = min(cpus, int(resources.get(name, 0) / amount + 1e-6)) if amount else cpus
-    return cpus
+    """CPUs that training leaves to decoding on the nodes that are for it."""
+    data, train = Placement.data(config.cluster), Placement.train(config.cluster)
+    nodes = data.nodes()
+    shared = {node["NodeID"] for node in nodes}
+    elsewhere = total([node for node in train.nodes() if node["NodeID"] not in shared], "CPU")
+    left = total(nodes, "CPU") - max(0.0, world_size * train.cpus - elsewhere)
+    return min(int(left), sum(map(data.slots, nodes)))
 
 
 def decode_step(share: dict[str, int], config: bytes, location: str, batch_sizes: tuple[int, ...]) -> Any:
@@ -241,7 +239,8 @@ def stream_work(
     source = None
     if rank == 0:
         # Every worker waits in a call of its own. It takes no CPU of its own, or a small cluster could not start it.
-        actor = ray.remote(num_cpus=0, max_concurrency=world_size + 1)(StreamSource)
+        place = Placement.data(workspace.config.cluster).remote_options(cpus=0)
+        actor = ray.remote(max_concurrency=world_size + 1, **place)(StreamSource)
         config = workspace.config.model_dump(mode="json")
         source = actor.remote(config, workspace.store.location, batch_sizes, num_shares, world_size, state)
     return _shares(broadcast_from_rank_zero(source), rank, shares)

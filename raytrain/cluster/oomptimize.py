@@ -16,12 +16,14 @@ from functools import partial
 from typing import Any
 
 from raytrain.artifacts import content_id
+from raytrain.cluster.placement import Placement, total
 from raytrain.cluster.session import map_on_workers
 from raytrain.config import Config
 from raytrain.errors import ConfigError, ProfileError
 from raytrain.lengths.plan import BucketPlan
 from raytrain.lengths.profile import BatchProfile, ProbeSetting
 from raytrain.model.config import ModelConfig
+from raytrain.nodes import accelerator_of
 from raytrain.training.settings import TrainSettings
 
 GIB = 2**30
@@ -32,7 +34,8 @@ Progress = Callable[[str, int, int], None]  # what is done, how many of how many
 class Device:
     """What to find batch sizes for: a kind of GPU in the cluster, or (`is_real` false) one that is only named.
 
-    `per_trial` is the share of a real GPU that a trial takes; `accelerator` is Ray's name for the kind.
+    `per_trial` is the share of a real GPU that a trial takes; `accelerator` is Ray's name for the kind, None where
+    nodes do not tell.
     """
 
     name: str
@@ -45,6 +48,16 @@ class Device:
         """Bytes that a training step may take."""
         return int(self.total_bytes * config.oomptimize.memory_fraction)
 
+    @property
+    def gpus(self) -> float:
+        """What a trial takes of a GPU."""
+        return self.per_trial if self.is_real else 0.0
+
+    def placement(self, config: Config) -> Placement:
+        """Where its trials run."""
+        train = Placement.train(config.cluster)
+        return replace(train, accelerator_type=self.accelerator) if self.accelerator else train
+
 
 def traced_device(total_bytes: int) -> Device:
     """A device that is not there."""
@@ -52,15 +65,16 @@ def traced_device(total_bytes: int) -> Device:
 
 
 def find_devices(config: Config) -> list[Device]:
-    """The kinds of GPU in the cluster, or the named device where there is none.
+    """The kinds of GPU in the nodes that are for training, or the named device where there is none.
 
-    Raises `ConfigError` with neither a GPU nor a named device, and for an objective that needs a GPU's time.
+    Raises `ConfigError` with neither a GPU nor a named device, for an objective that needs a GPU's time, and where no
+    node is for training.
     """
-    import ray
-
     named = config.oomptimize.device_memory
-    if ray.cluster_resources().get("GPU", 0) and config.train.device != "cpu":
-        return [_real_device(accelerator, named, config) for accelerator in _accelerators()]
+    with_gpus = [node["Resources"] for node in Placement.train(config.cluster).nodes() if total([node], "GPU")]
+    if with_gpus and config.train.device != "cpu":
+        kinds = sorted({accelerator_of(one) for one in with_gpus}, key=str)
+        return [_real_device(kind, named, config) for kind in kinds]
     if named is None:
         raise ConfigError(
             "there is no GPU here to measure memory on",
@@ -75,38 +89,15 @@ def find_devices(config: Config) -> list[Device]:
     return [traced_device(named)]
 
 
-def _accelerators() -> list[str | None]:
-    """Ray's names of the kinds of GPU, [None] where nodes do not tell."""
-    import ray
-
-    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"] and node["Resources"].get("GPU")]
-    kinds = {next((key for key in one if key.startswith("accelerator_type:")), None) for one in nodes}
-    return sorted(kinds, key=str)
-
-
-def _resources(device: Device) -> dict[str, float]:
-    """What a trial asks of Ray."""
-    if not device.is_real:
-        return {"CPU": 1}
-    kind = {device.accelerator: 0.001} if device.accelerator else {}
-    return {"CPU": 1, "GPU": device.per_trial, **kind}
-
-
-def _options(device: Device) -> dict[str, Any]:
-    """The same for a task."""
-    asked = _resources(device)
-    special = {key: asked[key] for key in asked if key not in ("CPU", "GPU")}
-    return {"num_cpus": asked["CPU"], "num_gpus": asked.get("GPU", 0), "resources": special}
-
-
 def _real_device(accelerator: str | None, named: int | None, config: Config) -> Device:
     import ray
 
     probe = Device("", 0, is_real=True, accelerator=accelerator)
-    name, total = ray.get(ray.remote(**_options(probe))(_gpu_properties).remote())
-    planned = min(named or total, total)
+    options = probe.placement(config).remote_options(gpus=probe.gpus)
+    name, memory = ray.get(ray.remote(**options)(_gpu_properties).remote())
+    planned = min(named or memory, memory)
     # Two searches in one GPU's memory are safe where their budgets fit side by side; their times would mean nothing.
-    share = 1 / (total // planned) if config.oomptimize.objective == "memory" else 1.0
+    share = 1 / (memory // planned) if config.oomptimize.objective == "memory" else 1.0
     return Device(name, planned, True, accelerator, share)
 
 
@@ -164,7 +155,8 @@ def predict(
         device_type=kind, budget=device.budget(config), max_size=config.oomptimize.max_batch_size,
     )  # fmt: skip
     found: list[Any] = []
-    for part in map_on_workers(edges, function, tasks_per_cpu=4):
+    data = Placement.data(config.cluster)
+    for part in map_on_workers(edges, function, 4, data):
         found += part
         on_progress("tracing buckets", len(found), len(edges))
     for number, prediction in enumerate(found):
@@ -172,7 +164,7 @@ def predict(
             alternative = None
             if not config.train.activation_checkpointing:
                 saving = partial(function, train=replace(config.train, activation_checkpointing=True))
-                alternative = next(map_on_workers([edges[number]], saving, 1))[0].peak_bytes
+                alternative = next(map_on_workers([edges[number]], saving, 1, data))[0].peak_bytes
             raise _does_not_fit(number, edges[number], prediction.peak_bytes, device, config, alternative)
     return [_at_least(number, found, edges) for number in range(len(found))]
 
@@ -320,9 +312,11 @@ def confirm(
         {**common, "bucket": number, "max_duration_ms": duration, "max_tokens": tokens}
         for number, (duration, tokens) in enumerate(edges)
     ]
-    brackets = ray.remote(_Brackets).options(name=common["brackets"], num_cpus=0).remote(edges, needs, budget)
+    place = Placement.data(config.cluster).remote_options(cpus=0)
+    brackets = ray.remote(_Brackets).options(name=common["brackets"], **place).remote(edges, needs, budget)
     try:
-        results = _run_trials(jobs, device, f"{scratch}/oomptimize-{common['id']}", on_progress, make_meter)
+        asked = device.placement(config).trial_resources(gpus=device.gpus)
+        results = _run_trials(jobs, asked, f"{scratch}/oomptimize-{common['id']}", on_progress, make_meter)
     finally:
         ray.kill(brackets)
     for number, result in enumerate(results):
@@ -333,7 +327,7 @@ def confirm(
 
 
 def _run_trials(
-    jobs: list[dict[str, Any]], device: Device, folder: str, on_progress: Progress,
+    jobs: list[dict[str, Any]], resources: Any, folder: str, on_progress: Progress,
     make_meter: Callable[[dict[str, Any]], Any],
 ) -> list[dict[str, Any]]:  # fmt: skip
     from ray import tune
@@ -349,7 +343,7 @@ def _run_trials(
 
     # Finished trials must be on disk when the run is killed, not up to ten seconds later.
     os.environ.setdefault("TUNE_GLOBAL_CHECKPOINT_S", "1")
-    trainable = tune.with_resources(partial(probe_bucket, make_meter=make_meter), _resources(device))
+    trainable = tune.with_resources(partial(probe_bucket, make_meter=make_meter), resources)
     space = {"job": tune.grid_search(jobs)}
     parent, _, name = folder.rpartition("/")
     if tune.Tuner.can_restore(folder):
@@ -387,8 +381,9 @@ def soak_all(
         "model": asdict(model), "train": asdict(config.train), "budget_bytes": device.budget(config),
         "edges": edges, "sizes": sizes, "num_steps": section.soak_steps, "seed": config.seed,
     }  # fmt: skip
-    task = ray.remote(num_returns="streaming", max_retries=0, **_options(device))(_soak)
-    total = max(section.soak_steps, len(edges))
+    options = device.placement(config).remote_options(gpus=device.gpus)
+    task = ray.remote(num_returns="streaming", max_retries=0, **options)(_soak)
+    steps = max(section.soak_steps, len(edges))
     current, peaks, done = list(sizes), {}, 0
     for item in task.remote(job, make_meter):
         step = ray.get(item)
@@ -400,7 +395,7 @@ def soak_all(
                 raise _does_not_fit(step.bucket, edges[step.bucket], budget, device, config, why=step.probe.why)
         elif step.probe.peak_bytes is not None:
             peaks[step.bucket] = step.probe.peak_bytes
-        on_progress("soaking", min(done, total), total)
+        on_progress("soaking", min(done, steps), steps)
     return current, peaks
 
 

@@ -15,6 +15,7 @@ import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from raytrain.cluster.placement import ANYWHERE, Placement, total
 from raytrain.config import ClusterSection
 from raytrain.errors import RaytrainError
 
@@ -64,11 +65,13 @@ def ray_session(settings: ClusterSection) -> Iterator[None]:
         ray.shutdown()
 
 
-def map_on_workers(items: list[Any], function: Callable[[list[Any]], Any], tasks_per_cpu: int) -> Iterator[Any]:
+def map_on_workers(
+    items: list[Any], function: Callable[[list[Any]], Any], tasks_per_cpu: int, placement: Placement = ANYWHERE
+) -> Iterator[Any]:
     """Call `function` on lists of items on Ray Data's workers; yields what it returns, in order.
 
-    There are `tasks_per_cpu` lists for each CPU of the cluster. A `RaytrainError` of a worker is raised here as it is:
-    Ray Data would wrap it in its own and lose it.
+    There are `tasks_per_cpu` lists for each CPU of the nodes of `placement`. A `RaytrainError` of a worker is raised
+    here as it is: Ray Data would wrap it in its own and lose it. Raises `ConfigError` where there is no such node.
     """
     import ray
 
@@ -79,9 +82,9 @@ def map_on_workers(items: list[Any], function: Callable[[list[Any]], Any], tasks
             result = error
         return {"result": [pickle.dumps(result)]}
 
-    tasks = min(len(items), tasks_per_cpu * max(1, int(ray.cluster_resources().get("CPU", 1))))
+    tasks = min(len(items), tasks_per_cpu * max(1, int(total(placement.nodes(), "CPU"))))
     data = ray.data.from_items([{"item": pickle.dumps(item)} for item in items], override_num_blocks=tasks)
-    for row in data.map_batches(work, batch_size=None).iter_rows():
+    for row in data.map_batches(work, batch_size=None, **placement.remote_options()).iter_rows():
         result = pickle.loads(row["result"])  # made by our own workers a moment ago
         if isinstance(result, RaytrainError):
             raise result

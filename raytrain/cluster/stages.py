@@ -22,6 +22,7 @@ from raytrain.artifacts import (
     read_json,
     write_json,
 )
+from raytrain.cluster.placement import Placement
 from raytrain.cluster.session import ray_session
 from raytrain.cluster.tracking import RunTracking
 from raytrain.cluster.workspace import (
@@ -237,7 +238,10 @@ def run_assign(context: Context) -> str:
     key = content_id([context.key, [[chunk.path, chunk.start, chunk.end] for chunk in chunks]])
     notes = []
     with context.console.progress("assigning", len(chunks)) as update:
-        for note in job.assign_all(chunks, workspace.tokenizer, workspace.plan, workspace.store, settings, key=key):
+        placement = Placement.data(config.cluster)
+        for note in job.assign_all(
+            chunks, workspace.tokenizer, workspace.plan, workspace.store, settings, key=key, placement=placement
+        ):
             notes.append(note)
             update(advance=1)
     parents = {"bucket_plan": workspace.plan_id, "tokenizer": workspace.tokenizer.id}

@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from raytrain.cluster.placement import Placement
 from raytrain.cluster.session import map_on_workers
 from raytrain.config import Config
 from raytrain.data.corpus import DEFAULT_CHUNK_BYTES, BadRow, Chunk, Utterance, plan_chunks, read_blocks, read_chunk
@@ -143,7 +144,7 @@ def count_all(chunks: list[Chunk], tokenizer: CanaryTokenizer, config: Config) -
             total.add(count_chunk(chunk, encoder))
         return len(chunks), total
 
-    yield from map_on_workers(chunks, count, tasks_per_cpu=8)
+    yield from map_on_workers(chunks, count, 8, Placement.data(config.cluster))
 
 
 def number_lines(counts: Counts, chunks: list[Chunk]) -> list[Chunk]:

@@ -17,6 +17,7 @@ from typing import Any
 
 from raytrain.artifacts import atomic_write_bytes, file_id
 from raytrain.cluster.failures import killed_for_memory, readable, stalled
+from raytrain.cluster.placement import Placement, total
 from raytrain.config import Config, check_config
 from raytrain.data.remote import RunStore
 from raytrain.data.storage import absolute
@@ -383,21 +384,28 @@ def _health_check(config: Config) -> Iterator[None]:
 
 def _job(config: Config, store: RunStore, meta: dict[str, Any], mlflow: dict[str, Any] | None) -> dict[str, Any]:
     """What a worker gets. Raises `TrainingError` where the cluster can't train so."""
-    import ray
-
     from raytrain.cluster.ingest import free_cpus
 
-    cuda = config.train.device != "cpu" and ray.cluster_resources().get("GPU", 0) > 0
+    placement = Placement.train(config.cluster)
+    nodes = placement.nodes()
+    cuda = config.train.device != "cpu" and total(nodes, "GPU") > 0
     if config.train.device == "cuda" and not cuda:
         raise TrainingError("train.device is cuda, but the cluster has no GPU", remedy="set train.device to cpu")
     workers = config.train.least_workers
-    cpus = int(ray.cluster_resources().get("CPU", 1))
+    cpus = int(total(nodes, "CPU"))
     if not cuda and workers > cpus:
         raise TrainingError(
             "there are more training workers than CPUs",
             got=workers,
             allowed=cpus,
             remedy="lower train.num_workers",
+        )
+    if not isinstance(config.train.num_workers, int) and placement.misled(1.0 if cuda else 0.0):
+        raise TrainingError(
+            "train.num_workers is a range, and nodes without cluster.train_labels have room for workers too",
+            why="Ray Train chooses the number of workers by resources alone, and would wait for the rest of them",
+            remedy="start the nodes for training with a custom resource and name it in cluster.train_resources, or set "
+            "one number of workers",
         )
     if config.data.workers == "ray" and free_cpus(config, config.train.most_workers) < 1:
         raise TrainingError(
@@ -437,8 +445,7 @@ def _trainer(config: Config, store: RunStore, job: dict[str, Any], max_failures:
         ),
         scaling_config=ScalingConfig(
             num_workers=workers if isinstance(workers, int) else tuple(workers),
-            use_gpu=cuda,
-            resources_per_worker={"CPU": 1, **({"GPU": 1} if cuda else {}), **config.cluster.train_resources},
+            **Placement.train(config.cluster).scaling(gpus=1.0 if cuda else 0.0),
         ),
         run_config=RunConfig(
             # A finished name would resume past its end; our own checkpoints say where to go on.

@@ -120,7 +120,7 @@ def transcribe_manifests(order: Order, console: Console) -> Summary:
     )
     key = content_id([model_stamp(path), asdict(order.settings), order.window_s, overlap_s, order.precision])
     with ray_session(order.cluster), console.progress("transcribing", None) as update:
-        pool = find_pool(order.workers, order.device, order.device_memory)
+        pool = find_pool(order.workers, order.device, order.device_memory, order.cluster)
         sizes = batch_sizes(config, order.settings, pool, order.max_batch)
         if order.device_memory is not None:
             _check_memory(sizes)

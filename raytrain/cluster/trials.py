@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from raytrain.artifacts import atomic_write_bytes, canonical_json, content_id, make_folder
+from raytrain.cluster.placement import Placement, total
 from raytrain.cluster.train import STOP
 from raytrain.cluster.workspace import Workspace
 from raytrain.config import Config, check_config
@@ -199,11 +200,10 @@ def _open_run(
 def concurrent_trials(config: Config, most: int | None = None) -> int:
     """Trials at a time: as many as the cluster has room for. Each waits for all of its workers, and more trials than
     fit would wait for each other."""
-    import ray
-
-    resources = ray.cluster_resources()
-    cuda = config.train.device != "cpu" and resources.get("GPU", 0) > 0
-    room = int(resources.get("GPU" if cuda else "CPU", 1)) // config.train.most_workers
+    train = Placement.train(config.cluster)
+    nodes = train.nodes()
+    cuda = config.train.device != "cpu" and total(nodes, "GPU") > 0
+    room = sum(train.slots(node, train.cpus, 1.0 if cuda else 0.0) for node in nodes) // config.train.most_workers
     return max(1, min(room, most or room))
 
 

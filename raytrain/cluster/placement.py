@@ -1,0 +1,155 @@
+"""Which nodes work runs on: what the `cluster` section says, as Ray's options.
+
+    data, train = Placement.data(config.cluster), Placement.train(config.cluster)
+    ray.remote(**data.remote_options())(function)                    # a task; Ray Data's `map_batches` takes the same
+    tune.with_resources(trainable, train.trial_resources(gpus=0.5))
+    ScalingConfig(num_workers=8, **train.scaling(gpus=1))
+
+Without settings every node will do, as if there were no placement.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from raytrain.config import ClusterSection
+from raytrain.errors import ConfigError
+from raytrain.nodes import SMALLEST_SHARE, accelerator_of, accelerator_resource, selects
+
+Node = dict[str, Any]  # as `ray.nodes()` has it
+
+
+@dataclass(frozen=True)
+class Placement:
+    """The nodes that one kind of `work` may run on, and what it takes there beside CPUs and GPUs.
+
+    `labels` are selectors (`raytrain.nodes`), `resources` amounts of custom resources for each task or worker, `cpus`
+    the CPUs of a training worker.
+    """
+
+    work: str = ""
+    labels: Mapping[str, str] = field(default_factory=dict)
+    resources: Mapping[str, float] = field(default_factory=dict)
+    accelerator_type: str | None = None
+    cpus: float = 1.0
+
+    @classmethod
+    def train(cls, cluster: ClusterSection) -> Placement:
+        """Of training, probes of batch sizes, and models on GPUs."""
+        custom = {name: amount for name, amount in cluster.train_resources.items() if name != "CPU"}
+        cpus = cluster.train_resources.get("CPU", 1.0)
+        return cls("train", cluster.train_labels, custom, cluster.accelerator_type, cpus)
+
+    @classmethod
+    def data(cls, cluster: ClusterSection) -> Placement:
+        """Of what needs no GPU."""
+        return cls("data", cluster.data_labels, cluster.data_resources)
+
+    # --- for Ray
+
+    def remote_options(self, cpus: float = 1.0, gpus: float = 0.0) -> dict[str, Any]:
+        """Options of a task, of an actor, and of Ray Data's `map_batches`."""
+        options: dict[str, Any] = {"num_cpus": cpus, "num_gpus": gpus}
+        custom = self._custom(gpus)
+        options |= {"resources": custom} if custom else {}
+        options |= {"label_selector": dict(self.labels)} if self.labels else {}
+        return options | ({"accelerator_type": self.accelerator_type} if self.accelerator_type else {})
+
+    def trial_resources(self, cpus: float = 1.0, gpus: float = 0.0) -> Any:
+        """What Ray Tune reserves for a trial of one process."""
+        from ray import tune
+
+        bundle = {"CPU": cpus, "GPU": gpus, **self._custom(gpus)}
+        if self.accelerator_type:
+            bundle[accelerator_resource(self.accelerator_type)] = 0.001
+        labels = {"bundle_label_selector": [dict(self.labels)]} if self.labels else {}
+        return tune.PlacementGroupFactory([bundle], **labels)
+
+    def scaling(self, gpus: float = 0.0) -> dict[str, Any]:
+        """The part of Ray Train's `ScalingConfig` that is about a worker's place."""
+        return {
+            "use_gpu": gpus > 0,
+            "resources_per_worker": {"CPU": self.cpus, **({"GPU": gpus} if gpus else {}), **self.resources},
+            "label_selector": dict(self.labels) or None,
+            "accelerator_type": self.accelerator_type,
+        }
+
+    def _custom(self, gpus: float) -> dict[str, float]:
+        """Two that share a GPU share what a worker on a whole one takes."""
+        share = gpus if 0 < gpus < 1 else 1.0
+        return {
+            name: max(SMALLEST_SHARE, int(amount * share / SMALLEST_SHARE) * SMALLEST_SHARE) if share < 1 else amount
+            for name, amount in self.resources.items()
+        }
+
+    # --- the cluster
+
+    def nodes(self) -> list[Node]:
+        """The nodes that are up and fit. Raises `ConfigError` where there are settings and none fits: Ray would wait
+        for one without a word."""
+        found, up = self.present(), alive()
+        if found or not (self.labels or self.resources or self.accelerator_type):
+            return found
+        names = ["labels", "resources"]
+        settings = [f"{self.work}_{name} {dict(getattr(self, name))}" for name in names if getattr(self, name)]
+        settings += [f"accelerator_type {self.accelerator_type}"] if self.accelerator_type else []
+        raise ConfigError(
+            f"no node of the cluster is as the cluster section wants it for {self.work}",
+            got=", ".join(sorted({_described(node) for node in up})),
+            allowed=" and ".join(settings),
+            remedy="start nodes with these (ray start --labels, --resources), or change the settings",
+        )
+
+    def present(self) -> list[Node]:
+        """The nodes that are up and fit, perhaps none."""
+        return [node for node in alive() if self._has_labels(node) and self._has_resources(node)]
+
+    def slots(self, node: Node, cpus: float = 1.0, gpus: float = 0.0) -> int:
+        """How many tasks or workers a node that fits has room for."""
+        asked = {"CPU": cpus, "GPU": gpus, **self._custom(gpus)}
+        has = node["Resources"]
+        return int(min(has.get(name, 0.0) / amount + 1e-6 for name, amount in asked.items() if amount))
+
+    def misled(self, gpus: float = 0.0) -> list[Node]:
+        """Nodes with room for a training worker, but other labels. Ray Train counts them where `num_workers` is a
+        range: its reservations know resources only."""
+        return [
+            node
+            for node in alive()
+            if not self._has_labels(node) and self._has_resources(node) and self.slots(node, self.cpus, gpus)
+        ]
+
+    def _has_labels(self, node: Node) -> bool:
+        own = node.get("Labels") or {}
+        return all(selects(selector, own.get(key)) for key, selector in self.labels.items())
+
+    def _has_resources(self, node: Node) -> bool:
+        has = node["Resources"]
+        kind_fits = self.accelerator_type is None or accelerator_resource(self.accelerator_type) in has
+        return kind_fits and all(has.get(name, 0.0) >= amount for name, amount in self.resources.items())
+
+
+ANYWHERE = Placement()
+
+
+def alive() -> list[Node]:
+    """The nodes that are up."""
+    import ray
+
+    return [node for node in ray.nodes() if node["Alive"]]
+
+
+def total(nodes: list[Node], resource: str) -> float:
+    """What some nodes have of a resource together."""
+    return sum(node["Resources"].get(resource, 0.0) for node in nodes)
+
+
+def _described(node: Node) -> str:
+    own = {key: value for key, value in (node.get("Labels") or {}).items() if not key.startswith("ray.io/node-id")}
+    kind = accelerator_of(node["Resources"])
+    builtin = ("CPU", "GPU", "TPU", "memory", "object_store_memory")
+    custom = [name for name in node["Resources"] if name not in builtin and ":" not in name]
+    parts = [f"{key}={value}" for key, value in sorted(own.items())] + sorted(custom) + ([kind] if kind else [])
+    return f"a node with {', '.join(parts) or 'neither labels nor resources'}"
