@@ -18,6 +18,7 @@ benchmark: .venv/ready
 	$(BIN)/python -m benchmarks.plans
 	$(BIN)/python -m benchmarks.statistics
 	$(BIN)/python -m benchmarks.scale
+	$(BIN)/python -m benchmarks.cluster
 	$(BIN)/python -m benchmarks.oomptimizer
 	$(BIN)/python -m benchmarks.schedule
 	$(BIN)/python -m benchmarks.loader

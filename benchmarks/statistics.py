@@ -18,6 +18,7 @@ import sys
 import tempfile
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -110,23 +111,30 @@ def check_equal(config: Config, tokenizer: CanaryTokenizer, lengths: np.ndarray,
         raise SystemExit("the stage and the straightforward rule differ")
 
 
-def make_manifest(folder: Path, utterances: int) -> tuple[Path, Path]:
-    """A manifest of drawn lengths and words without audio, and a BPE model of 256 pieces for its texts."""
-    rng = np.random.default_rng(1)
+def make_manifest(folder: Path, utterances: int, block: int | None = None) -> tuple[Path, Path]:
+    """A manifest of drawn lengths and words without audio, and a BPE model of 256 pieces for its texts. Rows are drawn
+    and written `block` at a time, all at once by default."""
+    rng, block = np.random.default_rng(1), block or utterances
     letters = np.array(list("etaoinshrdlucmfwypvbgk"))
     words = np.array(["".join(rng.choice(letters, size)) for size in rng.integers(1, 9, 2000)], object)
-    durations, tokens = draw_lengths(utterances, seed=2)
-    chosen = words[np.minimum(rng.zipf(1.3, int(tokens.sum()) // 2 + utterances), len(words)) - 1]
-    path, start = folder / "manifest.jsonl", 0
+    path = folder / "manifest.jsonl"
     with open(path, "wb") as file:
-        for number, (duration, size) in enumerate(zip(durations.tolist(), tokens.tolist(), strict=True)):
-            text = " ".join(chosen[start : start + max(1, size // 2)])
-            start += max(1, size // 2)
-            row = {"audio_filepath": f"{number}.wav", "duration": duration / 1000, "text": text, "lang": "en"}
-            file.write(orjson.dumps(row) + b"\n")
+        for first in range(0, utterances, block):
+            lengths = draw_lengths(min(block, utterances - first), seed=2 + first // block)
+            for row in _rows(rng, words, *lengths, first):
+                file.write(orjson.dumps(row) + b"\n")
     model = folder / "spe.model"
     model.write_bytes(train_tokenizer({"en": words.tolist()}, 256).models["en"])
     return path, model
+
+
+def _rows(rng: Any, words: np.ndarray, durations: np.ndarray, tokens: np.ndarray, first: int) -> Iterator[dict]:
+    chosen = words[np.minimum(rng.zipf(1.3, int(tokens.sum()) // 2 + len(tokens)), len(words)) - 1]
+    start = 0
+    for number, (duration, size) in enumerate(zip(durations.tolist(), tokens.tolist(), strict=True), first):
+        text = " ".join(chosen[start : start + max(1, size // 2)])
+        start += max(1, size // 2)
+        yield {"audio_filepath": f"{number}.wav", "duration": duration / 1000, "text": text, "lang": "en"}
 
 
 def main() -> None:

@@ -1,8 +1,10 @@
 """The benchmarks run, and the parity check sees differences where there are some."""
 
 import json
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -82,6 +84,35 @@ def test_a_search_that_starts_at_a_prediction_takes_fewer_probes():
     found = count_probes(plan, [Prediction(1, 1, line, StepMemory(1, 1), 1, 1) for line in lines], int(2e10), rounds=3)
     assert found["answers_above_what_fits"] == 0
     assert found["fewer_probes"] > 2.5
+
+
+@pytest.mark.timeout(240)
+def test_clusters_of_one_and_two_nodes_give_the_same_bytes(tmp_path):
+    from benchmarks.cluster import measure
+
+    found = measure(tmp_path, 3000, [1, 2], chunk_bytes=100_000)
+    assert found["same_results"] and set(found["ids"]) == {
+        "statistics.json", "bucket_plan.json", "histogram.parquet", "assignment",
+    }  # fmt: skip
+    assert found["rows"][0] + sum(found["rejected"][0].values()) == 3000
+    for run in found["nodes"].values():
+        assert run["statistics_rows_per_second"] == pytest.approx(3000 / run["statistics_seconds"], rel=0.1)
+        assert run["driver_peak_mib"] > 100
+    assert not list(tmp_path.glob("nodes-*/assignment"))
+
+
+def test_a_stopped_cluster_benchmark_leaves_nothing_behind(tmp_path):
+    command = [sys.executable, "-m", "benchmarks.cluster", "--lines", "100000000", "--folder", str(tmp_path)]
+    process = subprocess.Popen(command, cwd=ROOT)
+    try:
+        deadline = time.monotonic() + 60
+        while not list(tmp_path.glob("*/manifest.jsonl")) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        process.terminate()
+        assert process.wait(30) == 128 + signal.SIGTERM
+    finally:
+        process.kill()
+    assert not list(tmp_path.iterdir())
 
 
 def test_rtfx_compares_models_at_equal_length_of_text():
