@@ -15,6 +15,7 @@ import itertools
 import os
 import re
 import typing
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -30,12 +31,15 @@ from raytrain.lengths.plan import BucketSettings
 from raytrain.lengths.schemes import SCHEMES
 from raytrain.model.config import ModelConfig
 from raytrain.nodes import check_labels, check_resources
+from raytrain.redaction import TRACKING_VARIABLE, holds_credentials, redacted, without_credentials
 from raytrain.training.settings import TrainSettings
 
 DATA_ROOT_VARIABLE = "RAYTRAIN_DATA_ROOT"
 RUN_ROOT_VARIABLE = "RAYTRAIN_RUN_ROOT"
 _SIZE = re.compile(r"^\s*([\d.]+)\s*(B|KB|MB|GB|TB|KiB|MiB|GiB|TiB)?\s*$", re.IGNORECASE)
 _POWERS = {"k": 1, "m": 2, "g": 3, "t": 4}
+_WRITTEN = "paths are written to artefacts"
+_ELSEWHERE = "give them to the environment (AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, …) and leave them out of the path"
 
 
 def parse_bytes(value: Any) -> Any:
@@ -131,8 +135,10 @@ class DataSection(_Section):
         return self
 
     def corpora(self, split: str) -> list[Corpus]:
-        """One split's corpora with absolute paths and the default language."""
+        """One split's corpora with absolute paths and the default language. Raises `ConfigError`."""
         root = os.path.expanduser(self.root or os.environ.get(DATA_ROOT_VARIABLE) or ".")
+        if holds_credentials(root):
+            raise ConfigError(f"${DATA_ROOT_VARIABLE} holds credentials", why=_WRITTEN, remedy=_ELSEWHERE)
         # An entry's own language wins.
         return [
             dataclasses.replace(corpus.below(root), language=corpus.language or self.default_language)
@@ -283,15 +289,27 @@ class EvaluateSection(_Section):
 
 
 class TrackingSection(_Section):
-    """MLflow. `uri` unset means a SQLite file in the run folder."""
+    """MLflow. `uri` unset means $MLFLOW_TRACKING_URI if there is one, else a SQLite file in the run folder.
+
+    User and password in `uri` move to $RAYTRAIN_TRACKING_URI, so that no copy of the settings holds them.
+    """
 
     enabled: bool = True
     uri: str | None = None
     experiment: str = "raytrain"
 
+    @field_validator("uri")
+    @classmethod
+    def _credentials_apart(cls, value: str | None) -> str | None:
+        if value is None or not holds_credentials(value):
+            return value
+        os.environ[TRACKING_VARIABLE] = value
+        return without_credentials(value)
+
 
 class ClusterSection(_Section):
-    """Ray. `address` unset means $RAY_ADDRESS if there is one, else a local Ray with `num_cpus`.
+    """Ray. `address` unset means $RAY_ADDRESS if there is one, else a local Ray with `num_cpus`. An address that begins
+    with http is the Jobs server's, for `raytrain submit`.
 
     Work is kept on nodes of its own by what these were started with: training and probes of batch sizes by `train_…`,
     reading, counting, assigning and decoding audio by `data_…`. Labels (`{role: train}`) are selectors: `value`,
@@ -347,7 +365,11 @@ class Config(_Section):
 
     @model_validator(mode="after")
     def _sections_agree(self) -> Config:
-        problems = []
+        problems = [
+            f"{place} holds credentials, and {_WRITTEN}; {_ELSEWHERE}"
+            for place, text in _texts(self.model_dump(mode="json"))
+            if holds_credentials(text)
+        ]
         longest = self.model.max_positions + 1  # the decoder does not read the last token
         if self.buckets.max_tokens > longest:
             problems.append(f"buckets.max_tokens is {self.buckets.max_tokens}, but the model ends at {longest} tokens "
@@ -408,8 +430,17 @@ def check_config(values: dict, source: str = "configuration") -> Config:
         return Config.model_validate(values)
     except ValidationError as error:
         problems = [_describe(item) for item in error.errors()]
-    listing = "\n  ".join(sorted(problems))
+    listing = "\n  ".join(sorted(map(redacted, problems)))
     raise ConfigError(f"{source} has {len(problems)} problem(s):\n  {listing}")
+
+
+def _texts(value: Any, place: str = "") -> Iterator[tuple[str, str]]:
+    """All texts of nested settings, each with its dotted name."""
+    if isinstance(value, str):
+        yield place, value
+    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list | tuple) else ()
+    for key, one in items:
+        yield from _texts(one, f"{place}.{key}" if place else str(key))
 
 
 def _override(values: dict, text: str) -> dict:

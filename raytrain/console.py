@@ -1,4 +1,4 @@
-"""What a person sees: one line per finished stage, a progress bar while one works, and warnings."""
+"""What a person sees, without secrets: one line per finished stage, a progress bar while one works, and warnings."""
 
 from __future__ import annotations
 
@@ -19,6 +19,8 @@ from rich.progress import (
 )
 from rich.table import Table
 
+from raytrain.redaction import redacted
+
 
 class Console:
     """Prints to standard error, so that standard output stays free for results."""
@@ -28,11 +30,11 @@ class Console:
 
     def say(self, text: str) -> None:
         """One line."""
-        self.rich.print(text, highlight=False, markup=False)
+        self.rich.print(redacted(text), highlight=False, markup=False)
 
     def warn(self, text: str) -> None:
         """One line that stands out."""
-        self.rich.print(f"warning: {text}", style="yellow", highlight=False, markup=False)
+        self.rich.print(f"warning: {redacted(text)}", style="yellow", highlight=False, markup=False)
 
     def table(self, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
         """A table on standard output: it is the result that was asked for."""
@@ -58,6 +60,7 @@ class Console:
 
         yield finish
         elapsed = time.perf_counter() - start
+        summary = redacted(summary)
         self.rich.print(f"[green]✓[/green] {name:<11} {summary} [dim]({elapsed:.1f} s)[/dim]", highlight=False)
 
     @contextlib.contextmanager
@@ -96,5 +99,5 @@ def _table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
             min_width=longest if is_number or longest <= 32 else None,
         )
     for row in rows:
-        table.add_row(*map(escape, row))
+        table.add_row(*map(escape, map(redacted, row)))
     return table

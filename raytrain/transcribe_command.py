@@ -155,9 +155,12 @@ def _manifests(
     from raytrain.config import parse_bytes
     from raytrain.console import Console
     from raytrain.data.corpus import Corpus
+    from raytrain.redaction import holds_credentials
 
     if output is None:
         raise typer.BadParameter("goes with --manifest, for example --output texts.jsonl", param_hint="--output")
+    if any(map(holds_credentials, [*manifests, *(audio or []), root])):
+        raise typer.BadParameter("holds credentials; give them to the environment", param_hint="--manifest")
     if audio and len(audio) != len(manifests):
         raise typer.BadParameter(f"{len(audio)} for {len(manifests)} manifests", param_hint="--audio")
     try:

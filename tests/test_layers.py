@@ -9,6 +9,7 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "raytrain"
 CORE = {"raytrain.errors", "raytrain.lengths"}
+REDACTION = "raytrain.redaction"
 ALLOWED = {
     "lengths": {"numpy", *CORE},
     "model": {"numpy", "torch", "sentencepiece", "safetensors", "yaml", "raytrain.model", "raytrain.artifacts", *CORE},
@@ -16,8 +17,8 @@ ALLOWED = {
              "soxr", "scipy", "raytrain.data", "raytrain.artifacts", *CORE},
     "training": {"numpy", "torch", "jiwer", "sacrebleu", "whisper_normalizer", "raytrain.training", "raytrain.model",
                  "raytrain.data", "raytrain.artifacts", *CORE},
-    "tracking": {"raytrain.tracking", "raytrain.artifacts", "raytrain.errors"},
-    "report": {"numpy", "matplotlib", "jinja2", "pyarrow", "raytrain.report", "raytrain.artifacts", *CORE},
+    "tracking": {"raytrain.tracking", "raytrain.artifacts", "raytrain.errors", REDACTION},
+    "report": {"numpy", "matplotlib", "jinja2", "pyarrow", "raytrain.report", "raytrain.artifacts", REDACTION, *CORE},
 }  # fmt: skip
 
 

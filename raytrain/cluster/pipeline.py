@@ -25,6 +25,7 @@ from raytrain.config import Config
 from raytrain.console import Console
 from raytrain.data.remote import RunStore
 from raytrain.errors import ArtifactError
+from raytrain.redaction import redacted
 
 _STATE = "stages.json"
 
@@ -72,7 +73,7 @@ def run_pipeline(config: Config, console: Console, names: tuple[str, ...] = STAG
     store = RunStore(config.run_location, config.run.cache_size)
     store.adopt()
     run_dir = make_folder(config.run_dir)
-    resolved = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+    resolved = yaml.safe_dump(redacted(config.model_dump(mode="json")), sort_keys=False)
     atomic_write_bytes(run_dir / "config.yaml", resolved.encode())
     store.share("config.yaml")
     done = _read_state(run_dir)

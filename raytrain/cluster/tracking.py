@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from raytrain.artifacts import atomic_write_bytes, canonical_json
 from raytrain.config import Config
+from raytrain.redaction import MLFLOW_VARIABLE, without_credentials
 from raytrain.tracking import NullTracker, Tracker
 
 RUN_NOTE = "mlflow_run.json"
@@ -17,8 +19,15 @@ _PATIENCE_SECONDS = 60.0
 
 
 def tracking_uri(config: Config, run_dir: Path) -> str:
-    """The configured server, or an absolute SQLite address: workers have other current folders."""
-    return config.tracking.uri or f"sqlite:///{run_dir / 'mlflow.db'}"
+    """The configured server, or an absolute SQLite address: workers have other current folders.
+
+    Its credentials are hidden, for it is written to files; `MlflowTracker` finds them in the environment.
+    """
+    return _server(config) or f"sqlite:///{run_dir / 'mlflow.db'}"
+
+
+def _server(config: Config) -> str:
+    return config.tracking.uri or without_credentials(os.environ.get(MLFLOW_VARIABLE, ""))
 
 
 class RunTracking:
@@ -112,7 +121,7 @@ class RunTracking:
     def _open(self, name: str, parent: str | None, run_id: str | None = None) -> Any:
         from raytrain.tracking.mlflow import MlflowTracker
 
-        location = None if self._config.tracking.uri else (self._run_dir / "mlartifacts").as_uri()
+        location = None if _server(self._config) else (self._run_dir / "mlartifacts").as_uri()
         return MlflowTracker.open(
             tracking_uri(self._config, self._run_dir),
             self._config.tracking.experiment,

@@ -9,11 +9,12 @@ from typing import Any
 import jinja2
 
 from raytrain.artifacts import atomic_write_bytes
+from raytrain.redaction import redacted
 
 
 def write_page(out: Path, template: str, **values: Any) -> Path:
-    """Fill in a template by name and write it to `out`, which is returned."""
-    atomic_write_bytes(out, _environment().get_template(template).render(**values).encode())
+    """Fill in a template by name and write it, without secrets, to `out`, which is returned."""
+    atomic_write_bytes(out, redacted(_environment().get_template(template).render(**values)).encode())
     return out
 
 

@@ -23,6 +23,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from raytrain.redaction import redacted, with_credentials
+
 _LOG = logging.getLogger("raytrain.tracking")
 _RETRY_SECONDS = 30.0
 _SYSTEM_SECONDS = 10.0
@@ -80,7 +82,7 @@ class MlflowTracker:
         def connect() -> tuple[Any, str, dict[str, int]]:
             from mlflow.tracking import MlflowClient
 
-            client = MlflowClient(tracking_uri=tracking_uri)
+            client = MlflowClient(tracking_uri=with_credentials(tracking_uri))
             if run_id is None:
                 return client, _start_run(client, experiment, run_name, parent_run_id, artifact_location), {}
             client.update_run(run_id, status="RUNNING")
@@ -92,10 +94,10 @@ class MlflowTracker:
         return tracker
 
     def log_params(self, params: Mapping[str, Any]) -> None:
-        """Flat settings; values are cut at MLflow's limit."""
+        """Flat settings, without secrets; values are cut at MLflow's limit."""
         from mlflow.entities import Param
 
-        entries = [Param(str(key), str(value)[:500]) for key, value in params.items()]
+        entries = [Param(str(key), redacted(str(value))[:500]) for key, value in params.items()]
         for start in range(0, len(entries), 100):
             part = entries[start : start + 100]
             self._put(lambda part=part: self._client.log_batch(self.run_id, params=part))
@@ -133,7 +135,7 @@ class MlflowTracker:
         """MLflow's own monitor would end with the first request that fails; its readings go through the queue here."""
         from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
 
-        monitor = SystemMetricsMonitor(self.run_id, tracking_uri=tracking_uri)
+        monitor = SystemMetricsMonitor(self.run_id, tracking_uri=with_credentials(tracking_uri))
         first = max((step for key, step in self._last_steps.items() if key.startswith("system/")), default=-1) + 1
 
         def watch() -> None:
@@ -239,4 +241,4 @@ def _start_run(client: Any, experiment: str, run_name: str, parent: str | None, 
 
 def _short(error: Exception) -> str:
     lines = str(error).strip().splitlines()
-    return (lines[0] if lines else type(error).__name__)[:160]
+    return redacted(lines[0] if lines else type(error).__name__)[:160]

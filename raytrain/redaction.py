@@ -1,0 +1,121 @@
+"""Secrets stay in the process: what is written, sent to MLflow or printed goes through `redacted` first.
+
+Hidden are user and password of a URL, query parameters that sign or authorise, and the values of environment variables
+whose names say that they are secret:
+
+    >>> redacted({"uri": "https://ann:pw@mlflow.example/a?page=2&token=abc"})
+    {'uri': 'https://***@mlflow.example/a?page=2&token=***'}
+
+Settings never hold credentials: those of `tracking.uri` move to $RAYTRAIN_TRACKING_URI when it is read, from where
+`with_credentials` takes them back at the last moment; in any other setting they are refused.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+import sys
+import traceback
+from typing import Any
+from urllib.parse import quote
+
+HIDDEN = "***"
+TRACKING_VARIABLE = "RAYTRAIN_TRACKING_URI"
+MLFLOW_VARIABLE = "MLFLOW_TRACKING_URI"
+_SHORTEST = 8  # characters of a variable's value; shorter ones would hide parts of ordinary words
+
+_PART = r"[^\s/?#\"'<>]"
+_USERINFO = re.compile(
+    r"(\b[A-Za-z][A-Za-z0-9+.-]{0,30}://)(?:"
+    rf"{_PART}*:{_PART}*"  # user:password
+    r"|[^\s/@:\[\"'<>]+:(?!\d*(?:[/?#]|$))[^\s@\"'<>]*"  # a password with a bare slash; host:80/ is none
+    r"|(?<=https://)[^\s/?#@\"'<>]+|(?<=http://)[^\s/?#@\"'<>]+"  # a token alone; hdfs://user@host is a user's name
+    r")@"
+)
+_QUERY = re.compile(
+    r"([?&;][\w.-]{0,40}(?:secret|secret[_-]?key|token|password|passwd|pwd|access[_-]?key(?:[_-]?id)?|api[_-]?key"
+    r"|signature|credentials?|sig|auth)=)[^&;#\s\"'<>]+",
+    re.IGNORECASE,
+)
+_HEADER = re.compile(r"(authorization['\"]?\s*[:=]\s*['\"]?(?:bearer|basic)\s+)[\w.~+/=-]+", re.IGNORECASE)
+_SECRET_NAME = re.compile(
+    r"(?:^|_)(?:SECRETS?|TOKENS?|PASSWORDS?|PASSWD|PASSPHRASE|PASS|CREDENTIALS?|CONNECTION_STRING|PAT|APIKEY|SECRETKEY|(?:ACCESS_?)?KEY(?:_ID)?)(?:_|$)"
+    r"|_PWD$",
+    re.IGNORECASE,
+)
+# GOOGLE_APPLICATION_CREDENTIALS and the like name a file.
+_NAMES_A_PLACE = re.compile(
+    r"(?:_PATH|_FILE|_DIR|_URL|_URI|_ENDPOINT|_EXPIRATION|_MODE|_TYPE)$|^GOOGLE_APPLICATION_CREDENTIALS$", re.IGNORECASE
+)
+
+
+def redacted(value: Any) -> Any:
+    """The same text, or nested lists and dicts, with secrets replaced by `***`; other values as they are."""
+    if isinstance(value, str):
+        return _text(value)
+    if isinstance(value, dict):
+        return {key: redacted(one) for key, one in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(map(redacted, value)) if type(value) in (list, tuple) else value
+    return value
+
+
+def without_credentials(text: str) -> str:
+    """The text with the credentials of its URLs hidden; twice is the same as once."""
+    text = _USERINFO.sub(rf"\g<1>{HIDDEN}@", text)
+    return _QUERY.sub(rf"\g<1>{HIDDEN}", text)
+
+
+def holds_credentials(text: str) -> bool:
+    """Whether a URL in the text has credentials."""
+    return without_credentials(text) != text
+
+
+def with_credentials(uri: str) -> str:
+    """A tracking address with the credentials that were hidden in it.
+
+    They are those of $RAYTRAIN_TRACKING_URI or $MLFLOW_TRACKING_URI where that is the same address. Elsewhere it has
+    none, and MLflow takes MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD.
+    """
+    for name in (TRACKING_VARIABLE, MLFLOW_VARIABLE):
+        full = os.environ.get(name, "")
+        if full and without_credentials(full) == uri:
+            return full
+    return uri.replace(f"//{HIDDEN}@", "//")
+
+
+def is_secret(name: str, value: str) -> bool:
+    """Whether an environment variable holds a secret, as its name or its value tells."""
+    return holds_credentials(value) or bool(_SECRET_NAME.search(name) and not _NAMES_A_PLACE.search(name))
+
+
+def guard_output() -> None:
+    """From here on tracebacks and log records of this process are redacted too."""
+
+    def hook(kind: type[BaseException], error: BaseException, trace: Any) -> None:
+        sys.stderr.write(redacted("".join(traceback.format_exception(kind, error, trace))))
+
+    def make_record(*arguments: Any, **options: Any) -> logging.LogRecord:
+        record = logging.LogRecord(*arguments, **options)
+        if record.name.startswith("raytrain"):
+            record.msg, record.args = redacted(record.getMessage()), ()
+        return record
+
+    sys.excepthook = hook
+    logging.setLogRecordFactory(make_record)
+
+
+def _text(text: str) -> str:
+    for value in _secret_values():
+        text = text.replace(value, HIDDEN)
+    return _HEADER.sub(rf"\g<1>{HIDDEN}", without_credentials(text))
+
+
+def _secret_values() -> list[str]:
+    """Values of secret variables, as they are and as a URL spells them; the longest first, for one may hold another."""
+    found = set()
+    for name, value in os.environ.items():
+        if len(value) >= _SHORTEST and is_secret(name, ""):
+            found |= {value, quote(value, safe="")}
+    return sorted(found, key=lambda value: (-len(value), value))
