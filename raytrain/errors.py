@@ -9,6 +9,7 @@
     │   ├── PlanError        a bucket plan can't be made
     │   └── ProfileError     a batch profile was made for another plan, model or device
     ├── StorageError         the run folder can't be written (full, read-only, not a folder)
+    ├── ClusterError         a cluster or its Jobs server can't be reached, or refuses
     └── TrainingError        training can't start or go on
         └── CheckpointError  no checkpoint can be read
 
@@ -89,6 +90,10 @@ class ProfileError(ArtifactError):
 
 class StorageError(RaytrainError):
     """The run folder can't be written."""
+
+
+class ClusterError(RaytrainError):
+    """A cluster or its Jobs server can't be reached, or refuses."""
 
 
 class TrainingError(RaytrainError):

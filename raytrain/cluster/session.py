@@ -1,7 +1,7 @@
 """Start or reach Ray once, quietly, and leave nothing behind.
 
-A local Ray listens on 127.0.0.1 only. Ray's own memory monitor is off: in 2.60 a worker that it kills ends
-Train and Tune for good, where a plain out-of-memory kill is retried.
+A local Ray listens on 127.0.0.1 only and asks for a token (see `authentication`). Ray's own memory monitor is off: in
+2.60 a worker that it kills ends Train and Tune for good, where a plain out-of-memory kill is retried.
 """
 
 from __future__ import annotations
@@ -15,9 +15,11 @@ import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from raytrain.cluster.authentication import PLACES, token_authentication, warn_once
 from raytrain.cluster.placement import ANYWHERE, Placement, total
 from raytrain.config import ClusterSection
-from raytrain.errors import RaytrainError
+from raytrain.errors import ClusterError, RaytrainError
+from raytrain.redaction import without_credentials
 
 _QUIET = {
     "RAY_memory_monitor_refresh_ms": "0",
@@ -48,6 +50,7 @@ def ray_session(settings: ClusterSection) -> Iterator[None]:
         yield
         return
     address = settings.address or os.environ.get("RAY_ADDRESS")
+    _check_address(address)
     common = {"logging_level": logging.ERROR, "log_to_driver": False, "configure_logging": True}
     if not address:
         common |= {
@@ -55,14 +58,60 @@ def ray_session(settings: ClusterSection) -> Iterator[None]:
             "include_dashboard": False,
             "_node_ip_address": "127.0.0.1",
         }
-    with _no_native_stderr():
-        ray.init(address=address or "local", **common)
+    with token_authentication(local=not address) as with_token:
+        with _no_native_stderr(), _on_loopback(not address), _readable(address, with_token):
+            ray.init(address=address or "local", **common)
+        if address and not with_token:
+            warn_once(f"the cluster at {address}")
+        try:
+            quiet_data()
+            yield
+        finally:
+            gc.collect()  # what still refers to Ray's objects would ask for them after the shutdown: that ends us
+            ray.shutdown()
+
+
+def _check_address(address: str | None) -> None:
+    if address and address.startswith(("http://", "https://")):
+        raise ClusterError(
+            "this is the address of a Jobs server, which takes jobs but can't be joined",
+            got=without_credentials(address),
+            allowed="HOST:6379, as `ray start --head` prints it, or auto on a node of the cluster",
+            remedy="send the run there with `raytrain submit`, or unset cluster.address and RAY_ADDRESS",
+        )
+
+
+@contextlib.contextmanager
+def _readable(address: str | None, with_token: bool) -> Iterator[None]:
+    """Ray's own errors where a cluster can't be joined, as ours; it does not say whether the token was to blame."""
+    from ray.exceptions import AuthenticationError
+
     try:
-        quiet_data()
+        yield
+    except (AuthenticationError, ConnectionError):
+        raise ClusterError(
+            f"the cluster at {address} can't be joined",
+            got="a token, which may be the wrong one" if with_token else "no token",
+            allowed="a running cluster, and the token that it was started with if it asks for one",
+            remedy=f"check cluster.address and RAY_ADDRESS (without both Ray is started here), and {PLACES}",
+        ) from None
+
+
+@contextlib.contextmanager
+def _on_loopback(local: bool) -> Iterator[None]:
+    """A Ray that starts here listens on 127.0.0.1 alone.
+
+    Ray replaces 127.0.0.1 by an address that other machines reach, and then listens on all, but where it supports no
+    clusters (Windows, macOS), which is what this switch says.
+    """
+    from ray._private import ray_constants
+
+    before = ray_constants.ENABLE_RAY_CLUSTER
+    ray_constants.ENABLE_RAY_CLUSTER = before and not local
+    try:
         yield
     finally:
-        gc.collect()  # what still refers to Ray's objects would ask for them after the shutdown, which ends the process
-        ray.shutdown()
+        ray_constants.ENABLE_RAY_CLUSTER = before
 
 
 def map_on_workers(

@@ -1,0 +1,86 @@
+"""Ray's token authentication: on wherever raytrain starts Ray, and on for a cluster wherever there is a token.
+
+A token is looked for where Ray does: RAY_AUTH_TOKEN, RAY_AUTH_TOKEN_PATH, ~/.ray/auth_token. RAY_AUTH_MODE, where it is
+set, decides: `disabled` switches it off.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import secrets
+from collections.abc import Iterator
+
+from raytrain.errors import ClusterError
+
+_LOG = logging.getLogger("raytrain.cluster")
+_MODE, _TOKEN = "RAY_AUTH_MODE", "RAY_AUTH_TOKEN"
+PLACES = "RAY_AUTH_TOKEN, RAY_AUTH_TOKEN_PATH or ~/.ray/auth_token"
+NO_AUTHENTICATION = (
+    "%s asks for no token: whoever reaches its ports can run code there as its user (CVE-2023-48022); start Ray with "
+    "RAY_AUTH_MODE=token"
+)
+_warned: set[str] = set()
+
+
+@contextlib.contextmanager
+def token_authentication(local: bool) -> Iterator[bool]:
+    """Within it Ray can be started (`local`) or reached; whether it is with a token.
+
+    A local Ray for which there is no token gets a random one that only this process and its children know; Ray itself
+    would write one to the home folder, which others may be able to read.
+    """
+    before = {name: os.environ.get(name) for name in (_MODE, _TOKEN)}
+    mode = (before[_MODE] or "").lower()
+    if not mode and (local or has_token()):
+        os.environ[_MODE] = mode = "token"
+    if mode == "token" and local and not has_token():
+        os.environ[_TOKEN] = secrets.token_hex(32)
+    _refresh()
+    try:
+        yield mode == "token"
+    finally:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+        _refresh()
+
+
+def has_token() -> bool:
+    """Whether there is a token. Raises `ClusterError` where RAY_AUTH_TOKEN_PATH names no file with one."""
+    from ray._raylet import AuthenticationTokenLoader
+    from ray.exceptions import AuthenticationError
+
+    try:
+        return AuthenticationTokenLoader.instance().has_token(ignore_auth_mode=True)
+    except AuthenticationError as error:
+        raise ClusterError(
+            "Ray's token can't be read",
+            why=error.message,
+            remedy="let RAY_AUTH_TOKEN_PATH name the file with the cluster's token, or unset it",
+        ) from None
+
+
+def token_header() -> dict[str, str]:
+    """The HTTP header with the token; empty without one."""
+    from ray._raylet import AuthenticationTokenLoader
+
+    if not has_token():
+        return {}
+    return {"Authorization": f"Bearer {AuthenticationTokenLoader.instance().get_raw_token(ignore_auth_mode=True)}"}
+
+
+def warn_once(place: str) -> None:
+    """Name the risk of a cluster that asks for no token."""
+    if place not in _warned:
+        _warned.add(place)
+        _LOG.warning(NO_AUTHENTICATION, place)
+
+
+def _refresh() -> None:
+    """Ray reads both variables once; let it read them again."""
+    from ray._raylet import AuthenticationTokenLoader, Config
+
+    AuthenticationTokenLoader.instance().reset_cache()
+    Config.initialize("")
