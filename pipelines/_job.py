@@ -10,16 +10,27 @@ from raytrain.cluster.pipeline import run_pipeline
 from raytrain.config import load_config
 from raytrain.console import Console
 from raytrain.errors import RaytrainError
+from raytrain.redaction import guard_output, redacted
 
 
-def main(*stages: str, description: str) -> None:
-    """Parse `--config FILE --set a.b=c`, run `stages` with the settings, exit 1 after a readable error."""
+def main(*stages: str, description: str, choose: bool = False) -> None:
+    """Parse `--config FILE --set a.b=c`, run `stages` with the settings, exit 1 after a readable error.
+
+    With `choose`, stages may be named on the command line; they are then all that runs.
+    """
+    guard_output()
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--config", "-c", type=Path, required=True, help="YAML configuration of the run")
     parser.add_argument("--set", "-s", action="append", default=[], metavar="SECTION.KEY=VALUE", help="override")
+    if choose:
+        parser.add_argument("stages", nargs="*", metavar="STAGE", help=f"run these only: {', '.join(stages)}")
     arguments = parser.parse_args()
+    named = tuple(arguments.stages) if choose else ()
+    unknown = [one for one in named if one not in stages]
+    if unknown:
+        parser.error(f"{unknown[0]!r} is not one of {', '.join(stages)}")
     try:
-        run_pipeline(load_config(arguments.config, arguments.set), Console(), stages)
+        run_pipeline(load_config(arguments.config, arguments.set), Console(), named or stages)
     except RaytrainError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {redacted(str(error))}", file=sys.stderr)
         raise SystemExit(1) from None

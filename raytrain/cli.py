@@ -9,8 +9,11 @@ from typing import Annotated, Any
 
 import typer
 
+from raytrain import jobs_commands
 from raytrain.doctor_command import doctor
 from raytrain.errors import RaytrainError
+from raytrain.options import ConfigOption, SetOption, StagesArgument
+from raytrain.redaction import guard_output, redacted, with_credentials
 from raytrain.transcribe_command import transcribe
 
 app = typer.Typer(
@@ -20,12 +23,6 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-
-ConfigOption = Annotated[Path, typer.Option("--config", "-c", help="YAML configuration of the run.")]
-SetOption = Annotated[
-    list[str] | None,
-    typer.Option("--set", "-s", metavar="SECTION.KEY=VALUE", help="Override a setting; may be repeated."),
-]
 
 _STAGE_HELP = {
     "statistics": "Train the tokenizer where none is given and count durations and tokens.",
@@ -47,9 +44,12 @@ def _run(config: Path, overrides: list[str] | None, names: tuple[str, ...] | Non
 
 
 @app.command()
-def run(config: ConfigOption, set: SetOption = None) -> None:
-    """Run all stages; those whose settings and inputs did not change are left as they are."""
-    _run(config, set)
+def run(config: ConfigOption, stages: StagesArgument = None, set: SetOption = None) -> None:
+    """Run all stages, or those named; what did not change in settings and inputs is left as it is."""
+    unknown = [one for one in stages or [] if one not in _STAGE_HELP]
+    if unknown:
+        raise typer.BadParameter(f"{unknown[0]!r} is not one of {', '.join(_STAGE_HELP)}", param_hint="STAGE")
+    _run(config, set, tuple(stages or ()))
 
 
 def _add_stage(name: str) -> None:
@@ -357,8 +357,10 @@ def convert(
     typer.echo(f"{target} written: {describe(parts)}")
 
 
-app.command()(transcribe)
-app.command()(doctor)
+for _command in (
+    transcribe, doctor, jobs_commands.submit, jobs_commands.status, jobs_commands.logs, jobs_commands.stop,
+):  # fmt: skip
+    app.command()(_command)
 
 
 @app.command()
@@ -376,17 +378,18 @@ def ui(
     if uri.startswith("http"):
         typer.echo(f"MLflow runs at {uri}")
         return
-    command = [sys.executable, "-m", "mlflow", "ui", "--backend-store-uri", uri]
+    command = [sys.executable, "-m", "mlflow", "ui", "--backend-store-uri", with_credentials(uri)]
     typer.echo(f"MLflow at http://127.0.0.1:{port} (Ctrl-C ends it)")
     os.execv(sys.executable, [*command, "--host", "127.0.0.1", "--port", str(port)])
 
 
 def main() -> None:
     """Entry point: an expected error is one readable message and exit code 1; Ctrl-C is 130."""
+    guard_output()
     try:
         app()
     except RaytrainError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {redacted(str(error))}", file=sys.stderr)
         raise SystemExit(1) from None
     except KeyboardInterrupt:
         print("stopped; the same command goes on from here", file=sys.stderr)

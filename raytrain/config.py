@@ -31,7 +31,7 @@ from raytrain.lengths.plan import BucketSettings
 from raytrain.lengths.schemes import SCHEMES
 from raytrain.model.config import ModelConfig
 from raytrain.nodes import check_labels, check_resources
-from raytrain.redaction import TRACKING_VARIABLE, holds_credentials, redacted, without_credentials
+from raytrain.redaction import MLFLOW_VARIABLE, TRACKING_VARIABLE, holds_credentials, redacted, without_credentials
 from raytrain.training.settings import TrainSettings
 
 DATA_ROOT_VARIABLE = "RAYTRAIN_DATA_ROOT"
@@ -381,7 +381,7 @@ class Config(_Section):
             problems.append("train.init_from lies in this run's own folder, whose checkpoints make way for the new "
                             "ones; give the run another name, or copy the model out first")  # fmt: skip
         if is_uri(self.run_location):
-            if self.tracking.enabled and not self.tracking.uri:
+            if self.tracking.enabled and not (self.tracking.uri or os.environ.get(MLFLOW_VARIABLE)):
                 problems.append(f"run.root is {self.run_location.rpartition('/')[0]}, where MLflow can't keep its "
                                 f"database; set tracking.uri to a server, or tracking.enabled to false")  # fmt: skip
             if self.train.storage_path:

@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import secrets
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
 from pathlib import Path
 
+import psutil
 import pytest
 
 from raytrain.config import ClusterSection, Config, check_config
@@ -49,6 +56,58 @@ def s3():
         boto3.client("s3").create_bucket(Bucket="speech")
         yield "s3://speech"
     server.stop()
+
+
+def ray_processes() -> set[int]:
+    """Ids of all raylets and GCS servers on this machine."""
+    found = set()
+    for process in psutil.process_iter(["name"]):
+        if process.info["name"] in ("raylet", "gcs_server"):
+            found.add(process.pid)
+    return found
+
+
+@pytest.fixture(scope="module")
+def head() -> Iterator[str]:
+    """A Ray head with a Jobs server on 127.0.0.1 and token authentication, ended by process id."""
+    before, address = ray_processes(), "http://127.0.0.1:8299"
+    arguments = ["--head", "--num-cpus=2", "--port=6399", "--dashboard-host=127.0.0.1", "--dashboard-port=8299",
+                 "--node-ip-address=127.0.0.1", "--include-dashboard=true", "--dashboard-agent-listen-port=52399",
+                 "--block"]  # fmt: skip
+    program = Path(sys.executable).with_name("ray")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RAY_AUTH_MODE", "token")
+        patch.setenv("RAY_AUTH_TOKEN", secrets.token_hex(32))
+        process = subprocess.Popen(
+            [program, "start", *arguments], env={**os.environ, "RAY_memory_monitor_refresh_ms": "0"},
+            stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+        )  # fmt: skip
+        try:
+            _wait_for(address)
+            yield address
+        finally:
+            family = [*psutil.Process(process.pid).children(recursive=True), psutil.Process(process.pid)]
+            for one in family:
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    one.terminate()
+            _, alive = psutil.wait_procs(family, timeout=5)
+            for one in alive:
+                one.kill()
+            psutil.wait_procs(alive, timeout=10)
+            process.wait(10)
+    assert ray_processes() - before == set()
+
+
+def _wait_for(address: str) -> None:
+    import requests
+
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline:
+        with contextlib.suppress(requests.RequestException):
+            requests.get(f"{address}/api/version", timeout=2)
+            return  # any answer: it may ask for the token
+        time.sleep(1)
+    raise TimeoutError(f"no Jobs server at {address}")
 
 
 def upload(folder: Path, uri: str) -> str:

@@ -1,17 +1,14 @@
 """The command line and the jobs, each as its own process, and what they leave behind."""
 
-import contextlib
 import os
-import secrets
 import subprocess
 import sys
 import time
 from pathlib import Path
 
-import psutil
 import pytest
 import yaml
-from conftest import tiny_values
+from conftest import ray_processes, tiny_values
 
 from raytrain.cluster.pipeline import run_pipeline
 from raytrain.cluster.session import ray_session
@@ -32,15 +29,6 @@ def call(*arguments: str, **environment: str) -> subprocess.CompletedProcess:
     )
 
 
-def ray_processes() -> set[int]:
-    """Ids of all raylets and GCS servers on this machine."""
-    found = set()
-    for process in psutil.process_iter(["name"]):
-        if process.info["name"] in ("raylet", "gcs_server"):
-            found.add(process.pid)
-    return found
-
-
 def test_help_names_every_command():
     done = call("--help")
     assert done.returncode == 0
@@ -54,9 +42,18 @@ def test_help_names_every_command():
         "evaluate",
         "report",
         "demo",
+        "submit",
+        "status",
+        "logs",
+        "stop",
         "ui",
     ):
         assert f" {name} " in done.stdout
+
+
+def test_run_knows_its_stages(tmp_path):
+    done = call("run", "--config", str(tmp_path / "a.yaml"), "statistic")
+    assert done.returncode == 2 and "statistic" in done.stderr and "oomptimize" in done.stderr
 
 
 def test_an_expected_error_is_one_message_and_exit_code_one(tmp_path):
@@ -83,44 +80,6 @@ def test_a_command_leaves_no_ray_process(corpus, tmp_path):
 
 
 @pytest.fixture
-def head(monkeypatch):
-    """A Ray head with a Jobs server on 127.0.0.1 and token authentication, ended by process id."""
-    before = ray_processes()
-    monkeypatch.setenv("RAY_AUTH_MODE", "token")
-    monkeypatch.setenv("RAY_AUTH_TOKEN", secrets.token_hex(32))
-    environment = {**os.environ, "RAY_memory_monitor_refresh_ms": "0"}
-    arguments = ["--head", "--num-cpus=2", "--port=6399", "--dashboard-host=127.0.0.1", "--dashboard-port=8299",
-                 "--node-ip-address=127.0.0.1", "--include-dashboard=true", "--dashboard-agent-listen-port=52399",
-                 "--block"]  # fmt: skip
-    program = Path(sys.executable).with_name("ray")
-    process = subprocess.Popen(
-        [program, "start", *arguments], env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-    )
-    yield "http://127.0.0.1:8299"
-    children = psutil.Process(process.pid).children(recursive=True)
-    process.terminate()
-    with contextlib.suppress(subprocess.TimeoutExpired):
-        process.wait(20)
-    _, alive = psutil.wait_procs(children, timeout=10)
-    for child in alive:
-        child.kill()
-    psutil.wait_procs(alive, timeout=10)
-    assert ray_processes() - before == set()
-
-
-def wait_for(address: str) -> None:
-    import requests
-
-    deadline = time.monotonic() + 60
-    while time.monotonic() < deadline:
-        with contextlib.suppress(requests.RequestException):
-            requests.get(f"{address}/api/version", timeout=2)
-            return  # any answer: it may ask for the token
-        time.sleep(1)
-    raise TimeoutError(f"no Jobs server at {address}")
-
-
-@pytest.fixture
 def prepared(corpus, tmp_path):
     """A configuration file whose stages before training have run."""
     path = tmp_path / "a.yaml"
@@ -132,7 +91,6 @@ def prepared(corpus, tmp_path):
 
 
 def test_ray_job_submit_trains(tmp_path, prepared, head):
-    wait_for(head)
     command = [Path(sys.executable).with_name("ray"), "job", "submit", "--address", head, "--working-dir", str(ROOT)]
     job = [sys.executable, "-m", "pipelines.train", "--config", str(prepared)]
     for _ in range(20):

@@ -1,0 +1,269 @@
+"""Jobs on a cluster, over Ray's Jobs server: submit, follow, list, stop.
+
+    jobs = Jobs("http://127.0.0.1:8265")
+    name = jobs.submit(Order("digits", "python -m pipelines.run …", folder, {}, {"run": "digits"}))
+    jobs.follow(name, print).succeeded
+
+The token is sent to a server that asks for one, and to no other.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import secrets
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from raytrain.cluster.authentication import NO_AUTHENTICATION, PLACES, token_header
+from raytrain.errors import ClusterError
+from raytrain.redaction import redacted, without_credentials
+
+DEFAULT_ADDRESS = "http://127.0.0.1:8265"
+_ADDRESSES = ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS")
+_ANSWER_SECONDS = 10.0
+_AGENT_SECONDS = 60.0  # a head's job agent starts after its server
+_STOP_SECONDS = 20.0
+_TALKATIVE = (
+    "ray.dashboard.modules.dashboard_sdk", "ray.dashboard.modules.job.sdk", "ray._private.runtime_env.packaging",
+)  # fmt: skip
+_ENDED = ("SUCCEEDED", "FAILED", "STOPPED")
+
+
+@dataclass(frozen=True)
+class Order:
+    """A job to submit: its shell `command` runs in a copy of `folder`."""
+
+    run: str
+    command: str
+    folder: Path
+    variables: dict[str, str]
+    metadata: dict[str, str]
+
+
+@dataclass(frozen=True)
+class Job:
+    """A job as the server knows it; times are UTC, None where it did not start or end yet."""
+
+    id: str
+    state: str
+    run: str
+    stages: str
+    raytrain: str
+    started: datetime | None
+    ended: datetime | None
+    message: str
+    exit_code: int | None
+
+    @property
+    def is_over(self) -> bool:
+        """Whether it won't change any more."""
+        return self.state in _ENDED
+
+    @property
+    def succeeded(self) -> bool:
+        """Whether it ended with exit code 0."""
+        return self.state == "SUCCEEDED"
+
+    @property
+    def since(self) -> datetime | None:
+        """When it came into its state."""
+        return self.ended if self.is_over else self.started
+
+
+def server_address(given: str | None, configured: str | None) -> str:
+    """The Jobs server: as `given`, as `configured` where that is one, as the environment says, or on this machine."""
+    found = [given, *(one for one in (configured, *map(os.environ.get, _ADDRESSES)) if _is_http(one))]
+    address = next((one for one in found if one), DEFAULT_ADDRESS)
+    return (address if "://" in address else f"http://{address}").rstrip("/")
+
+
+class Jobs:
+    """A Jobs server. All methods raise `ClusterError`."""
+
+    def __init__(self, address: str, warn: Callable[[str], None] = lambda text: None) -> None:
+        if not _is_http(address):
+            raise ClusterError("a Jobs server's address begins with http", got=without_credentials(address),
+                               allowed=f"for example {DEFAULT_ADDRESS}")  # fmt: skip
+        self.address = address
+        self._shown = without_credentials(address)
+        with self._readable():
+            from ray.job_submission import JobSubmissionClient
+
+            for name in _TALKATIVE:
+                logging.getLogger(name).setLevel(logging.ERROR)
+            headers = token_header() if self._asks_for_token() else {}
+            self._has_token = bool(headers)
+            if not headers:
+                warn(NO_AUTHENTICATION % self._shown)
+            with _without(*_ADDRESSES):  # they would win over the address
+                self._client = JobSubmissionClient(address, headers=headers)
+
+    def submit(self, order: Order) -> str:
+        """Start a job; returns its id."""
+        name = f"{order.run}-{secrets.token_hex(4)}"
+        until = time.monotonic() + _AGENT_SECONDS
+        environment = {"working_dir": str(order.folder), "env_vars": order.variables}
+        while True:
+            try:
+                with self._readable():
+                    return self._client.submit_job(
+                        entrypoint=order.command, submission_id=name, runtime_env=environment, metadata=order.metadata
+                    )
+            except ClusterError as error:
+                if "No available agent" not in str(error) or time.monotonic() > until:
+                    raise
+            time.sleep(2.0)
+
+    def list(self) -> list[Job]:
+        """All submitted jobs, the newest first."""
+        with self._readable():
+            found = [_job(one) for one in self._client.list_jobs() if one.submission_id]
+        return sorted(found, key=lambda job: (job.started or datetime.now(UTC), job.id), reverse=True)
+
+    def get(self, name: str) -> Job:
+        """One job."""
+        with self._readable(name):
+            return _job(self._client.get_job_info(name))
+
+    def logs(self, name: str) -> str:
+        """What a job has printed so far, without secrets."""
+        with self._readable(name):
+            return redacted(self._client.get_job_logs(name))
+
+    def follow(self, name: str, write: Callable[[str], None]) -> Job:
+        """Give what a job prints to `write`, line by line and without secrets, until it is over; returns the job."""
+        import aiohttp
+
+        job = self.get(name)
+        printed = _Lines(write)
+        while True:
+            with contextlib.suppress(RuntimeError, aiohttp.ClientError):  # a lost connection; `get` finds out more
+                asyncio.run(self._tail(name, printed))
+            job = self.get(name)
+            if job.is_over:
+                printed.end()
+                return job
+            time.sleep(1.0)
+
+    def stop(self, name: str) -> tuple[bool, Job]:
+        """End a job; whether it was running, and the job after it ended or 20 s went by."""
+        with self._readable(name):
+            was_running = self._client.stop_job(name)
+        until = time.monotonic() + _STOP_SECONDS
+        while not (job := self.get(name)).is_over and time.monotonic() < until:
+            time.sleep(0.5)
+        return was_running, job
+
+    async def _tail(self, name: str, printed: _Lines) -> None:
+        printed.begin()
+        async for text in self._client.tail_job_logs(name):
+            printed.add(text)
+
+    def _asks_for_token(self) -> bool:
+        """Whether it does; asked without one, so that none goes to a server that has no use for it."""
+        import requests
+
+        answer = requests.get(f"{self.address}/api/version", timeout=_ANSWER_SECONDS)
+        if answer.status_code in (401, 403):
+            return True
+        answer.raise_for_status()
+        answer.json()["ray_version"]
+        return False
+
+    @contextlib.contextmanager
+    def _readable(self, job: str = "") -> Iterator[None]:
+        """Errors of Ray's client as ours."""
+        try:
+            import requests
+            from ray.exceptions import AuthenticationError
+        except ImportError as error:
+            raise _needs_default() from error
+        try:
+            yield
+        except AuthenticationError as error:
+            raise self._refused(error.message.startswith("Authentication failed")) from None
+        except (ConnectionError, requests.ConnectionError, requests.Timeout):
+            raise ClusterError(
+                f"no Jobs server answers at {self._shown}",
+                remedy="check --address, cluster.address and RAY_API_SERVER_ADDRESS; `ray start --head` starts "
+                "one, with ray[default]; `ssh -L 8265:127.0.0.1:8265 HEAD` brings a distant one here",
+            ) from None
+        except (requests.RequestException, KeyError, ValueError) as error:
+            why = (str(error).splitlines() or [type(error).__name__])[0]
+            raise ClusterError(f"what answers at {self._shown} is no Jobs server", why=redacted(why)) from None
+        except RuntimeError as error:
+            if "ray[default]" in str(error):
+                raise _needs_default() from None
+            if job and "404" in str(error):
+                raise ClusterError(f"{self._shown} knows no job {job}", remedy="`raytrain status` lists them") from None
+            lines = redacted(str(error)).strip().splitlines()
+            raise ClusterError(f"the Jobs server at {self._shown} refused", why=lines[-1] if lines else None) from None
+
+    def _refused(self, wrong: bool) -> ClusterError:
+        return ClusterError(
+            f"the Jobs server at {self._shown} asks for the cluster's token",
+            got="another token" if wrong else "none",
+            remedy=f"put the token that the cluster was started with into {PLACES}",
+        )
+
+
+class _Lines:
+    """Whole lines of a text that may start anew: each is written once."""
+
+    def __init__(self, write: Callable[[str], None]) -> None:
+        self._write, self._rest = write, ""
+        self._seen = self._skip = 0
+
+    def begin(self) -> None:
+        """The text starts from its beginning."""
+        self._skip = self._seen
+
+    def add(self, text: str) -> None:
+        new = text[self._skip :]
+        self._skip = max(0, self._skip - len(text))
+        self._seen += len(new)
+        *lines, self._rest = (self._rest + new).split("\n")
+        for line in lines:
+            self._write(redacted(line))
+
+    def end(self) -> None:
+        if self._rest:
+            self._write(redacted(self._rest))
+        self._rest = ""
+
+
+def _job(details: Any) -> Job:
+    known = details.metadata or {}
+    started, ended = (
+        None if stamp is None else datetime.fromtimestamp(stamp / 1000, UTC)
+        for stamp in (details.start_time, details.end_time)
+    )
+    return Job(
+        details.submission_id, str(details.status.value), known.get("run", ""), known.get("stages", ""),
+        known.get("raytrain", ""), started, ended, redacted(details.message or ""), details.driver_exit_code,
+    )  # fmt: skip
+
+
+def _needs_default() -> ClusterError:
+    return ClusterError("jobs need Ray's Jobs client", why="Ray is installed without it",
+                        remedy="pip install 'ray[default]'")  # fmt: skip
+
+
+def _is_http(address: str | None) -> bool:
+    return bool(address) and address.startswith(("http://", "https://"))
+
+
+@contextlib.contextmanager
+def _without(*names: str) -> Iterator[None]:
+    kept = {name: os.environ.pop(name) for name in names if name in os.environ}
+    try:
+        yield
+    finally:
+        os.environ.update(kept)
