@@ -26,6 +26,7 @@ from raytrain.cluster.session import ray_session
 from raytrain.cluster.tracking import tracking_uri
 from raytrain.config import ClusterSection, Config
 from raytrain.data.storage import is_uri
+from raytrain.redaction import without_credentials
 
 PROBE_BYTES = 64 << 20
 WAIT_SECONDS = 300.0
@@ -110,7 +111,7 @@ def judge(nodes: list[NodeFacts], driver: dict[str, str], config: Config | None,
     root, uri = run_root(config), _mlflow_uri(config)
     found += checks.check_storage(alive, root, shared=len(nodes) > 1 and not is_uri(root))
     found += checks.check_manifests(alive)
-    return found + checks.check_mlflow(alive, _without_password(uri or ""), ask_mlflow(uri) if uri else None)
+    return found + checks.check_mlflow(alive, without_credentials(uri or ""), ask_mlflow(uri) if uri else None)
 
 
 def run_root(config: Config) -> str:
@@ -122,10 +123,6 @@ def _mlflow_uri(config: Config) -> str | None:
     if not config.tracking.enabled or (is_uri(run_root(config)) and not config.tracking.uri):
         return None
     return tracking_uri(config, config.run_dir)
-
-
-def _without_password(uri: str) -> str:
-    return re.sub(r"//[^/@]*@", "//", uri)
 
 
 def _reach(address: str, deadline: float) -> None:
