@@ -11,11 +11,12 @@ import threading
 import pytest
 import requests
 import yaml
-from conftest import tiny_config, tiny_values
+from conftest import tiny_config, tiny_values, upload
 
 from raytrain.cluster import submission
 from raytrain.cluster.jobs import Jobs, Order, _Lines, server_address
 from raytrain.config import check_config
+from raytrain.data.storage import read_range
 from raytrain.errors import ClusterError, ConfigError
 
 SECRET = "s3cr3t-of-the-store"
@@ -28,7 +29,7 @@ def command(*arguments: str) -> list[str]:
 def call(*arguments: str, without: tuple[str, ...] = (), **environment: str) -> subprocess.CompletedProcess:
     kept = {name: value for name, value in os.environ.items() if name not in without}
     return subprocess.run(
-        command(*arguments), capture_output=True, text=True, timeout=200, env={**kept, **environment}
+        command(*arguments), capture_output=True, text=True, timeout=400, env={**kept, **environment}
     )  # fmt: skip
 
 
@@ -66,6 +67,20 @@ def test_a_submitted_stage_leaves_its_artefact_and_no_secret(head, written, tmp_
     for one in (done, listed, shown, logs):
         for secret in (SECRET, os.environ["RAY_AUTH_TOKEN"]):
             assert secret not in one.stdout + one.stderr
+
+
+def test_one_command_takes_a_run_to_its_scores_in_s3(head, corpus, s3, tmp_path):
+    data = upload(corpus, f"{s3}/jobs/corpus")
+    values = tiny_values(corpus, f"{s3}/jobs/runs", data={"root": data}, tracking={"enabled": False})
+    (tmp_path / "a.yaml").write_text(yaml.safe_dump(values))
+    passed = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", f"RAYTRAIN_CACHE={tmp_path / 'cache'}")
+    env = [part for name in passed for part in ("--env", name)]
+    done = call("submit", "-c", str(tmp_path / "a.yaml"), "--address", head, "--python", sys.executable, *env)
+    assert done.returncode == 0, done.stdout + done.stderr
+    scores = json.loads(read_range(f"{s3}/jobs/runs/tiny/scores.json", 0, 0))["body"]
+    assert scores["utterances"] == 10 and scores["wer"] > 0
+    again = call("submit", "-c", str(tmp_path / "a.yaml"), "--address", head, "--python", sys.executable, *env)
+    assert again.returncode == 0 and "nothing to do" in again.stdout, again.stdout + again.stderr
 
 
 def test_a_failed_job_is_exit_code_one_with_its_error(head, written):
