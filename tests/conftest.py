@@ -39,7 +39,7 @@ def local_ray(s3):
 
 
 @pytest.fixture(scope="session")
-def s3():
+def s3(tmp_path_factory):
     """URI of an empty bucket on an S3 server on this machine, which new processes reach too (`os.environ`)."""
     import boto3
     from moto.server import ThreadedMotoServer
@@ -51,6 +51,7 @@ def s3():
         for name, value in {
             "AWS_ENDPOINT_URL": f"http://{host}:{port}", "AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "test",
             "AWS_DEFAULT_REGION": "us-east-1", "AWS_EC2_METADATA_DISABLED": "true",
+            "RAYTRAIN_CACHE": str(tmp_path_factory.mktemp("cache")),
         }.items():  # fmt: skip
             patch.setenv(name, value)
         boto3.client("s3").create_bucket(Bucket="speech")

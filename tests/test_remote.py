@@ -5,12 +5,14 @@ import os
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import tiny_config, upload
 
+from raytrain.cluster.mirror import SharedCheckpoints
 from raytrain.cluster.pipeline import STAGE_NAMES, run_pipeline
 from raytrain.console import Console
 from raytrain.data.remote import RunStore
-from raytrain.data.storage import exists, list_files, read_range, write_bytes
+from raytrain.data.storage import exists, list_files, read_range, remove_file, write_bytes
 from raytrain.errors import ConfigError, StorageError
 
 
@@ -90,6 +92,24 @@ def test_parts_are_checked_and_the_least_used_make_way(place, cache):
     with pytest.raises(StorageError, match="part-00003.arrow is damaged"):
         reader.part(names[3], ids[3])
     assert kept() == [0, 2]
+
+
+def test_checkpoints_of_another_life_are_not_gone_on_with(place, cache):
+    state = {"model": {"weight": torch.zeros(2)}}
+    first = SharedCheckpoints(RunStore(f"{place}/run"), keep=3)
+    for step in (5, 9):
+        first.save(step, state, {"ids": {}})
+    cache("second")
+    other = SharedCheckpoints(RunStore(f"{place}/run"))
+    assert other.about("newest").step == 9 and not list(other.folder.glob("step_*"))  # told, not brought
+    assert other.newest().step == 9 and other.at(5).load("model")["weight"].tolist() == [0, 0]
+    for name in list_files(f"{place}/run", recursive=True):
+        remove_file(name)  # somebody began anew; both machines still have copies
+    assert first.newest() is None and other.about("newest") is None
+    other.newest()
+    other.save(1, state, {"ids": {}})
+    other.settle()
+    assert first.newest().step == 1
 
 
 def test_a_run_in_s3_needs_a_tracking_server(corpus, s3):

@@ -110,8 +110,12 @@ class SharedCheckpoints(CheckpointFolder):
         return super().save(step, parts, meta)
 
     def newest(self) -> Checkpoint | None:
-        """The newest complete checkpoint, brought here."""
+        """The newest complete checkpoint, brought here; those that are here alone are another life's and go."""
         self._look_at_best()
+        names = set(self._names())
+        for folder in self.folder.glob("step_*"):
+            if folder.name not in names:
+                shutil.rmtree(folder, ignore_errors=True)
         for name in reversed(self._names()):
             checkpoint = self._brought(name)
             if checkpoint is not None:
