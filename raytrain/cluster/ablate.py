@@ -25,7 +25,15 @@ from raytrain.console import Console
 from raytrain.data.remote import RunStore
 from raytrain.errors import ConfigError
 from raytrain.lengths.histogram import LengthHistogram
-from raytrain.lengths.schemes import Hardware, gpu_plans, random_batch, scheme_settings, simulate_scheme, title_of
+from raytrain.lengths.schemes import (
+    SCHEMES,
+    Hardware,
+    gpu_plans,
+    random_batch,
+    scheme_settings,
+    simulate_scheme,
+    title_of,
+)
 from raytrain.model.cost import cost_of, peak_flops
 from raytrain.training.ablation import SchemePlan, fit_limits, plan_scheme, predict_schemes, trace_surface
 from raytrain.training.settings import TrainSettings
@@ -130,16 +138,14 @@ def run_ablation(config: Config, console: Console) -> dict[str, Any]:
                 device_type="cpu", budget=budget,
                 on_shape=lambda done, total: update(completed=done, total=total),
             )  # fmt: skip
-        cost, rows, jobs = cost_of(model), [], []
+        cost, rows, jobs = cost_of(model), {}, []
         for scheme in section.schemes:
             one = plan_scheme(
                 scheme, histogram, config.buckets, model, surface, budget, most=config.oomptimize.max_batch_size
             )
-            rows.append(
-                simulate_scheme(
-                    scheme, histogram, one.plan, one.sizes, cost, surface, budget,
-                    batch_seconds=one.batch_seconds, seed=config.seed,
-                )
+            rows[scheme] = simulate_scheme(
+                scheme, histogram, one.plan, one.sizes, cost, surface, budget,
+                batch_seconds=one.batch_seconds, seed=config.seed,
             )  # fmt: skip
             jobs += _prepare(config, console, one)
         with console.stage("ablate") as finish, tracking.stage("ablate", goes_on=_begun(config)):
@@ -148,8 +154,8 @@ def run_ablation(config: Config, console: Console) -> dict[str, Any]:
                 "target_wer": section.target_wer,
                 "device_gib": budget / GIB,
                 "learning_rates": _rates(config),
-                "schemes": [asdict(row) for row in rows],
-                "random_batch": random_batch(histogram, rows[0].batch_sizes[0], config.seed),
+                "schemes": [asdict(rows[scheme]) for scheme in SCHEMES if scheme in rows],
+                "random_batch": random_batch(histogram, next(iter(rows.values())).batch_sizes[0], config.seed),
                 "trials": [_trial(trial, section.target_wer) for trial in trials],
             }
             body["best"] = best_trials(body["trials"])

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from raytrain.lengths.schemes import SCHEMES
 from raytrain.report.figures import BLUE, GREY, ORANGE, Figure, draw
 
 _COLORS = {"R": GREY, "A": "#b04a4a", "B": "#c98a3d", "C": "#5f9e6e", "D": BLUE, "D+": "#1b3f73"}
@@ -103,8 +104,8 @@ def side_by_side(rows: list[dict[str, Any]], where: str) -> Figure:
     by_name = {row["scheme"]: row for row in rows}
     first, last = rows[0], rows[-1]
     sentence = (
-        f"From {first['scheme']} to {last['scheme']} the compute that goes into padding falls from "
-        f"{first['compute_padding']:.0%} to {last['compute_padding']:.0%}"
+        f"{first['scheme']} spends {first['compute_padding']:.0%} of its compute on padding, {last['scheme']} "
+        f"{last['compute_padding']:.0%}"
     )
     if "A" in by_name and last["scheme"] != "A":
         times = last["mean_batch"] / by_name["A"]["mean_batch"]
@@ -134,7 +135,7 @@ def _gpus(plans: list[dict[str, Any]], gpus: int, where: str) -> Figure:
 
 def _convergence(body: dict[str, Any]) -> list[Figure]:
     """Figures 4 and 5: validation WER against wall time, each scheme at its best learning rate."""
-    chosen = [body["trials"][place] for place in body["best"].values()]
+    chosen = _best(body)
     chosen = [one for one in chosen if one["curve"]]
     if not chosen:
         return []
@@ -258,8 +259,7 @@ def trial_table(body: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
     target = f"minutes to {body['target_wer']:.0%} WER"
     columns = ["scheme", "learning rate", "utterances a step", "audio s per s", "steps", target, "lowest WER"]
     cells = []
-    for place in body["best"].values():
-        one = body["trials"][place]
+    for one in _best(body):
         reached = one["seconds_to_target"]
         cells.append(
             [
@@ -269,6 +269,11 @@ def trial_table(body: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
             ]
         )  # fmt: skip
     return columns, cells
+
+
+def _best(body: dict[str, Any]) -> list[dict[str, Any]]:
+    """Each scheme's best trial, in the order in which schemes build on one another."""
+    return [body["trials"][body["best"][scheme]] for scheme in SCHEMES if scheme in body["best"]]
 
 
 def _number(value: float | None, shown: str) -> str:
