@@ -78,7 +78,8 @@ def head() -> Iterator[str]:
     program = Path(sys.executable).with_name("ray")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("RAY_AUTH_MODE", "token")
-        patch.setenv("RAY_AUTH_TOKEN", secrets.token_hex(32))
+        # This process may have a Ray of its own already, and Ray remembers the token that it has seen.
+        patch.setenv("RAY_AUTH_TOKEN", os.environ.get("RAY_AUTH_TOKEN") or secrets.token_hex(32))
         process = subprocess.Popen(
             [program, "start", *arguments], env={**os.environ, "RAY_memory_monitor_refresh_ms": "0"},
             stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
