@@ -71,6 +71,8 @@ def ray_processes() -> set[int]:
 @pytest.fixture(scope="module")
 def head() -> Iterator[str]:
     """A Ray head with a Jobs server on 127.0.0.1 and token authentication, ended by process id."""
+    from raytrain.cluster import authentication
+
     before, address = ray_processes(), "http://127.0.0.1:8299"
     arguments = ["--head", "--num-cpus=2", "--port=6399", "--dashboard-host=127.0.0.1", "--dashboard-port=8299",
                  "--node-ip-address=127.0.0.1", "--include-dashboard=true", "--dashboard-agent-listen-port=52399",
@@ -78,8 +80,10 @@ def head() -> Iterator[str]:
     program = Path(sys.executable).with_name("ray")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("RAY_AUTH_MODE", "token")
-        # This process may have a Ray of its own already, and Ray remembers the token that it has seen.
-        patch.setenv("RAY_AUTH_TOKEN", os.environ.get("RAY_AUTH_TOKEN") or secrets.token_hex(32))
+        # Where this process has a Ray of its own, that one's token, which Ray remembers; else one that it must look at.
+        known = authentication.token_header().get("Authorization", "").removeprefix("Bearer ")
+        patch.setenv("RAY_AUTH_TOKEN", known or secrets.token_hex(32))
+        authentication.refresh()
         process = subprocess.Popen(
             [program, "start", *arguments], env={**os.environ, "RAY_memory_monitor_refresh_ms": "0"},
             stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
@@ -97,6 +101,7 @@ def head() -> Iterator[str]:
                 one.kill()
             psutil.wait_procs(alive, timeout=10)
             process.wait(10)
+    authentication.refresh()
     assert ray_processes() - before == set()
 
 

@@ -37,14 +37,14 @@ def token_authentication(local: bool) -> Iterator[bool]:
         os.environ[_MODE] = mode = "token"
     if mode == "token" and local and not has_token():
         os.environ[_TOKEN] = secrets.token_hex(32)
-    _refresh()
+    refresh()
     try:
         yield mode == "token"
     finally:
         for name, value in before.items():
             if value is None:
                 os.environ.pop(name, None)
-        _refresh()
+        refresh()
 
 
 def has_token() -> bool:
@@ -78,7 +78,7 @@ def warn_once(place: str) -> None:
         _LOG.warning(NO_AUTHENTICATION, place)
 
 
-def _refresh() -> None:
+def refresh() -> None:
     """Ray reads both variables once; let it read them again."""
     from ray._raylet import AuthenticationTokenLoader, Config
 
