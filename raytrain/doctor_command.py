@@ -7,16 +7,14 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from raytrain.options import SetOption
+
 if TYPE_CHECKING:
     from raytrain.cluster.doctor import Report
 
 Config = Annotated[
     Path | None,
     typer.Option("--config", "-c", help="A run, to look at its storage, manifests and MLflow too."),
-]
-Set = Annotated[
-    list[str] | None,
-    typer.Option("--set", "-s", metavar="SECTION.KEY=VALUE", help="Override a setting; may be repeated."),
 ]
 Address = Annotated[
     str | None,
@@ -26,7 +24,7 @@ Address = Annotated[
 
 def doctor(
     config: Config = None,
-    set: Set = None,
+    set: SetOption = None,
     address: Address = None,
     nodes: Annotated[int, typer.Option(min=1, help="Wait for that many nodes, at most five minutes.")] = 1,
     json: Annotated[bool, typer.Option("--json", help="One JSON object.")] = False,

@@ -112,11 +112,11 @@ class SharedCheckpoints(CheckpointFolder):
     def newest(self) -> Checkpoint | None:
         """The newest complete checkpoint, brought here; those that are here alone are another life's and go."""
         self._look_at_best()
-        names = set(self._names())
+        names = self._names()
         for folder in self.folder.glob("step_*"):
             if folder.name not in names:
                 shutil.rmtree(folder, ignore_errors=True)
-        for name in reversed(self._names()):
+        for name in reversed(names):
             checkpoint = self._brought(name)
             if checkpoint is not None:
                 return checkpoint
