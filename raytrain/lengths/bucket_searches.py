@@ -72,9 +72,8 @@ class BucketSearches:
         if bucket in self._in_flight:
             return False
         search = self._searches[bucket]
-        search.inform(
-            *self._shared.bracket(bucket), aim=self._shared.start(bucket), ceiling=self._shared.ceiling(bucket)
-        )
+        shared = self._shared
+        search.inform(*shared.bracket(bucket), shared.start(bucket), shared.ceiling(bucket), shared.measured)
         if search.done:
             self._answers[bucket] = search.result
         return search.done

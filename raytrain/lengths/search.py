@@ -44,7 +44,7 @@ class BatchSizeSearch:
         self._aim, self._max_size, self._tolerance = min(start, max_size), max_size, tolerance
         self._fit, self._failure = 0, max_size + 1
         self._implied_fit, self._implied_failure = 0, max_size + 1
-        self._ceiling = max_size
+        self._ceiling, self._measured = max_size, False
 
     @property
     def largest_fit(self) -> int:
@@ -59,16 +59,18 @@ class BatchSizeSearch:
 
     def inform(
         self, largest_fit: int = 0, smallest_failure: int | None = None, aim: int | None = None,
-        ceiling: int | None = None,
+        ceiling: int | None = None, measured: bool = False,
     ) -> None:  # fmt: skip
         """Narrow the bracket by what other buckets' probes imply, and say which size to try next (`aim`) and which is
-        the largest that can fit by the measured peaks (`ceiling`); see `SharedBrackets`."""
+        the largest that can fit by the measured peaks (`ceiling`); see `SharedBrackets`. Where peaks are `measured`, a
+        size that is implied to fit gets a probe, since its peak may end the search."""
         self._implied_fit = max(self._implied_fit, min(largest_fit, self._max_size))
         if smallest_failure is not None:
             self._implied_failure = min(self._implied_failure, smallest_failure)
         if aim is not None:
             self._aim = min(aim, self._max_size)
         self._ceiling = self._max_size if ceiling is None else min(ceiling, self._max_size)
+        self._measured = measured
 
     def next(self) -> int | None:
         """The size to try, or None when the search has ended."""
@@ -76,7 +78,9 @@ class BatchSizeSearch:
         top = min(high, self._ceiling + 1)
         if self._is_close(low, high, top):
             return None
-        if low < self._aim < high or low == self._aim > self._fit:
+        if self._measured and self._aim <= low and self._fit < low:
+            return low
+        if low < self._aim < high:
             return self._aim
         if self._aim <= low:
             size = max(low + 1, int(low * self._growth))
@@ -127,7 +131,7 @@ class BatchSizeSearch:
 
 FIRST_SHARE = 0.9  # of the budget for the first probe of all: predictions have been within a tenth of what is measured
 _GAP_SHARE = 0.02  # the allocator's gaps: what it reserves is this much above what a step's tensors take
-_ALIKE = 0.3  # buckets whose bytes per utterance differ by this much (natural logarithm) tell little of each other
+_ALIKE = 0.1  # the scale, in ln(bytes per utterance), over which buckets cease to be alike in how they deviate
 
 
 class SharedBrackets:
@@ -209,7 +213,7 @@ class SharedBrackets:
             return max(1, min(2 * size, size + int(room / self._slopes(bucket)[1])))
         if self._peaks:
             budget = self._limit() * (1 - self._margin) / self._ratio(bucket)
-            return max(1, self._fits[bucket], self.bracket(bucket)[0], int((budget - base) / max(slope, 1.0)))
+            return max(1, int((budget - base) / max(slope, 1.0)))
         return max(1, int((self._effective_budget() - base) / max(slope, 1.0)))
 
     def ceiling(self, bucket: int) -> int | None:
@@ -219,6 +223,11 @@ class SharedBrackets:
             return None
         size, peak = self._peaks[bucket]
         return size + max(0, int((self._limit() - peak) / self._slopes(bucket)[0]))
+
+    @property
+    def measured(self) -> bool:
+        """Whether the device tells its peaks."""
+        return bool(self._peaks)
 
     def _slopes(self, bucket: int) -> tuple[float, float]:
         """Bytes per further utterance, at least and at most, by the bucket's measured peak."""
