@@ -25,13 +25,12 @@ import torch
 sys.path[0] = str(Path(__file__).resolve().parents[1])  # as a script, this file's folder would come first
 
 from benchmarks._record import record
-from raytrain.lengths import BatchSizeSearch, BucketPlan, BucketSettings, LengthHistogram, make_plan
-from raytrain.lengths.search import SharedBrackets
+from raytrain.lengths import BatchSizeSearch, BucketPlan, BucketSearches, BucketSettings, LengthHistogram, make_plan
 from raytrain.model.config import ModelConfig, SpecAugmentSettings
 from raytrain.model.cost import cost_of
 from raytrain.training.isolated import IsolatedMeter
 from raytrain.training.memory import Neighbours, StepTracer, predict_batch_size
-from raytrain.training.probe import Probe, StepMeter, search_batch_size, soak
+from raytrain.training.probe import Probe, StepMeter, search_batch_size, search_buckets, soak
 from raytrain.training.settings import TrainSettings
 
 GIB = 2**30
@@ -73,27 +72,22 @@ def measure_model(name: str, plan: BucketPlan, total: int, memory_fraction: floa
         neighbours.add(*edge, predictions[-1].line)
     predicting = time.perf_counter() - start
     needs = [(one.line.base_bytes, one.line.slope_bytes) for one in predictions]
-    shared = SharedBrackets(edges, needs, budget)
     result: dict[str, Any] = {"buckets": len(edges), "prediction_seconds": round(predicting, 1)}
     with IsolatedMeter(StepMeter, model, settings, budget) as meter:
         begun = time.perf_counter()
-        cells = []
-        for bucket in reversed(range(len(edges))):
-            found = search_batch_size(
-                lambda size, bucket=bucket: meter.measure(size, edges[bucket], 3),
-                BatchSizeSearch(shared.start(bucket), 4096, TOLERANCE),
-                before=lambda bucket=bucket: shared.bracket(bucket),
-                after=lambda size, fits, bucket=bucket: shared.report(bucket, size, fits),
-            )
-            cells.append(
-                _cell(bucket, edges[bucket], predictions[bucket], found.batch_size, found.probes, needs[bucket])
-            )
-            print(name, json.dumps(cells[-1]), file=sys.stderr, flush=True)
+        searches = BucketSearches(edges, needs, budget, 4096, TOLERANCE)
+        found = search_buckets(lambda bucket, size: meter.measure(size, edges[bucket], 3), searches)
+        cells = [
+            _cell(bucket, edges[bucket], predictions[bucket], answer.batch_size, answer.probes, needs[bucket])
+            for bucket, answer in enumerate(found)
+        ]
+        for cell in cells:
+            print(name, json.dumps(cell), file=sys.stderr, flush=True)
         result |= _summary("", cells, time.perf_counter() - begun)
-        sizes = [cell["batch_size"] for cell in reversed(cells)]
+        sizes = [cell["batch_size"] for cell in cells]
         lowered = [step for step in soak(meter, edges, sizes, len(edges), seed=1) if step.lowered_to is not None]
         result["soak_lowered"] = [[step.bucket, step.lowered_to] for step in lowered]
-        result["cells"] = list(reversed(cells))
+        result["cells"] = cells
     if with_nemo:
         with IsolatedMeter(StepMeter, model, settings, budget) as meter:
             begun, others, previous = time.perf_counter(), [], None

@@ -15,7 +15,6 @@ from conftest import SHARED
 
 from benchmarks._models import config_of
 from raytrain.data.tokenizer import train_tokenizer
-from raytrain.lengths import Bucket, BucketGrid
 from raytrain.model.canary import Canary
 from raytrain.model.config import ModelConfig
 from raytrain.model.nemo import write_nemo
@@ -72,18 +71,17 @@ def test_the_gpu_benchmark_has_the_published_shapes():
         assert ModelConfig(**shape) == config_of(name)
 
 
-def test_a_search_that_starts_at_a_prediction_takes_fewer_probes():
+def test_a_search_that_reads_peaks_takes_a_probe_per_bucket():
     from benchmarks.oomptimizer import count_probes
-    from raytrain.training.memory import MemoryLine, Prediction, StepMemory
 
     edges = [
-        (duration, tokens) for duration in range(2000, 40000, 4000) for tokens in (duration // 100, duration // 50)
+        (duration, tokens) for duration in range(2000, 40000, 2000) for tokens in (duration // 100, duration // 50)
     ]
-    plan = SimpleNamespace(grid=BucketGrid(tuple(Bucket(*edge) for edge in edges)))
-    lines = [MemoryLine(1e9, 1e4 * duration + 1e5 * tokens) for duration, tokens in edges]
-    found = count_probes(plan, [Prediction(1, 1, line, StepMemory(1, 1), 1, 1) for line in lines], int(2e10), rounds=3)
-    assert found["answers_above_what_fits"] == 0
-    assert found["fewer_probes"] > 2.5
+    found = count_probes(edges, [(1e9, 1e4 * duration + 1e5 * tokens) for duration, tokens in edges], int(2e10), 4)
+    assert found["answers"] == 4 * len(edges) and found["answers_above_what_fits"] == 0
+    assert found["probes_per_bucket"] <= 1.3 and found["four_processes_probes_per_bucket"] <= 1.5
+    assert found["without_peaks_probes_per_bucket"] <= 2.5 < found["nemo_rule_probes_per_bucket"] / 2
+    assert found["mean_share_of_largest"] > 0.96
 
 
 @pytest.mark.timeout(240)

@@ -1,4 +1,4 @@
-"""Batch-size search by probes: the search, shared brackets, isolated processes, soak, and real Tune trials on a law."""
+"""Batch-size search by probes: isolated processes, soak, and real Tune trials on a law."""
 
 import os
 import signal
@@ -8,16 +8,13 @@ from dataclasses import dataclass, replace
 import pytest
 import torch
 from conftest import tiny_config
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from ray import cloudpickle
 
 from raytrain.cluster import oomptimize
 from raytrain.cluster.session import ray_session
-from raytrain.errors import ConfigError, PlanError, ProfileError
+from raytrain.errors import ConfigError, ProfileError
 from raytrain.lengths import BatchProfile, BatchSizeSearch, Bucket, BucketGrid, ProbeSetting
 from raytrain.lengths.profile import choose_profile, least_sizes
-from raytrain.lengths.search import SharedBrackets
 from raytrain.model.config import ModelConfig
 from raytrain.training.isolated import IsolatedMeter
 from raytrain.training.probe import Probe, StepMeter, search_batch_size, smallest_as_fast, soak
@@ -55,90 +52,6 @@ class Law:
         if self.at_limit == "error":
             raise RuntimeError("CUDA error: an illegal memory access was encountered")
         return Probe(batch_size, False, why=self.at_limit)
-
-
-# --- the search
-
-
-@settings(max_examples=300, deadline=None)
-@given(
-    st.integers(1, 3000), st.integers(1, 3000), st.sampled_from([0.0, 0.02, 0.05, 0.2]), st.sampled_from([None, 2.0])
-)
-def test_the_search_ends_within_the_tolerance_and_never_above(truth, start, tolerance, growth):
-    search = BatchSizeSearch(start, 2000, tolerance, growth)
-    tried = []
-    while (size := search.next()) is not None:
-        assert size == search.next() and size not in tried
-        tried.append(size)
-        search.report(size, size <= truth)
-    assert search.done and len(tried) <= 40
-    best = min(truth, 2000)
-    assert search.result <= best
-    if tolerance == 0:
-        assert search.result == best
-    elif search.result < best:
-        assert (search.smallest_failure - search.result) / search.smallest_failure <= tolerance
-
-
-@pytest.mark.parametrize("truth", [7, 20, 39, 40, 41, 200, 700])
-def test_a_right_prediction_takes_two_probes(truth):
-    search, probes = BatchSizeSearch(start=truth), 0
-    while (size := search.next()) is not None:
-        search.report(size, size <= truth)
-        probes += 1
-    assert search.result == truth and probes == 2
-
-
-def test_a_contradiction_is_an_error():
-    search = BatchSizeSearch(10, 100)
-    search.report(10, True)
-    with pytest.raises(PlanError, match="contradicts an earlier probe"):
-        search.report(9, False)
-
-
-@settings(max_examples=100, deadline=None)
-@given(st.floats(105, 1e5), st.randoms(use_true_random=False), st.sampled_from([0.0, 0.05]))
-def test_shared_brackets_save_probes_and_change_no_answer(capacity, rng, tolerance):
-    law, shared = Law(capacity), SharedBrackets(EDGES)
-    alone = together = 0
-    for bucket in rng.sample(range(len(EDGES)), len(EDGES)):
-        edges = EDGES[bucket]
-        start = max(1, int(law.largest(edges) * rng.uniform(0.8, 1.2)))
-        found = search_batch_size(
-            lambda size, edges=edges: law.measure(size, edges, 1), BatchSizeSearch(start, 1000, tolerance),
-            before=lambda bucket=bucket: shared.bracket(bucket),
-            after=lambda size, fits, bucket=bucket: shared.report(bucket, size, fits),
-        )  # fmt: skip
-        largest = min(law.largest(edges), 1000)
-        assert (found.batch_size or 0) <= largest
-        assert (found.batch_size or 0) >= (largest if tolerance == 0 else int(largest * (1 - tolerance)))
-        together += len(found.probes)
-        alone += len(
-            search_batch_size(
-                lambda size, edges=edges: law.measure(size, edges, 1), BatchSizeSearch(start, 1000, tolerance)
-            ).probes
-        )
-    assert together <= alone + 3  # a narrower bracket is entered at another place at times
-
-
-def test_a_device_that_takes_less_than_predicted_is_learnt():
-    law = Law(9000.0)
-    wrong = [(law.base, 0.9 * law.slope(edges)) for edges in EDGES]
-    shared = SharedBrackets(EDGES, wrong, 9000.0)
-    assert shared.start(2) > 1.1 * law.largest(EDGES[2])
-    for bucket in (0, 5):
-        size = law.largest(EDGES[bucket])
-        shared.report(bucket, size, True)
-        shared.report(bucket, size + 1, False)
-    assert abs(shared.start(2) - law.largest(EDGES[2])) <= 0.02 * law.largest(EDGES[2])
-    assert SharedBrackets(EDGES).start(0) is None
-
-
-def test_own_probes_win_over_brackets():
-    search = BatchSizeSearch(10, 100)
-    search.report(10, False)
-    search.inform(12, None)  # a larger bucket is said to take more
-    assert search.largest_fit == 9 and search.done
 
 
 # --- processes of their own

@@ -243,8 +243,8 @@ def probe_bucket(parameters: dict[str, Any], make_meter: Callable[[dict[str, Any
     found = search_batch_size(
         measure,
         BatchSizeSearch(ray.get(brackets.start.remote(bucket)), job["max_size"], job["tolerance"]),
-        before=lambda: ray.get(brackets.bracket.remote(bucket)),
-        after=lambda size, fits: ray.get(brackets.report.remote(bucket, size, fits)),
+        before=lambda: ray.get(brackets.hints.remote(bucket)),
+        after=lambda probe: ray.get(brackets.report.remote(bucket, probe.batch_size, probe.fits, probe.peak_bytes)),
     )
     timed: list[Any] = []
     fastest = None
@@ -278,13 +278,13 @@ class _Brackets:
         """See `SharedBrackets.start`."""
         return self._shared.start(bucket)
 
-    def bracket(self, bucket: int) -> tuple[int, int | None]:
-        """See `SharedBrackets.bracket`."""
-        return self._shared.bracket(bucket)
+    def hints(self, bucket: int) -> tuple[Any, ...]:
+        """See `SharedBrackets.hints`."""
+        return self._shared.hints(bucket)
 
-    def report(self, bucket: int, size: int, fits: bool) -> None:
+    def report(self, bucket: int, size: int, fits: bool, peak_bytes: int | None) -> None:
         """See `SharedBrackets.report`."""
-        self._shared.report(bucket, size, fits)
+        self._shared.report(bucket, size, fits, peak_bytes)
 
 
 def confirm(
@@ -313,7 +313,8 @@ def confirm(
         for number, (duration, tokens) in enumerate(edges)
     ]
     place = Placement.data(config.cluster).remote_options(cpus=0)
-    brackets = ray.remote(_Brackets).options(name=common["brackets"], **place).remote(edges, needs, budget)
+    shared = ray.remote(_Brackets).options(name=common["brackets"], **place)
+    brackets = shared.remote(edges, needs, budget, section.tolerance)
     try:
         asked = device.placement(config).trial_resources(gpus=device.gpus)
         results = _run_trials(jobs, asked, f"{scratch}/oomptimize-{common['id']}", on_progress, make_meter)

@@ -28,8 +28,8 @@ class BucketSearches:
 
     Heavy buckets come first: one that takes not even one utterance shows at once, and what fits there fits in all
     shorter ones. A bucket that is being probed is not handed out a second time; `release` takes back what a process
-    did not live to report. After a stop, `report` the earlier outcomes to a new object, in any order of buckets, and go
-    on. A bucket's answer is settled when its search ends, and later probes leave it as it is, so that its times can be
+    did not live to report. To resume after a stop, `report` the earlier outcomes to a new object in their order. A
+    bucket's answer is settled when its search ends, and later probes leave it as it is, so that its times can be
     measured while other buckets are searched.
     """
 
@@ -60,6 +60,7 @@ class BucketSearches:
         self._searches[bucket].report(size, fits)
         self._shared.report(bucket, size, fits, peak_bytes)
         self._num_probes[bucket] += 1
+        self.ended(bucket)  # settles the answer by what is known now, so that the same reports give the same answers
 
     def release(self, bucket: int) -> None:
         """Hand a bucket out again, whose probe will not be reported."""
@@ -72,8 +73,7 @@ class BucketSearches:
         if bucket in self._in_flight:
             return False
         search = self._searches[bucket]
-        shared = self._shared
-        search.inform(*shared.bracket(bucket), shared.start(bucket), shared.ceiling(bucket), shared.measured)
+        search.inform(*self._shared.hints(bucket))
         if search.done:
             self._answers[bucket] = search.result
         return search.done
@@ -81,6 +81,11 @@ class BucketSearches:
     def result(self, bucket: int) -> int | None:
         """The largest size known to fit, settled once the bucket has `ended`; None where not even 1 fits (yet)."""
         return self._answers[bucket] if self.ended(bucket) else self._searches[bucket].result
+
+    @property
+    def num_buckets(self) -> int:
+        """How many buckets there are."""
+        return len(self._searches)
 
     @property
     def num_probes(self) -> tuple[int, ...]:

@@ -44,17 +44,18 @@ class BatchSizeSearch:
         self._aim, self._max_size, self._tolerance = min(start, max_size), max_size, tolerance
         self._fit, self._failure = 0, max_size + 1
         self._implied_fit, self._implied_failure = 0, max_size + 1
-        self._ceiling, self._measured = max_size, False
+        self._ceiling: int | None = None
+        self._measured = False
 
     @property
     def largest_fit(self) -> int:
-        """The largest size known to fit, 0 where there is none. A failed probe wins over what is implied."""
-        return max(self._fit, min(self._implied_fit, self._failure - 1))
+        """The largest size known to fit, 0 where there is none. What is implied counts for nothing where a probe at or
+        below it failed."""
+        return max(self._fit, self._implied_fit if self._implied_fit < self._failure else 0)
 
     @property
     def smallest_failure(self) -> int:
-        """The smallest size known to fail, max_size + 1 where there is none. A fitting probe wins over what is
-        implied."""
+        """The smallest size known to fail, max_size + 1 where there is none; above what is known to fit."""
         return max(min(self._failure, self._implied_failure), self.largest_fit + 1)
 
     def inform(
@@ -69,13 +70,13 @@ class BatchSizeSearch:
             self._implied_failure = min(self._implied_failure, smallest_failure)
         if aim is not None:
             self._aim = min(aim, self._max_size)
-        self._ceiling = self._max_size if ceiling is None else min(ceiling, self._max_size)
+        self._ceiling = None if ceiling is None else min(ceiling, self._max_size)
         self._measured = measured
 
     def next(self) -> int | None:
         """The size to try, or None when the search has ended."""
         low, high = self.largest_fit, self.smallest_failure
-        top = min(high, self._ceiling + 1)
+        top = high if self._ceiling is None else min(high, self._ceiling + 1)
         if self._is_close(low, high, top):
             return None
         if self._measured and self._aim <= low and self._fit < low:
@@ -96,11 +97,9 @@ class BatchSizeSearch:
         """Whether nothing above `low` is worth a probe: `high` fails, and what reaches `top` can't fit."""
         if top - low <= 1:
             return True
-        if low == 0 or top > self._max_size:
-            return False
-        if high <= self._max_size and (high - low) / high <= self._tolerance:
+        if low and high <= self._max_size and (high - low) / high <= self._tolerance:
             return True
-        return self._ceiling < self._max_size and self._ceiling - low <= self._tolerance * self._ceiling
+        return self._ceiling is not None and self._ceiling - low <= self._tolerance * self._ceiling
 
     def report(self, size: int, fits: bool) -> None:
         """Tell the outcome of a size. Raises `PlanError` where it contradicts an earlier probe of this bucket."""
@@ -111,7 +110,7 @@ class BatchSizeSearch:
                 why="memory use is not repeatable",
                 remedy="see that nothing else uses the device",
             )
-        if size != self._aim:
+        if self._fit or self._failure <= self._max_size:
             self._growth = min(max(2.0, self._growth), self._growth**2)
         if fits:
             self._fit = max(self._fit, size)
@@ -224,10 +223,9 @@ class SharedBrackets:
         size, peak = self._peaks[bucket]
         return size + max(0, int((self._limit() - peak) / self._slopes(bucket)[0]))
 
-    @property
-    def measured(self) -> bool:
-        """Whether the device tells its peaks."""
-        return bool(self._peaks)
+    def hints(self, bucket: int) -> tuple[int, int | None, int | None, int | None, bool]:
+        """All of it, as `BatchSizeSearch.inform` takes it."""
+        return *self.bracket(bucket), self.start(bucket), self.ceiling(bucket), bool(self._peaks)
 
     def _slopes(self, bucket: int) -> tuple[float, float]:
         """Bytes per further utterance, at least and at most, by the bucket's measured peak."""

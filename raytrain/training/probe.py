@@ -11,12 +11,13 @@ import random
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
 
 from raytrain.data.batch import SpeechBatch
+from raytrain.lengths.bucket_searches import BucketSearches
 from raytrain.lengths.search import BatchSizeSearch
 from raytrain.model.canary import Canary
 from raytrain.model.config import ModelConfig
@@ -160,24 +161,39 @@ class BucketSize:
 def search_batch_size(
     measure: Callable[[int], Probe],
     search: BatchSizeSearch,
-    before: Callable[[], tuple[int, int | None]] | None = None,
-    after: Callable[[int, bool], None] | None = None,
+    before: Callable[[], tuple[Any, ...]] | None = None,
+    after: Callable[[Probe], None] | None = None,
 ) -> BucketSize:
-    """Run a search to its end. `before` gives what other buckets' probes imply, `after` is told each outcome."""
+    """Run one bucket's search to its end. `before` gives what the search is to be informed of, `after` is told each
+    outcome."""
     probes: list[Probe] = []
     while True:
         if before is not None:
             search.inform(*before())
         size = search.next()
         if size is None:
-            break
+            return _bucket_size(search.result, probes)
         probe = measure(size)
         probes.append(probe)
         search.report(size, probe.fits)
         if after is not None:
-            after(size, probe.fits)
-    best = next((probe for probe in probes if probe.fits and probe.batch_size == search.result), None)
-    return BucketSize(search.result, best, tuple(probes))
+            after(probe)
+
+
+def search_buckets(measure: Callable[[int, int], Probe], searches: BucketSearches) -> tuple[BucketSize, ...]:
+    """Run all buckets' searches to their ends in this process; `measure` takes a bucket's number and a size."""
+    probes: list[list[Probe]] = [[] for _ in range(searches.num_buckets)]
+    while (ask := searches.next()) is not None:
+        bucket, size = ask
+        probe = measure(bucket, size)
+        probes[bucket].append(probe)
+        searches.report(bucket, size, probe.fits, probe.peak_bytes)
+    return tuple(_bucket_size(searches.result(bucket), ran) for bucket, ran in enumerate(probes))
+
+
+def _bucket_size(size: int | None, probes: Sequence[Probe]) -> BucketSize:
+    best = next((probe for probe in probes if probe.fits and probe.batch_size == size), None)
+    return BucketSize(size, best, tuple(probes))
 
 
 _AS_FAST = 1.03  # seconds per utterance within this factor are equal; timings repeat to about 2 %
