@@ -202,16 +202,19 @@ def count_probes(
     edges: list[tuple[int, int]], needs: list[tuple[float, float]], budget: int, devices: int
 ) -> dict[str, Any]:
     """Probes per bucket on simulated devices. Both rules face the same devices and end at the same tolerance; ours also
-    where peaks are not told, with four processes at once, and where devices run out 1 to 5 % before the budget."""
-    tallies = {name: Tally() for name in ("", "four_processes_", "without_peaks_", "early_failures_", "nemo_rule_")}
+    with four processes at once, at a tolerance of 0.02, where peaks are not told, and where devices run out 1 to 5 %
+    before the budget."""
+    names = ("", "four_processes_", "tolerance_0.02_", "without_peaks_", "early_failures_", "nemo_rule_")
+    tallies = {name: Tally() for name in names}
 
-    def searches() -> BucketSearches:
-        return BucketSearches(edges, needs, budget, 4096, TOLERANCE)
+    def searches(tolerance: float = TOLERANCE) -> BucketSearches:
+        return BucketSearches(edges, needs, budget, 4096, tolerance)
 
     for seed in range(devices):
         device = simulate(edges, needs, budget, seed)
         run_searches(device, searches(), tallies[""])
         run_searches(device, searches(), tallies["four_processes_"], processes=4)
+        run_searches(device, searches(0.02), tallies["tolerance_0.02_"])
         run_searches(device, searches(), tallies["without_peaks_"], peaks=False)
         early = simulate(edges, needs, budget, seed, usable=(0.95, 0.99))
         run_searches(early, searches(), tallies["early_failures_"])

@@ -76,10 +76,10 @@ def measure_model(name: str, plan: BucketPlan, total: int, memory_fraction: floa
     with IsolatedMeter(StepMeter, model, settings, budget) as meter:
         begun = time.perf_counter()
         searches = BucketSearches(edges, needs, budget, 4096, TOLERANCE)
-        found = search_buckets(lambda bucket, size: meter.measure(size, edges[bucket], 3), searches)
+        answers = search_buckets(lambda bucket, size: meter.measure(size, edges[bucket], 3), searches)
         cells = [
             _cell(bucket, edges[bucket], predictions[bucket], answer.batch_size, answer.probes, needs[bucket])
-            for bucket, answer in enumerate(found)
+            for bucket, answer in enumerate(answers)
         ]
         for cell in cells:
             print(name, json.dumps(cell), file=sys.stderr, flush=True)

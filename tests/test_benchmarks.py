@@ -77,11 +77,11 @@ def test_a_search_that_reads_peaks_takes_a_probe_per_bucket():
     edges = [
         (duration, tokens) for duration in range(2000, 40000, 2000) for tokens in (duration // 100, duration // 50)
     ]
-    found = count_probes(edges, [(1e9, 1e4 * duration + 1e5 * tokens) for duration, tokens in edges], int(2e10), 4)
-    assert found["answers"] == 4 * len(edges) and found["answers_above_what_fits"] == 0
-    assert found["probes_per_bucket"] <= 1.3 and found["four_processes_probes_per_bucket"] <= 1.5
-    assert found["without_peaks_probes_per_bucket"] <= 2.5 < found["nemo_rule_probes_per_bucket"] / 2
-    assert found["mean_share_of_largest"] > 0.96
+    counts = count_probes(edges, [(1e9, 1e4 * duration + 1e5 * tokens) for duration, tokens in edges], int(2e10), 4)
+    assert counts["answers"] == 4 * len(edges) and counts["answers_above_what_fits"] == 0
+    assert counts["probes_per_bucket"] <= 1.3 and counts["four_processes_probes_per_bucket"] <= 1.5
+    assert counts["without_peaks_probes_per_bucket"] <= 2.5 < counts["nemo_rule_probes_per_bucket"] / 2
+    assert counts["mean_share_of_largest"] > 0.96
 
 
 @pytest.mark.timeout(240)

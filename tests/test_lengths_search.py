@@ -60,11 +60,11 @@ def is_within(size: int | None, largest: int, tolerance: float) -> bool:
     return largest * (1 - tolerance) - 1e-9 <= (size or 0) <= largest
 
 
-def devices(lowest: float, highest: float, **more: st.SearchStrategy) -> st.SearchStrategy[Device]:
+def devices(lowest: float, highest: float, **options: st.SearchStrategy) -> st.SearchStrategy[Device]:
     """Devices whose bases and slopes are `lowest` to `highest` times what is predicted."""
     factor = st.floats(lowest, highest)
     return st.builds(
-        Device, capacity=st.floats(5e3, 1e6), base_factor=st.floats(lowest, 1.0), slope_factor=factor, **more
+        Device, capacity=st.floats(5e3, 1e6), base_factor=st.floats(lowest, 1.0), slope_factor=factor, **options
     )
 
 
@@ -245,14 +245,14 @@ def test_a_stopped_search_resumes_where_it_was(device, stop):
             searches.report(*outcomes[-1])
         return outcomes
 
-    whole = device.searches()
-    outcomes = run(whole)
+    uninterrupted = device.searches()
+    outcomes = run(uninterrupted)
     before = run(device.searches(), limit=stop)
     resumed = device.searches()
     for outcome in before:
         resumed.report(*outcome)
     assert before + run(resumed) == outcomes
-    assert all(resumed.result(bucket) == whole.result(bucket) for bucket in range(NUM_BUCKETS))
+    assert all(resumed.result(bucket) == uninterrupted.result(bucket) for bucket in range(NUM_BUCKETS))
 
 
 def test_a_bucket_that_takes_not_even_one_is_known_first():

@@ -169,7 +169,8 @@ class SharedBrackets:
         self, edges: list[tuple[int, int]], needs: list[tuple[float, float]] | None = None, budget: float = 0.0,
         tolerance: float = 0.05,
     ) -> None:  # fmt: skip
-        self._edges, self._needs, self._budget = list(edges), needs, budget
+        self._edges, self._budget = list(edges), budget
+        self._needs = None if needs is None else [(base, max(slope, 1.0)) for base, slope in needs]
         self._fits = [0] * len(edges)
         self._fails: list[int | None] = [None] * len(edges)
         self._peaks: dict[int, tuple[int, float]] = {}  # bucket: its largest measured fit, and that one's peak
@@ -212,8 +213,8 @@ class SharedBrackets:
             return max(1, min(2 * size, size + int(room / self._slopes(bucket)[1])))
         if self._peaks:
             budget = self._limit() * (1 - self._margin) / self._ratio(bucket)
-            return max(1, int((budget - base) / max(slope, 1.0)))
-        return max(1, int((self._effective_budget() - base) / max(slope, 1.0)))
+            return max(1, int((budget - base) / slope))
+        return max(1, int((self._effective_budget() - base) / slope))
 
     def ceiling(self, bucket: int) -> int | None:
         """The largest size that can fit by the bucket's measured peak, at least the one that was measured; None
@@ -252,7 +253,7 @@ class SharedBrackets:
         weight = mean = 0.0
         for measured, (size, peak) in self._peaks.items():
             base, slope = self._needs[measured]
-            distance = abs(math.log(max(slope, 1.0) / max(self._needs[bucket][1], 1.0)))
+            distance = abs(math.log(slope / self._needs[bucket][1]))
             share = math.exp(-distance / _ALIKE)
             weight += share
             mean += share * peak / (base + size * slope)
@@ -263,14 +264,14 @@ class SharedBrackets:
         both."""
         if not any(self._fits) and not any(self._fails):
             return FIRST_SHARE * self._budget
-        both = [
+        bounds = [
             (base + fits * slope, base + fails * slope)
             for (base, slope), fits, fails in zip(self._needs, self._fits, self._fails, strict=True)
             if fits and fails is not None
         ]
-        if not both:
+        if not bounds:
             return self._budget
-        low, high = max(low for low, _ in both), min(high for _, high in both)
+        low, high = max(low for low, _ in bounds), min(high for _, high in bounds)
         if low < high:
             return (low + high) / 2
-        return statistics.median((low + high) / 2 for low, high in both)
+        return statistics.median((low + high) / 2 for low, high in bounds)
