@@ -11,9 +11,10 @@ import queue
 import threading
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import CancelledError, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +29,12 @@ from raytrain.lengths.permutation import key_of
 from raytrain.lengths.schedule import BatchSchedule, ScheduleState, StepPlan
 
 _MAX_REPLACEMENTS = 32
-# The rows of a step that threads are reading: row, its audio, and 1 where it replaces a broken one.
-_Reading = Iterator[tuple[Row, np.ndarray, int]]
+_MAX_ROWS_PER_TASK = 16  # what handing over a task costs is small beside reading as many short recordings
+_TASKS_PER_THREAD = 4  # of a step, so that no thread ends long after the rest
+# A row that was read: the row, its audio, and 1 where it replaces a broken one.
+_ReadRow = tuple[Row, np.ndarray, int]
+# The rows of a step that threads are reading, a task's at a time.
+_Reading = Iterator[list[_ReadRow]]
 
 
 class Quarantine:
@@ -110,6 +115,13 @@ def work_of(
     return StepWork(plan, state, is_last, assignment.rows(plan.bucket, numbers), keys, numbers)
 
 
+def split_rows(num_rows: int, num_threads: int) -> list[range]:
+    """Rows 0 … `num_rows` − 1 of a step in tasks for `num_threads` threads, in order; a step of few rows, which may be
+    long, has few in each task."""
+    size = max(1, min(_MAX_ROWS_PER_TASK, num_rows // (_TASKS_PER_THREAD * num_threads)))
+    return [range(start, min(start + size, num_rows)) for start in range(0, num_rows, size)]
+
+
 class StepReader:
     """Reads and collates steps with a pool of threads.
 
@@ -130,31 +142,39 @@ class StepReader:
     ) -> None:
         self._edges, self._assignment, self._augmenter = edges, assignment, augmenter
         self._sample_rate, self._pad_id, self._quarantine = sample_rate, pad_id, quarantine
+        self._num_threads, self._closed = num_threads, threading.Event()
         self._pool = ThreadPoolExecutor(num_threads, thread_name_prefix="audio")
 
     def close(self) -> None:
         """End the threads; what they have not begun is dropped."""
+        self._closed.set()
         self._pool.shutdown(wait=False, cancel_futures=True)
 
     def start(self, work: StepWork) -> _Reading:
-        """Hand a step's rows to the threads."""
-        return self._pool.map(partial(self._read, work), range(len(work.rows)))
+        """Hand a step's rows to the threads, several to a task."""
+        tasks = split_rows(len(work.rows), self._num_threads)
+        return self._pool.map(partial(self._read_task, work), tasks)
 
     def finish(self, work: StepWork, reading: _Reading) -> LoadedStep:
         """Wait for a step's rows and put them together. Raises `DataError` where too many can't be read."""
-        rows, audios, replaced = zip(*reading, strict=True)
+        rows, audios, replaced = zip(*chain.from_iterable(reading), strict=True)
         batch = SpeechBatch.collate(
-            list(audios),
-            [list(row.tokens) for row in rows],
-            [row.prompt_length for row in rows],
-            pad_id=self._pad_id,
+            audios, [row.tokens for row in rows], [row.prompt_length for row in rows], pad_id=self._pad_id
         )
         samples: Counter[str] = Counter()
         for row, audio in zip(rows, audios, strict=True):
             samples[row.corpus] += len(audio)
         return LoadedStep(batch, work.plan, work.state, sum(replaced), work.is_last, dict(samples), work.rows)
 
-    def _read(self, work: StepWork, index: int) -> tuple[Row, np.ndarray, int]:
+    def _read_task(self, work: StepWork, indices: range) -> list[_ReadRow]:
+        rows = []
+        for index in indices:
+            if self._closed.is_set():
+                raise CancelledError
+            rows.append(self._read(work, index))
+        return rows
+
+    def _read(self, work: StepWork, index: int) -> _ReadRow:
         row = work.rows[index]
         for attempt in range(_MAX_REPLACEMENTS):
             if attempt:
@@ -289,6 +309,6 @@ def read_rows(
                 continue
             kept.append(row)
         if kept:
-            tokens = [list(row.tokens) for row in kept]
+            tokens = [row.tokens for row in kept]
             lengths = [row.prompt_length for row in kept]
             yield kept, SpeechBatch.collate(audios, tokens, lengths, pad_id=pad_id)
