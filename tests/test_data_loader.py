@@ -1,6 +1,7 @@
 """The loader: its batches are those of a plain loop over libsndfile, whatever threads read them."""
 
 import io
+import os
 import threading
 from concurrent.futures import CancelledError
 from pathlib import Path
@@ -15,7 +16,16 @@ from hypothesis import strategies as st
 
 from raytrain.artifacts import write_json
 from raytrain.data.assignment import INDEX_FORMAT, ROW_SCHEMA, Assignment, PartsWriter, Row
-from raytrain.data.loader import BatchLoader, Quarantine, StepReader, scheduled_work, split_rows, work_of
+from raytrain.data.loader import (
+    BatchLoader,
+    Quarantine,
+    StepReader,
+    available_cpus,
+    loader_threads,
+    scheduled_work,
+    split_rows,
+    work_of,
+)
 from raytrain.lengths import BatchSchedule
 
 RATE, PAD = 16000, 5
@@ -124,9 +134,32 @@ def test_batches_are_bit_for_bit_those_of_a_plain_loop(mixed, num_threads):
             assert batch.audio_lengths.tolist() == [len(samples) for _, samples in rows]
             assert batch.token_lengths.tolist() == [len(row.tokens) for row, _ in rows]
             assert loaded.rows == share.rows
+            assert loaded.cpu_seconds > 0 and loaded.read_seconds > 0
             num_replaced += loaded.num_replaced
     names = {Path(line["audio_path"]).name for line in quarantine.take_news()}
     assert names == BROKEN and num_replaced > len(BROKEN)
+
+
+THREADS = [
+    ("auto", 16, 1, 15), ("auto", 17, 1, 16), ("auto", 192, 8, 16), ("auto", 96, 8, 11), ("auto", 16, 3, 4),
+    ("auto", 2, 1, 1), ("auto", 2, 2, 1), ("auto", 1, 1, 1), ("auto", 4, 8, 1), (3, 2, 2, 3), (40, 2, 2, 40),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("setting", "num_cpus", "num_workers", "expected"), THREADS)
+def test_auto_threads_are_a_workers_cpus_less_one(setting, num_cpus, num_workers, expected):
+    assert loader_threads(setting, num_cpus, num_workers) == expected
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="a process runs on all CPUs here")
+def test_cpus_are_those_that_the_process_may_run_on():
+    allowed = os.sched_getaffinity(0)
+    assert 1 <= available_cpus() <= len(allowed)
+    os.sched_setaffinity(0, {min(allowed)})
+    try:
+        assert available_cpus() == 1
+    finally:
+        os.sched_setaffinity(0, allowed)
 
 
 @given(num_rows=st.integers(1, 3000), num_threads=st.integers(1, 64))

@@ -309,5 +309,13 @@ def test_metrics_say_how_fast_and_how_full(tmp_path):
     assert line.batch_size == 6 and logged[-1]["batch_size_by_bucket/001"] == 3
     assert logged[-1]["audio_padding_by_bucket/001"] == line.audio_padding == 0
     assert 0 <= line.data_wait < 1 and line.mfu > 0
+    assert "loader_busy" not in logged[-1]
     assert line.audio_hours == pytest.approx(6 * 6 * 1.2 / 3600)
     assert line.tokens_per_second > line.audio_seconds_per_second > 0
+
+
+def test_metrics_say_what_the_loaders_threads_do(tmp_path):
+    batches = [replace(micro_batch(number), read_seconds=1e-4, cpu_seconds=2.5e-5) for number in range(4)]
+    loop, logged = make_loop(tmp_path, batches)
+    loop.run()
+    assert 0 < logged[-1]["loader_busy"] < 1 and logged[-1]["loader_cpu"] == pytest.approx(0.25)

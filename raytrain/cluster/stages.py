@@ -45,6 +45,7 @@ from raytrain.lengths.plan import BucketPlan
 from raytrain.lengths.profile import BatchProfile
 from raytrain.lengths.simulate import Simulation, simulate
 from raytrain.model.cost import cost_of
+from raytrain.training.data_wait import DataPath, DataWaitMonitor
 
 # Settings of training that say when to stop, look and save, but not what is learnt: a run goes on when they change.
 _NOT_LINEAGE = (
@@ -496,7 +497,7 @@ def run_train(context: Context) -> str:
 
 @contextlib.contextmanager
 def _training_progress(context: Context, step: int) -> Iterator[Any]:
-    total = context.config.train.max_steps
+    total, monitor = context.config.train.max_steps, DataWaitMonitor(_data_path(context.config))
     with context.console.progress("training", total) as update:
         update(completed=step)
         shown: dict[str, float] = {}
@@ -505,8 +506,17 @@ def _training_progress(context: Context, step: int) -> Iterator[Any]:
             shown.update({key: line[key] for key in ("loss", "wer", "bleu") if key in line})
             text = "training  " + "  ".join(f"{key} {value:.3f}" for key, value in shown.items())
             update(completed=line["step"], text=text)
+            # The lines of a run that resumes come first.
+            if line["step"] > step and (warning := monitor.check(line)) is not None:
+                context.console.warn(warning)
 
         yield on_metrics
+
+
+def _data_path(config: Config) -> DataPath:
+    return DataPath(
+        config.train.num_loader_threads, config.data.workers, config.assign.materialize, config.data.stream is not None
+    )
 
 
 def _set_aside_other_lineage(context: Context, lineage: str) -> None:

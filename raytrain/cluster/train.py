@@ -232,7 +232,7 @@ def _batches(
     work = None
     if data.stream is not None:
         work = stream_work(workspace, sizes, state, shares, num_shares, rank, world_size)
-    return workspace.loader(sizes, state, shares, num_shares, pin_memory, work)
+    return workspace.loader(sizes, state, shares, num_shares, pin_memory, work, context.get_local_world_size())
 
 
 def _batch_sizes(workspace: Any, device: Any, notes: Any) -> tuple[int, ...]:

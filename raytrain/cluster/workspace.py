@@ -22,7 +22,16 @@ from raytrain.data.assignment import Assignment, Row, row_table, rows_of
 from raytrain.data.augment import Augmenter
 from raytrain.data.corpus import Chunk, read_blocks
 from raytrain.data.encoder import BlockEncoder
-from raytrain.data.loader import BatchLoader, Quarantine, StepReader, StepWork, read_rows, scheduled_work
+from raytrain.data.loader import (
+    BatchLoader,
+    Quarantine,
+    StepReader,
+    StepWork,
+    available_cpus,
+    loader_threads,
+    read_rows,
+    scheduled_work,
+)
 from raytrain.data.materialize import AudioFinder
 from raytrain.data.prompt import prompt_languages
 from raytrain.data.remote import RunStore
@@ -193,10 +202,10 @@ class Workspace:
 
     def loader(
         self, batch_sizes: tuple[int, ...], state: dict[str, Any] | None, shares: Sequence[int], num_shares: int,
-        pin_memory: bool = False, work: Iterator[StepWork] | None = None,
+        pin_memory: bool = False, work: Iterator[StepWork] | None = None, local_workers: int = 1,
     ) -> BatchLoader:  # fmt: skip
         """Batches of a worker's `shares` of each step from `state` on (from the start without one), or those of `work`,
-        read by threads."""
+        read by threads. The node has `local_workers` training workers."""
         assignment = None
         if work is None:
             assignment = self.assignment()
@@ -204,9 +213,10 @@ class Workspace:
             start = ScheduleState.from_dict(state) if state else schedule.initial()
             work = scheduled_work(assignment, schedule, start, shares, num_shares)
         train = self.config.train
+        num_threads = loader_threads(train.num_loader_threads, available_cpus(), local_workers)
         return BatchLoader(
             work,
-            self.step_reader(assignment, self.quarantine, train.num_loader_threads),
+            self.step_reader(assignment, self.quarantine, num_threads),
             prefetch_batches=train.prefetch_batches,
             pin_memory=pin_memory,
         )

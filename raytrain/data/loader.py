@@ -7,8 +7,11 @@ shape, and is noted in the quarantine file.
 
 from __future__ import annotations
 
+import contextlib
+import os
 import queue
 import threading
+import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import CancelledError, ThreadPoolExecutor
@@ -29,12 +32,23 @@ from raytrain.lengths.permutation import key_of
 from raytrain.lengths.schedule import BatchSchedule, ScheduleState, StepPlan
 
 _MAX_REPLACEMENTS = 32
+_MAX_AUTO_THREADS = 16  # more wait for Python's lock
 _MAX_ROWS_PER_TASK = 16  # what handing over a task costs is small beside reading as many short recordings
 _TASKS_PER_THREAD = 4  # of a step, so that no thread ends long after the rest
 # A row that was read: the row, its audio, and 1 where it replaces a broken one.
 _ReadRow = tuple[Row, np.ndarray, int]
-# The rows of a step that threads are reading, a task's at a time.
-_Reading = Iterator[list[_ReadRow]]
+
+
+@dataclass(frozen=True)
+class _ReadTask:
+    """Rows that one thread read, and what they took of its time and of a CPU's."""
+
+    rows: list[_ReadRow]
+    seconds: float
+    cpu_seconds: float
+
+
+_Reading = Iterator[_ReadTask]  # the tasks of a step that threads are reading, in order
 
 
 class Quarantine:
@@ -115,6 +129,23 @@ def work_of(
     return StepWork(plan, state, is_last, assignment.rows(plan.bucket, numbers), keys, numbers)
 
 
+def loader_threads(setting: int | str, num_cpus: int, num_workers: int) -> int:
+    """Threads of one of `num_workers` training workers on a node of `num_cpus` CPUs: what `train.num_loader_threads`
+    says, or for `auto` the worker's CPUs less one, which the training step itself needs."""
+    if setting != "auto":
+        return int(setting)
+    return max(1, min(_MAX_AUTO_THREADS, num_cpus // num_workers - 1))
+
+
+def available_cpus() -> int:
+    """CPUs that this process may use: those that it may run on, or the whole CPUs' time that its container has."""
+    num_cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    with contextlib.suppress(OSError, ValueError):  # no such file, or "max" instead of a number
+        quota, period = map(int, Path("/sys/fs/cgroup/cpu.max").read_text().split())
+        return max(1, min(num_cpus, quota // period))
+    return num_cpus
+
+
 def split_rows(num_rows: int, num_threads: int) -> list[range]:
     """Rows 0 … `num_rows` − 1 of a step in tasks for `num_threads` threads, in order; a step of few rows, which may be
     long, has few in each task."""
@@ -157,22 +188,27 @@ class StepReader:
 
     def finish(self, work: StepWork, reading: _Reading) -> LoadedStep:
         """Wait for a step's rows and put them together. Raises `DataError` where too many can't be read."""
-        rows, audios, replaced = zip(*chain.from_iterable(reading), strict=True)
+        tasks = list(reading)
+        rows, audios, replaced = zip(*chain.from_iterable(task.rows for task in tasks), strict=True)
         batch = SpeechBatch.collate(
             audios, [row.tokens for row in rows], [row.prompt_length for row in rows], pad_id=self._pad_id
         )
         samples: Counter[str] = Counter()
         for row, audio in zip(rows, audios, strict=True):
             samples[row.corpus] += len(audio)
-        return LoadedStep(batch, work.plan, work.state, sum(replaced), work.is_last, dict(samples), work.rows)
+        return LoadedStep(
+            batch, work.plan, work.state, sum(replaced), work.is_last, dict(samples), work.rows,
+            read_seconds=sum(task.seconds for task in tasks) / self._num_threads,
+            cpu_seconds=sum(task.cpu_seconds for task in tasks) / self._num_threads,
+        )  # fmt: skip
 
-    def _read_task(self, work: StepWork, indices: range) -> list[_ReadRow]:
-        rows = []
+    def _read_task(self, work: StepWork, indices: range) -> _ReadTask:
+        started, cpu_started, rows = time.perf_counter(), time.thread_time(), []
         for index in indices:
             if self._closed.is_set():
                 raise CancelledError
             rows.append(self._read(work, index))
-        return rows
+        return _ReadTask(rows, time.perf_counter() - started, time.thread_time() - cpu_started)
 
     def _read(self, work: StepWork, index: int) -> _ReadRow:
         row = work.rows[index]

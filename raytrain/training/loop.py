@@ -61,6 +61,8 @@ class _Window:
     replaced: int = 0
     flops: float = 0.0
     waited: float = 0.0
+    read: float = 0.0
+    read_on_cpu: float = 0.0
     started: float = field(default_factory=time.perf_counter)
     by_bucket: dict[int, _OfBucket] = field(default_factory=dict)
 
@@ -79,9 +81,20 @@ class _Window:
             self.tokens += int(batch.token_lengths.sum())
             self.padded_tokens += batch.tokens.numel()
             self.replaced += loaded.num_replaced
+            self.read += loaded.read_seconds
+            self.read_on_cpu += loaded.cpu_seconds
             of_bucket.samples += int(batch.audio_lengths.sum())
             of_bucket.padded_samples += batch.audio.numel()
         self.loaded.append([_without_tensors(loaded) for loaded in micro])
+
+    def data_metrics(self, elapsed: float) -> dict[str, float]:
+        """Shares of `elapsed` seconds in which this rank waited for data and in which its loader's threads read, and the
+        share of the latter in which they had a CPU. Those of threads are left out where none are here."""
+        metrics = {"data_wait": self.waited / elapsed}
+        if self.read:
+            # What was read ahead of the first step is in its window too.
+            metrics |= {"loader_busy": min(1.0, self.read / elapsed), "loader_cpu": self.read_on_cpu / self.read}
+        return metrics
 
     def totals(self, device: torch.device, stop: bool, save: bool) -> tuple[dict[str, float], list[float]]:
         """Sums over all ranks, with the losses'; `stop` and `save` are above 0 everywhere if they are true on any rank.
@@ -242,7 +255,7 @@ class TrainingLoop:
                 "tokens_per_second": sums["tokens"] / elapsed,
                 "audio_seconds_per_second_per_worker": sums["samples"] / self.sample_rate / elapsed / ranks,
                 "steps_per_second": steps / elapsed,
-                "data_wait": window.waited / elapsed,
+                **window.data_metrics(elapsed),
                 "memory_gib": self._peak / 2**30 if self._peak else _resident_gib(),
                 "bucket": loaded.plan.bucket,
                 **self._by_bucket(window),
