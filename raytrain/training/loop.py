@@ -88,8 +88,8 @@ class _Window:
         self.loaded.append([_without_tensors(loaded) for loaded in micro])
 
     def data_metrics(self, elapsed: float) -> dict[str, float]:
-        """Shares of `elapsed` seconds in which this rank waited for data and in which its loader's threads read, and the
-        share of the latter in which they had a CPU. Those of threads are left out where none are here."""
+        """Shares of `elapsed` seconds in which this rank waited for data and in which its loader's threads read, and of
+        the latter the share in which they had a CPU. Those of threads are left out where none are here."""
         metrics = {"data_wait": self.waited / elapsed}
         if self.read:
             # What was read ahead of the first step is in its window too.
