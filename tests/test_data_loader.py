@@ -3,14 +3,17 @@
 import io
 import os
 import threading
+import time
 from concurrent.futures import CancelledError
 from pathlib import Path
 
+import fsspec
 import numpy as np
 import pyarrow as pa
 import pytest
 import soundfile
 import soxr
+from fsspec.implementations.memory import MemoryFileSystem
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -20,6 +23,7 @@ from raytrain.data.loader import (
     BatchLoader,
     Quarantine,
     StepReader,
+    StepWork,
     available_cpus,
     loader_threads,
     scheduled_work,
@@ -138,6 +142,35 @@ def test_batches_are_bit_for_bit_those_of_a_plain_loop(mixed, num_threads):
             num_replaced += loaded.num_replaced
     names = {Path(line["audio_path"]).name for line in quarantine.take_news()}
     assert names == BROKEN and num_replaced > len(BROKEN)
+
+
+class Slow(MemoryFileSystem):
+    """A store that takes its time to open a file."""
+
+    protocol = "slow"
+
+    @classmethod
+    def _strip_protocol(cls, path):
+        return super()._strip_protocol(path.removeprefix("slow://"))
+
+    def _open(self, path, *arguments, **options):
+        time.sleep(0.1)
+        return super()._open(path, *arguments, **options)
+
+
+def test_waiting_for_storage_is_told_from_decoding(mixed):
+    fsspec.register_implementation("slow", Slow, clobber=True)
+    sound = io.BytesIO()
+    soundfile.write(sound, np.zeros(RATE), RATE, format="FLAC")
+    fsspec.filesystem("slow").pipe("box/a.flac", sound.getvalue())
+    rows = [Row("slow://box/a.flac", 0, 1000, "", "en", 1, (1, 2, 3))] * 6
+    schedule = BatchSchedule(1, mixed.rows_per_bucket, SIZES)
+    plan, state = schedule.step(schedule.initial(), 1)
+    reader = open_reader(mixed, Quarantine(None), 2)
+    work = StepWork(plan, state, False, rows, range(len(rows)))
+    loaded = reader.finish(work, reader.start(work))
+    reader.close()
+    assert loaded.read_seconds >= 0.3 and loaded.cpu_seconds < loaded.read_seconds / 2
 
 
 THREADS = [

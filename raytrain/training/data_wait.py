@@ -68,19 +68,19 @@ def advice(data_path: DataPath, busy: float | None, cpu: float | None) -> str:
     """
     copy = [] if data_path.materialize or data_path.stream else ["set assign.materialize: true"]
     if data_path.workers == "ray" or busy is None or cpu is None:
-        return _said("the CPUs that decode can't keep up", [*copy, "add CPU nodes"])
+        return _sentence("the CPUs that decode can't keep up", [*copy, "add CPU nodes"])
     if busy < 0.5 and data_path.stream:
-        return _said("the stream's sampler can't keep up", ["unset data.stream and run assign"])
+        return _sentence("the stream's sampler can't keep up", ["unset data.stream and run assign"])
     if busy < 0.5:
         reason = f"the loader's threads are idle {1 - busy:.0%} of it, so batches differ in what they take"
-        return _said(reason, ["raise train.prefetch_batches"])
+        return _sentence(reason, ["raise train.prefetch_batches"])
     if cpu < 0.5:
         reason = f"the loader's threads wait {1 - cpu:.0%} of theirs, for storage or for a CPU"
-        return _said(reason, ["raise train.num_loader_threads", *copy, "use faster storage"])
+        return _sentence(reason, ["raise train.num_loader_threads", *copy, "use faster storage"])
     threads = [] if data_path.num_loader_threads == "auto" else ["set train.num_loader_threads to auto or more"]
     elsewhere = "give each worker more CPUs" if data_path.stream else "set data.workers: ray"
-    return _said("decoding takes all of the loader's threads", [*threads, *copy, elsewhere])
+    return _sentence("decoding takes all of the loader's threads", [*threads, *copy, elsewhere])
 
 
-def _said(reason: str, remedies: list[str]) -> str:
+def _sentence(reason: str, remedies: list[str]) -> str:
     return f"{reason}; {', or '.join(remedies)}"
