@@ -8,11 +8,15 @@ python -m benchmarks.oomptimizer --json            # a drawn mix of lengths inst
 from __future__ import annotations
 
 import argparse
+import contextlib
 import gc
 import random
 import statistics
 import sys
+import tempfile
 import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -34,7 +38,8 @@ from raytrain.model.config import ModelConfig
 from raytrain.model.cost import cost_of
 from raytrain.training.isolated import IsolatedMeter
 from raytrain.training.memory import StepTracer
-from raytrain.training.probe import Probe, StepMeter
+from raytrain.training.parallel import ProbeGroup
+from raytrain.training.probe import Probe, StepMeter, joint_probe
 from raytrain.training.settings import TrainSettings
 
 GIB = 2**30
@@ -164,7 +169,7 @@ def run(search: BatchSizeSearch, truth: int, shared: SharedBrackets | None = Non
 class ProcessMeter:
     """Peak of this process above what it holds without the model, for steps on the processor."""
 
-    def __init__(self, model: ModelConfig, settings: TrainSettings) -> None:
+    def __init__(self, model: ModelConfig, settings: TrainSettings, group: ProbeGroup | None = None) -> None:
         import torch
 
         torch.set_num_threads(1)
@@ -173,10 +178,10 @@ class ProcessMeter:
             decoder_width=64, decoder_heads=2,
         )  # fmt: skip
         # A first step loads libraries and compiles kernels.
-        StepMeter(small, settings, None, "cpu").measure(2, (3000, 20), 2)
+        StepMeter(small, settings, None, "cpu", group=group).measure(2, (3000, 20), 2)
         gc.collect()
         self._before = _resident_bytes()
-        self._meter = StepMeter(model, settings, None, "cpu")
+        self._meter = StepMeter(model, settings, None, "cpu", group=group)
 
     def measure(self, batch_size: int, edges: tuple[int, int], num_steps: int, *, fresh: bool = True) -> Probe:
         """See `StepMeter`."""
@@ -197,42 +202,73 @@ _ENVIRONMENT = {
 _SHAPES = ((4, (4000, 40)), (8, (10000, 60)), (16, (10000, 200)), (8, (20000, 100)), (4, (40000, 300)))
 
 
-def against_processor() -> dict[str, Any]:
-    """Predicted beside measured peak MiB of a 4+2-layer Canary in fp32, alone and in DDP, with and without activation
-    checkpointing."""
+def process_meters(model: ModelConfig, settings: TrainSettings, folder: Path) -> list[IsolatedMeter]:
+    """One meter, or for a sharded model one for each rank, which meet by a file in `folder`."""
     from benchmarks.oomptimizer import ProcessMeter as Meter  # by its module's name, which the other process knows
 
+    ranks = settings.most_workers if settings.shard else 1
+    groups: list[ProbeGroup | None] = [None]
+    if ranks > 1:
+        groups = [ProbeGroup(rank, ranks, f"file://{folder.resolve()}/group") for rank in range(ranks)]
+    return [IsolatedMeter(Meter, model, settings, group, environment=_ENVIRONMENT) for group in groups]
+
+
+def measure_together(meters: list[IsolatedMeter], size: int, edges: tuple[int, int], num_steps: int) -> Probe:
+    """The same steps on all ranks at once."""
+    with ThreadPoolExecutor(len(meters)) as pool:
+        return joint_probe(list(pool.map(lambda meter: meter.measure(size, edges, num_steps), meters)))
+
+
+def against_processor(
+    shapes: Sequence[tuple[int, tuple[int, int]]] = _SHAPES, kinds: Sequence[str] = ("one", "ddp", "sharded")
+) -> dict[str, Any]:
+    """Predicted beside measured peak MiB of a 4+2-layer Canary in fp32: alone, in DDP and sharded over two ranks, with
+    and without activation checkpointing."""
     model = ModelConfig(
         encoder_layers=4, encoder_width=256, encoder_heads=4, subsampling_channels=64, decoder_layers=2,
         decoder_width=256, decoder_heads=4, max_positions=512, vocab_size=1000,
     )  # fmt: skip
     rows = []
-    for world_size in (1, 2):
+    for kind in kinds:
         for checkpointing in (False, True):
-            settings = TrainSettings(num_workers=world_size, activation_checkpointing=checkpointing, precision="fp32")
-            tracer = StepTracer(model, settings, world_size=world_size, device_type="cpu")
-            with IsolatedMeter(Meter, model, settings, environment=_ENVIRONMENT) as meter:
-                for size, edges in _SHAPES:
-                    measured = meter.measure(size, edges, 2).peak_bytes
-                    predicted = tracer.trace(size, *edges).peak_bytes
-                    rows.append(
-                        {
-                            "ddp": world_size > 1,
-                            "activation_checkpointing": checkpointing,
-                            "batch_size": size,
-                            "max_duration_ms": edges[0],
-                            "max_tokens": edges[1],
-                            "measured_mib": round(measured / 2**20, 1),
-                            "predicted_mib": round(predicted / 2**20, 1),
-                            "error": round(predicted / measured - 1, 4),
-                        }  # fmt: skip
-                    )
+            settings = TrainSettings(
+                num_workers=1 if kind == "one" else 2, shard=kind == "sharded", activation_checkpointing=checkpointing,
+                precision="fp32",
+            )  # fmt: skip
+            for row in processor_cells(model, settings, shapes):
+                rows.append({"kind": kind, "activation_checkpointing": checkpointing, **row})
+                print(row, file=sys.stderr)
     errors = [abs(row["error"]) for row in rows]
     return {
         "cpu_median_absolute_error": round(statistics.median(errors), 4),
         "cpu_largest_absolute_error": max(errors),
         "cpu_cells": rows,
     }
+
+
+def processor_cells(
+    model: ModelConfig, settings: TrainSettings, shapes: Sequence[tuple[int, tuple[int, int]]]
+) -> list[dict[str, Any]]:
+    """A row for each shape: the traced peak, and the highest of the processes that ran the step."""
+    tracer = StepTracer(model, settings, world_size=settings.most_workers, device_type="cpu")
+    rows = []
+    with contextlib.ExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        meters = [stack.enter_context(meter) for meter in process_meters(model, settings, folder)]
+        for size, edges in shapes:
+            measured = measure_together(meters, size, edges, 2).peak_bytes
+            predicted = tracer.trace(size, *edges).peak_bytes
+            rows.append(
+                {
+                    "batch_size": size,
+                    "max_duration_ms": edges[0],
+                    "max_tokens": edges[1],
+                    "measured_mib": round(measured / 2**20, 1),
+                    "predicted_mib": round(predicted / 2**20, 1),
+                    "error": round(predicted / measured - 1, 4),
+                }
+            )
+    return rows
 
 
 def main() -> None:
