@@ -10,6 +10,7 @@ import torch
 from ray import cloudpickle
 from torch.nn.parallel import DistributedDataParallel
 
+from benchmarks._gpu_memory import LAYERS, _inputs, left_over, measured_layer, traced_layer
 from benchmarks.oomptimizer import processor_cells
 from raytrain.data.batch import SpeechBatch
 from raytrain.errors import TrainingError
@@ -21,7 +22,7 @@ from raytrain.training.optim import make_optimizer
 from raytrain.training.parallel import ProbeGroup, join_alone, parallel_model
 from raytrain.training.probe import Probe, StepMeter, joint_probe, probe_model
 from raytrain.training.settings import TrainSettings
-from raytrain.training.step import train_step
+from raytrain.training.step import autocast, train_step
 
 cloudpickle.register_pickle_by_value(sys.modules[__name__])
 SMALL = ModelConfig(
@@ -97,7 +98,7 @@ def test_a_probed_model_is_a_new_model_but_for_the_numbers_in_its_matrices():
     norms = [name for name, module in new.named_modules() if "norm" in name and hasattr(module, "eps")]
     for name in norms:
         assert (state[f"{name}.weight"] == 1).all() and (state[f"{name}.bias"] == 0).all()
-    matrices = [value for name, value in model.named_parameters() if value.ndim > 1]
+    matrices = [value.detach() for name, value in model.named_parameters() if value.ndim > 1]
     assert all(0.005 < float(value.std()) < 0.04 for value in matrices if value.numel() > 100)
 
 
@@ -207,3 +208,32 @@ def test_a_traced_rank_of_a_sharded_model_takes_what_its_process_takes():
     settings = TrainSettings(num_workers=2, shard=True, precision="fp32")
     (row,) = processor_cells(model, settings, [(8, (14_000, 80))])
     assert abs(row["error"]) < 0.02, row
+
+
+# --- what only a GPU can say
+
+
+@pytest.mark.parametrize("layer", LAYERS, ids=lambda layer: layer.name)
+def test_layers_whose_memory_is_measured_run_and_have_gradients(layer):
+    run, inputs = _inputs(layer, 1, "cpu")
+    with autocast("cpu", "bf16"):
+        output = run(*inputs)
+    output.backward(torch.ones_like(output))
+    assert all(value.grad is not None for value in inputs if value.requires_grad)
+    traced = traced_layer(layer, 1, "cuda")
+    assert 0 < traced["kept"] <= traced["forward_peak"] <= traced["backward_peak"]
+    assert measured_layer(layer, 1, "cpu") is None
+
+
+def test_a_failed_probe_leaves_nothing(no_group):
+    found = left_over("cpu", SMALL)
+    assert found["failed"] and found["ddp_alive_beside_the_new"] == 0 and found["buckets_mib"] > 0
+
+
+@pytest.mark.gpu
+def test_a_gpu_takes_what_the_traces_say(no_group):
+    for layer in LAYERS:
+        traced, measured = traced_layer(layer, 64, "cuda"), measured_layer(layer, 64, "cuda")
+        assert measured["kept"] == pytest.approx(traced["kept"], rel=0.02), layer.name
+    found = left_over("cuda", SMALL)
+    assert found["failed"] and found["ddp_alive_beside_the_new"] == 0 and abs(found["left_over_mib"]) < 1
