@@ -3,6 +3,7 @@ batch sizes of the paper's schemes, and the prediction against the memory of rea
 
 python -m benchmarks.oomptimizer --manifest manifest.jsonl --tokenizer spe.model --json
 python -m benchmarks.oomptimizer --json            # a drawn mix of lengths instead
+python -m benchmarks.oomptimizer --processes-only --json      # the last part alone, also for DDP and sharded models
 """
 
 from __future__ import annotations
@@ -237,13 +238,13 @@ def against_processor(
             )  # fmt: skip
             for row in processor_cells(model, settings, shapes):
                 rows.append({"kind": kind, "activation_checkpointing": checkpointing, **row})
-                print(row, file=sys.stderr)
-    errors = [abs(row["error"]) for row in rows]
-    return {
-        "cpu_median_absolute_error": round(statistics.median(errors), 4),
-        "cpu_largest_absolute_error": max(errors),
-        "cpu_cells": rows,
-    }
+                print(rows[-1], file=sys.stderr)
+    result: dict[str, Any] = {}
+    for kind in kinds:
+        errors = [abs(row["error"]) for row in rows if row["kind"] == kind]
+        result[f"cpu_{kind}_median_absolute_error"] = round(statistics.median(errors), 4)
+        result[f"cpu_{kind}_largest_absolute_error"] = max(errors)
+    return {**result, "cpu_cells": rows}
 
 
 def processor_cells(
@@ -281,8 +282,12 @@ def main() -> None:
     parser.add_argument("--device-memory", default="80GiB")
     parser.add_argument("--durations", type=int, default=30)
     parser.add_argument("--devices", type=int, default=20, help="how many simulated ones the probes are counted on")
+    parser.add_argument("--processes-only", action="store_true", help="hold predictions against processes, no more")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     arguments = parser.parse_args()
+    if arguments.processes_only:
+        record("oomptimizer_processes", against_processor(), as_json=arguments.json)
+        return
     if arguments.manifest:
         lengths = read_lengths(arguments.manifest, arguments.tokenizer, prompt=9)
     else:
