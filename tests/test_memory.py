@@ -10,6 +10,7 @@ from raytrain.model.canary import Canary
 from raytrain.model.config import ModelConfig
 from raytrain.training.live_bytes import cuda_block, rounded
 from raytrain.training.memory import Neighbours, StepTracer, predict_batch_size
+from raytrain.training.parallel import micro_batches
 from raytrain.training.settings import TrainSettings
 
 MODEL = ModelConfig(
@@ -151,6 +152,14 @@ def test_a_tracer_of_whole_models_can_be_asked_for():
 def test_micro_batches_before_the_last_keep_whole_gradients():
     """FSDP2 reduces with the last micro-batch alone; until then a rank has gradients of the whole model."""
     assert of_rank(4, accumulate=2).peak_bytes - of_rank(4).peak_bytes > 0.5 * DEEP_WEIGHTS
+
+
+def test_fewer_workers_than_the_most_accumulate():
+    assert [micro_batches(TrainSettings(num_workers=(1, 4)), ranks) for ranks in (1, 2, 3, 4)] == [2, 2, 2, 1]
+    assert micro_batches(TrainSettings(num_workers=4, accumulate=3), 4) == 2
+    assert [micro_batches(TrainSettings(num_workers=2), ranks) for ranks in (1, 2)] == [1, 1]
+    elastic = of_rank(2, num_workers=(2, 4)).peak_bytes
+    assert elastic == of_rank(2, accumulate=2).peak_bytes > of_rank(2).peak_bytes
 
 
 def test_gathered_weights_live_for_a_block_or_two_but_the_copies_of_autocast_for_all():

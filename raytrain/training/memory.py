@@ -24,6 +24,7 @@ from raytrain.data.batch import SpeechBatch
 from raytrain.model.canary import Canary
 from raytrain.model.config import ModelConfig
 from raytrain.training.live_bytes import DeviceLike, LiveBytes, cuda_block, rounded
+from raytrain.training.parallel import is_sharded, micro_batches
 from raytrain.training.settings import TrainSettings
 from raytrain.training.step import train_step
 from raytrain.training.traced_ranks import ShardedRank, WholeRank, area
@@ -72,13 +73,13 @@ class StepTracer:
         device_type: str = "cuda", remember: bool = True, shard: bool | None = None,
     ) -> None:  # fmt: skip
         self._config, self._settings, self._precision = config, settings, precision
-        self._device_type = device_type
+        self._device_type, self._num_batches = device_type, micro_batches(settings, world_size)
         with torch.device("meta"):
             self._model = Canary(config).train()
         self._model.encoder.checkpoint_blocks = settings.activation_checkpointing
         self._meter = LiveBytes(remember, cuda_block if device_type == "cuda" else rounded)
         averaged = settings.average_decay is not None
-        if world_size > 1 and (settings.shard if shard is None else shard):
+        if is_sharded(settings, world_size) if shard is None else shard and world_size > 1:
             self._rank: Any = ShardedRank(self._model, self._meter, world_size, averaged, device_type)
         else:
             self._rank = WholeRank(self._model, self._meter, world_size, averaged)
@@ -110,7 +111,7 @@ class StepTracer:
             try:
                 with meter, device_like:
                     train_step(
-                        self._model, [batch] * min(2, self._settings.accumulate), self._rank, self._settings,
+                        self._model, [batch] * self._num_batches, self._rank, self._settings,
                         precision=self._precision, label_smoothing=self._config.label_smoothing,
                     )  # fmt: skip
             finally:

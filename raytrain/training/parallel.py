@@ -54,6 +54,15 @@ def is_sharded(settings: TrainSettings, world_size: int) -> bool:
     return settings.shard and world_size > 1
 
 
+def micro_batches(settings: TrainSettings, world_size: int) -> int:
+    """Micro-batches that a rank's step has to have to take what training's takes: 1, or 2 that stand for more.
+
+    Where `num_workers` is a range, fewer ranks than its most accumulate more, so that steps stay the same.
+    """
+    shares = settings.accumulate * settings.most_workers if world_size >= settings.least_workers else world_size
+    return min(2, max(settings.accumulate, -(-shares // world_size)))
+
+
 def parallel_model(model: nn.Module, settings: TrainSettings, world_size: int, device: torch.device) -> nn.Module:
     """What a step of training with `world_size` ranks calls: `model` itself for one rank and for FSDP2, which changes
     its parameters, else DDP around it.

@@ -23,7 +23,7 @@ from raytrain.model.canary import Canary
 from raytrain.model.config import ModelConfig
 from raytrain.training.average import WeightAverage
 from raytrain.training.optim import make_optimizer
-from raytrain.training.parallel import ProbeGroup, is_sharded, join_alone, parallel_model
+from raytrain.training.parallel import ProbeGroup, is_sharded, join_alone, micro_batches, parallel_model
 from raytrain.training.settings import TrainSettings
 from raytrain.training.step import resolve_precision, train_step
 
@@ -155,7 +155,7 @@ class StepMeter:
         self._wait()
         start = time.perf_counter()
         train_step(
-            self._model, [batch] * min(2, self._settings.accumulate), self._optimizer, self._settings,
+            self._model, [batch] * micro_batches(self._settings, self._world_size), self._optimizer, self._settings,
             precision=self._precision, label_smoothing=self._config.label_smoothing, average=self._average,
         )  # fmt: skip
         self._wait()
