@@ -75,6 +75,12 @@ def test_bf16_saves_activations_and_checkpointing_does_too(parallel):
     assert all(peaks[precision, True] < 0.9 * peaks[precision, False] for precision in ("fp32", "bf16"))
 
 
+@pytest.mark.parametrize("device_type", ["cuda", "cpu"])
+def test_autocast_is_traced_for_either_kind_of_device(device_type):
+    full, half = (trace(4, 4000, precision=precision, device_type=device_type) for precision in ("fp32", "bf16"))
+    assert half.resident_bytes == full.resident_bytes and half.peak_bytes < full.peak_bytes
+
+
 # --- CUDA
 
 

@@ -173,7 +173,7 @@ class DeviceLike(TorchFunctionMode):
 
     _LOWER = {
         torch.nn.functional.linear, torch.matmul, torch.bmm, torch.nn.functional.conv1d, torch.nn.functional.conv2d,
-        torch.conv1d, torch.conv2d, Tensor.matmul, Tensor.__matmul__,
+        torch.conv1d, torch.conv2d, Tensor.matmul, Tensor.__matmul__, torch.nn.functional.scaled_dot_product_attention,
     }  # fmt: skip
     _FULL = {
         torch.nn.functional.layer_norm, torch.nn.functional.softmax, torch.nn.functional.log_softmax, torch.softmax,
