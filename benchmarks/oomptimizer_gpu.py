@@ -24,10 +24,10 @@ import torch
 
 sys.path[0] = str(Path(__file__).resolve().parents[1])  # as a script, this file's folder would come first
 
+from benchmarks._models import config_of
 from benchmarks._record import record
 from raytrain.lengths import BatchSizeSearch, BucketPlan, BucketSettings, LengthHistogram, make_plan
 from raytrain.lengths.search import SharedBrackets
-from raytrain.model.config import ModelConfig, SpecAugmentSettings
 from raytrain.model.cost import cost_of
 from raytrain.training.isolated import IsolatedMeter
 from raytrain.training.memory import Neighbours, StepTracer, predict_batch_size
@@ -36,16 +36,7 @@ from raytrain.training.settings import TrainSettings
 
 GIB = 2**30
 TOLERANCE = 0.05
-# Shapes of the published models; configs/*.yaml say the same, but reading them takes more than this may need.
-SHAPES: dict[str, dict[str, Any]] = {
-    "canary-180m-flash": {"encoder_layers": 17, "encoder_width": 512, "encoder_heads": 8, "decoder_layers": 4,
-                          "decoder_width": 1024, "decoder_heads": 8, "vocab_size": 5248},
-    "canary-1b-flash": {"encoder_layers": 32, "encoder_width": 1024, "encoder_heads": 8, "decoder_layers": 4,
-                        "decoder_width": 1024, "decoder_heads": 8, "vocab_size": 5248},
-    "canary-1b": {"encoder_layers": 24, "encoder_width": 1024, "encoder_heads": 8, "decoder_layers": 24,
-                  "decoder_width": 1024, "decoder_heads": 8, "vocab_size": 4128, "max_positions": 512,
-                  "prompt_format": "canary"},
-}  # fmt: skip
+MODELS = ("canary-180m-flash", "canary-1b-flash", "canary-1b")
 
 
 def draw_lengths(count: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
@@ -61,7 +52,7 @@ def draw_lengths(count: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
 
 def measure_model(name: str, plan: BucketPlan, total: int, memory_fraction: float, with_nemo: bool) -> dict[str, Any]:
     """All figures of one model on this GPU."""
-    model = ModelConfig(**SHAPES[name], spec_augment=SpecAugmentSettings())
+    model = config_of(name)
     settings = TrainSettings(num_workers=2, precision="bf16")
     edges = [(bucket.max_duration_ms, bucket.max_tokens) for bucket in plan.grid.buckets]
     budget = int(total * memory_fraction)
@@ -138,7 +129,7 @@ def _summary(prefix: str, cells: list[dict[str, Any]], seconds: float) -> dict[s
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--models", nargs="+", default=list(SHAPES), choices=list(SHAPES))
+    parser.add_argument("--models", nargs="+", default=list(MODELS), choices=list(MODELS))
     parser.add_argument("--durations", type=int, default=30)
     parser.add_argument("--memory-fraction", type=float, default=0.9)
     parser.add_argument("--without-nemo-rule", action="store_true", help="leave out the slower comparison")
@@ -152,7 +143,7 @@ def main() -> None:
         histogram,
         BucketSettings(arguments.durations, 2, max_tokens=500),
         "",
-        cost_of(ModelConfig(**SHAPES["canary-1b"])),
+        cost_of(config_of("canary-1b")),
     )
     result: dict[str, Any] = {"gpu_gib": round(total / GIB, 2), "plan": asdict(plan.grid), "models": {}}
     for name in arguments.models:
