@@ -1,14 +1,12 @@
-"""What the parts of `benchmarks.gpu` share: how a part reports, waiting for the device, the matrix product's rate, the
-peak of memory, the operations of a training step, and a profile of one call."""
+"""What the parts of `benchmarks.gpu` share: waiting for the device, the matrix product's rate, the peak of memory, the
+operations of a training step, and a profile of one call."""
 
 from __future__ import annotations
 
 import gc
-import importlib.util
 import subprocess
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -22,39 +20,6 @@ Shape = tuple[int, float, int]  # utterances, seconds of audio, tokens
 _NUM_PRODUCTS = 20
 
 
-@dataclass(frozen=True)
-class Bench:
-    """What a part is given: the device, whether to take tiny shapes, the seconds it may take, and where its figures go.
-
-    `report(name, figures)` may be called as often as there is something new; the last figures of a name count.
-    """
-
-    device: str
-    tiny: bool
-    seconds: float
-    report: Callable[[str, dict[str, Any]], None]
-
-    @property
-    def on_cuda(self) -> bool:
-        """Whether the part runs on a GPU."""
-        return self.device == "cuda"
-
-
-class Skipped(Exception):
-    """A part can't run here; the message says why."""
-
-
-class PartFailed(Exception):
-    """A part ran to its end, and what it saw is a failure."""
-
-
-def need_modules(names: Iterable[str]) -> None:
-    """Raises `Skipped` that names the modules which are not installed."""
-    missing = [name for name in names if importlib.util.find_spec(name) is None]
-    if missing:
-        raise Skipped(f"not installed here: {', '.join(missing)}")
-
-
 def nvidia_smi(*fields: str) -> list[str] | None:
     """Fields of the first GPU as `nvidia-smi --query-gpu` names them; None where there is no such program or answer."""
     command = ["nvidia-smi", f"--query-gpu={','.join(fields)}", "--format=csv,noheader,nounits"]
@@ -64,6 +29,11 @@ def nvidia_smi(*fields: str) -> list[str] | None:
         return None
     values = [value.strip() for value in lines[0].split(",")] if lines else []
     return values if len(values) == len(fields) else None
+
+
+def significant(value: float, digits: int = 5) -> float:
+    """`value` with that many digits, so that small and large figures keep the same share of themselves."""
+    return float(f"{value:.{digits}g}")
 
 
 def wait_for(device: str) -> None:
@@ -160,9 +130,7 @@ def profiled(work: Callable[[], object], device: str, number: int = 10) -> dict[
         return {"operators": _costliest(events, "self_cpu_time_total", number)}
     is_host = {id(event): event.device_type == torch.autograd.DeviceType.CPU for event in events}
     operators = [event for event in events if is_host[id(event)]]
-    kernels = [
-        event for event in events if not is_host[id(event)] and not getattr(event, "is_user_annotation", False)
-    ]
+    kernels = [event for event in events if not is_host[id(event)] and not getattr(event, "is_user_annotation", False)]
     key = "self_device_time_total"
     return {
         "device_ms": round(sum(getattr(event, key) for event in kernels) / 1000, 1),

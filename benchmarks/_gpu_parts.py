@@ -14,9 +14,7 @@ from torch import nn
 from benchmarks import rtfx as rtfx_benchmark
 from benchmarks._gpu import (
     GIB,
-    Bench,
     Shape,
-    Skipped,
     matrix_product_tflops,
     matrix_size,
     nvidia_smi,
@@ -25,21 +23,24 @@ from benchmarks._gpu import (
     release_memory,
     reset_peak,
     seconds_per_call,
+    significant,
     step_flops,
 )
+from benchmarks._gpu_run import Bench, Skipped
 from benchmarks._models import config_of, random_model
 from benchmarks.train_step import stepper
 from raytrain.model.config import ModelConfig
 from raytrain.training.memory import Neighbours, Prediction, StepTracer, predict_batch_size
-from raytrain.training.probe import Edges, StepMeter
+from raytrain.training.probe import Edges, Meter, StepMeter
 from raytrain.training.settings import TrainSettings
+from raytrain.training.step import resolve_precision
 
 MODELS = ("canary-1b-flash", "canary-1b", "canary-180m-flash")
 # The longest bucket with many and with fewer tokens, and two of the sizes that most of a corpus has.
 CELLS: tuple[Edges, ...] = ((40000, 233), (22090, 146), (17060, 65), (4000, 30))
 TINY_CELLS: tuple[Edges, ...] = ((4000, 30), (1000, 12))
 SHAPES: tuple[Shape, ...] = ((64, 20.0, 90), (16, 40.0, 220), (256, 5.0, 30))
-TINY_SHAPES: tuple[Shape, ...] = ((2, 2.0, 12), (1, 4.0, 24))
+TINY_SHAPES: tuple[Shape, ...] = ((2, 1.0, 12), (1, 2.0, 24))
 MEMORY_FRACTION = 0.9
 QUESTIONS = "benchmarks._gpu_memory"  # has `questions(bench)` where there is something that only a card answers
 
@@ -66,7 +67,7 @@ def card(bench: Bench) -> None:
         facts |= dict(zip(("driver", "power_limit_w", "max_mhz", "celsius"), values, strict=True)) if values else {}
     bench.report("facts", facts)
     size = matrix_size(bench.tiny)
-    bench.report("matrix product", {"size": size, "tflops": round(matrix_product_tflops(bench.device, size), 2)})
+    bench.report("matrix product", {"size": size, "tflops": significant(matrix_product_tflops(bench.device, size))})
 
 
 # --- memory
@@ -75,16 +76,18 @@ def card(bench: Bench) -> None:
 def memory(bench: Bench) -> None:
     """Predicted beside measured peaks of cells of each model, at the largest batch that the prediction gives."""
     for name in ("canary-tiny",) if bench.tiny else MODELS:
-        config, settings = config_of(name), TrainSettings(num_workers=2, precision="bf16")
-        budget = _budget(bench)
-        tracer = StepTracer(config, settings, precision="bf16", world_size=2, device_type=bench.device)
+        config, settings = config_of(name), TrainSettings(num_workers=2)
+        budget, precision = _budget(bench), resolve_precision(settings.precision, bench.device)
+        tracer = StepTracer(config, settings, precision=precision, world_size=2, device_type=bench.device)
         edges = TINY_CELLS if bench.tiny else CELLS
         predictions = _predictions(tracer, edges, budget, 4 if bench.tiny else 4096)
-        before = _process_bytes()
         with torch.device(bench.device):  # weights are drawn where they will be
             meter = StepMeter(config, settings, budget if bench.on_cuda else None, bench.device)
         for cell, prediction in zip(edges, predictions, strict=True):
-            figures = measure_cell(tracer, meter, cell, prediction, before if not bench.on_cuda else 0)
+            figures = measure_cell(tracer, meter, cell, prediction)
+            if not bench.on_cuda and "measured_gib" in figures:  # that of the process, with all that is in it
+                figures["process_gib"] = figures.pop("measured_gib")
+                del figures["error"]
             bench.report(f"{name} {cell[0]} ms {cell[1]} tokens", figures)
         del meter
         release_memory(bench.device)
@@ -106,12 +109,9 @@ def _predictions(tracer: StepTracer, cells: tuple[Edges, ...], budget: int, max_
 
 
 def measure_cell(
-    tracer: StepTracer, meter: StepMeter, cell: Edges, prediction: Prediction, bytes_before: int, tries: int = 4
+    tracer: StepTracer, meter: Meter, cell: Edges, prediction: Prediction, tries: int = 4
 ) -> dict[str, Any]:
-    """Probe the predicted batch, a twentieth less while it does not fit; predicted and measured peak at what fits.
-
-    `bytes_before` is what the measured peak holds beside the step: on a CPU, where it is that of the process.
-    """
+    """Probe the predicted batch, a twentieth less while it does not fit; predicted and measured peak at what fits."""
     size = prediction.batch_size
     figures: dict[str, Any] = {"predicted_size": size}
     for _ in range(tries if size else 0):
@@ -123,21 +123,15 @@ def measure_cell(
     else:
         return figures | {"why": "not even 1 is predicted to fit" if size is None else "none of these fits"}
     traced = tracer.trace(size, *cell)
-    figures |= {"batch_size": size, "step_seconds": round(probe.step_seconds, 4)}
+    figures |= {"batch_size": size, "step_seconds": significant(probe.step_seconds)}
     if probe.peak_bytes is not None:
-        measured = probe.peak_bytes - bytes_before
         figures |= {
-            "predicted_gib": round(traced.peak_bytes / GIB, 3), "measured_gib": round(measured / GIB, 3),
-            "error": round(traced.peak_bytes / measured - 1, 4),
-        }  # fmt: skip
+            "predicted_gib": significant(traced.peak_bytes / GIB),
+            "measured_gib": significant(probe.peak_bytes / GIB),
+            "error": round(traced.peak_bytes / probe.peak_bytes - 1, 4),
+        }
     shares = {phase: round(size / traced.peak_bytes, 4) for phase, size in traced.by_phase().items()}
     return figures | {"predicted_shares": shares}
-
-
-def _process_bytes() -> int:
-    """What this process holds of the host's memory."""
-    with open("/proc/self/status") as file:
-        return next(int(line.split()[1]) * 1024 for line in file if line.startswith("VmRSS"))
 
 
 def memory_questions(bench: Bench) -> None:
@@ -194,12 +188,12 @@ def measure_step(bench: Bench, model: nn.Module, config: ModelConfig, shape: Sha
     tflop = step_flops(config, (batch, seconds, tokens)) / 1e12
     return {
         "batch_size": batch,
-        "step_seconds": round(taken, 5),
-        "audio_seconds_per_second": round(batch * seconds / taken, 1),
-        "tflop": round(tflop, 4),
-        "tflops": round(tflop / taken, 3),
-        "matrix_product_tflops": round(rate, 2),
-        "share_of_matrix_product": round(tflop / taken / rate, 4),
+        "step_seconds": significant(taken),
+        "audio_seconds_per_second": significant(batch * seconds / taken),
+        "tflop": significant(tflop),
+        "tflops": significant(tflop / taken),
+        "matrix_product_tflops": significant(rate),
+        "share_of_matrix_product": significant(tflop / taken / rate),
         **peak_gib(bench.device),
     }
 

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from benchmarks._gpu import Bench, PartFailed, Skipped, need_modules
+from benchmarks._gpu_run import Bench, PartFailed, Skipped, need_modules
 
 ROOT = Path(__file__).parents[1]
 
@@ -90,7 +90,7 @@ TINY_SETTINGS = (
     "oomptimize.device_memory=64MiB", "oomptimize.max_batch_size=8", "train.num_workers=1", "train.device=cpu",
     "buckets.num_duration_buckets=1", "model.encoder_layers=1", "model.decoder_layers=1", "train.max_steps=4",
     "train.stop_at_wer=null", "train.warmup_steps=2", "train.validate_every_steps=4", "train.checkpoint_every_steps=4",
-    "train.log_every_steps=1", "evaluate.beam_size=1",
+    "train.log_every_steps=1", "evaluate.beam_size=2",
 )  # fmt: skip
 _STAGE = re.compile(r"^✓ (\w+) .*\((\d+\.\d) s\)\s*$")
 
@@ -131,7 +131,7 @@ def _run_stages(bench: Bench, folder: Path, settings: tuple[str, ...]) -> int:
                 seconds[match[1]] = float(match[2])
                 bench.report("stage seconds", seconds)
             else:
-                lines.append(line.rstrip().replace(str(folder), "")[:300])
+                lines.append(line.rstrip().replace(str(folder), "").replace(f"{ROOT}/", "")[:300])
     bench.report("run", {"exit_code": process.returncode, "lines": [line for line in lines if line.strip()][-40:]})
     return process.returncode
 

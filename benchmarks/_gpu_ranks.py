@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import tempfile
 import time
 from pathlib import Path
@@ -12,7 +13,8 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from benchmarks._gpu import Bench, Shape, Skipped, seconds_per_call, wait_for
+from benchmarks._gpu import Shape, seconds_per_call, significant, wait_for
+from benchmarks._gpu_run import Bench, Skipped
 from benchmarks._models import config_of, random_model
 from benchmarks.train_step import stepper
 
@@ -43,22 +45,29 @@ def _rank(rank: int, folder: str, device: str, name: str, shape: Shape) -> None:
     # Each rank draws other weights; DDP gives all of them those of the first.
     model = random_model(config_of(name), device, seed=rank).to(device).train()
     backend = "nccl" if device == "cuda" else "gloo"
-    alone = seconds_per_call(stepper(model, shape, device), device, 1.0)
+    alone = _step_seconds(model, shape, device)
     dist.init_process_group(backend, init_method=f"file://{folder}/store", rank=rank, world_size=NUM_RANKS)
     wrapped = nn.parallel.DistributedDataParallel(
         model, device_ids=[rank] if device == "cuda" else None, gradient_as_bucket_view=True, broadcast_buffers=False
     )
-    together = seconds_per_call(stepper(wrapped, shape, device), device, 1.0)
+    together = _step_seconds(wrapped, shape, device)
     figures = {
         "backend": backend,
-        "step_seconds_alone": round(alone, 5),
-        "step_seconds": round(together, 5),
-        "efficiency": round(alone / together, 4),
+        "step_seconds_alone": significant(alone),
+        "step_seconds": significant(together),
+        "efficiency": significant(alone / together),
         **_reduction(model, device),
         "ranks_agree": _agree(model),
     }
     (Path(folder) / f"{rank}.json").write_text(json.dumps(figures))
-    dist.destroy_process_group()
+    dist.barrier()
+    # No tidying up: at times a gloo thread that wants the interpreter's lock and the end of DDP wait for each other.
+    os._exit(0)
+
+
+def _step_seconds(model: nn.Module, shape: Shape, device: str) -> float:
+    """Of a number of steps that does not depend on their time: a rank that took more of them would wait for ever."""
+    return seconds_per_call(stepper(model, shape, device), device, seconds=0.0, least=5)
 
 
 def _reduction(model: nn.Module, device: str) -> dict[str, float]:
@@ -71,7 +80,7 @@ def _reduction(model: nn.Module, device: str) -> dict[str, float]:
     wait_for(device)
     taken = time.perf_counter() - start
     carried = 2 * (NUM_RANKS - 1) / NUM_RANKS * gradients.nbytes
-    return {"all_reduce_ms": round(1000 * taken, 2), "bus_gb_per_second": round(carried / taken / 1e9, 2)}
+    return {"all_reduce_ms": significant(1000 * taken), "bus_gb_per_second": significant(carried / taken / 1e9)}
 
 
 def _agree(model: nn.Module) -> bool:

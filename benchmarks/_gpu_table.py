@@ -24,8 +24,14 @@ def figure_rows(document: dict[str, Any]) -> Rows:
             rows.append((name, title, _joined(figures)))
             for key, values in figures.items():
                 if isinstance(values, list) and values and isinstance(values[0], (dict, str)):
-                    rows += [(name, f"  {key}", _joined(value)) for value in values]
+                    rows += [(name, f"  {key}", _kernel(value)) for value in values]
     return rows
+
+
+def _kernel(row: Any) -> str:
+    if isinstance(row, dict) and row.keys() == {"name", "calls", "ms", "share"}:
+        return f"{row['ms']:8.2f} ms {row['share']:6.1%} {row['calls']:5} × {row['name']}"
+    return _joined(row)
 
 
 def _joined(figures: Any) -> str:
@@ -67,5 +73,7 @@ def _print(columns: tuple[str, ...], rows: Rows) -> None:
     for row in rows:
         table.add_row(*map(escape, row))
     console = Console()
+    if not console.is_terminal:
+        console = Console(width=140)
     console.print(table)
     console.print()

@@ -13,7 +13,8 @@ import pytest
 import torch
 from conftest import SHARED
 
-from benchmarks._models import config_of
+from benchmarks._models import SHAPES, config_of
+from raytrain.config import load_config
 from raytrain.data.tokenizer import train_tokenizer
 from raytrain.lengths import Bucket, BucketGrid
 from raytrain.model.canary import Canary
@@ -65,11 +66,9 @@ def test_parity_with_nemo(name):
     assert max(parity(root / "model.nemo", root / "expected.npz").values()) < 1e-4
 
 
-def test_the_gpu_benchmark_has_the_published_shapes():
-    from benchmarks.oomptimizer_gpu import SHAPES
-
-    for name, shape in SHAPES.items():
-        assert ModelConfig(**shape) == config_of(name)
+@pytest.mark.parametrize("name", list(SHAPES))
+def test_benchmarks_have_the_shapes_of_the_configurations(name):
+    assert config_of(name) == load_config(ROOT / "configs" / f"{name}.yaml").model
 
 
 def test_a_search_that_starts_at_a_prediction_takes_fewer_probes():
