@@ -42,7 +42,7 @@ TINY_CELLS: tuple[Edges, ...] = ((4000, 30), (1000, 12))
 SHAPES: tuple[Shape, ...] = ((64, 20.0, 90), (16, 40.0, 220), (256, 5.0, 30))
 TINY_SHAPES: tuple[Shape, ...] = ((2, 1.0, 12), (1, 2.0, 24))
 MEMORY_FRACTION = 0.9
-QUESTIONS = "benchmarks._gpu_memory"  # has `questions(bench)` where there is something that only a card answers
+QUESTIONS = "benchmarks._gpu_memory"
 
 
 # --- card
@@ -135,10 +135,14 @@ def measure_cell(
 
 
 def memory_questions(bench: Bench) -> None:
-    """What the tracer's authors want to know of a card, where they ask something."""
+    """What the tracer can't know: what libraries keep, what each kind of layer takes, what a failed probe leaves."""
     if importlib.util.find_spec(QUESTIONS) is None:
         raise Skipped("the tracer has no open question")
-    importlib.import_module(QUESTIONS).questions(bench)
+    questions = importlib.import_module(QUESTIONS)
+    bench.report("workspaces", questions.workspaces(bench.device))  # first: they are made once per process
+    for row in questions.layers(bench.device, 1 if bench.tiny else 64):
+        bench.report(row.pop("layer"), row)
+    bench.report("after a failed probe", questions.left_over(bench.device))
 
 
 # --- step

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -236,6 +237,18 @@ def test_outcomes_are_read_while_pytest_runs(tmp_path):
 
 def test_files_with_gpu_tests_are_seen():
     assert is_marked(ROOT / "tests" / "test_gpu.py") and not is_marked(ROOT / "tests" / "test_lengths_plan.py")
+
+
+def test_the_design_names_a_gpu_test_for_all_that_only_a_card_shows():
+    section = (ROOT / "docs" / "design.md").read_text().split("## What a Ray that claims GPUs can't show")[1]
+    named = re.findall(r"`(test_\w+\.py)::(test_\w+)`", section.split("\n## ")[0])
+    assert len(named) >= 10
+    for file, name in named:
+        text = (ROOT / "tests" / file).read_text()
+        assert f"def {name}(" in text and is_marked(ROOT / "tests" / file)
+    # And none of those in test_gpu.py is left out.
+    written = re.findall(r"^def (test_\w+)\(", (ROOT / "tests" / "test_gpu.py").read_text(), re.MULTILINE)
+    assert set(written) == {name for file, name in named if file == "test_gpu.py"}
 
 
 def test_training_is_told_by_medians_without_the_start():
