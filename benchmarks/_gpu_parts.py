@@ -84,7 +84,7 @@ def memory(bench: Bench) -> None:
         with torch.device(bench.device):  # weights are drawn where they will be
             meter = StepMeter(config, settings, budget if bench.on_cuda else None, bench.device)
         for cell, prediction in zip(edges, predictions, strict=True):
-            figures = measure_cell(tracer, meter, cell, prediction)
+            figures = measure_cell(meter, cell, prediction)
             if not bench.on_cuda and "measured_gib" in figures:  # that of the process, with all that is in it
                 figures["process_gib"] = figures.pop("measured_gib")
                 del figures["error"]
@@ -108,10 +108,11 @@ def _predictions(tracer: StepTracer, cells: tuple[Edges, ...], budget: int, max_
     return predictions
 
 
-def measure_cell(
-    tracer: StepTracer, meter: Meter, cell: Edges, prediction: Prediction, tries: int = 4
-) -> dict[str, Any]:
-    """Probe the predicted batch, a twentieth less while it does not fit; predicted and measured peak at what fits."""
+def measure_cell(meter: Meter, cell: Edges, prediction: Prediction, tries: int = 4) -> dict[str, Any]:
+    """Probe the predicted batch, a twentieth less while it does not fit; predicted and measured peak at what fits.
+
+    `predicted_shares` are those of the largest batch that was traced.
+    """
     size = prediction.batch_size
     figures: dict[str, Any] = {"predicted_size": size}
     for _ in range(tries if size else 0):
@@ -122,15 +123,16 @@ def measure_cell(
         size = min(size - 1, int(size * 0.95))
     else:
         return figures | {"why": "not even 1 is predicted to fit" if size is None else "none of these fits"}
-    traced = tracer.trace(size, *cell)
     figures |= {"batch_size": size, "step_seconds": significant(probe.step_seconds)}
+    line, step = prediction.line, prediction.step
+    predicted = prediction.peak_bytes if size == prediction.batch_size else line.base_bytes + size * line.slope_bytes
     if probe.peak_bytes is not None:
         figures |= {
-            "predicted_gib": significant(traced.peak_bytes / GIB),
+            "predicted_gib": significant(predicted / GIB),
             "measured_gib": significant(probe.peak_bytes / GIB),
-            "error": round(traced.peak_bytes / probe.peak_bytes - 1, 4),
+            "error": round(predicted / probe.peak_bytes - 1, 4),
         }
-    shares = {phase: round(size / traced.peak_bytes, 4) for phase, size in traced.by_phase().items()}
+    shares = {phase: round(num_bytes / step.peak_bytes, 4) for phase, num_bytes in step.by_phase().items()}
     return figures | {"predicted_shares": shares}
 
 

@@ -92,6 +92,7 @@ TINY_SETTINGS = (
     "train.stop_at_wer=null", "train.warmup_steps=2", "train.validate_every_steps=4", "train.checkpoint_every_steps=4",
     "train.log_every_steps=1", "evaluate.beam_size=2",
 )  # fmt: skip
+_RAY_LOG = re.compile(r"^(\(\w+ pid=\d+\)|\[\d{4}-\d\d-\d\d )")  # what Ray's own parts print
 _STAGE = re.compile(r"^✓ (\w+) .*\((\d+\.\d) s\)\s*$")
 
 
@@ -130,9 +131,9 @@ def _run_stages(bench: Bench, folder: Path, settings: tuple[str, ...]) -> int:
             if match := _STAGE.match(line):
                 seconds[match[1]] = float(match[2])
                 bench.report("stage seconds", seconds)
-            else:
-                lines.append(line.rstrip().replace(str(folder), "").replace(f"{ROOT}/", "")[:300])
-    bench.report("run", {"exit_code": process.returncode, "lines": [line for line in lines if line.strip()][-40:]})
+            lines.append(line.rstrip().replace(str(folder), "").replace(f"{ROOT}/", "")[:300])
+    said = [line for line in lines if line.strip() and not _RAY_LOG.match(line)]
+    bench.report("run", {"exit_code": process.returncode, "lines": said[-40:]})
     return process.returncode
 
 

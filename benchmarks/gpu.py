@@ -33,15 +33,16 @@ from benchmarks._gpu_run import Outcome, Part, limit_of, run_part
 from benchmarks._gpu_table import print_tables
 from benchmarks._record import command, machine, result_path, write_document
 
+# Weights: the seconds that each may need on a large GPU, with the start of its process.
 PARTS = (
-    Part("card", "benchmarks._gpu_parts:card", 40, "the card, its driver, and a bf16 matrix product"),
-    Part("tests", "benchmarks._gpu_pipeline:gpu_tests", 70, "tests marked gpu"),
-    Part("pipeline", "benchmarks._gpu_pipeline:pipeline", 120, "the pipeline on the demo's corpus, with real probes"),
-    Part("memory", "benchmarks._gpu_parts:memory", 70, "predicted beside measured peaks"),
-    Part("memory_questions", "benchmarks._gpu_parts:memory_questions", 25, "what the tracer asks of a card"),
-    Part("step", "benchmarks._gpu_parts:step", 65, "training steps and their costliest kernels"),
-    Part("rtfx", "benchmarks._gpu_parts:rtfx", 65, "RTFx of encoder and decoder"),
-    Part("ddp", "benchmarks._gpu_ranks:ddp", 25, "a training step on two ranks"),
+    Part("card", "benchmarks._gpu_parts:card", 30, "the card, its driver, and a bf16 matrix product"),
+    Part("tests", "benchmarks._gpu_pipeline:gpu_tests", 75, "tests marked gpu"),
+    Part("pipeline", "benchmarks._gpu_pipeline:pipeline", 135, "the pipeline on the demo's corpus, with real probes"),
+    Part("memory", "benchmarks._gpu_parts:memory", 90, "predicted beside measured peaks"),
+    Part("memory_questions", "benchmarks._gpu_parts:memory_questions", 20, "what the tracer asks of a card"),
+    Part("step", "benchmarks._gpu_parts:step", 55, "training steps and their costliest kernels"),
+    Part("rtfx", "benchmarks._gpu_parts:rtfx", 50, "RTFx of encoder and decoder"),
+    Part("ddp", "benchmarks._gpu_ranks:ddp", 20, "a training step on two ranks"),
 )
 _LEAST_SECONDS = 5.0  # less is not worth a process's start
 _RESERVE_SECONDS = 5.0  # imports before the first part, tables after the last

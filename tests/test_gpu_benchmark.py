@@ -192,14 +192,14 @@ def test_the_error_is_that_of_the_batch_that_fits(takes, tries):
             peak = int(takes * tracer.trace(batch_size, *edges).peak_bytes)
             return Probe(batch_size, True, peak, 0.1) if peak <= GIB else Probe(batch_size, False, why="no room")
 
-    figures = measure_cell(tracer, Device(), cell, prediction)
+    figures = measure_cell(Device(), cell, prediction)
     assert figures["predicted_size"] == prediction.batch_size
     if tries is None:
         assert len(figures["did_not_fit"]) == 4 and figures["why"] == "none of these fits"
         return
     assert len(figures.get("did_not_fit", [])) == tries
-    assert figures["error"] == pytest.approx(1 / takes - 1, abs=1e-3)
-    assert figures["measured_gib"] == pytest.approx(takes * figures["predicted_gib"], rel=1e-3)
+    assert figures["error"] == pytest.approx(1 / takes - 1, abs=5e-3)
+    assert figures["measured_gib"] == pytest.approx(takes * figures["predicted_gib"], rel=5e-3)
 
 
 def test_the_card_and_rtfx(bench, reports):
