@@ -5,11 +5,13 @@ from __future__ import annotations
 import contextlib
 import os
 import secrets
+import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -30,12 +32,106 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def local_ray(s3):
+def local_ray(s3) -> Iterator[None]:
     """One local Ray with two CPUs for the whole session; its workers reach the S3 server."""
     from raytrain.cluster.session import ray_session
 
-    with ray_session(ClusterSection(num_cpus=2)):
-        yield
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")  # which is also how often it looks whether all is done
+        patch.setenv("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")  # a process more for each training
+        with ray_session(ClusterSection(num_cpus=2)):
+            yield
+
+
+class Nodes:
+    """Nodes beside that of the local Ray, on this machine, that come and go at will."""
+
+    def __init__(self) -> None:
+        import ray
+        from ray.cluster_utils import Cluster
+
+        self._cluster = Cluster()
+        self._cluster.head_node = ray._private.worker.global_worker.node
+        # What a process of its own needs to join: without the switch Ray would look for another address of this machine
+        # than 127.0.0.1, on which alone a local Ray listens.
+        self.environment = {"RAY_ADDRESS": self._cluster.address, "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
+
+    def add(self, **arguments: Any) -> Any:
+        """Start a node; `arguments` are those of `ray.cluster_utils.Cluster.add_node`."""
+        return self._cluster.add_node(node_ip_address="127.0.0.1", **arguments)
+
+    def lose(self, node: Any) -> None:
+        """End a node's processes as a power cut does."""
+        self._cluster.remove_node(node, allow_graceful=False)
+
+    def announce_loss(self, node: Any, seconds: float) -> None:
+        """Tell Ray that a node goes after some time, as a cloud does with a spot instance."""
+        from ray._raylet import GcsClient
+        from ray.core.generated.autoscaler_pb2 import DrainNodeReason
+
+        client, deadline = GcsClient(address=self._cluster.address), int(1000 * (time.time() + seconds))
+        reason = DrainNodeReason.Value("DRAIN_NODE_REASON_PREEMPTION")
+        accepted, why = client.drain_node(node.node_id, reason, "", deadline)
+        assert accepted, why
+
+    def remove_all(self) -> None:
+        """Have the local Ray as it was."""
+        import ray
+
+        for node in list(self._cluster.worker_nodes):
+            self._cluster.remove_node(node)
+        wait_for(lambda: sum(node["Alive"] for node in ray.nodes()) == 1, "the nodes are gone")
+
+
+@pytest.fixture
+def nodes(local_ray) -> Iterator[Nodes]:
+    """Nodes that this test adds to the local Ray. Their CPUs are for work that asks for what they have beside them."""
+    added = Nodes()
+    yield added
+    added.remove_all()
+
+
+def wait_for(condition: Callable[[], Any], what: str, seconds: float = 240) -> None:
+    """Return once that `condition` holds. Raises `TimeoutError` with `what` after `seconds`."""
+    until = time.monotonic() + seconds
+    while not condition():
+        if time.monotonic() > until:
+            raise TimeoutError(what)
+        time.sleep(0.02)
+
+
+@pytest.fixture(scope="session")
+def prepared(corpus, tmp_path_factory, local_ray) -> Config:
+    """A configuration whose run folder has all that training needs, without tracking; for all tests, so only to be
+    read and copied."""
+    from raytrain.cluster.pipeline import run_pipeline
+    from raytrain.console import Console
+
+    config = tiny_config(corpus, tmp_path_factory.mktemp("prepared"), tracking={"enabled": False})
+    run_pipeline(config, Console(quiet=True), ("statistics", "buckets", "assign", "oomptimize"))
+    return config
+
+
+@pytest.fixture
+def copy_of(prepared, tmp_path) -> Callable[..., Config]:
+    """`copy(name, train={…}, …)`: the prepared run in a folder of its own, with other settings by section."""
+
+    def copy(name: str, **sections: dict) -> Config:
+        return copied(prepared, tmp_path / name, **sections)
+
+    return copy
+
+
+def copied(config: Config, root: Path, **sections: dict) -> Config:
+    """The run of `config` as it is, in a folder below `root` and with other settings by section. One that is there
+    already is left as it is."""
+    values = config.model_dump(mode="json")
+    for name, settings in {"run": {"root": str(root)}, **sections}.items():
+        values[name] = {**values[name], **settings}
+    copy = check_config(values)
+    if not copy.run_dir.exists():
+        shutil.copytree(config.run_dir, copy.run_dir)
+    return copy
 
 
 @pytest.fixture(scope="session")
