@@ -8,7 +8,7 @@ demo: .venv/ready
 	$(BIN)/raytrain demo
 
 test: .venv/ready
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q --durations=10
 
 lint: .venv/ready
 	$(BIN)/ruff check .

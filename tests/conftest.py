@@ -91,13 +91,14 @@ def nodes(local_ray) -> Iterator[Nodes]:
     added.remove_all()
 
 
-def wait_for(condition: Callable[[], Any], what: str, seconds: float = 240) -> None:
-    """Return once that `condition` holds. Raises `TimeoutError` with `what` after `seconds`."""
+def wait_for(condition: Callable[[], Any], what: str, seconds: float = 240, every: float = 0.02) -> None:
+    """Return once that `condition` holds, which is looked at `every` so many seconds. Raises `TimeoutError` with `what`
+    after `seconds`."""
     until = time.monotonic() + seconds
     while not condition():
         if time.monotonic() > until:
             raise TimeoutError(what)
-        time.sleep(0.02)
+        time.sleep(every)
 
 
 @pytest.fixture(scope="session")

@@ -110,7 +110,7 @@ def tracking_server(folder: Path) -> Iterator[int]:
     with open(folder / "mlflow.log", "ab") as log:
         process = subprocess.Popen(command, stdout=log, stderr=log, cwd=folder, start_new_session=True)
     try:
-        wait_for(answers, "mlflow server", 120)
+        wait_for(answers, "mlflow server", 120, every=0.5)
         yield port
     finally:
         end(process)
@@ -208,7 +208,7 @@ class Disturbed:
         self._driver = self._start_driver()
 
     def _wait_for(self, condition: Callable[[], bool], what: str) -> None:
-        wait_for(lambda: condition() or self._driver.poll() is not None, what)
+        wait_for(lambda: condition() or self._driver.poll() is not None, what, every=0.3)
         assert self._driver.poll() is None, f"the driver ended before {what}"
 
     def _notes(self) -> int:

@@ -171,7 +171,7 @@ def test_schemes_are_trained_and_compared_and_a_second_call_trains_nothing(corpu
         "schemes": ["A", "D+"], "learning_rates": [1e-3], "max_steps": 4, "validate_every_steps": 2,
         "device_memory": "24MiB", "max_batch_size": 32, "target_wer": 5.0,
     }  # fmt: skip
-    values = tiny_values(corpus, tmp_path, ablate=ablate, train={"log_every_steps": 2})
+    values = tiny_values(corpus, tmp_path, ablate=ablate, train={"log_every_steps": 2, "num_workers": 1})
     path, run_dir = write(values, tmp_path), tmp_path / "tiny"
     result = CliRunner().invoke(app, ["ablate", "--json", "--config", path])
     assert result.exit_code == 0, (result.output, result.exception)
@@ -208,7 +208,7 @@ def test_schemes_are_trained_and_compared_and_a_second_call_trains_nothing(corpu
 @pytest.mark.timeout(600)
 def test_decoder_depths_are_counted_trained_and_timed(corpus, tmp_path, local_ray):
     ablate = {"max_steps": 2, "validate_every_steps": 2}
-    path = write(tiny_values(corpus, tmp_path, ablate=ablate), tmp_path)
+    path = write(tiny_values(corpus, tmp_path, ablate=ablate, train={"num_workers": 1}), tmp_path)
     command = ["ablate", "--decoder-depths", "2,1", "--json", "--config", path]
     found = {}
     for more in (["--predict"], []):

@@ -134,7 +134,7 @@ def test_the_pipeline_leaves_all_in_s3_and_another_machine_goes_on(local_ray, co
     cache("second")
     assert run_pipeline(config, Console(quiet=True)) == []  # nothing to do
     longer = tiny_config(corpus, place, **sections, train={"max_steps": 8, "validate_every_steps": 8})
-    assert run_pipeline(longer, Console(quiet=True)) == ["train", "evaluate", "report"]
+    assert run_pipeline(longer, Console(quiet=True), ("train",)) == ["train"]
     lines = [json.loads(line) for line in read_range(f"{config.run_location}/metrics.jsonl", 0, 0).splitlines()]
     steps = [line["step"] for line in lines if "loss" in line]
     assert steps == list(range(1, 9))  # it went on, and kept what was there
