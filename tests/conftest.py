@@ -20,6 +20,9 @@ from raytrain.config import ClusterSection, Config, check_config
 
 SHARED = Path(os.environ.get("RAYTRAIN_SHARED") or Path(__file__).parents[2] / "shared")
 
+_MARK = "TESTS_OF_RAYTRAIN"  # tells the Ray of these tests from what else runs on this machine
+os.environ[_MARK] = str(os.getpid())
+
 
 @pytest.fixture(scope="session")
 def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -157,12 +160,14 @@ def s3(tmp_path_factory):
 
 
 def ray_processes() -> set[int]:
-    """Ids of all raylets and GCS servers on this machine."""
-    found = set()
+    """Ids of the raylets and GCS servers that these tests started, themselves or by other processes."""
+    processes = set()
     for process in psutil.process_iter(["name"]):
         if process.info["name"] in ("raylet", "gcs_server"):
-            found.add(process.pid)
-    return found
+            with contextlib.suppress(psutil.Error):  # it has just ended
+                if process.environ().get(_MARK) == os.environ[_MARK]:
+                    processes.add(process.pid)
+    return processes
 
 
 @pytest.fixture(scope="module")

@@ -150,12 +150,12 @@ def write(values: dict, folder) -> str:
 
 def test_predicting_needs_manifests_alone(corpus, tmp_path, local_ray):
     path = write(tiny_values(corpus, tmp_path, buckets={"max_duration_ms": 8000, "max_tokens": 64}), tmp_path)
-    command = ["ablate", "--predict", "--json", "--model", "canary-180m-flash", "--model", "own", "--config", path]
+    command = ["ablate", "--predict", "--json", "--model", "own", "--config", path]
     result = CliRunner().invoke(app, command)
     assert result.exit_code == 0, result.output
     found = json.loads(next(line for line in result.output.splitlines() if line.startswith("{")))
     assert found == read_json(tmp_path / "tiny" / "ablation_predicted.json", PREDICTED_FORMAT)["body"]
-    assert list(found["models"]) == ["canary-180m-flash", "own"] and found["utterances"] == 96
+    assert list(found["models"]) == ["own"] and found["utterances"] == 96
     for model in found["models"].values():
         assert [row["scheme"] for row in model["schemes"]] == list(SCHEMES)
         assert len(model["gpu_plans"]) == len(SCHEMES) and 0 <= model["memory_fit_error"] < 0.1

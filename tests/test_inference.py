@@ -7,7 +7,6 @@ import signal
 import subprocess
 import sys
 import tarfile
-import time
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -17,9 +16,9 @@ import orjson
 import pytest
 import soundfile
 import torch
+from conftest import ray_processes, wait_for
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_cli import ray_processes
 from typer.testing import CliRunner
 
 from raytrain.cli import app
@@ -413,15 +412,12 @@ def test_a_killed_job_goes_on_and_a_changed_setting_does_all_again(checkpoint, c
     environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
     process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
     folder = tmp_path / "out.jsonl.parts"
-    deadline = time.monotonic() + 200
-    while len(list(folder.glob("part-*"))) < 3 and process.poll() is None and time.monotonic() < deadline:
-        time.sleep(0.005)
+    wait_for(lambda: len(list(folder.glob("part-*"))) >= 3 or process.poll() is not None, "three parts", every=0.005)
     process.send_signal(signal.SIGKILL)
     assert process.wait(30) == -signal.SIGKILL, process.stderr.read().decode()
     process.stderr.close()
-    while ray_processes() - before and time.monotonic() < deadline:
-        time.sleep(0.5)
-    assert ray_processes() - before == set() and not out.exists()
+    wait_for(lambda: not ray_processes() - before, "its Ray has ended")
+    assert not out.exists()
     done = sorted(int(path.stem.removeprefix("part-")) for path in folder.glob("part-*"))
     assert 3 <= len(done) < 24
     shutil.copytree(folder, tmp_path / "other.jsonl.parts")

@@ -157,7 +157,7 @@ finally:
 def test_training_goes_on_after_ray_killed_a_worker_for_its_memory(copy_of, tmp_path):
     if psutil.virtual_memory().available < 10 << 30:
         pytest.skip("needs 10 GiB of free memory to use up 3.5 of them")
-    config = copy_of("memory", train={**TRAIN, "num_workers": 1})
+    config = copy_of("memory", train={**TRAIN, "num_workers": 1, "max_failures": 5})
     (tmp_path / "config.json").write_text(config.model_dump_json())
     # A cluster of its own, beside the local Ray: the monitor is a setting of a whole cluster.
     paths = [os.path.dirname(__file__), os.environ.get("PYTHONPATH", "")]
