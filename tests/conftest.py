@@ -6,6 +6,7 @@ import contextlib
 import os
 import secrets
 import shutil
+import socket
 import subprocess
 import sys
 import time
@@ -175,10 +176,11 @@ def head() -> Iterator[str]:
     """A Ray head with a Jobs server on 127.0.0.1 and token authentication, ended by process id."""
     from raytrain.cluster import authentication
 
-    before, address = ray_processes(), "http://127.0.0.1:8299"
-    arguments = ["--head", "--num-cpus=2", "--port=6399", "--dashboard-host=127.0.0.1", "--dashboard-port=8299",
-                 "--node-ip-address=127.0.0.1", "--include-dashboard=true", "--dashboard-agent-listen-port=52399",
-                 "--block"]  # fmt: skip
+    before, port = ray_processes(), free_port()
+    address = f"http://127.0.0.1:{port}"
+    arguments = ["--head", "--num-cpus=2", f"--port={free_port()}", "--dashboard-host=127.0.0.1",
+                 f"--dashboard-port={port}", "--node-ip-address=127.0.0.1", "--include-dashboard=true",
+                 f"--dashboard-agent-listen-port={free_port()}", "--block"]  # fmt: skip
     program = Path(sys.executable).with_name("ray")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("RAY_AUTH_MODE", "token")
@@ -191,7 +193,7 @@ def head() -> Iterator[str]:
             stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
         )  # fmt: skip
         try:
-            _wait_for(address)
+            wait_for(lambda: _answers(address), f"a Jobs server at {address}", 120, every=0.5)
             yield address
         finally:
             family = [*psutil.Process(process.pid).children(recursive=True), psutil.Process(process.pid)]
@@ -207,16 +209,21 @@ def head() -> Iterator[str]:
     assert ray_processes() - before == set()
 
 
-def _wait_for(address: str) -> None:
+def _answers(address: str) -> bool:
+    """Whether there is a web server; its answer may ask for the token."""
     import requests
 
-    deadline = time.monotonic() + 60
-    while time.monotonic() < deadline:
-        with contextlib.suppress(requests.RequestException):
-            requests.get(f"{address}/api/version", timeout=2)
-            return  # any answer: it may ask for the token
-        time.sleep(1)
-    raise TimeoutError(f"no Jobs server at {address}")
+    with contextlib.suppress(requests.RequestException):
+        requests.get(f"{address}/api/version", timeout=2)
+        return True
+    return False
+
+
+def free_port() -> int:
+    """A port of 127.0.0.1 that nobody listens at."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
 
 
 def upload(folder: Path, uri: str) -> str:

@@ -16,17 +16,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from conftest import Nodes, wait_for
+from conftest import Nodes, free_port, wait_for
 
 from raytrain.data.storage import list_files
 
 AWAY_SECONDS = 6.0
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 class Door:
