@@ -7,8 +7,15 @@ BIN := .venv/bin
 demo: .venv/ready
 	$(BIN)/raytrain demo
 
+# Tests that share one Ray wait for it much of the time, so the others run beside them; their output comes at the end.
+PYTEST := $(BIN)/python -m pytest -q --durations=10
+OTHERS := .pytest-others.log
+
 test: .venv/ready
-	$(BIN)/python -m pytest -q --durations=10
+	@$(PYTEST) -m 'not ray and not gpu and not slow' > $(OTHERS) 2>&1 & others=$$!; \
+	trap "kill $$others" INT TERM; \
+	$(PYTEST) -m 'ray and not gpu and not slow'; failed=$$?; \
+	wait $$others || failed=1; cat $(OTHERS); exit $$failed
 
 lint: .venv/ready
 	$(BIN)/ruff check .
@@ -47,4 +54,4 @@ lock:
 	rm -rf .venv-lock
 
 clean:
-	rm -rf .venv .pytest_cache .ruff_cache build *.egg-info
+	rm -rf .venv .pytest-others.log .pytest_cache .ruff_cache build *.egg-info

@@ -25,6 +25,13 @@ _MARK = "TESTS_OF_RAYTRAIN"  # tells the Ray of these tests from what else runs 
 os.environ[_MARK] = str(os.getpid())
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark what shares the local Ray or the head: one process runs these, another one the rest (see the Makefile)."""
+    for item in items:
+        if {"local_ray", "head"} & set(getattr(item, "fixturenames", ())):
+            item.add_marker("ray")
+
+
 @pytest.fixture(scope="session")
 def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folder with train, dev and test manifests of real synthesised speech in two languages."""

@@ -86,6 +86,7 @@ def test_a_search_that_starts_at_a_prediction_takes_fewer_probes():
     assert found["fewer_probes"] > 2.5
 
 
+@pytest.mark.slow  # two clusters; test_cluster.py has what nodes leave on one
 @pytest.mark.timeout(240)
 def test_clusters_of_one_and_two_nodes_give_the_same_bytes(tmp_path):
     from benchmarks.cluster import measure
@@ -128,5 +129,5 @@ def test_rtfx_compares_models_at_equal_length_of_text():
         assert run.search() == [5, 5] and figures["tokens"] == 5
         assert figures["rtfx"] == pytest.approx(4000 / (figures["encoder_ms"] + figures["decoder_ms"]), rel=0.02)
     flash, deep = found["canary-1b-flash"], found["canary-1b"]
-    assert times_faster(found)["decoder"] == pytest.approx(deep["decoder_ms"] / flash["decoder_ms"], rel=0.05)
+    assert times_faster(found)["decoder"] == pytest.approx(deep["decoder_ms"] / flash["decoder_ms"], rel=0.05, abs=0.006)
     assert times_faster({"canary-1b": deep}) is None

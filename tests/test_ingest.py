@@ -99,8 +99,7 @@ def test_training_on_a_stream_needs_no_assignment_and_resumes(corpus, tmp_path, 
     assert not (config.run_dir / "assignment").exists()
     kept = CheckpointFolder(config.run_dir / "checkpoints", 2).newest()
     assert [steps for _, steps in kept.meta["schedule"]["segments"]] == [6]
-    rest = ("train", "evaluate", "report")
-    assert run_pipeline(check_config(values(8)), Console(quiet=True), rest) == list(rest)
+    assert run_pipeline(check_config(values(8)), Console(quiet=True), ("train",)) == ["train"]
     kept = CheckpointFolder(config.run_dir / "checkpoints", 2).newest()
     assert kept.step == 8 and sum(steps for _, steps in kept.meta["schedule"]["segments"]) == 8
     # The stream goes on where it was: the same rows as in one go.

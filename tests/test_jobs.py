@@ -77,7 +77,8 @@ def test_a_submitted_stage_leaves_its_artefact_and_no_secret(head, written, tmp_
 
 def test_one_command_takes_a_run_to_its_scores_in_s3(head, corpus, s3, tmp_path):
     data = upload(corpus, f"{s3}/jobs/corpus")
-    values = tiny_values(corpus, f"{s3}/jobs/runs", data={"root": data}, tracking={"enabled": False})
+    train = {"num_workers": 1, "max_steps": 2, "validate_every_steps": 2}
+    values = tiny_values(corpus, f"{s3}/jobs/runs", data={"root": data}, train=train, tracking={"enabled": False})
     (tmp_path / "a.yaml").write_text(yaml.safe_dump(values))
     passed = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", f"RAYTRAIN_CACHE={tmp_path / 'cache'}")
     env = [part for name in passed for part in ("--env", name)]

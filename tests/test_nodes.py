@@ -154,6 +154,7 @@ finally:
 """
 
 
+@pytest.mark.slow  # needs much memory and a machine where nobody else takes some at that time
 def test_training_goes_on_after_ray_killed_a_worker_for_its_memory(copy_of, tmp_path):
     if psutil.virtual_memory().available < 10 << 30:
         pytest.skip("needs 10 GiB of free memory to use up 3.5 of them")
