@@ -50,6 +50,9 @@ def local_ray(s3) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")  # which is also how often it looks whether all is done
         patch.setenv("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")  # a process more for each training
+        patch.setenv("RAY_health_check_period_ms", "1000")  # five of these tell that a node is lost
+        if (Path.home() / ".ray" / "auth_token").exists():  # which may change or go in the meantime
+            patch.setenv("RAY_AUTH_TOKEN", secrets.token_hex(32))
         with ray_session(ClusterSection(num_cpus=2)):
             yield
 
@@ -61,7 +64,7 @@ class Nodes:
         import ray
         from ray.cluster_utils import Cluster
 
-        self._cluster = Cluster()
+        self._cluster, self._number = Cluster(), 1
         self._cluster.head_node = ray._private.worker.global_worker.node
         # What a process of its own needs to join: without the switch Ray would look for another address of this machine
         # than 127.0.0.1, on which alone a local Ray listens.
@@ -69,7 +72,9 @@ class Nodes:
 
     def add(self, **arguments: Any) -> Any:
         """Start a node; `arguments` are those of `ray.cluster_utils.Cluster.add_node`."""
-        return self._cluster.add_node(node_ip_address="127.0.0.1", **arguments)
+        # With an address of its own: a process that joins looks for the node that has its own, that of the local Ray.
+        self._number += 1
+        return self._cluster.add_node(node_ip_address=f"127.0.0.{self._number}", **arguments)
 
     def lose(self, node: Any) -> None:
         """End a node's processes as a power cut does."""

@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import ray
 from conftest import Nodes, free_port, wait_for
 
 from raytrain.data.storage import list_files
@@ -199,6 +200,9 @@ class Disturbed:
     def _kill_driver(self) -> None:
         assert self._driver.poll() is None, "it ended too early to be disturbed"
         end(self._driver)
+        # Ray keeps what an elastic training has asked for until three minutes after its driver's death.
+        with contextlib.suppress(ValueError):  # nobody asked yet
+            ray.kill(ray.get_actor("AutoscalingCoordinator", namespace="AutoscalingCoordinator"))
         self._driver = self._start_driver()
 
     def _wait_for(self, condition: Callable[[], bool], what: str) -> None:

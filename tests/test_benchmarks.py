@@ -129,5 +129,6 @@ def test_rtfx_compares_models_at_equal_length_of_text():
         assert run.search() == [5, 5] and figures["tokens"] == 5
         assert figures["rtfx"] == pytest.approx(4000 / (figures["encoder_ms"] + figures["decoder_ms"]), rel=0.02)
     flash, deep = found["canary-1b-flash"], found["canary-1b"]
-    assert times_faster(found)["decoder"] == pytest.approx(deep["decoder_ms"] / flash["decoder_ms"], rel=0.05, abs=0.006)
+    ratio = deep["decoder_ms"] / flash["decoder_ms"]
+    assert times_faster(found)["decoder"] == pytest.approx(ratio, rel=0.05, abs=0.006)  # it is rounded
     assert times_faster({"canary-1b": deep}) is None
