@@ -7,8 +7,15 @@ BIN := .venv/bin
 demo: .venv/ready
 	$(BIN)/raytrain demo
 
+# Tests that share one Ray wait for it much of the time, so the others run beside them; their output comes at the end.
+PYTEST := $(BIN)/python -m pytest -q --durations=10
+OTHERS := .pytest-others.log
+
 test: .venv/ready
-	$(BIN)/python -m pytest -q
+	@$(PYTEST) -m 'not ray and not gpu and not slow' > $(OTHERS) 2>&1 & others=$$!; \
+	trap "kill $$others" INT TERM; \
+	$(PYTEST) -m 'ray and not gpu and not slow'; failed=$$?; \
+	wait $$others || failed=1; cat $(OTHERS); exit $$failed
 
 lint: .venv/ready
 	$(BIN)/ruff check .
@@ -20,6 +27,7 @@ benchmark: .venv/ready
 	$(BIN)/python -m benchmarks.scale
 	$(BIN)/python -m benchmarks.cluster
 	$(BIN)/python -m benchmarks.oomptimizer
+	$(BIN)/python -m benchmarks.probing
 	$(BIN)/python -m benchmarks.schedule
 	$(BIN)/python -m benchmarks.loader
 	$(BIN)/python -m benchmarks.stream
@@ -47,4 +55,4 @@ lock:
 	rm -rf .venv-lock
 
 clean:
-	rm -rf .venv .pytest_cache .ruff_cache build *.egg-info
+	rm -rf .venv .pytest-others.log .pytest_cache .ruff_cache build *.egg-info

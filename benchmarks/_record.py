@@ -14,12 +14,15 @@ from typing import Any
 RESULTS = Path(__file__).parent / "results"
 
 
-def machine(device: str = "cpu") -> dict[str, Any]:
-    """Processor, cores, GPU where one was used, Python and library versions."""
+def machine(device: str = "cpu", gpu: str | None = None) -> dict[str, Any]:
+    """Processor, cores, GPU where one was used, Python and library versions.
+
+    Asking torch for the GPU's name takes some of its memory for as long as this process lives; `gpu` saves that.
+    """
     names = ("numpy", "torch", "ray")
     return {
         "processor": _processor(),
-        **({"gpu": _gpu()} if device != "cpu" else {}),
+        **({"gpu": gpu or _gpu()} if device != "cpu" else {}),
         "cores": os.cpu_count(),
         "python": platform.python_version(),
         **{name: found for name in names if (found := _version(name))},
@@ -49,16 +52,30 @@ def _gpu() -> str:
     return torch.cuda.get_device_name()
 
 
-def record(theme: str, result: dict[str, Any], *, as_json: bool, device: str = "cpu") -> Path:
-    """Print the result and write `results/<theme>_<device>_<date>.json`, whose path comes back; as JSON, its figures
-    stand at the top."""
-    # A path names somebody's machine; its last part says enough.
+def command() -> str:
+    """How this process was started, without the folders of paths, which name somebody's machine."""
     arguments = [Path(word).name if "/" in word else word for word in sys.argv[1:]]
-    command = " ".join(["python", "-m", f"benchmarks.{Path(sys.argv[0]).stem}", *arguments])
-    document = {"theme": theme, "command": command, "machine": machine(device), "result": result}
-    RESULTS.mkdir(exist_ok=True)
-    path = RESULTS / f"{theme}_{device}_{datetime.date.today():%Y%m%d}.json"
-    path.write_text(json.dumps(document, indent=1) + "\n")
+    return " ".join(["python", "-m", f"benchmarks.{Path(sys.argv[0]).stem}", *arguments])
+
+
+def result_path(theme: str, device: str) -> Path:
+    """`results/<theme>_<device>_<date>.json`."""
+    return RESULTS / f"{theme}_{device}_{datetime.date.today():%Y%m%d}.json"
+
+
+def write_document(path: Path, document: dict[str, Any]) -> None:
+    """Replace the file at once: a reader or a killed writer never leaves half of one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    partial.write_text(json.dumps(document, indent=1) + "\n")
+    partial.replace(path)
+
+
+def record(theme: str, result: dict[str, Any], *, as_json: bool, device: str = "cpu") -> Path:
+    """Print the result and write it to its `result_path`, which comes back; as JSON, its figures stand at the top."""
+    document = {"theme": theme, "command": command(), "machine": machine(device), "result": result}
+    path = result_path(theme, device)
+    write_document(path, document)
     if as_json:
         print(json.dumps({key: value for key, value in document.items() if key != "result"} | result))
     else:

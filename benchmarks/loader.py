@@ -3,7 +3,12 @@
 Both read the same generated recordings in the same batches (buckets of 30 s to 120 s of audio each), decode, and pad;
 ours with threads, lhotse's with worker processes, the two taking turns.
 
+With --short: utterances of one second in batches of 512 through schedule, rows, files, decoder and batch, per second of
+a CPU's time, with what each part takes; `codec` is decoding from memory into one array and nothing else. Of each the
+least of several rounds, since other work on a machine only adds.
+
 python -m benchmarks.loader --json
+python -m benchmarks.loader --short --json
 """
 
 from __future__ import annotations
@@ -13,12 +18,16 @@ import statistics
 import sys
 import tempfile
 import time
+from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import miniaudio
 import numpy as np
 import pyarrow as pa
 import soundfile
+import torch
 
 sys.path[0] = str(Path(__file__).resolve().parents[1])  # as a script, this file's folder would come first
 
@@ -26,7 +35,8 @@ from benchmarks._record import record
 from raytrain.artifacts import write_json
 from raytrain.data.assignment import INDEX_FORMAT, ROW_SCHEMA, Assignment, PartsWriter
 from raytrain.data.augment import Augmenter
-from raytrain.data.loader import BatchLoader, Quarantine, StepReader, scheduled_work
+from raytrain.data.batch import SpeechBatch
+from raytrain.data.loader import BatchLoader, Quarantine, StepReader, load_row, scheduled_work
 from raytrain.lengths import BatchSchedule
 
 RATE = 16000
@@ -35,13 +45,17 @@ FORMATS = {"wav": ("wav", "PCM_16"), "flac": ("flac", "PCM_16"), "ogg": ("ogg", 
 EDGES_MS, SIZES = (4000, 10000, 20000), (24, 10, 5)
 
 
-def write_sounds(folder: Path, container: str, subtype: str, rows: int) -> list[tuple[str, int]]:
-    """Paths and durations in ms of recordings of band-limited noise, which compresses about as speech does."""
+def write_sounds(
+    folder: Path, container: str, subtype: str, rows: int, length_ms: int | None = None
+) -> list[tuple[str, int]]:
+    """Paths and durations in ms of recordings of band-limited noise, which compresses about as speech does; all of
+    `length_ms`, or of 0.8 to 20 s."""
     rng = np.random.default_rng(1)
     found = []
     folder.mkdir()
     for number in range(rows):
         duration_ms = int(np.clip(rng.lognormal(8.6, 0.6), 800, 20000)) if number % 3 else int(rng.uniform(4000, 20000))
+        duration_ms = length_ms or duration_ms
         noise = rng.standard_normal(duration_ms * RATE // 1000)
         sound = np.convolve(noise, np.hanning(24), "same") * np.abs(np.sin(np.arange(len(noise)) / 4000)) * 0.02
         path = folder / f"{number:05d}.{container}"
@@ -92,7 +106,6 @@ def ours(assignment: Assignment, threads: int) -> float:
 
 def lhotse(batches: list[list[tuple[str, int]]], workers: int) -> float:
     """The same for lhotse's usual way: cuts → AudioSamples → K2SpeechRecognitionDataset in worker processes."""
-    import torch
     from lhotse import CutSet, MonoCut, Recording, SupervisionSegment
     from lhotse.audio import AudioSource
     from lhotse.dataset import K2SpeechRecognitionDataset
@@ -131,14 +144,105 @@ def same_batches(assignment: Assignment) -> list[list[tuple[str, int]]]:
     return batches
 
 
+SHORT_MS, SHORT_BATCH = 1000, 512
+
+
+def short(folder: Path, name: str, rows: int, rounds: int, threads: list[int]) -> dict[str, Any]:
+    """Utterances per CPU second and µs of a CPU for each part, for `rows` utterances of `SHORT_MS`."""
+    sounds = write_sounds(folder / name, *FORMATS[name], rows, SHORT_MS)
+    assignment = write_assignment(folder / f"assignment-{name}", sounds)
+    schedule = BatchSchedule(1, assignment.rows_per_bucket, (SHORT_BATCH, 1, 1), num_epochs=1)
+    work = list(scheduled_work(assignment, schedule, schedule.initial(), [0], 1))[0]
+    encoded = [read_file(row.audio_path) for row in work.rows]
+    audios = [load_row(row, RATE) for row in work.rows]
+    tokens, lengths = [row.tokens for row in work.rows], [row.prompt_length for row in work.rows]
+    parts = {
+        "rows": lambda: next(scheduled_work(assignment, schedule, schedule.initial(), [0], 1)),
+        "file": partial(each, read_file, [row.audio_path for row in work.rows]),
+        "codec": partial(each, decode_only, encoded),
+        "load_row": partial(each, lambda row: load_row(row, RATE), work.rows),
+        "collate": lambda: SpeechBatch.collate(audios, tokens, lengths, pad_id=0),
+    }
+    micros = {name: min(cpu_micros(run, SHORT_BATCH) for _ in range(rounds)) for name, run in parts.items()}
+    whole = {
+        number: min(cpu_micros(partial(epoch, assignment, schedule, number), rows) for _ in range(rounds))
+        for number in threads
+    }
+    return {
+        "utterances_per_cpu_second_by_threads": {number: round(1e6 / value) for number, value in whole.items()},
+        "utterances_per_cpu_second_of_codec_alone": round(1e6 / micros["codec"]),
+        "share_of_codec": round(micros["codec"] / whole[threads[0]], 2),
+        "cpu_microseconds": profile_of(micros, whole[threads[0]]),
+    }
+
+
+def profile_of(micros: dict[str, float], whole: float) -> dict[str, float]:
+    """What each part adds to the `whole`, from what the parts take alone."""
+    parts = {
+        "schedule and rows": micros["rows"],
+        "open and read the file": micros["file"],
+        "codec": micros["codec"],
+        "around the codec": micros["load_row"] - micros["file"] - micros["codec"],
+        "collate": micros["collate"],
+        "threads, queue, fresh memory": whole - micros["rows"] - micros["load_row"] - micros["collate"],
+        "all": whole,
+    }
+    return {part: round(value, 1) for part, value in parts.items()}
+
+
+def each(function: Callable[[Any], Any], items: Iterable[Any]) -> None:
+    """Call it with each item, keeping nothing."""
+    for item in items:
+        function(item)
+
+
+def epoch(assignment: Assignment, schedule: BatchSchedule, threads: int) -> None:
+    """Read one epoch and forget it."""
+    with open_loader(assignment, schedule, threads) as loader:
+        for _ in loader:
+            pass
+
+
+def read_file(path: str) -> bytes:
+    """A file's bytes in two calls."""
+    with open(path, "rb", buffering=0) as file:
+        return file.read(1 << 16)
+
+
+def decode_only(data: bytes) -> None:
+    """The least that decoding can take: FLAC by the decoder's C functions, WAV as integers to floats."""
+    if not data.startswith(b"fLaC"):
+        np.multiply(np.frombuffer(data, np.int16)[-len(_DECODED) :], 2**-15, out=_DECODED)
+        return
+    lib, ffi = miniaudio.lib, miniaudio.ffi
+    flac = lib.ma_dr_flac_open_memory(data, len(data), ffi.NULL)
+    read = lib.ma_dr_flac_read_pcm_frames_f32(flac, len(_DECODED), ffi.from_buffer("float[]", _DECODED))
+    lib.ma_dr_flac_close(flac)
+    assert read == len(_DECODED)
+
+
+_DECODED = np.empty(SHORT_MS * RATE // 1000, np.float32)
+
+
+def cpu_micros(run: Callable[[], Any], utterances: int) -> float:
+    """Microseconds of CPU time of this process for each of the utterances that a call reads."""
+    started = time.process_time()
+    run()
+    return (time.process_time() - started) / utterances * 1e6
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=int, default=200)
     parser.add_argument("--workers", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--formats", nargs="+", default=list(FORMATS), choices=list(FORMATS))
+    parser.add_argument("--short", action="store_true", help="utterances of one second instead, without lhotse")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     arguments = parser.parse_args()
+    if arguments.short:
+        main_short(arguments)
+        return
     result: dict[str, Any] = {"rows": arguments.rows, "by_format": {}}
     with tempfile.TemporaryDirectory() as folder:
         for name in arguments.formats:
@@ -154,6 +258,18 @@ def main() -> None:
                 }  # fmt: skip
     result["least_times_lhotse"] = min(row["times_lhotse"] for row in result["by_format"].values())
     record("loader", result, as_json=arguments.json)
+
+
+def main_short(arguments: argparse.Namespace) -> None:
+    """`--short`."""
+    torch.set_num_threads(1)  # idle threads of a pool would spin
+    rows = max(arguments.rows, 4 * SHORT_BATCH)
+    result: dict[str, Any] = {"rows": rows, "utterance_seconds": SHORT_MS / 1000, "batch_size": SHORT_BATCH,
+                              "rounds": arguments.rounds, "by_format": {}}  # fmt: skip
+    with tempfile.TemporaryDirectory() as folder:
+        for name in ("flac", "wav"):
+            result["by_format"][name] = short(Path(folder), name, rows, arguments.rounds, arguments.workers)
+    record("loader_short", result, as_json=arguments.json)
 
 
 if __name__ == "__main__":

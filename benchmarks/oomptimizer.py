@@ -2,18 +2,24 @@
 batch sizes of the paper's schemes, and the prediction against the memory of real steps on this processor.
 
 python -m benchmarks.oomptimizer --manifest manifest.jsonl --tokenizer spe.model --json
-python -m benchmarks.oomptimizer --json            # a drawn mix of lengths instead
+python -m benchmarks.oomptimizer --json                     # a drawn mix of lengths instead
+python -m benchmarks.oomptimizer --only-probes --json       # the simulated devices alone
+python -m benchmarks.oomptimizer --processes-only --json    # the last part alone, also for DDP and sharded models
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import gc
 import random
 import statistics
 import sys
+import tempfile
 import time
-from dataclasses import replace
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,13 +34,13 @@ from benchmarks.plans import read_lengths
 from raytrain.cluster.oomptimize import predict, traced_device
 from raytrain.cluster.session import ray_session
 from raytrain.config import check_config
-from raytrain.lengths import BatchSizeSearch, BucketPlan, BucketSettings, LengthHistogram, make_plan
-from raytrain.lengths.search import SharedBrackets
+from raytrain.lengths import BatchSizeSearch, BucketPlan, BucketSearches, BucketSettings, LengthHistogram, make_plan
 from raytrain.model.config import ModelConfig
 from raytrain.model.cost import cost_of
 from raytrain.training.isolated import IsolatedMeter
 from raytrain.training.memory import StepTracer
-from raytrain.training.probe import Probe, StepMeter
+from raytrain.training.meter import Probe, ProbeGroup, joint_probe
+from raytrain.training.probe import StepMeter
 from raytrain.training.settings import TrainSettings
 
 GIB = 2**30
@@ -106,56 +112,127 @@ def schemes(histogram: LengthHistogram, model: ModelConfig, memory: str, duratio
 # --- probes
 
 
-def count_probes(plan: BucketPlan, predictions: list[Any], budget: int, rounds: int) -> dict[str, Any]:
-    """Probes per bucket on devices that differ from the prediction: by up to ±7 % in all buckets alike (workspaces, the
-    allocator's gaps) and by ±2 % in each duration. Both rules face the same devices and end at the same tolerance."""
-    edges = [(bucket.max_duration_ms, bucket.max_tokens) for bucket in plan.grid.buckets]
-    needs = [(found.line.base_bytes, found.line.slope_bytes) for found in predictions]
-    totals, above = {"ours": 0, "nemo": 0}, 0
-    for seed in range(rounds):
-        rng = random.Random(seed)
-        bias = rng.uniform(0.93, 1.07)
-        by_duration = {duration: bias * rng.uniform(0.98, 1.02) for duration, _ in edges}
-        truth = [
-            int((budget * by_duration[duration] - base) / slope)
-            for (duration, _), (base, slope) in zip(edges, needs, strict=True)
-        ]
-        # Longer and denser buckets never take more.
-        truth = [
-            min(size for (d, t), size in zip(edges, truth, strict=True) if d <= edge[0] and t <= edge[1])
-            for edge in edges
-        ]
-        previous: int | None = None
-        shared = SharedBrackets(edges, needs, budget)
-        for bucket in reversed(range(len(edges))):  # the largest first, as NeMo does
-            nemo = BatchSizeSearch(32 if previous is None else previous * 2, 4096, TOLERANCE, growth=2.0)
-            totals["nemo"] += run(nemo, truth[bucket])
-            previous = nemo.result
-            ours = BatchSizeSearch(shared.start(bucket), 4096, TOLERANCE)
-            totals["ours"] += run(ours, truth[bucket], shared, bucket)
-            above += ours.result > truth[bucket]
-    cells = rounds * len(edges)
-    return {
-        "probes_per_bucket": round(totals["ours"] / cells, 3),
-        "nemo_rule_probes_per_bucket": round(totals["nemo"] / cells, 3),
-        "fewer_probes": round(totals["nemo"] / totals["ours"], 2),
-        "answers_above_what_fits": above,
-        "devices": rounds,
+@dataclass(frozen=True)
+class SimulatedDevice:
+    """A device on which a step takes `factors` (by bucket) times its predicted bytes, and `largest` are the largest
+    batches that fit. Peaks are told to ±0.5 %."""
+
+    needs: tuple[tuple[float, float], ...]
+    factors: tuple[float, ...]
+    largest: tuple[int, ...]
+    seed: int
+
+    def probe(self, bucket: int, size: int) -> tuple[bool, float | None]:
+        """Whether a batch fits, and its peak bytes if it does."""
+        base, slope = self.needs[bucket]
+        noise = random.Random(f"{self.seed} {bucket} {size}").uniform(0.995, 1.005)
+        fits = size <= self.largest[bucket]
+        return fits, (base + size * slope) * self.factors[bucket] * noise if fits else None
+
+
+def simulate(
+    edges: list[tuple[int, int]], needs: list[tuple[float, float]], budget: float, seed: int,
+    usable: tuple[float, float] = (1.0, 1.0),
+) -> SimulatedDevice:  # fmt: skip
+    """A device that differs from the prediction by up to ±10 % in all buckets alike (workspaces, the allocator's gaps)
+    and by ±2 % in each duration, and runs out of memory at a share of the budget within `usable`, bucket by bucket."""
+    rng = random.Random(seed)
+    bias = rng.uniform(0.90, 1.10)
+    by_duration = {duration: bias * rng.uniform(0.98, 1.02) for duration in sorted({duration for duration, _ in edges})}
+    largest = [
+        int((budget * rng.uniform(*usable) * by_duration[duration] - base) / slope)
+        for (duration, _), (base, slope) in zip(edges, needs, strict=True)
+    ]
+    # Longer and denser buckets never take more.
+    largest = [
+        min(size for (d, t), size in zip(edges, largest, strict=True) if d <= edge[0] and t <= edge[1])
+        for edge in edges
+    ]
+    factors = tuple(1 / by_duration[duration] for duration, _ in edges)
+    return SimulatedDevice(tuple(needs), factors, tuple(largest), seed)
+
+
+@dataclass
+class Tally:
+    """Over all devices: probes, those of them that failed, answers above what fits, and answers as shares of the
+    largest that fits."""
+
+    probes: int = 0
+    failed: int = 0
+    above: int = 0
+    shares: list[float] = field(default_factory=list)
+
+    def answer(self, size: int, largest: int) -> None:
+        """Count one bucket's answer."""
+        self.above += size > largest
+        self.shares.append(size / largest)
+
+    def figures(self, prefix: str) -> dict[str, float]:
+        """Per bucket."""
+        return {
+            f"{prefix}probes_per_bucket": round(self.probes / len(self.shares), 3),
+            f"{prefix}failing_probes_per_bucket": round(self.failed / len(self.shares), 3),
+            f"{prefix}mean_share_of_largest": round(statistics.mean(self.shares), 4),
+        }
+
+
+def run_nemo(device: SimulatedDevice, tally: Tally) -> None:
+    """NeMo's rule: the largest bucket first, each next one from twice the last answer."""
+    previous: int | None = None
+    for bucket in reversed(range(len(device.largest))):
+        search = BatchSizeSearch(32 if previous is None else previous * 2, 4096, TOLERANCE, growth=2.0)
+        while (size := search.next()) is not None:
+            fits, _ = device.probe(bucket, size)
+            search.report(size, fits)
+            tally.probes += 1
+            tally.failed += not fits
+        previous = search.result
+        tally.answer(search.result, device.largest[bucket])
+
+
+def run_searches(
+    device: SimulatedDevice, searches: BucketSearches, tally: Tally, peaks: bool = True, processes: int = 1
+) -> None:
+    """All buckets' searches together, by so many processes that probe at the same time."""
+    while not searches.done:
+        asks = [ask for ask in (searches.next() for _ in range(processes)) if ask is not None]
+        for bucket, size in asks:
+            fits, peak = device.probe(bucket, size)
+            searches.report(bucket, size, fits, peak if peaks else None)
+            tally.probes += 1
+            tally.failed += not fits
+    for bucket, largest in enumerate(device.largest):
+        tally.answer(searches.result(bucket), largest)
+
+
+def count_probes(
+    edges: list[tuple[int, int]], needs: list[tuple[float, float]], budget: int, devices: int
+) -> dict[str, Any]:
+    """Probes per bucket on simulated devices. Both rules face the same devices and end at the same tolerance; ours also
+    with four processes at once, at a tolerance of 0.02, where peaks are not told, and where devices run out 1 to 5 %
+    before the budget."""
+    names = ("", "four_processes_", "tolerance_0.02_", "without_peaks_", "early_failures_", "nemo_rule_")
+    tallies = {name: Tally() for name in names}
+
+    def searches(tolerance: float = TOLERANCE) -> BucketSearches:
+        return BucketSearches(edges, needs, budget, 4096, tolerance)
+
+    for seed in range(devices):
+        device = simulate(edges, needs, budget, seed)
+        run_searches(device, searches(), tallies[""])
+        run_searches(device, searches(), tallies["four_processes_"], processes=4)
+        run_searches(device, searches(0.02), tallies["tolerance_0.02_"])
+        run_searches(device, searches(), tallies["without_peaks_"], peaks=False)
+        early = simulate(edges, needs, budget, seed, usable=(0.95, 0.99))
+        run_searches(early, searches(), tallies["early_failures_"])
+        run_nemo(device, tallies["nemo_rule_"])
+    result: dict[str, Any] = {"devices": devices, "answers": devices * len(edges)}
+    for prefix, tally in tallies.items():
+        result |= tally.figures(prefix)
+    return result | {
+        "fewer_probes": round(tallies["nemo_rule_"].probes / tallies[""].probes, 2),
+        "answers_above_what_fits": sum(tally.above for tally in tallies.values()),
     }
-
-
-def run(search: BatchSizeSearch, truth: int, shared: SharedBrackets | None = None, bucket: int = 0) -> int:
-    """Probes that a search takes where `truth` is the largest that fits."""
-    probes = 0
-    while True:
-        if shared is not None:
-            search.inform(*shared.bracket(bucket))
-        if (size := search.next()) is None:
-            return probes
-        probes += 1
-        search.report(size, size <= truth)
-        if shared is not None:
-            shared.report(bucket, size, size <= truth)
 
 
 # --- prediction against this processor
@@ -164,7 +241,7 @@ def run(search: BatchSizeSearch, truth: int, shared: SharedBrackets | None = Non
 class ProcessMeter:
     """Peak of this process above what it holds without the model, for steps on the processor."""
 
-    def __init__(self, model: ModelConfig, settings: TrainSettings) -> None:
+    def __init__(self, model: ModelConfig, settings: TrainSettings, group: ProbeGroup | None = None) -> None:
         import torch
 
         torch.set_num_threads(1)
@@ -173,10 +250,10 @@ class ProcessMeter:
             decoder_width=64, decoder_heads=2,
         )  # fmt: skip
         # A first step loads libraries and compiles kernels.
-        StepMeter(small, settings, None, "cpu").measure(2, (3000, 20), 2)
+        StepMeter(small, settings, None, "cpu", group=group).measure(2, (3000, 20), 2)
         gc.collect()
         self._before = _resident_bytes()
-        self._meter = StepMeter(model, settings, None, "cpu")
+        self._meter = StepMeter(model, settings, None, "cpu", group=group)
 
     def measure(self, batch_size: int, edges: tuple[int, int], num_steps: int, *, fresh: bool = True) -> Probe:
         """See `StepMeter`."""
@@ -197,42 +274,73 @@ _ENVIRONMENT = {
 _SHAPES = ((4, (4000, 40)), (8, (10000, 60)), (16, (10000, 200)), (8, (20000, 100)), (4, (40000, 300)))
 
 
-def against_processor() -> dict[str, Any]:
-    """Predicted beside measured peak MiB of a 4+2-layer Canary in fp32, alone and in DDP, with and without activation
-    checkpointing."""
+def process_meters(model: ModelConfig, settings: TrainSettings, folder: Path) -> list[IsolatedMeter]:
+    """One meter, or for a sharded model one for each rank, which meet by a file in `folder`."""
     from benchmarks.oomptimizer import ProcessMeter as Meter  # by its module's name, which the other process knows
 
+    ranks = settings.most_workers if settings.shard else 1
+    groups: list[ProbeGroup | None] = [None]
+    if ranks > 1:
+        groups = [ProbeGroup(rank, ranks, f"file://{folder.resolve()}/group") for rank in range(ranks)]
+    return [IsolatedMeter(Meter, model, settings, group, environment=_ENVIRONMENT) for group in groups]
+
+
+def measure_together(meters: list[IsolatedMeter], size: int, edges: tuple[int, int], num_steps: int) -> Probe:
+    """The same steps on all ranks at once."""
+    with ThreadPoolExecutor(len(meters)) as pool:
+        return joint_probe(list(pool.map(lambda meter: meter.measure(size, edges, num_steps), meters)))
+
+
+def against_processor(
+    shapes: Sequence[tuple[int, tuple[int, int]]] = _SHAPES, kinds: Sequence[str] = ("one", "ddp", "sharded")
+) -> dict[str, Any]:
+    """Predicted beside measured peak MiB of a 4+2-layer Canary in fp32: alone, in DDP and sharded over two ranks, with
+    and without activation checkpointing."""
     model = ModelConfig(
         encoder_layers=4, encoder_width=256, encoder_heads=4, subsampling_channels=64, decoder_layers=2,
         decoder_width=256, decoder_heads=4, max_positions=512, vocab_size=1000,
     )  # fmt: skip
     rows = []
-    for world_size in (1, 2):
+    for kind in kinds:
         for checkpointing in (False, True):
-            settings = TrainSettings(num_workers=world_size, activation_checkpointing=checkpointing, precision="fp32")
-            tracer = StepTracer(model, settings, world_size=world_size, device_type="cpu")
-            with IsolatedMeter(Meter, model, settings, environment=_ENVIRONMENT) as meter:
-                for size, edges in _SHAPES:
-                    measured = meter.measure(size, edges, 2).peak_bytes
-                    predicted = tracer.trace(size, *edges).peak_bytes
-                    rows.append(
-                        {
-                            "ddp": world_size > 1,
-                            "activation_checkpointing": checkpointing,
-                            "batch_size": size,
-                            "max_duration_ms": edges[0],
-                            "max_tokens": edges[1],
-                            "measured_mib": round(measured / 2**20, 1),
-                            "predicted_mib": round(predicted / 2**20, 1),
-                            "error": round(predicted / measured - 1, 4),
-                        }  # fmt: skip
-                    )
-    errors = [abs(row["error"]) for row in rows]
-    return {
-        "cpu_median_absolute_error": round(statistics.median(errors), 4),
-        "cpu_largest_absolute_error": max(errors),
-        "cpu_cells": rows,
-    }
+            settings = TrainSettings(
+                num_workers=1 if kind == "one" else 2, shard=kind == "sharded", activation_checkpointing=checkpointing,
+                precision="fp32",
+            )  # fmt: skip
+            for row in processor_cells(model, settings, shapes):
+                rows.append({"kind": kind, "activation_checkpointing": checkpointing, **row})
+                print(rows[-1], file=sys.stderr)
+    result: dict[str, Any] = {}
+    for kind in kinds:
+        errors = [abs(row["error"]) for row in rows if row["kind"] == kind]
+        result[f"cpu_{kind}_median_absolute_error"] = round(statistics.median(errors), 4)
+        result[f"cpu_{kind}_largest_absolute_error"] = max(errors)
+    return {**result, "cpu_cells": rows}
+
+
+def processor_cells(
+    model: ModelConfig, settings: TrainSettings, shapes: Sequence[tuple[int, tuple[int, int]]]
+) -> list[dict[str, Any]]:
+    """A row for each shape: the traced peak, and the highest of the processes that ran the step."""
+    tracer = StepTracer(model, settings, world_size=settings.most_workers, device_type="cpu")
+    rows = []
+    with contextlib.ExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        meters = [stack.enter_context(meter) for meter in process_meters(model, settings, folder)]
+        for size, edges in shapes:
+            measured = measure_together(meters, size, edges, 2).peak_bytes
+            predicted = tracer.trace(size, *edges).peak_bytes
+            rows.append(
+                {
+                    "batch_size": size,
+                    "max_duration_ms": edges[0],
+                    "max_tokens": edges[1],
+                    "measured_mib": round(measured / 2**20, 1),
+                    "predicted_mib": round(predicted / 2**20, 1),
+                    "error": round(predicted / measured - 1, 4),
+                }
+            )
+    return rows
 
 
 def main() -> None:
@@ -245,8 +353,13 @@ def main() -> None:
     parser.add_argument("--device-memory", default="80GiB")
     parser.add_argument("--durations", type=int, default=30)
     parser.add_argument("--devices", type=int, default=20, help="how many simulated ones the probes are counted on")
+    parser.add_argument("--only-probes", action="store_true", help="leave out what is timed or measured")
+    parser.add_argument("--processes-only", action="store_true", help="hold predictions against processes, no more")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     arguments = parser.parse_args()
+    if arguments.processes_only:
+        record("oomptimizer_processes", against_processor(), as_json=arguments.json)
+        return
     if arguments.manifest:
         lengths = read_lengths(arguments.manifest, arguments.tokenizer, prompt=9)
     else:
@@ -256,15 +369,22 @@ def main() -> None:
     settings = BucketSettings(arguments.durations, 2, max_tokens=2048)
     plan = make_plan(histogram, settings, "", cost_of(model))
     found, seconds = sizes_of(plan, model, arguments.device_memory)
+    edges = [(bucket.max_duration_ms, bucket.max_tokens) for bucket in plan.grid.buckets]
+    needs = [(one.line.base_bytes, one.line.slope_bytes) for one in found]
     budget = int(0.9 * check_memory(arguments.device_memory))
     result = {
         "model": arguments.model,
         "device_memory": arguments.device_memory,
         "buckets": len(found),
+        **count_probes(edges, needs, budget, arguments.devices),
+    }
+    if arguments.only_probes:
+        record("oomptimizer_probes", result, as_json=arguments.json)
+        return
+    result |= {
         "seconds_per_60_cells": round(seconds * 60 / len(found), 2),
         "batch_sizes": [one.batch_size for one in found],
-        "edges": [[bucket.max_duration_ms, bucket.max_tokens] for bucket in plan.grid.buckets],
-        **count_probes(plan, found, budget, arguments.devices),
+        "edges": [list(edge) for edge in edges],
         "schemes_model": arguments.schemes_model,
         **schemes(histogram, config_of(arguments.schemes_model), arguments.device_memory, arguments.durations),
         **against_processor(),

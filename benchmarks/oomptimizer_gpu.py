@@ -24,28 +24,19 @@ import torch
 
 sys.path[0] = str(Path(__file__).resolve().parents[1])  # as a script, this file's folder would come first
 
+from benchmarks._models import config_of
 from benchmarks._record import record
-from raytrain.lengths import BatchSizeSearch, BucketPlan, BucketSettings, LengthHistogram, make_plan
-from raytrain.lengths.search import SharedBrackets
-from raytrain.model.config import ModelConfig, SpecAugmentSettings
+from raytrain.lengths import BatchSizeSearch, BucketPlan, BucketSearches, BucketSettings, LengthHistogram, make_plan
 from raytrain.model.cost import cost_of
 from raytrain.training.isolated import IsolatedMeter
 from raytrain.training.memory import Neighbours, StepTracer, predict_batch_size
-from raytrain.training.probe import Probe, StepMeter, search_batch_size, soak
+from raytrain.training.meter import Probe, search_batch_size, search_buckets, soak
+from raytrain.training.probe import StepMeter
 from raytrain.training.settings import TrainSettings
 
 GIB = 2**30
 TOLERANCE = 0.05
-# Shapes of the published models; configs/*.yaml say the same, but reading them takes more than this may need.
-SHAPES: dict[str, dict[str, Any]] = {
-    "canary-180m-flash": {"encoder_layers": 17, "encoder_width": 512, "encoder_heads": 8, "decoder_layers": 4,
-                          "decoder_width": 1024, "decoder_heads": 8, "vocab_size": 5248},
-    "canary-1b-flash": {"encoder_layers": 32, "encoder_width": 1024, "encoder_heads": 8, "decoder_layers": 4,
-                        "decoder_width": 1024, "decoder_heads": 8, "vocab_size": 5248},
-    "canary-1b": {"encoder_layers": 24, "encoder_width": 1024, "encoder_heads": 8, "decoder_layers": 24,
-                  "decoder_width": 1024, "decoder_heads": 8, "vocab_size": 4128, "max_positions": 512,
-                  "prompt_format": "canary"},
-}  # fmt: skip
+MODELS = ("canary-180m-flash", "canary-1b-flash", "canary-1b")
 
 
 def draw_lengths(count: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
@@ -61,7 +52,7 @@ def draw_lengths(count: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
 
 def measure_model(name: str, plan: BucketPlan, total: int, memory_fraction: float, with_nemo: bool) -> dict[str, Any]:
     """All figures of one model on this GPU."""
-    model = ModelConfig(**SHAPES[name], spec_augment=SpecAugmentSettings())
+    model = config_of(name)
     settings = TrainSettings(num_workers=2, precision="bf16")
     edges = [(bucket.max_duration_ms, bucket.max_tokens) for bucket in plan.grid.buckets]
     budget = int(total * memory_fraction)
@@ -73,27 +64,22 @@ def measure_model(name: str, plan: BucketPlan, total: int, memory_fraction: floa
         neighbours.add(*edge, predictions[-1].line)
     predicting = time.perf_counter() - start
     needs = [(one.line.base_bytes, one.line.slope_bytes) for one in predictions]
-    shared = SharedBrackets(edges, needs, budget)
     result: dict[str, Any] = {"buckets": len(edges), "prediction_seconds": round(predicting, 1)}
     with IsolatedMeter(StepMeter, model, settings, budget) as meter:
         begun = time.perf_counter()
-        cells = []
-        for bucket in reversed(range(len(edges))):
-            found = search_batch_size(
-                lambda size, bucket=bucket: meter.measure(size, edges[bucket], 3),
-                BatchSizeSearch(shared.start(bucket), 4096, TOLERANCE),
-                before=lambda bucket=bucket: shared.bracket(bucket),
-                after=lambda size, fits, bucket=bucket: shared.report(bucket, size, fits),
-            )
-            cells.append(
-                _cell(bucket, edges[bucket], predictions[bucket], found.batch_size, found.probes, needs[bucket])
-            )
-            print(name, json.dumps(cells[-1]), file=sys.stderr, flush=True)
+        searches = BucketSearches(edges, needs, budget, 4096, TOLERANCE)
+        answers = search_buckets(lambda bucket, size: meter.measure(size, edges[bucket], 3), searches)
+        cells = [
+            _cell(bucket, edges[bucket], predictions[bucket], answer.batch_size, answer.probes, needs[bucket])
+            for bucket, answer in enumerate(answers)
+        ]
+        for cell in cells:
+            print(name, json.dumps(cell), file=sys.stderr, flush=True)
         result |= _summary("", cells, time.perf_counter() - begun)
-        sizes = [cell["batch_size"] for cell in reversed(cells)]
+        sizes = [cell["batch_size"] for cell in cells]
         lowered = [step for step in soak(meter, edges, sizes, len(edges), seed=1) if step.lowered_to is not None]
         result["soak_lowered"] = [[step.bucket, step.lowered_to] for step in lowered]
-        result["cells"] = list(reversed(cells))
+        result["cells"] = cells
     if with_nemo:
         with IsolatedMeter(StepMeter, model, settings, budget) as meter:
             begun, others, previous = time.perf_counter(), [], None
@@ -138,7 +124,7 @@ def _summary(prefix: str, cells: list[dict[str, Any]], seconds: float) -> dict[s
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--models", nargs="+", default=list(SHAPES), choices=list(SHAPES))
+    parser.add_argument("--models", nargs="+", default=list(MODELS), choices=list(MODELS))
     parser.add_argument("--durations", type=int, default=30)
     parser.add_argument("--memory-fraction", type=float, default=0.9)
     parser.add_argument("--without-nemo-rule", action="store_true", help="leave out the slower comparison")
@@ -152,7 +138,7 @@ def main() -> None:
         histogram,
         BucketSettings(arguments.durations, 2, max_tokens=500),
         "",
-        cost_of(ModelConfig(**SHAPES["canary-1b"])),
+        cost_of(config_of("canary-1b")),
     )
     result: dict[str, Any] = {"gpu_gib": round(total / GIB, 2), "plan": asdict(plan.grid), "models": {}}
     for name in arguments.models:

@@ -49,7 +49,7 @@ class Utterances(Decoding):
 
 def load(name: str, precision: str, device: str) -> tuple[ModelParts, torch.nn.Module]:
     """A random model, and its parts without the weights, which are packed in the model."""
-    parts = random_parts(name)
+    parts = random_parts(name, device=device)
     model = prepare_for_inference(parts.build(), precision, torch.device(device))
     return replace(parts, state={}), model
 

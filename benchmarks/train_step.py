@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from benchmarks._models import random_parts
 from benchmarks._peer import Peer, in_turn
@@ -29,18 +30,21 @@ from raytrain.model.nemo import write_nemo
 from raytrain.model.portable import ModelParts
 from raytrain.training.optim import make_optimizer
 from raytrain.training.settings import TrainSettings
-from raytrain.training.step import resolve_precision, train_step
+from raytrain.training.step import StepResult, resolve_precision, train_step
 
 
-def stepper(parts: ModelParts, shape: tuple[int, float, int], device: str) -> Callable[[], float]:
-    """A function that runs one training step and waits for it."""
+def stepper(model: nn.Module, shape: tuple[int, float, int], device: str) -> Callable[[], StepResult]:
+    """A function that gives the device one training step and does not wait for it.
+
+    `model` is a `Canary` in training on that device, or DDP around it.
+    """
     settings = TrainSettings()
-    model = parts.build().to(device).train()
+    config = getattr(model, "module", model).config
     optimizer = make_optimizer(model, settings)
     batch, seconds, tokens = shape
-    data = SpeechBatch.synthetic(batch, int(seconds * 1000), tokens, vocab=parts.config.vocab_size, device=device)
+    data = SpeechBatch.synthetic(batch, int(seconds * 1000), tokens, vocab=config.vocab_size, device=device)
     precision = resolve_precision("auto", device)
-    return lambda: float(train_step(model, [data], optimizer, settings, precision=precision).sums[0])
+    return lambda: train_step(model, [data], optimizer, settings, precision=precision)
 
 
 @contextlib.contextmanager
@@ -63,7 +67,11 @@ def parts_of(name: str) -> ModelParts:
 def measure(
     parts: ModelParts, shape: tuple[int, float, int], device: str, rounds: int, peer: Peer | None
 ) -> dict[str, Any]:
-    step = stepper(parts, shape, device)
+    start_step = stepper(parts.build().to(device).train(), shape, device)
+
+    def step() -> float:
+        return float(start_step().sums[0])  # waits for the device
+
     step()
     batch, seconds, tokens = shape
     if peer is not None:

@@ -329,7 +329,8 @@ class ClusterSection(_Section):
     @field_validator("train_labels", "data_labels")
     @classmethod
     def _labels(cls, value: dict[str, str]) -> dict[str, str]:
-        return _without(check_labels(value), value)
+        # Ray takes the space after a comma as a part of the next value.
+        return {key: selector.replace(" ", "") for key, selector in _without(check_labels(value), value).items()}
 
     @field_validator("train_resources", "data_resources")
     @classmethod

@@ -91,7 +91,7 @@ class Recogniser:
         while len(found) < len(batch):
             first, last = len(found), min(len(found) + limit, len(batch))
             own = slice(first, last)
-            part = _rows(batch, own)
+            part = batch.part(own)
             # What did not fit is freed only after the except block has ended, which holds it.
             try:
                 found += self._hear(part, starts_s[own], timed[own])
@@ -154,15 +154,6 @@ class Recogniser:
     def text(self, tokens: Sequence[TimedToken]) -> str:
         """The text of tokens."""
         return self.tokenizer.decode(token.id for token in tokens)
-
-
-def _rows(batch: SpeechBatch, rows: slice) -> SpeechBatch:
-    """Some rows of a batch, without the padding that only others need."""
-    if rows.stop - rows.start == len(batch):
-        return batch
-    part = SpeechBatch(*(tensor[rows] for tensor in batch.tensors()))
-    longest = int(part.audio_lengths.max())
-    return SpeechBatch(part.audio[:, :longest], *part.tensors()[1:])
 
 
 def joined(spans_s: Sequence[tuple[float, float]], heard: Sequence[Heard]) -> list[TimedToken]:

@@ -5,18 +5,32 @@ from __future__ import annotations
 import contextlib
 import os
 import secrets
+import shutil
+import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
 
 from raytrain.config import ClusterSection, Config, check_config
+from raytrain.device import EMULATED_GPU
 
 SHARED = Path(os.environ.get("RAYTRAIN_SHARED") or Path(__file__).parents[2] / "shared")
+
+_MARK = "TESTS_OF_RAYTRAIN"  # tells the Ray of these tests from what else runs on this machine
+os.environ[_MARK] = str(os.getpid())
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark what shares the local Ray or the head: one process runs these, another one the rest (see the Makefile)."""
+    for item in items:
+        if {"local_ray", "head"} & set(getattr(item, "fixturenames", ())):
+            item.add_marker("ray")
 
 
 @pytest.fixture(scope="session")
@@ -30,12 +44,112 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def local_ray(s3):
+def local_ray(s3) -> Iterator[None]:
     """One local Ray with two CPUs for the whole session; its workers reach the S3 server."""
     from raytrain.cluster.session import ray_session
 
-    with ray_session(ClusterSection(num_cpus=2)):
-        yield
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")  # which is also how often it looks whether all is done
+        patch.setenv("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")  # a process more for each training
+        patch.setenv("RAY_health_check_period_ms", "1000")  # five of these tell that a node is lost
+        if (Path.home() / ".ray" / "auth_token").exists():  # which may change or go in the meantime
+            patch.setenv("RAY_AUTH_TOKEN", secrets.token_hex(32))
+        with ray_session(ClusterSection(num_cpus=2)):
+            yield
+
+
+class Nodes:
+    """Nodes beside that of the local Ray, on this machine, that come and go at will."""
+
+    def __init__(self) -> None:
+        import ray
+        from ray.cluster_utils import Cluster
+
+        self._cluster, self._number = Cluster(), 1
+        self._cluster.head_node = ray._private.worker.global_worker.node
+        # What a process of its own needs to join: without the switch Ray would look for another address of this machine
+        # than 127.0.0.1, on which alone a local Ray listens.
+        self.environment = {"RAY_ADDRESS": self._cluster.address, "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
+
+    def add(self, **arguments: Any) -> Any:
+        """Start a node; `arguments` are those of `ray.cluster_utils.Cluster.add_node`."""
+        # With an address of its own: a process that joins looks for the node that has its own, that of the local Ray.
+        self._number += 1
+        return self._cluster.add_node(node_ip_address=f"127.0.0.{self._number}", **arguments)
+
+    def lose(self, node: Any) -> None:
+        """End a node's processes as a power cut does."""
+        self._cluster.remove_node(node, allow_graceful=False)
+
+    def announce_loss(self, node: Any, seconds: float) -> None:
+        """Tell Ray that a node goes after some time, as a cloud does with a spot instance."""
+        from ray._raylet import GcsClient
+        from ray.core.generated.autoscaler_pb2 import DrainNodeReason
+
+        client, deadline = GcsClient(address=self._cluster.address), int(1000 * (time.time() + seconds))
+        reason = DrainNodeReason.Value("DRAIN_NODE_REASON_PREEMPTION")
+        accepted, why = client.drain_node(node.node_id, reason, "", deadline)
+        assert accepted, why
+
+    def remove_all(self) -> None:
+        """Have the local Ray as it was."""
+        import ray
+
+        for node in list(self._cluster.worker_nodes):
+            self._cluster.remove_node(node)
+        wait_for(lambda: sum(node["Alive"] for node in ray.nodes()) == 1, "the nodes are gone")
+
+
+@pytest.fixture
+def nodes(local_ray) -> Iterator[Nodes]:
+    """Nodes that this test adds to the local Ray. Their CPUs are for work that asks for what they have beside them."""
+    added = Nodes()
+    yield added
+    added.remove_all()
+
+
+def wait_for(condition: Callable[[], Any], what: str, seconds: float = 240, every: float = 0.02) -> None:
+    """Return once that `condition` holds, which is looked at `every` so many seconds. Raises `TimeoutError` with `what`
+    after `seconds`."""
+    until = time.monotonic() + seconds
+    while not condition():
+        if time.monotonic() > until:
+            raise TimeoutError(what)
+        time.sleep(every)
+
+
+@pytest.fixture(scope="session")
+def prepared(corpus, tmp_path_factory, local_ray) -> Config:
+    """A configuration whose run folder has all that training needs, without tracking; for all tests, so only to be
+    read and copied."""
+    from raytrain.cluster.pipeline import run_pipeline
+    from raytrain.console import Console
+
+    config = tiny_config(corpus, tmp_path_factory.mktemp("prepared"), tracking={"enabled": False})
+    run_pipeline(config, Console(quiet=True), ("statistics", "buckets", "assign", "oomptimize"))
+    return config
+
+
+@pytest.fixture
+def copy_of(prepared, tmp_path) -> Callable[..., Config]:
+    """`copy(name, train={…}, …)`: the prepared run in a folder of its own, with other settings by section."""
+
+    def copy(name: str, **sections: dict) -> Config:
+        return copied(prepared, tmp_path / name, **sections)
+
+    return copy
+
+
+def copied(config: Config, root: Path, **sections: dict) -> Config:
+    """The run of `config` as it is, in a folder below `root` and with other settings by section. One that is there
+    already is left as it is."""
+    values = config.model_dump(mode="json")
+    for name, settings in {"run": {"root": str(root)}, **sections}.items():
+        values[name] = {**values[name], **settings}
+    copy = check_config(values)
+    if not copy.run_dir.exists():
+        shutil.copytree(config.run_dir, copy.run_dir)
+    return copy
 
 
 @pytest.fixture(scope="session")
@@ -60,23 +174,26 @@ def s3(tmp_path_factory):
 
 
 def ray_processes() -> set[int]:
-    """Ids of all raylets and GCS servers on this machine."""
-    found = set()
+    """Ids of the raylets and GCS servers that these tests started, themselves or by other processes."""
+    processes = set()
     for process in psutil.process_iter(["name"]):
         if process.info["name"] in ("raylet", "gcs_server"):
-            found.add(process.pid)
-    return found
+            with contextlib.suppress(psutil.Error):  # it has just ended
+                if process.environ().get(_MARK) == os.environ[_MARK]:
+                    processes.add(process.pid)
+    return processes
 
 
 @pytest.fixture(scope="module")
 def head() -> Iterator[str]:
-    """A Ray head with a Jobs server on 127.0.0.1 and token authentication, ended by process id."""
+    """A Ray head with a Jobs server on 127.0.0.1 and token authentication, which claims a GPU; ended by process id."""
     from raytrain.cluster import authentication
 
-    before, address = ray_processes(), "http://127.0.0.1:8299"
-    arguments = ["--head", "--num-cpus=2", "--port=6399", "--dashboard-host=127.0.0.1", "--dashboard-port=8299",
-                 "--node-ip-address=127.0.0.1", "--include-dashboard=true", "--dashboard-agent-listen-port=52399",
-                 "--block"]  # fmt: skip
+    before, port = ray_processes(), free_port()
+    address = f"http://127.0.0.1:{port}"
+    arguments = ["--head", "--num-cpus=2", "--num-gpus=1", f"--port={free_port()}", "--dashboard-host=127.0.0.1",
+                 f"--dashboard-port={port}", "--node-ip-address=127.0.0.1", "--include-dashboard=true",
+                 f"--dashboard-agent-listen-port={free_port()}", "--block"]  # fmt: skip
     program = Path(sys.executable).with_name("ray")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("RAY_AUTH_MODE", "token")
@@ -84,12 +201,13 @@ def head() -> Iterator[str]:
         known = authentication.token_header().get("Authorization", "").removeprefix("Bearer ")
         patch.setenv("RAY_AUTH_TOKEN", known or secrets.token_hex(32))
         authentication.refresh()
+        variables = {"RAY_memory_monitor_refresh_ms": "0", EMULATED_GPU: f"Emulated L4:{2 << 30}"}
         process = subprocess.Popen(
-            [program, "start", *arguments], env={**os.environ, "RAY_memory_monitor_refresh_ms": "0"},
+            [program, "start", *arguments], env={**os.environ, **variables},
             stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
         )  # fmt: skip
         try:
-            _wait_for(address)
+            wait_for(lambda: _answers(address), f"a Jobs server at {address}", 120, every=0.5)
             yield address
         finally:
             family = [*psutil.Process(process.pid).children(recursive=True), psutil.Process(process.pid)]
@@ -105,16 +223,21 @@ def head() -> Iterator[str]:
     assert ray_processes() - before == set()
 
 
-def _wait_for(address: str) -> None:
+def _answers(address: str) -> bool:
+    """Whether there is a web server; its answer may ask for the token."""
     import requests
 
-    deadline = time.monotonic() + 60
-    while time.monotonic() < deadline:
-        with contextlib.suppress(requests.RequestException):
-            requests.get(f"{address}/api/version", timeout=2)
-            return  # any answer: it may ask for the token
-        time.sleep(1)
-    raise TimeoutError(f"no Jobs server at {address}")
+    with contextlib.suppress(requests.RequestException):
+        requests.get(f"{address}/api/version", timeout=2)
+        return True
+    return False
+
+
+def free_port() -> int:
+    """A port of 127.0.0.1 that nobody listens at."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
 
 
 def upload(folder: Path, uri: str) -> str:

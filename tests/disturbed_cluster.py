@@ -1,9 +1,6 @@
-"""Runs one pipeline on three nodes, each with a cache of its own, and disturbs it (see test_cluster.py).
+"""A pipeline on nodes that share nothing but S3 and a tracking server, and what disturbs it (see test_cluster.py)."""
 
-    python disturbed_cluster.py calm|disturbed CONFIG FOLDER
-
-The last line of its output is JSON: what was done, how often the driver was started, the steps that MLflow has.
-"""
+from __future__ import annotations
 
 import contextlib
 import json
@@ -15,17 +12,16 @@ import sys
 import threading
 import time
 import urllib.request
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
+
+import ray
+from conftest import Nodes, free_port, wait_for
 
 from raytrain.data.storage import list_files
 
-NAME, CONFIG, FOLDER = sys.argv[1], Path(sys.argv[2]), Path(sys.argv[3])
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+AWAY_SECONDS = 6.0
 
 
 class Door:
@@ -79,154 +75,144 @@ class Door:
     def _end(self, pair: tuple[socket.socket, socket.socket]) -> None:
         with self._lock:
             self._pairs.discard(pair)
-        for one in pair:
+        for end in pair:
             with contextlib.suppress(OSError):
-                one.shutdown(socket.SHUT_RDWR)
-            one.close()
+                end.shutdown(socket.SHUT_RDWR)
+            end.close()
 
 
-class TrackingServer:
-    def __init__(self, folder: Path) -> None:
-        self._folder, self.port = folder, free_port()
-        self.uri = f"http://127.0.0.1:{self.port}"
-        self.start()
-
-    def start(self) -> None:
-        command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(self.port),
-                   "--workers", "1", "--backend-store-uri", f"sqlite:///{self._folder / 'mlflow.db'}",
-                   "--artifacts-destination", (self._folder / "served").as_uri()]  # fmt: skip
-        with open(self._folder / "mlflow.log", "ab") as log:
-            self._process = subprocess.Popen(command, stdout=log, stderr=log, cwd=self._folder, start_new_session=True)
-        until = time.monotonic() + 120
-        while time.monotonic() < until:
-            with contextlib.suppress(OSError):
-                urllib.request.urlopen(
-                    f"{self.uri}/api/2.0/mlflow/experiments/get-by-name?experiment_name=Default", timeout=60
-                ).close()
-                return
-            time.sleep(0.5)
-        raise TimeoutError("mlflow server")
-
-    def stop(self) -> None:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(self._process.pid, signal.SIGKILL)
-        self._process.wait(20)
-
-    def steps(self, experiment: str) -> list[int]:
-        """Steps of which the training run has the loss."""
-        from mlflow.tracking import MlflowClient
-
-        client = MlflowClient(tracking_uri=self.uri)
-        found = client.get_experiment_by_name(experiment)
-        runs = [run for run in client.search_runs([found.experiment_id]) if run.info.run_name == "train"]
-        assert len(runs) == 1, "training has one run, also after restarts"
-        return sorted(point.step for point in client.get_metric_history(runs[0].info.run_id, "loss"))
+    def shut_for(self, seconds: float) -> None:
+        self.shut()
+        time.sleep(seconds)
+        self.open()
 
 
-def node_arguments(name: str, endpoint: str) -> dict:
-    """A node that has a cache of its own: nodes see of each other's files what is in S3."""
-    own = {"RAYTRAIN_CACHE": str(FOLDER / f"cache-{name}"), "AWS_ENDPOINT_URL": endpoint}
-    return {"num_cpus": 1, "env_vars": own}
+@contextlib.contextmanager
+def tracking_server(folder: Path) -> Iterator[int]:
+    """Port of an MLflow server on 127.0.0.1, which is ready."""
+    port = free_port()
+    command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1",
+               "--backend-store-uri", f"sqlite:///{folder / 'mlflow.db'}",
+               "--artifacts-destination", (folder / "served").as_uri()]  # fmt: skip
+    experiment = f"http://127.0.0.1:{port}/api/2.0/mlflow/experiments/get-by-name?experiment_name=Default"
+
+    def answers() -> bool:
+        with contextlib.suppress(OSError):
+            urllib.request.urlopen(experiment, timeout=60).close()
+            return True
+        return False
+
+    with open(folder / "mlflow.log", "ab") as log:
+        process = subprocess.Popen(command, stdout=log, stderr=log, cwd=folder, start_new_session=True)
+    try:
+        wait_for(answers, "mlflow server", 120, every=0.5)
+        yield port
+    finally:
+        end(process)
 
 
-def wait_for(condition, what: str, seconds: float = 240) -> None:
-    until = time.monotonic() + seconds
-    while not condition():
-        if time.monotonic() > until:
-            raise TimeoutError(what)
-        time.sleep(0.05)
+def end(process: subprocess.Popen) -> None:
+    """Kill a process and what it started."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait(20)
 
 
-def main() -> None:
-    from ray.cluster_utils import Cluster
+def tracked_steps(port: int, experiment: str) -> list[int]:
+    """Steps of which the one training run of an experiment has the loss."""
+    from mlflow.tracking import MlflowClient
 
-    FOLDER.mkdir(parents=True)
-    real = os.environ["AWS_ENDPOINT_URL"]
-    door = Door(int(real.rpartition(":")[2]))
-    os.environ.update(
-        RAY_memory_monitor_refresh_ms="0", RAY_TRAIN_V2_ENABLED="1", RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S="15"
-    )
-    tracking = TrackingServer(FOLDER)
-    config = json.loads(CONFIG.read_text())
-    config["tracking"]["uri"] = tracking.uri
-    CONFIG.write_text(json.dumps(config))
-    place = f"{config['run']['root']}/{config['name']}"
-    endpoint = f"http://127.0.0.1:{door.port}"  # this process looks past it
-    head = {"include_dashboard": False, **node_arguments("head", endpoint)}
-    cluster = Cluster(initialize_head=True, head_node_args=head)
-    nodes = [cluster.add_node(**node_arguments(name, endpoint)) for name in ("one", "two")]
-    attempts, done = 0, []
+    client = MlflowClient(tracking_uri=f"http://127.0.0.1:{port}")
+    ids = [client.get_experiment_by_name(experiment).experiment_id]
+    (train,) = (run for run in client.search_runs(ids) if run.info.run_name == "train")  # one, also after restarts
+    return sorted(point.step for point in client.get_metric_history(train.info.run_id, "loss"))
 
-    def start_driver() -> subprocess.Popen:
-        nonlocal attempts
-        attempts += 1
-        cache = str(FOLDER / f"driver-{attempts}")  # each time it starts on another machine
-        environment = {**os.environ, "AWS_ENDPOINT_URL": endpoint, "RAY_ADDRESS": cluster.address,
-                       "RAYTRAIN_CACHE": cache}  # fmt: skip
-        with open(FOLDER / f"driver-{attempts}.log", "wb") as log:
-            command = [sys.executable, "-m", "raytrain", "run", "--config", str(CONFIG)]
+
+class Disturbed:
+    """Runs `raytrain run` on two added nodes, ends nodes and drivers and shuts doors on the way; `done` says what."""
+
+    def __init__(self, values: dict[str, Any], folder: Path, nodes: Nodes, store: Door, tracking: Door) -> None:
+        """`values` are the run's configuration; `store` leads to its S3, which this process reaches past it, and
+        `tracking` to its tracking server. `folder` is for logs and caches."""
+        self._folder, self._nodes, self._store, self._tracking = folder, nodes, store, tracking
+        self._run_dir = f"{values['run']['root']}/{values['name']}"
+        self._endpoint = f"http://127.0.0.1:{store.port}"
+        self._config = folder / "config.json"
+        self._config.write_text(json.dumps(values))
+        self._left = [self._add_node(name) for name in ("one", "two")]
+        self.attempts, self.done = 0, []
+        self._driver = self._start_driver()
+
+    def run(self) -> None:
+        """Disturb it in both stages, then wait for its end."""
+        try:
+            self._disturb_assignment()
+            self._disturb_training()
+            code = self._driver.wait(300)
+            assert code == 0, (self._folder / f"driver-{self.attempts}.log").read_text()[-5000:]
+        finally:
+            end(self._driver)
+
+    def _disturb_assignment(self) -> None:
+        self._wait_for(lambda: self._notes() >= 2, "assignment began")
+        refusal = threading.Thread(target=self._store.shut_for, args=(AWAY_SECONDS,))
+        refusal.start()
+        self.done.append("assign: S3 refuses")
+        time.sleep(AWAY_SECONDS / 3)
+        self._nodes.lose(self._left.pop())
+        self.done.append("assign: node lost")
+        refusal.join()
+        seen = self._notes()
+        self._wait_for(lambda: self._notes() > seen, "assignment resumed")
+        self._kill_driver()
+        self.done.append("assign: driver killed")
+
+    def _disturb_training(self) -> None:
+        self._left.append(self._add_node("three"))
+        self._wait_for(lambda: self._checkpoint() > 0, "training began")
+        self._nodes.lose(self._left.pop())
+        self.done.append("train: node lost")
+        seen = self._checkpoint()
+        self._wait_for(lambda: self._checkpoint() > seen, "training resumed")
+        self._store.shut_for(AWAY_SECONDS)
+        self.done.append("train: S3 refuses")
+        self._tracking.shut_for(AWAY_SECONDS / 2)
+        self.done.append("train: tracking refuses")
+        self._kill_driver()
+        self.done.append("train: driver killed")
+
+    def _add_node(self, name: str) -> Any:
+        """A node with a cache of its own: nodes see of each other's files what is in S3."""
+        apart = {"RAYTRAIN_CACHE": str(self._folder / f"cache-{name}"), "AWS_ENDPOINT_URL": self._endpoint}
+        return self._nodes.add(num_cpus=1, resources={"apart": 2}, env_vars=apart)
+
+    def _start_driver(self) -> subprocess.Popen:
+        self.attempts += 1
+        cache = self._folder / f"driver-{self.attempts}"  # each time it starts on another machine
+        environment = {
+            **os.environ, **self._nodes.environment, "AWS_ENDPOINT_URL": self._endpoint, "RAYTRAIN_CACHE": str(cache),
+            "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "15",
+        }  # fmt: skip
+        with open(self._folder / f"driver-{self.attempts}.log", "wb") as log:
+            command = [sys.executable, "-m", "raytrain", "run", "--config", str(self._config)]
             return subprocess.Popen(command, stdout=log, stderr=log, env=environment, start_new_session=True)
 
-    def kill_driver(driver: subprocess.Popen) -> subprocess.Popen:
-        os.killpg(driver.pid, signal.SIGKILL)
-        driver.wait(20)
-        return start_driver()
+    def _kill_driver(self) -> None:
+        assert self._driver.poll() is None, "it ended too early to be disturbed"
+        end(self._driver)
+        # Ray keeps what an elastic training has asked for until three minutes after its driver's death.
+        with contextlib.suppress(ValueError):  # nobody asked yet
+            ray.kill(ray.get_actor("AutoscalingCoordinator", namespace="AutoscalingCoordinator"))
+        self._driver = self._start_driver()
 
-    def notes() -> int:
-        return len(list_files(f"{place}/assignment/parts", missing_ok=True))
+    def _wait_for(self, condition: Callable[[], bool], what: str) -> None:
+        wait_for(lambda: condition() or self._driver.poll() is not None, what, every=0.3)
+        assert self._driver.poll() is None, f"the driver ended before {what}"
 
-    def checkpoints() -> int:
-        found = list_files(f"{place}/checkpoints", "meta.json", recursive=True, missing_ok=True)
-        return max((int(one.split("/")[-2].removeprefix("step_")) for one in found), default=0)
+    def _notes(self) -> int:
+        return len(list_files(f"{self._run_dir}/assignment/parts", missing_ok=True))
 
-    def refuse_for(seconds: float) -> None:
-        door.shut()
-        time.sleep(seconds)
-        door.open()
-
-    def disturb(driver: subprocess.Popen) -> subprocess.Popen:
-        wait_for(lambda: notes() >= 2, "assignment began")
-        refusal = threading.Thread(target=refuse_for, args=(20.0,))
-        refusal.start()
-        done.append("assign: S3 refuses")
-        time.sleep(3)
-        cluster.remove_node(nodes.pop(), allow_graceful=False)
-        done.append("assign: node lost")
-        refusal.join()
-        seen = notes()
-        wait_for(lambda: notes() > seen, "assignment went on")
-        driver = kill_driver(driver)
-        done.append("assign: driver killed")
-        nodes.append(cluster.add_node(**node_arguments("three", endpoint)))
-        wait_for(lambda: checkpoints() >= 10, "training began")
-        cluster.remove_node(nodes.pop(), allow_graceful=False)
-        done.append("train: node lost")
-        seen = checkpoints()
-        wait_for(lambda: checkpoints() > seen, "training went on")
-        refuse_for(20.0)
-        done.append("train: S3 refuses")
-        tracking.stop()
-        time.sleep(3)
-        tracking.start()
-        done.append("train: tracking restarted")
-        driver = kill_driver(driver)
-        done.append("train: driver killed")
-        return driver
-
-    driver = start_driver()
-    try:
-        if NAME == "disturbed":
-            driver = disturb(driver)
-        code = driver.wait(400)
-        if code:
-            raise SystemExit((FOLDER / f"driver-{attempts}.log").read_text())
-        print(json.dumps({"done": done, "attempts": attempts, "tracked_steps": tracking.steps(NAME)}))
-    finally:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(driver.pid, signal.SIGKILL)
-        tracking.stop()
-        cluster.shutdown()
-
-
-if __name__ == "__main__":
-    main()
+    def _checkpoint(self) -> int:
+        """Step of the newest checkpoint, 0 where there is none."""
+        files = list_files(f"{self._run_dir}/checkpoints", "meta.json", recursive=True, missing_ok=True)
+        return max((int(name.split("/")[-2].removeprefix("step_")) for name in files), default=0)

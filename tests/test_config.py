@@ -51,6 +51,14 @@ def test_wrong_values_are_named():
     assert "'x' is not a size" in text
 
 
+@pytest.mark.parametrize("threads", ["many", "8", "", 0, -1, 2.5, None])
+def test_loader_threads_are_auto_or_a_positive_number(threads):
+    assert check_config(MINIMAL).train.num_loader_threads == "auto"
+    assert check_config({**MINIMAL, "train": {"num_loader_threads": 7}}).train.num_loader_threads == 7
+    with pytest.raises(ConfigError, match="num_loader_threads"):
+        check_config({**MINIMAL, "train": {"num_loader_threads": threads}})
+
+
 def test_overrides_reach_nested_keys_and_refuse_nonsense(tmp_path):
     path = tmp_path / "a.yaml"
     path.write_text("name: a\ndata: {train: [a.jsonl]}\n")

@@ -11,9 +11,15 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import tiny_config
+from conftest import copied
+from ray.train import RunConfig, ScalingConfig
+from ray.train.torch import TorchTrainer
 
 from raytrain.cluster.pipeline import run_pipeline
+from raytrain.cluster.stages import training_meta
+from raytrain.cluster.train import _job, train_worker
+from raytrain.cluster.workspace import Workspace
+from raytrain.config import Config
 from raytrain.console import Console
 from raytrain.errors import TrainingError
 from raytrain.training.checkpoint import CheckpointFolder
@@ -28,38 +34,64 @@ def run(config, *names: str) -> list[str]:
     return run_pipeline(config, Console(quiet=True), names)
 
 
-@pytest.fixture(scope="module")
-def prepared(corpus, tmp_path_factory, local_ray):
-    """A run folder with all that training needs."""
-    config = tiny_config(corpus, tmp_path_factory.mktemp("runs"), train=TRAIN, tracking={"enabled": False})
-    run(config, "statistics", "buckets", "assign", "oomptimize")
-    return config
-
-
 @pytest.fixture
-def copy_of(prepared, tmp_path):
-    """A function that gives the prepared configuration a folder of its own and other settings of training."""
-
-    def copy(name: str, **train):
-        other = replace_train(prepared, **train)
-        other = other.model_copy(update={"run": other.run.model_copy(update={"root": str(tmp_path / name)})})
-        shutil.copytree(prepared.run_dir, other.run_dir)
-        return other
-
-    return copy
+def faulty(copy_of):
+    """`faulty(name, **train)`: the prepared run in a folder of its own, with the settings of all trainings here and
+    `train`."""
+    return lambda name, **train: copy_of(name, train={**TRAIN, **train})
 
 
-def replace_train(config, **train):
-    return config.model_copy(update={"train": replace(config.train, **train)})
+def train_in_turn(*configs: Config) -> None:
+    """What stage `train` does for each of these runs, with the same worker processes for all: they start once."""
+    jobs = []
+    for config in configs:
+        workspace = Workspace(config, config.run_dir)
+        jobs.append(_job(config, workspace.store, training_meta(workspace), None))
+        checkpoints = config.run_dir / "checkpoints"
+        checkpoints.mkdir(exist_ok=True)
+        (checkpoints / "lineage.json").write_text(json.dumps({"lineage": jobs[-1]["meta"]["ids"]["lineage"]}))
+
+    def train_all(settings: dict) -> None:
+        for job in settings["jobs"]:
+            train_worker(job)
+
+    TorchTrainer(
+        train_all, train_loop_config={"jobs": jobs},
+        scaling_config=ScalingConfig(num_workers=configs[0].train.least_workers),
+        run_config=RunConfig(storage_path=str(configs[0].run_dir / "ray")),
+    ).fit()  # fmt: skip
 
 
 @pytest.fixture(scope="module")
-def undisturbed(prepared, tmp_path_factory):
+def trained(prepared, tmp_path_factory, s3) -> dict[str, Config]:
+    """Runs that nothing happened to, by name."""
+    root = tmp_path_factory.mktemp("trained")
+
+    def run_of(folder: str, **train) -> Config:
+        return copied(prepared, root / folder, train={**TRAIN, **train})
+
+    longer = {"max_steps": 30, "learning_rate": 3e-4}
+    two = {
+        "undisturbed": run_of("undisturbed"),
+        "two": run_of("two", **longer),
+        "sharded": run_of("sharded", shard=True, max_steps=8),
+        "unsharded": run_of("sharded", max_steps=10),
+        "sharded again": run_of("sharded", shard=True),
+        "lost": run_of("lost", max_steps=8, keep_checkpoints=1, storage_path=f"{s3}/storage"),
+    }
+    one = {
+        "one": run_of("one", num_workers=1, accumulate=2, **longer),
+        "elastic": run_of("elastic", num_workers=[1, 2], max_steps=6),
+    }
+    train_in_turn(*two.values())
+    train_in_turn(*one.values())
+    return two | one
+
+
+@pytest.fixture(scope="module")
+def undisturbed(trained):
     """Metrics of every step, and the last checkpoint, of a run that nothing happened to."""
-    root = tmp_path_factory.mktemp("undisturbed")
-    config = prepared.model_copy(update={"run": prepared.run.model_copy(update={"root": str(root)})})
-    shutil.copytree(prepared.run_dir, config.run_dir)
-    run(config, "train")
+    config = trained["undisturbed"]
     return steps_of(config), CheckpointFolder(config.run_dir / "checkpoints").newest()
 
 
@@ -96,10 +128,10 @@ def signalling(config, choose, number: int = signal.SIGKILL):
         thread.join()
 
 
-def test_losses_are_the_same_bit_for_bit_wherever_workers_were_killed(copy_of, undisturbed):
-    config = copy_of("killed")
-    # In the first step, just after a checkpoint, in the middle, and in the last step.
-    places = {(1, 1), (0, 5), (1, 12)}
+def test_losses_are_the_same_bit_for_bit_wherever_workers_were_killed(faulty, undisturbed):
+    config = faulty("killed")
+    # Just after a checkpoint, and in the last step.
+    places = {(0, 5), (1, 12)}
 
     def once(rank, step, bucket, size):
         if (rank, step) in places:
@@ -109,7 +141,7 @@ def test_losses_are_the_same_bit_for_bit_wherever_workers_were_killed(copy_of, u
 
     with signalling(config, once) as hit:
         run(config, "train")
-    assert [(rank, step) for rank, step, _, _ in hit] == [(1, 1), (0, 5), (1, 12)]
+    assert [(rank, step) for rank, step, _, _ in hit] == [(0, 5), (1, 12)]
     steps, last = undisturbed
     assert steps_of(config) == steps
     found = CheckpointFolder(config.run_dir / "checkpoints").newest()
@@ -121,15 +153,11 @@ def test_losses_are_the_same_bit_for_bit_wherever_workers_were_killed(copy_of, u
     assert found.meta["audio_seconds"] == last.meta["audio_seconds"]
 
 
-def test_one_worker_that_accumulates_learns_what_two_workers_learn(copy_of):
-    both = {"max_steps": 50, "checkpoint_every_steps": 50, "validate_every_steps": 50, "learning_rate": 3e-4}
-    two = copy_of("two", **both)
-    one = copy_of("one", num_workers=1, accumulate=2, **both)
-    run(two, "train")
-    run(one, "train")
-    expected, found = steps_of(two), steps_of(one)
-    assert len(found) == 50
-    for step, values in found.items():
+def test_one_worker_that_accumulates_learns_what_two_workers_learn(trained):
+    one, two = trained["one"], trained["two"]
+    expected, learnt = steps_of(two), steps_of(one)
+    assert len(learnt) == 30
+    for step, values in learnt.items():
         assert values[:3] == pytest.approx(expected[step][:3], abs=1e-5), f"step {step}"
         assert values[4:] == expected[step][4:]
     models = [CheckpointFolder(config.run_dir / "checkpoints").newest().load("model") for config in (one, two)]
@@ -146,11 +174,10 @@ def test_one_worker_that_accumulates_learns_what_two_workers_learn(copy_of):
         torch.testing.assert_close(ours[1], theirs[1], atol=1e-6, rtol=1e-4)
 
 
-def test_training_goes_on_with_fewer_workers(copy_of, undisturbed):
-    config = copy_of("elastic", num_workers=(1, 2))
-    wide = config.cluster.model_copy(update={"train_resources": {"CPU": 2}})  # so there is room for one of them
-    run(replace_train(config.model_copy(update={"cluster": wide}), max_steps=6), "train")
-    run(config, "train")  # and then with two again
+def test_training_goes_on_with_fewer_workers(trained, undisturbed):
+    # One worker took both shares of the first steps, as where there was no room for two.
+    config = trained["elastic"].model_copy(update={"train": replace(trained["elastic"].train, max_steps=12)})
+    run(config, "train")
     steps, _ = undisturbed
     assert {step: values[4:] for step, values in steps_of(config).items()} == {
         step: values[4:] for step, values in steps.items()
@@ -159,8 +186,8 @@ def test_training_goes_on_with_fewer_workers(copy_of, undisturbed):
         assert values[:3] == pytest.approx(steps[step][:3], abs=1e-5), f"step {step}"
 
 
-def test_a_bucket_that_takes_too_much_host_memory_gets_smaller_batches(copy_of):
-    config = copy_of("starved", max_steps=8, checkpoint_every_steps=2)
+def test_a_bucket_that_takes_too_much_host_memory_gets_smaller_batches(faulty):
+    config = faulty("starved", max_steps=8, checkpoint_every_steps=2)
     sizes = json.loads((config.run_dir / "batch_profile.json").read_bytes())["body"]["profiles"][0]["batch_sizes"]
 
     # As where memory runs out: workers are killed in full batches of one bucket, and something says what for.
@@ -185,20 +212,19 @@ def test_a_bucket_that_takes_too_much_host_memory_gets_smaller_batches(copy_of):
     assert max(steps_of(config)) == 8
 
 
-def test_a_hung_worker_ends_training_with_a_clear_error_and_training_resumes(copy_of, undisturbed):
-    config = copy_of("hung", stall_minutes=0.2, max_failures=0)
+def test_a_hung_worker_ends_training_with_a_clear_error(faulty):
+    config = faulty("hung", stall_minutes=0.2, max_failures=0)
     with (
         signalling(config, lambda rank, step, bucket, size: (rank, step) == (1, 6), signal.SIGSTOP) as hit,
         pytest.raises(TrainingError, match=r"no progress for 0.2 minutes.*worker 0: in step 6"),
     ):
         run(config, "train")
     assert hit
-    run(config, "train")
-    assert steps_of(config) == undisturbed[0]
+    assert CheckpointFolder(config.run_dir / "checkpoints").newest().step == 4  # to resume from
 
 
-def test_steps_that_are_no_numbers_are_skipped_and_too_many_end_training(copy_of):
-    config = copy_of("nan", learning_rate=1e30, max_skipped_steps=3, max_steps=40)
+def test_steps_that_are_no_numbers_are_skipped_and_too_many_end_training(faulty):
+    config = faulty("nan", learning_rate=1e30, max_skipped_steps=3, max_steps=40)
     started = time.monotonic()
     with pytest.raises(TrainingError, match="3 steps in a row were not finite.*max_skipped_steps.*bad_steps"):
         run(config, "train")
@@ -209,15 +235,14 @@ def test_steps_that_are_no_numbers_are_skipped_and_too_many_end_training(copy_of
     assert rows and all(os.path.exists(row["audio_path"]) for row in rows)
 
 
-def test_training_goes_on_from_copies_in_s3_where_the_run_folder_was_lost(copy_of, undisturbed, s3):
+def test_training_goes_on_from_copies_in_s3_where_the_run_folder_was_lost(trained, undisturbed, s3):
     import pyarrow.fs
 
-    config = copy_of("lost", storage_path=f"{s3}/storage", keep_checkpoints=1)
-    run(replace_train(config, max_steps=8), "train")
+    config = trained["lost"].model_copy(update={"train": replace(trained["lost"].train, max_steps=12)})
     copies = f"{s3.removeprefix('s3://')}/storage/tiny/checkpoints"
     s3_files = pyarrow.fs.S3FileSystem(endpoint_override=os.environ["AWS_ENDPOINT_URL"])
-    found = s3_files.get_file_info(pyarrow.fs.FileSelector(copies))
-    assert sorted(one.base_name for one in found) == ["best.json", "step_00000008"]  # of step 4 nothing is left
+    names = [info.base_name for info in s3_files.get_file_info(pyarrow.fs.FileSelector(copies))]
+    assert sorted(names) == ["best.json", "step_00000008"]  # of step 4 nothing is left
     shutil.rmtree(config.run_dir / "checkpoints")
     run(config, "train")
     steps, last = undisturbed
@@ -226,11 +251,8 @@ def test_training_goes_on_from_copies_in_s3_where_the_run_folder_was_lost(copy_o
     assert all(torch.equal(newest.load("model")[name], value) for name, value in last.load("model").items())
 
 
-def test_a_sharded_run_learns_the_same_and_either_kind_goes_on_from_the_other(copy_of, undisturbed):
-    config = copy_of("sharded")
-    run(replace_train(config, shard=True, max_steps=8), "train")
-    run(replace_train(config, max_steps=10), "train")
-    run(replace_train(config, shard=True), "train")
+def test_a_sharded_run_learns_the_same_and_either_kind_goes_on_from_the_other(trained, undisturbed):
+    config = trained["sharded"]
     steps, last = undisturbed
     found = steps_of(config)
     assert sorted(found) == sorted(steps)

@@ -7,18 +7,22 @@ import signal
 import subprocess
 import sys
 import threading
+from pathlib import Path
 
 import pytest
 import requests
 import yaml
 from conftest import tiny_config, tiny_values, upload
+from typer.testing import CliRunner
 
+from raytrain.cli import app
 from raytrain.cluster import submission
 from raytrain.cluster.jobs import Jobs, Order, _Lines, server_address
 from raytrain.config import check_config
 from raytrain.data.storage import read_range
 from raytrain.errors import ClusterError, ConfigError
 
+ROOT = Path(__file__).parents[1]
 SECRET = "s3cr3t-of-the-store"
 
 
@@ -56,24 +60,28 @@ def test_a_submitted_stage_leaves_its_artefact_and_no_secret(head, written, tmp_
     assert "secret and not passed: AWS_SECRET_ACCESS_KEY" in done.stderr
     assert (tmp_path / "tiny" / "statistics.json").exists()
 
-    listed = call("status", "--json", "--address", head)
+    listed = CliRunner().invoke(app, ["status", "--json", "--address", head])
     newest = json.loads(listed.stdout.splitlines()[0])
     assert (newest["run"], newest["stages"], newest["state"]) == ("tiny", "statistics", "SUCCEEDED")
     assert newest["raytrain"] and newest["started"] <= newest["since"] == newest["ended"]
     details = JobSubmissionClient(head).get_job_info(newest["id"])
     assert details.runtime_env["env_vars"] == {"AWS_REGION": "eu-north-1"}
-    shown = call("status", newest["id"], "--address", head)
+    shown = CliRunner().invoke(app, ["status", newest["id"], "--address", head])
     assert "SUCCEEDED" in shown.stdout
-    logs = call("logs", newest["id"], "--address", head)
+    logs = CliRunner().invoke(app, ["logs", newest["id"], "--address", head])
     assert "96 utterances" in logs.stdout
-    for one in (done, listed, shown, logs):
+    for result in (done, listed, shown, logs):
         for secret in (SECRET, os.environ["RAY_AUTH_TOKEN"]):
-            assert secret not in one.stdout + one.stderr
+            assert secret not in result.stdout + result.stderr
 
 
 def test_one_command_takes_a_run_to_its_scores_in_s3(head, corpus, s3, tmp_path):
     data = upload(corpus, f"{s3}/jobs/corpus")
-    values = tiny_values(corpus, f"{s3}/jobs/runs", data={"root": data}, tracking={"enabled": False})
+    train = {"num_workers": 1, "max_steps": 2, "validate_every_steps": 2}
+    values = tiny_values(
+        corpus, f"{s3}/jobs/runs", data={"root": data}, train=train, tracking={"enabled": False},
+        oomptimize={"device_memory": None, "soak_steps": 4, "steps_per_probe": 1},
+    )  # fmt: skip
     (tmp_path / "a.yaml").write_text(yaml.safe_dump(values))
     passed = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", f"RAYTRAIN_CACHE={tmp_path / 'cache'}")
     env = [part for name in passed for part in ("--env", name)]
@@ -81,8 +89,17 @@ def test_one_command_takes_a_run_to_its_scores_in_s3(head, corpus, s3, tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
     scores = json.loads(read_range(f"{s3}/jobs/runs/tiny/scores.json", 0, 0))["body"]
     assert scores["utterances"] == 10 and scores["wer"] > 0
-    again = call("submit", "-c", str(tmp_path / "a.yaml"), "--address", head, "--python", sys.executable, *env)
-    assert again.returncode == 0 and "nothing to do" in again.stdout, again.stdout + again.stderr
+    (profile,) = json.loads(read_range(f"{s3}/jobs/runs/tiny/batch_profile.json", 0, 0))["body"]["profiles"]
+    assert profile["setting"]["device_name"] == "Emulated L4" and profile["confirmed"]
+
+
+def test_the_job_scripts_run_under_ray_job_submit(head, written, tmp_path):
+    command = [Path(sys.executable).with_name("ray"), "job", "submit", "--address", head, "--working-dir", str(ROOT)]
+    job = [sys.executable, "-m", "pipelines.run", "--config", str(written), "statistics", "buckets"]
+    done = subprocess.run([*command, "--", *job], capture_output=True, text=True, timeout=250, cwd=ROOT)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-2000:]
+    assert "SUCCEEDED" in done.stdout + done.stderr or "succeeded" in done.stdout + done.stderr
+    assert (tmp_path / "tiny" / "bucket_plan.json").exists()
 
 
 def test_a_failed_job_is_exit_code_one_with_its_error(head, written):
@@ -107,10 +124,10 @@ def test_ctrl_c_ends_the_following_and_stop_the_job(head, tmp_path):
     assert follower.returncode == 130
     assert f"raytrain stop {name}" in said and f"raytrain logs --follow {name}" in said
     assert Jobs(head).get(name).state == "RUNNING"
-    done = call("stop", name, "--address", head)
+    done = CliRunner().invoke(app, ["stop", name, "--address", head])
     assert f"{name} is STOPPED" in done.stderr
     assert Jobs(head).list()[0].state == "STOPPED"
-    assert "was not running" in call("stop", name, "--address", head).stderr
+    assert "was not running" in CliRunner().invoke(app, ["stop", name, "--address", head]).stderr
 
 
 def test_without_the_token_the_server_refuses_and_the_error_says_so(head, tmp_path):

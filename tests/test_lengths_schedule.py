@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from raytrain.errors import PlanError, ProfileError
-from raytrain.lengths import BatchProfile, BatchSchedule, BatchSizeSearch, ProbeSetting, ScheduleState
+from raytrain.lengths import BatchProfile, BatchSchedule, ProbeSetting, ScheduleState
 from raytrain.lengths.permutation import FeistelPermutation
 
 rows = st.lists(st.integers(0, 60), min_size=1, max_size=5).filter(any)
@@ -113,30 +113,6 @@ def test_schedule_refuses_what_does_not_fit():
         BatchSchedule(1, (0, 0), (1, 1))
     with pytest.raises(PlanError, match="differ in buckets"):
         BatchSchedule(1, (5,), (1, 1))
-
-
-@given(st.integers(0, 500), st.integers(1, 600), st.integers(1, 600), st.sampled_from([2.0, 1.1]))
-def test_search_ends_with_a_size_that_fits_within_the_tolerance(limit, start, max_size, growth):
-    search = BatchSizeSearch(start=start, max_size=max_size, tolerance=0.05, growth=growth)
-    for _ in range(200):
-        size = search.next()
-        if size is None:
-            break
-        assert 1 <= size <= max_size
-        search.report(size, size <= limit)
-    assert search.done
-    best = min(limit, max_size)
-    if best == 0:
-        assert search.result is None
-    else:
-        assert search.result <= best and (best + 1 - search.result) <= max(1, 0.05 * search.smallest_failure)
-
-
-def test_search_refuses_contradictions():
-    search = BatchSizeSearch(start=8, max_size=100)
-    search.report(8, True)
-    with pytest.raises(PlanError, match="contradicts"):
-        search.report(4, False)
 
 
 def test_a_profile_for_another_plan_or_model_is_refused_by_name():

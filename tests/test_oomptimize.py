@@ -1,4 +1,4 @@
-"""Batch-size search by probes: the search, shared brackets, isolated processes, soak, and real Tune trials on a law."""
+"""Batch-size search by probes: isolated processes, soak, and real Tune trials on a law."""
 
 import os
 import signal
@@ -8,19 +8,20 @@ from dataclasses import dataclass, replace
 import pytest
 import torch
 from conftest import tiny_config
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from ray import cloudpickle
 
 from raytrain.cluster import oomptimize
+from raytrain.cluster.placement import Placement
+from raytrain.cluster.probing import probe_all
 from raytrain.cluster.session import ray_session
-from raytrain.errors import ConfigError, PlanError, ProfileError
-from raytrain.lengths import BatchProfile, BatchSizeSearch, Bucket, BucketGrid, ProbeSetting
+from raytrain.errors import ConfigError, ProfileError
+from raytrain.lengths import BatchProfile, BatchSizeSearch, ProbeSetting
 from raytrain.lengths.profile import choose_profile, least_sizes
-from raytrain.lengths.search import SharedBrackets
 from raytrain.model.config import ModelConfig
 from raytrain.training.isolated import IsolatedMeter
-from raytrain.training.probe import Probe, StepMeter, search_batch_size, smallest_as_fast, soak
+from raytrain.training.meter import Probe, search_batch_size, smallest_as_fast, soak
+from raytrain.training.probe import StepMeter
+from raytrain.training.probing import ProbeJob
 from raytrain.training.settings import TrainSettings
 
 # Ray's workers and the isolated processes don't know this file by name.
@@ -55,90 +56,6 @@ class Law:
         if self.at_limit == "error":
             raise RuntimeError("CUDA error: an illegal memory access was encountered")
         return Probe(batch_size, False, why=self.at_limit)
-
-
-# --- the search
-
-
-@settings(max_examples=300, deadline=None)
-@given(
-    st.integers(1, 3000), st.integers(1, 3000), st.sampled_from([0.0, 0.02, 0.05, 0.2]), st.sampled_from([None, 2.0])
-)
-def test_the_search_ends_within_the_tolerance_and_never_above(truth, start, tolerance, growth):
-    search = BatchSizeSearch(start, 2000, tolerance, growth)
-    tried = []
-    while (size := search.next()) is not None:
-        assert size == search.next() and size not in tried
-        tried.append(size)
-        search.report(size, size <= truth)
-    assert search.done and len(tried) <= 40
-    best = min(truth, 2000)
-    assert search.result <= best
-    if tolerance == 0:
-        assert search.result == best
-    elif search.result < best:
-        assert (search.smallest_failure - search.result) / search.smallest_failure <= tolerance
-
-
-@pytest.mark.parametrize("truth", [7, 20, 39, 40, 41, 200, 700])
-def test_a_right_prediction_takes_two_probes(truth):
-    search, probes = BatchSizeSearch(start=truth), 0
-    while (size := search.next()) is not None:
-        search.report(size, size <= truth)
-        probes += 1
-    assert search.result == truth and probes == 2
-
-
-def test_a_contradiction_is_an_error():
-    search = BatchSizeSearch(10, 100)
-    search.report(10, True)
-    with pytest.raises(PlanError, match="contradicts an earlier probe"):
-        search.report(9, False)
-
-
-@settings(max_examples=100, deadline=None)
-@given(st.floats(105, 1e5), st.randoms(use_true_random=False), st.sampled_from([0.0, 0.05]))
-def test_shared_brackets_save_probes_and_change_no_answer(capacity, rng, tolerance):
-    law, shared = Law(capacity), SharedBrackets(EDGES)
-    alone = together = 0
-    for bucket in rng.sample(range(len(EDGES)), len(EDGES)):
-        edges = EDGES[bucket]
-        start = max(1, int(law.largest(edges) * rng.uniform(0.8, 1.2)))
-        found = search_batch_size(
-            lambda size, edges=edges: law.measure(size, edges, 1), BatchSizeSearch(start, 1000, tolerance),
-            before=lambda bucket=bucket: shared.bracket(bucket),
-            after=lambda size, fits, bucket=bucket: shared.report(bucket, size, fits),
-        )  # fmt: skip
-        largest = min(law.largest(edges), 1000)
-        assert (found.batch_size or 0) <= largest
-        assert (found.batch_size or 0) >= (largest if tolerance == 0 else int(largest * (1 - tolerance)))
-        together += len(found.probes)
-        alone += len(
-            search_batch_size(
-                lambda size, edges=edges: law.measure(size, edges, 1), BatchSizeSearch(start, 1000, tolerance)
-            ).probes
-        )
-    assert together <= alone + 3  # a narrower bracket is entered at another place at times
-
-
-def test_a_device_that_takes_less_than_predicted_is_learnt():
-    law = Law(9000.0)
-    wrong = [(law.base, 0.9 * law.slope(edges)) for edges in EDGES]
-    shared = SharedBrackets(EDGES, wrong, 9000.0)
-    assert shared.start(2) > 1.1 * law.largest(EDGES[2])
-    for bucket in (0, 5):
-        size = law.largest(EDGES[bucket])
-        shared.report(bucket, size, True)
-        shared.report(bucket, size + 1, False)
-    assert abs(shared.start(2) - law.largest(EDGES[2])) <= 0.02 * law.largest(EDGES[2])
-    assert SharedBrackets(EDGES).start(0) is None
-
-
-def test_own_probes_win_over_brackets():
-    search = BatchSizeSearch(10, 100)
-    search.report(10, False)
-    search.inform(12, None)  # a larger bucket is said to take more
-    assert search.largest_fit == 9 and search.done
 
 
 # --- processes of their own
@@ -277,10 +194,6 @@ def test_training_takes_the_profile_of_its_gpu():
 # --- trials
 
 
-class Plan:
-    grid = BucketGrid(tuple(Bucket(*edges) for edges in EDGES))
-
-
 @pytest.fixture(scope="module")
 def ray_here(local_ray):
     from raytrain.config import ClusterSection
@@ -295,93 +208,83 @@ def law_config(corpus, tmp_path, **section):
     )
 
 
-def on_law(law: Law, log=None):
-    """Makes meters of a law; `log` is a file with a line for each probe."""
+class LawProcess:
+    """A law as the probing process that trials start; `log` is a file with a line for each probe."""
 
-    def make(job):
-        class Logged:
-            def measure(self, batch_size, edges, num_steps, *, fresh=True):
-                if log is not None:
-                    with open(log, "a") as file:
-                        file.write(f"{edges[0]} {edges[1]} {batch_size}\n")
-                return law.measure(batch_size, edges, num_steps)
+    def __init__(self, law: Law, log=None, broken=None) -> None:
+        self.law, self.log, self.broken = law, log, broken
+        self.seconds, self.num_starts = {}, 0
 
-        return Logged()
+    def start(self) -> None:
+        self.num_starts += 1
+        self.seconds = {"process": 0.5}
 
-    return make
+    def kill(self) -> None:
+        self.close()
+
+    def close(self) -> None:
+        pass
+
+    def measure(self, batch_size, edges, num_steps, *, fresh=True) -> Probe:
+        if self.broken is not None and tuple(edges) == EDGES[3] and self.broken.exists():
+            raise ValueError("the power went out")
+        if self.log is not None:
+            with open(self.log, "a") as file:
+                file.write(f"{edges[0]} {edges[1]} {batch_size}\n")
+        return self.law.measure(batch_size, edges, num_steps)
 
 
-def trials(config, law, wrong, tmp_path, make=None):
-    device, shown = oomptimize.traced_device(int(law.capacity)), []
-    needs = [(law.base, law.slope(edges) / wrong) for edges in EDGES]
-    results = oomptimize.confirm(
-        config, config.model, Plan, device, needs, tmp_path / "ray", lambda *what: shown.append(what),
-        make or on_law(law),
+def probe_job(law: Law, wrong: float = 1.0, **settings) -> ProbeJob:
+    values = {
+        "model": ModelConfig(), "train": TrainSettings(), "device_name": "law", "budget_bytes": int(law.capacity),
+        "edges": tuple(EDGES), "needs": tuple((law.base, law.slope(edges) / wrong) for edges in EDGES),
+        "max_size": 500, "tolerance": 0.0, "steps_per_probe": 1, "soak_steps": 12, "seed": 1,
+    }  # fmt: skip
+    return ProbeJob(**{**values, **settings})
+
+
+def probe(job, tmp_path, make, processes=1, shown=None):
+    """The outcome of a job on this Ray, which has no GPU: trials take a processor each."""
+    shown = [] if shown is None else shown
+    return probe_all(
+        job, [Placement()] * processes, tmp_path / "batch_probes.json", Placement(), lambda *what: shown.append(what),
+        make_meter=make, gpus=0.0,
     )  # fmt: skip
-    return results, shown
 
 
-def test_trials_find_what_brute_force_finds(ray_here, corpus, tmp_path):
-    for capacity, wrong in ((9000.0, 1.0), (31000.0, 1.3)):
-        law = Law(capacity)
-        truth = [min(law.largest(edges), 500) for edges in EDGES]
-        config = law_config(corpus, tmp_path, memory_fraction=1.0)
-        results, shown = trials(config, law, wrong, tmp_path / str(capacity))
-        assert [result["batch_size"] for result in results] == truth
-        assert shown[-1][1:] == (6, 6)
-        probes = sum(len(result["probes"]) for result in results)
-        if wrong == 1.0:
-            assert probes <= 2.5 * len(EDGES)
-        else:
-            assert probes <= 4 * len(EDGES)  # the first bucket teaches the others
-        # Seconds per utterance of the law fall with the batch, so nothing smaller is as fast.
-        assert [result["smallest_as_fast"] for result in results] == truth
+def test_trials_find_what_brute_force_finds(ray_here, tmp_path):
+    law, shown = Law(31000.0), []
+    outcome = probe(probe_job(law, wrong=1.3), tmp_path, lambda job, group: LawProcess(law), 2, shown)
+    assert outcome.batch_sizes == tuple(min(law.largest(edges), 500) for edges in EDGES)
+    assert shown[-1] == ("soaking", 12, 12) and outcome.num_starts == 2
+    assert sum(len(bucket.probes) for bucket in outcome.buckets) <= 4 * len(EDGES)
+    assert set(outcome.peaks) == set(range(6)) and outcome.seconds["start: process"] == 1.0
 
 
-def test_a_stopped_search_goes_on_where_it_was(ray_here, corpus, tmp_path):
+def test_a_stopped_search_resumes_with_what_it_knew(ray_here, tmp_path):
     law, log, broken = Law(9000.0), tmp_path / "log", tmp_path / "broken"
     broken.touch()
 
-    def make(job):
-        class Meter:
-            def measure(self, batch_size, edges, num_steps, *, fresh=True):
-                if tuple(edges) == EDGES[3] and broken.exists():
-                    raise ValueError("the power went out")
-                with open(log, "a") as file:
-                    file.write(f"{edges[0]} {edges[1]} {batch_size}\n")
-                return law.measure(batch_size, edges, num_steps)
+    def make(job, group):
+        return LawProcess(law, log, broken)
 
-        return Meter()
-
-    config = law_config(corpus, tmp_path, memory_fraction=1.0)
-    with pytest.raises(ProfileError, match="the power went out"):
-        trials(config, law, 1.0, tmp_path, make)
+    with pytest.raises(ProfileError, match="a process that probes batch sizes failed.*the power went out"):
+        probe(probe_job(law, times=False), tmp_path, make)
     before = log.read_text().splitlines()
     broken.unlink()
-    results, _ = trials(config, law, 1.0, tmp_path, make)
-    assert [result["batch_size"] for result in results] == [min(law.largest(edges), 500) for edges in EDGES]
-    added = log.read_text().splitlines()[len(before) :]
-    assert added and all(line.startswith(f"{EDGES[3][0]} {EDGES[3][1]} ") for line in added)
+    outcome = probe(probe_job(law, times=False), tmp_path, make)
+    assert outcome.batch_sizes == tuple(min(law.largest(edges), 500) for edges in EDGES)
+    after = log.read_text().splitlines()[len(before) : -12]  # the soak is last
+    assert len(before) >= 2 and not set(before) & set(after)
 
 
 def test_a_bucket_where_not_even_one_fits_says_why(ray_here, corpus, tmp_path):
     law = Law(200.0)
-    with pytest.raises(ProfileError, match=r"bucket 4 .*batch size 1 needs.*out of memory.*activation_checkpointing"):
-        trials(law_config(corpus, tmp_path), law, 1.0, tmp_path)
-
-
-def test_a_soak_on_ray_lowers_and_measures(ray_here, corpus, tmp_path):
-    law = Law(9000.0)
-    sizes = [law.largest(edges) for edges in EDGES]
-    sizes[2] += 1
-    shown = []
-    config, device = law_config(corpus, tmp_path), oomptimize.traced_device(2**20)
-    soaked, peaks = oomptimize.soak_all(
-        config, config.model, Plan, device, sizes, lambda *what: shown.append(what), on_law(law)
-    )
-    assert soaked[2] < sizes[2] and soaked[:2] + soaked[3:] == sizes[:2] + sizes[3:]
-    assert set(peaks) == set(range(6)) and max(peaks.values()) <= 9000
-    assert shown[-1] == ("soaking", 12, 12)
+    number, why = probe(probe_job(law), tmp_path, lambda job, group: LawProcess(law)).failed
+    config, device = law_config(corpus, tmp_path), oomptimize.traced_device(200)
+    error = oomptimize._does_not_fit(number, EDGES[number], 200, device, config, why=why)
+    assert "batch size 1 needs" in str(error) and "out of memory" in str(error)
+    assert "activation_checkpointing" in str(error)
 
 
 def test_throughput_needs_a_gpu(ray_here, corpus, tmp_path):

@@ -30,7 +30,7 @@ from raytrain.cluster.session import ray_session
 from raytrain.cluster.workspace import Workspace
 from raytrain.config import ClusterSection, check_config
 from raytrain.console import Console
-from raytrain.training.probe import Probe
+from raytrain.training.meter import Probe
 
 values, kinds, out = json.loads(sys.argv[1]), json.loads(sys.argv[2]), sys.argv[3]
 cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
@@ -40,21 +40,27 @@ node = cluster.add_node(num_cpus=1, resources={"cpu_host": 1}, labels={"role": "
 nodes[node.node_id] = "data"
 for kind in kinds:
     special = {f"accelerator_type:{kind}": 1, "gpu_host": 1}
-    node = cluster.add_node(num_cpus=1, num_gpus=1, resources=special, labels={"role": "train"})
+    emulated = {"RAYTRAIN_EMULATED_GPU": f"fake {kind}:{kinds[kind] << 30}"}
+    node = cluster.add_node(
+        num_cpus=1, num_gpus=1, resources=special, labels={"role": "train"}, env_vars=emulated
+    )
     nodes[node.node_id] = kind
 
 
-def properties():
-    return f"fake {here()}", kinds[here()] << 30
-
-
-def meter(job):
+def meter(job, group):
     class Meter:
+        seconds, num_starts = {}, 1
+
+        def start(self):
+            pass
+
+        close = kill = start
+
         def measure(self, batch_size, edges, num_steps, *, fresh=True):
-            with open(f"{out}.{'soak' if 'num_steps' in job else 'trial'}", "a") as file:
-                print(job["budget_bytes"] >> 30, here(), file=file)
-            fits = batch_size * edges[0] <= job["budget_bytes"] >> 20
-            return Probe(batch_size, fits, batch_size << 20, 1.0, "out of memory")
+            with open(f"{out}.{'trial' if fresh else 'soak'}", "a") as file:
+                print(job.budget_bytes >> 30, here(), file=file)
+            fits = batch_size * edges[0] <= job.budget_bytes >> 20
+            return Probe(batch_size, fits, None, 1.0, "out of memory")
 
     return Meter()
 
@@ -74,15 +80,13 @@ try:
     with ray_session(ClusterSection(address=cluster.address)):
         config = check_config(values)
         run_pipeline(config, Console(quiet=True), ("statistics", "buckets", "assign"))
-        # There is no GPU to train on here, but its nodes can be told all the same.
-        workspace = Workspace(config, config.run_dir)
-        oomptimize._gpu_properties, profiles = properties, []
+        workspace, profiles = Workspace(config, config.run_dir), []
         for device in oomptimize.find_devices(config):
-            profile, _ = oomptimize.find_profile(
+            made, _ = oomptimize.find_profiles(
                 config, workspace.model_config(), workspace.model_id(), workspace.plan, workspace.plan_id, device,
-                workspace.path("ray"), lambda *what: None, meter,
+                workspace.path("batch_probes.json"), lambda *what: None, meter,
             )
-            profiles.append(profile.to_body())
+            profiles += [profile.to_body() for profile in made]
         values["train"]["device"] = "cpu"
         values["oomptimize"] = {"device_memory": "64MiB", "max_batch_size": 8}
         values["cluster"]["accelerator_type"] = "T4"
@@ -121,8 +125,8 @@ def test_every_stage_runs_on_the_nodes_that_are_for_it(corpus, tmp_path):
     for name in ("work", "decode", "read"):
         assert ran_on(f"MapBatches({name})") == {"data"}
     assert ran_on("MapWorker(MapBatches(Listener)).submit") == {"data"}
-    assert ran_on("_Brackets.report") == {"data"}
-    assert ran_on("ImplicitFunc.train") == ran_on("_soak") == set(KINDS)
+    assert ran_on("ProbeCoordinator.tell") == {"data"}
+    assert ran_on("ImplicitFunc.train") == set(KINDS)
     assert ran_on("RayTrainWorker.run_train_fn") == {"T4"}
     # Each kind of GPU has its own profile, by probes on its own node.
     assert {one["setting"]["device_name"]: one["setting"]["device_gib"] for one in found["profiles"]} == {

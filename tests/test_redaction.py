@@ -113,6 +113,7 @@ def test_the_tracking_server_gets_the_password(corpus, tmp_path, monkeypatch):
     from raytrain.tracking.mlflow import MlflowTracker
 
     monkeypatch.setenv("RAYTRAIN_TRACKING_URI", "")
+    monkeypatch.setattr("raytrain.tracking.mlflow._LAST_TRIES_SECONDS", 0.5)
     asked = []
 
     class Handler(http.server.BaseHTTPRequestHandler):

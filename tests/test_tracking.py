@@ -2,7 +2,6 @@
 
 import json
 import os
-import socket
 import subprocess
 import sys
 import time
@@ -10,6 +9,7 @@ import urllib.request
 from pathlib import Path
 
 import pytest
+from conftest import free_port, wait_for
 
 from raytrain.cluster.train import keep_metrics_until
 from raytrain.errors import StorageError
@@ -39,18 +39,20 @@ def test_the_machines_load_goes_to_the_same_store_and_goes_on_after_a_restart(tm
     uri = f"sqlite:///{tmp_path / 'store' / 'mlflow.db'}"
     (tmp_path / "store").mkdir()
     common = {"tracking_uri": uri, "experiment": "e", "run_name": "train", "system_metrics": True}
-    counts = []
-    run_id = None
+    client, run_id, steps = MlflowClient(tracking_uri=uri), None, []
+
+    def sent() -> list[int]:
+        return sorted(
+            point.step for point in client.get_metric_history(run_id, "system/cpu_utilization_percentage")
+        )  # fmt: skip
+
     for _ in range(2):
         tracker = MlflowTracker.open(run_id=run_id, **common)
-        time.sleep(1.5)
+        run_id, before = tracker.run_id, len(steps)
+        wait_for(lambda before=before: len(sent()) > before, "the machine's load", every=0.2)
         tracker.close()
-        run_id = tracker.run_id
-        history = MlflowClient(tracking_uri=uri).get_metric_history(run_id, "system/cpu_utilization_percentage")
-        steps = sorted(point.step for point in history)
+        steps = sent()
         assert steps == list(range(len(steps)))
-        counts.append(len(steps))
-    assert 0 < counts[0] < counts[1]
     assert not (tmp_path / "mlflow.db").exists()  # MLflow's own default
 
 
@@ -88,10 +90,9 @@ def test_runs_in_a_real_store(tmp_path):
     assert len(client.get_run(parent.run_id).data.params) == 150
 
 
-def test_a_server_that_is_down_warns_and_stops_nothing(caplog):
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+def test_a_server_that_is_down_warns_and_stops_nothing(caplog, monkeypatch):
+    monkeypatch.setattr("raytrain.tracking.mlflow._LAST_TRIES_SECONDS", 0.5)
+    port = free_port()
     start = time.monotonic()
     tracker = MlflowTracker.open(f"http://127.0.0.1:{port}", "e", "r")
     for step in range(100):
@@ -127,12 +128,6 @@ def _client(store: dict[str, str]):
     return MlflowClient(tracking_uri=store["tracking_uri"])
 
 
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
 def test_json_lines_name_an_unwritable_path(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(StorageError, match="file"):
@@ -147,7 +142,7 @@ def test_a_full_disk_is_a_storage_error() -> None:
 
 @pytest.mark.slow
 def test_a_real_server_gets_it_all(tmp_path: Path) -> None:
-    port = _free_port()
+    port = free_port()
     uri = f"http://127.0.0.1:{port}"
     command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port)]
     command += ["--workers", "1", "--backend-store-uri", f"sqlite:///{tmp_path / 'server.db'}"]

@@ -15,14 +15,16 @@ from raytrain.errors import StorageError, TrainingError
 from raytrain.lengths.schedule import ScheduleState, StepPlan, shares_of
 from raytrain.model.canary import Canary
 from raytrain.model.config import ModelConfig
+from raytrain.model.decoding import DecodeSettings
 from raytrain.training.average import WeightAverage
 from raytrain.training.checkpoint import CheckpointFolder, CheckpointWriter
 from raytrain.training.evaluation import Decoded, score_decoded
-from raytrain.training.faults import FaultNotes, Watchdog, kills_for_memory
+from raytrain.training.faults import SAVING, VALIDATION, FaultNotes, Watchdog, kills_for_memory
 from raytrain.training.loop import GaveUp, TrainingLoop
 from raytrain.training.optim import learning_rate, make_optimizer
 from raytrain.training.settings import TrainSettings
 from raytrain.training.step import train_step
+from raytrain.training.validation import Validator
 
 MODEL = ModelConfig(
     encoder_layers=1, encoder_width=32, encoder_heads=2, subsampling_channels=8, decoder_layers=1, decoder_width=32,
@@ -309,5 +311,83 @@ def test_metrics_say_how_fast_and_how_full(tmp_path):
     assert line.batch_size == 6 and logged[-1]["batch_size_by_bucket/001"] == 3
     assert logged[-1]["audio_padding_by_bucket/001"] == line.audio_padding == 0
     assert 0 <= line.data_wait < 1 and line.mfu > 0
+    assert "loader_busy" not in logged[-1]
     assert line.audio_hours == pytest.approx(6 * 6 * 1.2 / 3600)
     assert line.tokens_per_second > line.audio_seconds_per_second > 0
+
+
+def test_metrics_say_what_the_loaders_threads_do(tmp_path):
+    batches = [replace(micro_batch(number), read_seconds=1e-4, cpu_seconds=2.5e-5) for number in range(4)]
+    loop, logged = make_loop(tmp_path, batches)
+    loop.run()
+    assert 0 < logged[-1]["loader_busy"] < 1 and logged[-1]["loader_cpu"] == pytest.approx(0.25)
+
+
+def test_a_kill_for_memory_in_validation_or_saving_lowers_no_bucket(tmp_path):
+    machine, kills = kills_for_memory()
+    sizes, notes = (50, 50, 50), FaultNotes(tmp_path, "profile")
+
+    def die(phase: int, size: int) -> None:
+        marking = FaultNotes(tmp_path, "profile", rank=1).marking()
+        write = marking.__enter__()
+        write(7, 2, 40)  # the step before
+        write(None, phase, size)
+        notes.learn_from_deaths({machine: kills + 1}, notes.take_marks())
+
+    die(SAVING, 0)
+    assert notes.lowered(sizes) == sizes and notes.validation_size(32) == 32
+    die(VALIDATION, 32)
+    assert notes.lowered(sizes) == sizes and notes.validation_size(32) == 16
+    die(VALIDATION, 16)
+    assert notes.validation_size(32) == 8 and notes.validation_size(4) == 4 and notes.reasons() == []
+
+
+def validator(fits: int, told: list[int]) -> tuple[Validator, Canary]:
+    """A validator of five utterances, on a device that takes `fits` of them at a time."""
+    torch.manual_seed(0)
+    model, batch = Canary(MODEL).eval(), SpeechBatch.synthetic(5, 1200, 14, vocab=40, device="cpu")
+    batch.audio_lengths[1:] -= 4000
+    rows = [Row(f"/audio/{number}.wav", 0, 1200, "a", "en", 5, (1, 2, 3)) for number in range(5)]
+
+    def refuse(module, arguments) -> None:
+        if len(arguments[0]) > fits:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+
+    model.preprocessor.register_forward_pre_hook(refuse)
+    found = Validator(
+        batches=lambda: [(rows, batch)], is_translation=lambda row: False, decode=lambda ids: " ".join(map(str, ids)),
+        eos_id=3, search=DecodeSettings(max_generation_delta=3), on_out_of_memory=told.append,
+    )  # fmt: skip
+    return found, model
+
+
+@pytest.mark.parametrize(("fits", "failed"), [(5, []), (3, [5]), (1, [5, 3, 2])])
+def test_validation_that_does_not_fit_takes_smaller_batches(fits, failed):
+    told = []
+    whole, model = validator(5, [])
+    halved, same_model = validator(fits, told)
+    cpu = torch.device("cpu")
+    wanted, metrics = whole(model, cpu), halved(same_model, cpu)
+    assert told == failed and metrics.keys() == wanted.keys()
+    assert metrics["wer"] == wanted["wer"] and metrics["val_loss"] == pytest.approx(wanted["val_loss"], rel=1e-4)
+
+
+def test_an_utterance_that_can_not_be_validated_is_an_error():
+    found, model = validator(0, [])
+    with pytest.raises(TrainingError, match="validation of a single utterance.*CUDA out of memory"):
+        found(model, torch.device("cpu"))
+
+
+def test_a_checkpoint_that_does_not_fit_is_copied_without_gradients(tmp_path):
+    loop, _ = make_loop(tmp_path, [micro_batch(number) for number in range(6)])
+    whole, had_gradients = loop.model.state_dict, []
+
+    def state_dict(*arguments, **options):
+        had_gradients.append(any(parameter.grad is not None for parameter in loop.model.parameters()))
+        if had_gradients[-1]:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return whole(*arguments, **options)
+
+    loop.model.state_dict = state_dict
+    assert loop.run() == 6
+    assert had_gradients == [True, False] and loop.checkpoints.newest().step == 6

@@ -11,47 +11,44 @@ from typer.testing import CliRunner
 
 from raytrain.artifacts import read_json
 from raytrain.cli import app
-from raytrain.cluster.pipeline import run_pipeline
 from raytrain.cluster.trials import RunningTrial, with_settings
 from raytrain.cluster.tune import TUNE_FORMAT, nested
 from raytrain.config import check_config
-from raytrain.console import Console
 from raytrain.errors import ArtifactError, ConfigError
 from raytrain.training.checkpoint import CheckpointFolder
 
 TUNE = {
-    "num_trials": 3, "max_steps": 8, "grace_steps": 2, "reduction_factor": 2,
+    "num_trials": 2, "max_steps": 4, "grace_steps": 2, "reduction_factor": 2,
     "space": {
         "train.learning_rate": {"log_uniform": [1e-5, 1e-2]},
         "model.spec_augment.time_masks": {"choice": [0, 2]},
     },
 }  # fmt: skip
-TRAIN = {"num_workers": 2, "validate_every_steps": 2, "log_every_steps": 2, "stop_at_wer": None}
+TRAIN = {"num_workers": 1, "validate_every_steps": 2, "log_every_steps": 2, "stop_at_wer": None}
 
 
 @pytest.mark.timeout(600)
-def test_a_search_trains_what_it_draws_and_keeps_the_best(corpus, tmp_path, local_ray):
-    values = tiny_values(corpus, tmp_path, tune=TUNE, train=TRAIN)
-    config = check_config(values)
-    run_pipeline(config, Console(quiet=True), ("statistics", "buckets", "assign", "oomptimize"))
+def test_a_search_trains_what_it_draws_and_keeps_the_best(copy_of, tmp_path):
+    config = copy_of("tune", tune=TUNE, train=TRAIN, tracking={"enabled": True})
+    values = config.model_dump(mode="json")
     path = tmp_path / "tune.yaml"
     path.write_text(yaml.safe_dump(values))
     result = CliRunner().invoke(app, ["tune", "--config", str(path), "--json"])
     assert result.exit_code == 0, result.output
     trials = [json.loads(line) for line in result.output.splitlines() if line.startswith("{")]
-    assert len(trials) == 3 and [one["why"] for one in trials] == [None] * 3
+    assert len(trials) == 2 and [one["why"] for one in trials] == [None] * 2
     assert trials == read_json(config.run_dir / "tune.json", TUNE_FORMAT)["body"]
     errors = [one["error"] for one in trials]
     assert errors == sorted(errors)
-    assert max(one["steps"] for one in trials) == 8
-    assert len({one["settings"]["train.learning_rate"] for one in trials}) == 3
+    assert max(one["steps"] for one in trials) == 4
+    assert len({one["settings"]["train.learning_rate"] for one in trials}) == 2
     assert yaml.safe_load((config.run_dir / "tune_best.yaml").read_text()) == nested(trials[0]["settings"])
 
     client = MlflowClient(f"sqlite:///{config.run_dir / 'mlflow.db'}")
     runs = client.search_runs([client.get_experiment_by_name("raytrain").experiment_id])
     (search,) = (one for one in runs if one.info.run_name == "tune")
     children = [one for one in runs if one.data.tags.get("mlflow.parentRunId") == search.info.run_id]
-    assert len(children) == 3
+    assert len(children) == 2
     assert sorted(float(one.data.params["train.learning_rate"]) for one in children) == pytest.approx(
         sorted(one["settings"]["train.learning_rate"] for one in trials)
     )

@@ -262,16 +262,12 @@ def check_authentication(nodes: Sequence[NodeFacts], driver_mode: str, has_token
     return found
 
 
-def check_room(workers: int, cuda: bool, resources: dict[str, float], wanted: dict[str, float]) -> list[Check]:
-    """Whether `workers` of training fit into what the nodes have now. `wanted` are a worker's custom resources."""
-    needs = {"CPU": 1, **({"GPU": 1} if cuda else {}), **wanted}
-    fits = min(int(resources.get(name, 0) / amount + 1e-6) for name, amount in needs.items() if amount)
-    one = ", ".join(f"{amount:g} {name}" for name, amount in needs.items())
-    seen = f"{fits} of the {workers} workers of training fit ({one} each)"
-    if fits >= workers:
-        return [Check("room", OK, "", f"the {workers} workers of training fit ({one} each)")]
+def check_room(workers: int, room: int, each: str) -> list[Check]:
+    """Whether `workers` of training fit into the `room` that its nodes have; `each` says what a worker takes."""
+    if room >= workers:
+        return [Check("room", OK, "", f"the {workers} workers of training fit ({each} each)")]
     remedy = "add nodes, or lower train.num_workers; with autoscaling, nodes come when they are asked for"
-    return [Check("room", WARN, "", seen, remedy)]
+    return [Check("room", WARN, "", f"{room} of the {workers} workers of training fit ({each} each)", remedy)]
 
 
 def check_storage(nodes: Sequence[NodeFacts], root: str, shared: bool) -> list[Check]:

@@ -10,18 +10,20 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 from raytrain.artifacts import write_json
 from raytrain.cluster.ablate import histogram_of, prepare_folder, training_limits, trial_metrics
+from raytrain.cluster.placement import Placement
+from raytrain.cluster.room import trains_on_gpus
 from raytrain.cluster.session import ray_session
 from raytrain.cluster.tracking import RunTracking, tracking_uri
 from raytrain.cluster.trials import check_on_disk, run_grid
 from raytrain.cluster.workspace import Workspace
-from raytrain.config import Config
+from raytrain.config import Config, check_config
 from raytrain.console import Console
 from raytrain.data.remote import RunStore
+from raytrain.device import worker_device
 from raytrain.errors import ConfigError
 from raytrain.model.config import ModelConfig
 from raytrain.model.cost import cost_of
@@ -91,7 +93,7 @@ def _train(
             for row, model, trial in zip(rows, models, trials, strict=True):
                 row |= trial_metrics(trial, target)
                 row["why"] = trial["why"]
-                row["rtfx"] = _rtfx(config, model, Path(trial["folder"])) if trial["folder"] else None
+                row["rtfx"] = _measure_rtfx(config, model, trial["folder"]) if trial["folder"] else None
             finish(f"{len(trials)} trainings")
 
 
@@ -120,30 +122,40 @@ def _prepare(config: Config, console: Console, model: ModelConfig) -> dict[str, 
     }
 
 
-def _rtfx(config: Config, model: ModelConfig, folder: Path) -> dict[str, float]:
+def _measure_rtfx(config: Config, model: ModelConfig, folder: str) -> dict[str, float]:
+    """`_rtfx` on a worker of the kind that training had: the driver may have no GPU, or one that Ray has given away."""
+    import ray
+
+    cuda = trains_on_gpus(config)
+    options = Placement.train(config.cluster).remote_options(gpus=1.0 if cuda else 0.0)
+    values = config.model_copy(update={"model": model}).model_dump(mode="json")
+    return ray.get(ray.remote(max_calls=1, **options)(_rtfx).remote(values, folder, cuda))
+
+
+def _rtfx(values: dict[str, Any], folder: str, cuda: bool) -> dict[str, float]:
     """Audio-seconds per second of greedy decoding of dev recordings, one at a time and eight together, and the
     decoder's part of the time; reading audio does not count."""
-    import torch
 
     from raytrain.cluster.evaluate import load_run
     from raytrain.data.loader import read_rows
     from raytrain.model.decoding import DecodeSettings
     from raytrain.recognition import Recogniser
 
-    own = config.model_copy(update={"model": model})
-    device = torch.device("cuda" if torch.cuda.is_available() and config.train.device != "cpu" else "cpu")
+    config = check_config(values)
+    device = worker_device(cuda).torch
     search = DecodeSettings(max_generation_delta=config.evaluate.max_generation_delta)
-    recogniser = Recogniser(*load_run(own.model_dump(mode="json"), str(folder), "best"), search, device)
-    rows, pad_id = Workspace(own, folder).rows("dev", 40), recogniser.tokenizer.pad_id
+    recogniser = Recogniser(*load_run(values, folder, "best"), search, device)
+    rows, pad_id = Workspace(config, folder).rows("dev", 40), recogniser.tokenizer.pad_id
+    sample_rate = config.model.sample_rate
     found: dict[str, float] = {}
     for size in (1, 8):
-        batches = [batch for _, batch in read_rows(rows, model.sample_rate, pad_id, size, lambda row, error: None)]
+        batches = [batch for _, batch in read_rows(rows, sample_rate, pad_id, size, lambda row, error: None)]
         recogniser.hear(batches[0], [0.0] * len(batches[0]), [False] * len(batches[0]))  # the first one warms up
         recogniser.take_seconds()
         for batch in batches:
             recogniser.hear(batch, [0.0] * len(batch), [False] * len(batch))
         spent = recogniser.take_seconds()
-        audio = sum(float(batch.audio_lengths.sum()) for batch in batches) / model.sample_rate
+        audio = sum(float(batch.audio_lengths.sum()) for batch in batches) / sample_rate
         found[f"rtfx_batch_{size}"] = audio / spent.total()
         found[f"decoder_share_batch_{size}"] = spent["decoder"] / spent.total()
     return found

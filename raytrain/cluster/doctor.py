@@ -22,10 +22,13 @@ from typing import Any
 from raytrain.cluster import checks
 from raytrain.cluster.checks import Check, NodeFacts
 from raytrain.cluster.node_facts import ask_mlflow, auth_mode, has_token, measure_node, measure_storage, versions
+from raytrain.cluster.nodes import ask_nodes
+from raytrain.cluster.room import describe_worker, find_room, trains_on_gpus
 from raytrain.cluster.session import ray_session
 from raytrain.cluster.tracking import tracking_uri
 from raytrain.config import ClusterSection, Config
 from raytrain.data.storage import is_uri
+from raytrain.errors import RaytrainError
 from raytrain.redaction import without_credentials
 
 PROBE_BYTES = 64 << 20
@@ -91,8 +94,6 @@ def examine(config: Config | None, cluster: ClusterSection, least_nodes: int = 1
 
 def judge(nodes: list[NodeFacts], driver: dict[str, str], config: Config | None, least_nodes: int = 1) -> list[Check]:
     """All checks of nodes that were asked; needs Ray for its resources alone."""
-    import ray
-
     alive = [node for node in nodes if not node.error]
     found = checks.check_nodes(len(nodes), least_nodes)
     for node in nodes:
@@ -104,14 +105,20 @@ def judge(nodes: list[NodeFacts], driver: dict[str, str], config: Config | None,
     found += checks.check_authentication(alive, auth_mode(), has_token())
     if config is None:
         return found
-    resources = ray.cluster_resources()
-    cuda = config.train.device != "cpu" and resources.get("GPU", 0) > 0
-    least = config.train.num_workers if isinstance(config.train.num_workers, int) else min(config.train.num_workers)
-    found += checks.check_room(least, cuda, resources, config.cluster.train_resources)
+    found += _check_room(config)
     root, uri = run_root(config), _mlflow_uri(config)
     found += checks.check_storage(alive, root, shared=len(nodes) > 1 and not is_uri(root))
     found += checks.check_manifests(alive)
     return found + checks.check_mlflow(alive, without_credentials(uri or ""), ask_mlflow(uri) if uri else None)
+
+
+def _check_room(config: Config) -> list[Check]:
+    try:
+        cuda = trains_on_gpus(config)
+        room = find_room(config, cuda)
+    except RaytrainError as error:
+        return [Check("room", checks.FAIL, "", error.what, error.remedy or "")]
+    return checks.check_room(config.train.least_workers, room.workers, describe_worker(config, cuda))
 
 
 def run_root(config: Config) -> str:
@@ -170,7 +177,7 @@ def _ask(config: Config | None) -> list[NodeFacts]:
         jobs = f"http://{dashboard}/api/jobs/" if head and dashboard else None
         wanted[node["NodeID"]] = {"ray_gpus": resources.get("GPU", 0), "temp_folder": temp, "jobs_api": jobs}
     known = _with_own_names(known)
-    for node_id, answer, received in _on_nodes(measure_node, wanted, _NODE_SECONDS):
+    for node_id, answer, received in ask_nodes(measure_node, wanted, _NODE_SECONDS):
         if isinstance(answer, str):
             known[node_id] = replace(known[node_id], error=answer)
         else:
@@ -200,7 +207,7 @@ def _ask_storage(config: Config, known: dict[str, NodeFacts]) -> None:
             "mlflow": uri if uri and not uri.startswith("sqlite:") else None,
         }  # fmt: skip
         there = {node_id: wanted for node_id, node in known.items() if not node.error}
-        for node_id, answer, _ in _on_nodes(measure_storage, there, _STORAGE_SECONDS):
+        for node_id, answer, _ in ask_nodes(measure_storage, there, _STORAGE_SECONDS):
             facts = {"error": answer} if isinstance(answer, str) else answer
             known[node_id] = replace(known[node_id], storage=facts)
 
@@ -224,35 +231,3 @@ def _witness(root: str, several: bool) -> Iterator[tuple[str, str] | None]:
         with contextlib.suppress(OSError):
             for one in made:
                 one.rmdir()
-
-
-def _on_nodes(
-    function: Callable[[dict], dict], wanted: dict[str, dict], seconds: float
-) -> Iterator[tuple[str, dict[str, Any] | str, float]]:
-    """Run `function` once on each node of `wanted`; yields node, answer or what went wrong, and when it came."""
-    import ray
-    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
-
-    pending = {}
-    for node_id, argument in wanted.items():
-        strategy = NodeAffinitySchedulingStrategy(node_id, soft=False)
-        task = ray.remote(num_cpus=0, max_retries=0)(function).options(scheduling_strategy=strategy)
-        pending[task.remote(argument)] = node_id
-    deadline = time.monotonic() + seconds
-    while pending and (left := deadline - time.monotonic()) > 0:
-        ready, _ = ray.wait(list(pending), timeout=left)
-        received = time.time()
-        for reference in ready:
-            node_id = pending.pop(reference)
-            try:
-                yield node_id, ray.get(reference), received
-            except Exception as error:
-                yield node_id, _last_line(error), received
-    for reference, node_id in pending.items():
-        with contextlib.suppress(Exception):
-            ray.cancel(reference, force=True)
-        yield node_id, f"no answer within {seconds:.0f} s", time.time()
-
-
-def _last_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[-1].strip()[:300]

@@ -2,8 +2,37 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
+
 from raytrain.config import Config
 from raytrain.errors import RaytrainError, TrainingError
+
+
+@dataclass(frozen=True)
+class Restart:
+    """Training starts again from its last checkpoint, with `attempts_left` more restarts if it fails again."""
+
+    attempts_left: int
+    because: str
+
+
+@dataclass(frozen=True)
+class GiveUp:
+    """Training ends with the error that there was."""
+
+
+def decide(was_killed_for_memory: bool, lowered: Sequence[str], attempts_left: int) -> Restart | GiveUp:
+    """What follows when Ray Train has given up. `lowered` says which batches the failed attempt made smaller.
+
+    A batch that did not fit has been made smaller, so that this comes to an end by itself and costs no attempt; a
+    worker that Ray's memory monitor killed may be killed again. Ray Train itself has retried everything else.
+    """
+    if lowered:
+        return Restart(attempts_left, lowered[-1])
+    if was_killed_for_memory and attempts_left > 0:
+        return Restart(attempts_left - 1, "a worker was killed for its memory")
+    return GiveUp()
 
 
 def killed_for_memory(error: BaseException) -> bool:

@@ -23,13 +23,16 @@ from typing import Any, NamedTuple
 import numpy as np
 import orjson
 
+from raytrain.cluster.gpus import find_gpus, least_bytes, whole_gpus
 from raytrain.cluster.ingest import pack_batch, unpack
+from raytrain.cluster.nodes import last_line
 from raytrain.cluster.placement import ANYWHERE, Placement, total
 from raytrain.config import ClusterSection
 from raytrain.data.audio import AudioError, read_audio
 from raytrain.data.batch import SpeechBatch
 from raytrain.data.requests import Request
 from raytrain.data.storage import is_uri
+from raytrain.device import worker_device
 from raytrain.errors import ConfigError, DataError, RaytrainError
 from raytrain.lengths.batching import sorted_batches
 from raytrain.model.canary import Canary
@@ -112,10 +115,8 @@ def find_pool(
     `device` is auto, cpu or cuda; `device_memory` bytes for each worker's batches and model, by default 0.9 of a GPU's
     or, on CPUs, half of what Ray may give of the smallest node's. Raises `ConfigError` for what is not there.
     """
-    import ray
-
     readers, train = Placement.data(cluster or ClusterSection()), Placement.train(cluster or ClusterSection())
-    gpus = int(total(train.present(), "GPU"))
+    gpus = sum(map(whole_gpus, train.present())) if device != "cpu" else 0
     if device not in ("auto", "cpu", "cuda") or (device == "cuda" and not gpus):
         raise ConfigError("there is no such device", got=device, allowed="auto, cpu, and cuda where Ray has a GPU")
     cuda = device != "cpu" and gpus > 0
@@ -138,19 +139,12 @@ def find_pool(
     actor_cpus = min(0.4, int(cpus / workers * 1000) / 1000)
     beside = -(-workers // len(nodes))  # workers of one node
     if device_memory is None and cuda:
-        options = models.remote_options(cpus=0, gpus=1)
-        device_memory = int(_GPU_SHARE * ray.get(ray.remote(**options)(_gpu_bytes).remote()))
+        device_memory = int(_GPU_SHARE * least_bytes(find_gpus(models)))
     elif device_memory is None:
         smallest = min(node["Resources"].get("memory", 2**32) for node in nodes)
         device_memory = int(_HOST_SHARE * smallest / beside)
     threads = max(1, int(min(node["Resources"]["CPU"] for node in nodes)) // beside)
     return Pool(workers, cuda, device_memory, threads, actor_cpus, reader_cpus, models, readers)
-
-
-def _gpu_bytes() -> int:
-    import torch
-
-    return torch.cuda.get_device_properties(0).total_memory
 
 
 def batch_sizes(config: ModelConfig, settings: DecodeSettings, pool: Pool, max_size: int) -> BatchSizes:
@@ -186,6 +180,11 @@ def recognise(batches: Iterable[Batch], job: Job, pool: Pool) -> Iterator[Recogn
         yield from _recognise(some, job, pool)
 
 
+# A batch of utterances is one row of the dataset, and workers are handed one row at a time. Whole blocks (None) would
+# be the same, as a block has one row, but Ray Data wants a number where workers have GPUs.
+_ONE_ROW = {"batch_size": 1, "batch_format": "pyarrow"}
+
+
 def _recognise(batches: list[Batch], job: Job, pool: Pool) -> Iterator[Recognised]:
     import ray
     from ray.data import ActorPoolStrategy
@@ -196,36 +195,27 @@ def _recognise(batches: list[Batch], job: Job, pool: Pool) -> Iterator[Recognise
     packed = [orjson.dumps([one.ids, [tuple(request) for request in one.requests], one.limit]) for one in batches]
     data = (
         ray.data.from_items([{"batch": one} for one in packed], override_num_blocks=len(packed))
-        .map_batches(
-            read, batch_size=None, batch_format="pyarrow", **pool.readers.remote_options(pool.reader_cpus)
-        )
+        .map_batches(read, **_ONE_ROW, **pool.readers.remote_options(pool.reader_cpus))
         .map_batches(
             Listener,
             fn_constructor_kwargs={"job": job, "cuda": pool.cuda, "threads": pool.threads},
-            batch_size=None,
-            batch_format="pyarrow",
+            **_ONE_ROW,
             compute=ActorPoolStrategy(size=min(pool.workers, len(batches))),
             **pool.models.remote_options(pool.actor_cpus, 1 if pool.cuda else 0),
         )
-    )  # fmt: skip
+    )
     rows = iter(data.iter_rows())
     while True:
         try:
             row = next(rows, None)
         except ray.exceptions.RayError as error:
             raise RaytrainError(
-                "a worker failed", why=_last_line(error),
+                "a worker failed", why=last_line(error),
                 remedy="check that all nodes see the model and have memory for it; what is finished is kept",
             ) from error  # fmt: skip
         if row is None:
             return
         yield Recognised(**orjson.loads(row["result"]))
-
-
-def _last_line(error: Exception) -> str:
-    """What a worker's traceback ends with."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[-1] if lines else repr(error)
 
 
 # --- on workers
@@ -282,10 +272,10 @@ class Listener:
 
         from raytrain.recognition import Recogniser
 
-        if not cuda:
+        device = worker_device(cuda).torch
+        if device.type == "cpu":
             torch.set_num_threads(threads)
         self._job = job
-        device = torch.device("cuda" if cuda else "cpu")
         self._recogniser = Recogniser(*job.load(), job.settings, device, job.precision)
 
     def __call__(self, table: Any) -> dict[str, list[bytes]]:

@@ -21,6 +21,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from raytrain.device import emulated_gpu
+
 PACKAGES = ("ray", "torch", "raytrain", "pyarrow", "lhotse", "mlflow", "numpy", "sentencepiece", "soundfile")
 CACHE_VARIABLE = "RAYTRAIN_CACHE"
 MIB = 1 << 20
@@ -117,6 +119,9 @@ def gpu_facts(ray_gpus: float, visible: str | None, seconds: float = _GPU_SECOND
     if visible is not None:
         installed = min(installed, len([one for one in visible.split(",") if one.strip()]))
     found: dict[str, Any] = {"installed_gpus": installed, "gpu_driver": driver, "gpus": [], "gpu_error": ""}
+    if (emulated := emulated_gpu()) is not None:
+        gpu = {"name": emulated.name, "memory": emulated.total_bytes, "capability": "none"}
+        return {**found, "gpus": [gpu] * int(ray_gpus), "installed_gpus": int(ray_gpus)}
     if not (installed or ray_gpus or os.path.exists("/dev/kfd")):
         return found
     environment = {name: value for name, value in os.environ.items() if name != "CUDA_VISIBLE_DEVICES"}
@@ -147,6 +152,11 @@ def _nvidia() -> tuple[int, str]:
         return 0, ""
     finally:
         pynvml.nvmlShutdown()
+
+
+def installed_gpus() -> int:
+    """GPUs of this machine, as far as drivers tell; whether torch can use them is another matter."""
+    return _nvidia()[0] or int(os.path.exists("/dev/kfd"))
 
 
 def folder_facts(path: str) -> dict[str, Any]:

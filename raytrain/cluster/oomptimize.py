@@ -1,80 +1,70 @@
 """Stage `oomptimize`: the largest batch of every bucket that fits the memory budget, predicted and then confirmed.
 
-The prediction traces training steps on meta tensors, bucket by bucket, on Ray Data's workers. Where there are GPUs, Ray
-Tune then runs one trial per bucket, which starts its search at the prediction and runs real steps in a process of its
-own. Trials tell an actor what fits and what does not, and so narrow each other's brackets. Last, a soak mixes all
-buckets as training does, and lowers those that fail. Each kind of GPU in the cluster gets a profile.
+The prediction traces training steps on meta tensors, bucket by bucket, on Ray Data's workers. Where there are GPUs, a
+process on each of them then runs real steps (`raytrain.cluster.probing`): searches that start at the prediction and
+narrow each other, timing of smaller batches, and a soak that mixes all buckets as training does. Each kind of GPU in
+the cluster gets a profile.
 """
 
 from __future__ import annotations
 
-import contextlib
-import os
-from collections.abc import Callable, Iterator
+import time
 from dataclasses import asdict, dataclass, replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from raytrain.artifacts import content_id
-from raytrain.cluster.placement import Placement, total
+from raytrain.cluster.gpus import GpuKind, find_gpus, has_gpus, least_bytes
+from raytrain.cluster.placement import Placement
+from raytrain.cluster.probing import MakeMeter, Progress, probe_all, step_meter
 from raytrain.cluster.session import map_on_workers
 from raytrain.config import Config
 from raytrain.errors import ConfigError, ProfileError
 from raytrain.lengths.plan import BucketPlan
 from raytrain.lengths.profile import BatchProfile, ProbeSetting
 from raytrain.model.config import ModelConfig
-from raytrain.nodes import accelerator_of
+from raytrain.training.probing import ProbeJob, ProbeOutcome
 from raytrain.training.settings import TrainSettings
 
 GIB = 2**30
-Progress = Callable[[str, int, int], None]  # what is done, how many of how many
 
 
 @dataclass(frozen=True)
 class Device:
-    """What to find batch sizes for: a kind of GPU in the cluster, or (`is_real` false) one that is only named.
+    """What to find batch sizes for: GPUs of the cluster (`kinds`), or (without) one that is only named.
 
-    `per_trial` is the share of a real GPU that a trial takes; `accelerator` is Ray's name for the kind, None where
-    nodes do not tell.
+    There are several kinds where weights are sharded over all of them: sizes must then fit the smallest.
     """
 
     name: str
     total_bytes: int
-    is_real: bool
-    accelerator: str | None = None
-    per_trial: float = 1.0
+    kinds: tuple[GpuKind, ...] = ()
+
+    @property
+    def is_real(self) -> bool:
+        """Whether it is there."""
+        return bool(self.kinds)
 
     def budget(self, config: Config) -> int:
         """Bytes that a training step may take."""
         return int(self.total_bytes * config.oomptimize.memory_fraction)
 
-    @property
-    def gpus(self) -> float:
-        """What a trial takes of a GPU."""
-        return self.per_trial if self.is_real else 0.0
-
-    def placement(self, config: Config) -> Placement:
-        """Where its trials run."""
-        train = Placement.train(config.cluster)
-        return replace(train, accelerator_type=self.accelerator) if self.accelerator else train
-
 
 def traced_device(total_bytes: int) -> Device:
     """A device that is not there."""
-    return Device(f"traced for {total_bytes / GIB:g} GiB", total_bytes, is_real=False)
+    return Device(f"traced for {total_bytes / GIB:g} GiB", total_bytes)
 
 
 def find_devices(config: Config) -> list[Device]:
     """The kinds of GPU in the nodes that are for training, or the named device where there is none.
 
     Raises `ConfigError` with neither a GPU nor a named device, for an objective that needs a GPU's time, and where no
-    node is for training.
+    node is for training; `ClusterError` where torch can't use a node's GPUs.
     """
     named = config.oomptimize.device_memory
-    with_gpus = [node["Resources"] for node in Placement.train(config.cluster).nodes() if total([node], "GPU")]
-    if with_gpus and config.train.device != "cpu":
-        kinds = sorted({accelerator_of(one) for one in with_gpus}, key=str)
-        return [_real_device(kind, named, config) for kind in kinds]
+    if config.train.device != "cpu" and has_gpus(Placement.train(config.cluster)):
+        return _real_devices(config, find_gpus(Placement.train(config.cluster)))
     if named is None:
         raise ConfigError(
             "there is no GPU here to measure memory on",
@@ -89,23 +79,26 @@ def find_devices(config: Config) -> list[Device]:
     return [traced_device(named)]
 
 
-def _real_device(accelerator: str | None, named: int | None, config: Config) -> Device:
-    import ray
+def _real_devices(config: Config, kinds: list[GpuKind]) -> list[Device]:
+    def planned(total_bytes: int) -> int:
+        return min(config.oomptimize.device_memory or total_bytes, total_bytes)
 
-    probe = Device("", 0, is_real=True, accelerator=accelerator)
-    options = probe.placement(config).remote_options(gpus=probe.gpus)
-    name, memory = ray.get(ray.remote(**options)(_gpu_properties).remote())
-    planned = min(named or memory, memory)
-    # Two searches in one GPU's memory are safe where their budgets fit side by side; their times would mean nothing.
-    share = 1 / (memory // planned) if config.oomptimize.objective == "memory" else 1.0
-    return Device(name, planned, True, accelerator, share)
+    if sharded_world(config) == 1:
+        return [Device(kind.name, planned(kind.total_bytes), (kind,)) for kind in kinds]
+    gpus, world_size = sum(kind.num_gpus for kind in kinds), sharded_world(config)
+    if gpus < world_size:
+        raise ConfigError(
+            "train.shard spreads the model over more workers than there are GPUs to probe it on",
+            got=f"train.num_workers {world_size}, {gpus} GPUs",
+            remedy="lower train.num_workers, or add GPUs",
+        )
+    smallest = min(kinds, key=lambda kind: kind.total_bytes)
+    return [Device(smallest.name, planned(least_bytes(kinds)), tuple(kinds))]
 
 
-def _gpu_properties() -> tuple[str, int]:
-    import torch
-
-    properties = torch.cuda.get_device_properties(0)
-    return properties.name, properties.total_memory
+def sharded_world(config: Config) -> int:
+    """Over how many workers the model's weights are spread, at the least; 1 where each has all of them."""
+    return config.train.least_workers if config.train.shard else 1
 
 
 # --- prediction
@@ -127,7 +120,9 @@ def _predict(
     key = content_id([asdict(model), asdict(train), precision, device_type, budget])
     if key not in _TRACERS:
         _TRACERS.clear()
-        options = {"precision": precision, "world_size": train.most_workers, "device_type": device_type}
+        # Of the numbers of workers that training may have, the one in which a rank takes most.
+        world_size = train.least_workers if train.shard else train.most_workers
+        options = {"precision": precision, "world_size": world_size, "device_type": device_type}
         _TRACERS[key] = StepTracer(model, train, **options), Neighbours()
     tracer, neighbours = _TRACERS[key]
     found = []
@@ -204,257 +199,103 @@ def _does_not_fit(
 
 # --- confirmation
 
-_METERS: dict[str, Any] = {}
-_SHOWING: list[Progress] = []
-
-
-def step_meter(job: dict[str, Any]) -> Any:
-    """A meter of real steps in a process of its own."""
-    from raytrain.model.config import SpecAugmentSettings
-    from raytrain.training.isolated import IsolatedMeter
-    from raytrain.training.probe import StepMeter
-
-    model = ModelConfig(**{**job["model"], "spec_augment": SpecAugmentSettings(**job["model"]["spec_augment"])})
-    return IsolatedMeter(StepMeter, model, TrainSettings(**job["train"]), job["budget_bytes"])
-
-
-def _meter(job: dict[str, Any], make_meter: Callable[[dict[str, Any]], Any]) -> Any:
-    """One meter per worker process and setting: the next trial in the same process goes on with it."""
-    if job["id"] not in _METERS:
-        _METERS[job["id"]] = make_meter(job)
-    return _METERS[job["id"]]
-
-
-def probe_bucket(parameters: dict[str, Any], make_meter: Callable[[dict[str, Any]], Any] = step_meter) -> None:
-    """One trial: search the batch size of one bucket and report it to Tune."""
-    import ray
-    from ray import tune
-
-    from raytrain.lengths.search import BatchSizeSearch
-    from raytrain.training.probe import search_batch_size, smallest_as_fast
-
-    job, bucket = parameters["job"], parameters["job"]["bucket"]
-    brackets = ray.get_actor(job["brackets"])
-    meter = _meter(job, make_meter)
-
-    def measure(size: int) -> Any:
-        return meter.measure(size, (job["max_duration_ms"], job["max_tokens"]), job["steps_per_probe"])
-
-    found = search_batch_size(
-        measure,
-        BatchSizeSearch(ray.get(brackets.start.remote(bucket)), job["max_size"], job["tolerance"]),
-        before=lambda: ray.get(brackets.bracket.remote(bucket)),
-        after=lambda size, fits: ray.get(brackets.report.remote(bucket, size, fits)),
-    )
-    timed: list[Any] = []
-    fastest = None
-    if found.batch_size is not None and job["times"]:
-        best = found.best or measure(found.batch_size)
-        timed = [] if found.best else [best]
-        if best.fits:
-            small, more = smallest_as_fast(measure, best)
-            timed += more
-            fastest = small.batch_size
-    tune.report(
-        {
-            "bucket": bucket,
-            "batch_size": found.batch_size,
-            "probes": [asdict(probe) for probe in found.probes],
-            "timed": [asdict(probe) for probe in timed],
-            "smallest_as_fast": fastest,
-        }
-    )
-
-
-class _Brackets:
-    """`SharedBrackets` as a Ray actor."""
-
-    def __init__(self, *arguments: Any) -> None:
-        from raytrain.lengths.search import SharedBrackets
-
-        self._shared = SharedBrackets(*arguments)
-
-    def start(self, bucket: int) -> int | None:
-        """See `SharedBrackets.start`."""
-        return self._shared.start(bucket)
-
-    def bracket(self, bucket: int) -> tuple[int, int | None]:
-        """See `SharedBrackets.bracket`."""
-        return self._shared.bracket(bucket)
-
-    def report(self, bucket: int, size: int, fits: bool) -> None:
-        """See `SharedBrackets.report`."""
-        self._shared.report(bucket, size, fits)
-
 
 def confirm(
-    config: Config, model: ModelConfig, plan: BucketPlan, device: Device, needs: list[tuple[float, float]],
-    scratch: str, on_progress: Progress, make_meter: Callable[[dict[str, Any]], Any] = step_meter,
-) -> list[dict[str, Any]]:  # fmt: skip
-    """One Tune trial per bucket; what each reported, in the order of buckets. `needs` is the predicted memory of each
-    bucket's step as (bytes, bytes per utterance).
+    config: Config, model: ModelConfig, plan: BucketPlan, device: Device, needs: list[tuple[float, float]], kept: Path,
+    on_progress: Progress, make_meter: MakeMeter = step_meter,
+) -> ProbeOutcome:  # fmt: skip
+    """What probes on the device's GPUs came to. `needs` is the predicted memory of each bucket's step as (bytes, bytes
+    per utterance).
 
-    A stopped search goes on where it was. Raises `ProfileError` where a trial fails, and where not even one utterance
-    fits.
+    A stopped search resumes with the answers in the file `kept`. Raises `ProfileError` where a process fails, and where
+    not even one utterance of a bucket fits.
     """
-    import ray
-
-    section, budget = config.oomptimize, device.budget(config)
-    edges = [(bucket.max_duration_ms, bucket.max_tokens) for bucket in plan.grid.buckets]
-    common = {
-        "model": asdict(model), "train": asdict(config.train), "budget_bytes": budget, "device": device.name,
-        "max_size": section.max_batch_size, "tolerance": section.tolerance, "steps_per_probe": section.steps_per_probe,
-        "times": device.per_trial == 1.0 and section.time_smaller_batches,
-    }  # fmt: skip
-    common["id"] = content_id([common, edges, needs])
-    common["brackets"] = f"raytrain-brackets-{common['id']}"
-    jobs = [
-        {**common, "bucket": number, "max_duration_ms": duration, "max_tokens": tokens}
-        for number, (duration, tokens) in enumerate(edges)
-    ]
-    place = Placement.data(config.cluster).remote_options(cpus=0)
-    brackets = ray.remote(_Brackets).options(name=common["brackets"], **place).remote(edges, needs, budget)
-    try:
-        asked = device.placement(config).trial_resources(gpus=device.gpus)
-        results = _run_trials(jobs, asked, f"{scratch}/oomptimize-{common['id']}", on_progress, make_meter)
-    finally:
-        ray.kill(brackets)
-    for number, result in enumerate(results):
-        if result["batch_size"] is None:
-            why = next((probe["why"] for probe in result["probes"] if probe["batch_size"] == 1), None)
-            raise _does_not_fit(number, edges[number], budget, device, config, why=why)
-    return results
-
-
-def _run_trials(
-    jobs: list[dict[str, Any]], resources: Any, folder: str, on_progress: Progress,
-    make_meter: Callable[[dict[str, Any]], Any],
-) -> list[dict[str, Any]]:  # fmt: skip
-    from ray import tune
-
-    class Counted(tune.Callback):
-        """Tune keeps its callbacks on disk, for a restored run; a progress bar stays with its process."""
-
-        def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **_: Any) -> None:
-            from raytrain.cluster.oomptimize import _SHOWING
-
-            for show in _SHOWING:
-                show("probing buckets", sum(one.is_finished() or one is trial for one in trials), len(trials))
-
-    # Finished trials must be on disk when the run is killed, not up to ten seconds later.
-    os.environ.setdefault("TUNE_GLOBAL_CHECKPOINT_S", "1")
-    trainable = tune.with_resources(partial(probe_bucket, make_meter=make_meter), resources)
-    space = {"job": tune.grid_search(jobs)}
-    parent, _, name = folder.rpartition("/")
-    if tune.Tuner.can_restore(folder):
-        tuner = tune.Tuner.restore(folder, trainable, restart_errored=True, param_space=space)
-    else:
-        tuner = tune.Tuner(
-            trainable,
-            param_space=space,
-            tune_config=tune.TuneConfig(reuse_actors=True),
-            run_config=tune.RunConfig(name=name, storage_path=parent, verbose=0, callbacks=[Counted()]),
-        )
-    _SHOWING[:] = [on_progress]
-    with contextlib.redirect_stdout(None):
-        grid = tuner.fit()
-    for result in grid:
-        if result.error is not None:
-            raise ProfileError("a batch-size trial failed", why=str(result.error).strip().splitlines()[-1])
-    by_bucket = {result.metrics["bucket"]: result.metrics for result in grid}
-    return [by_bucket[job["bucket"]] for job in jobs]
-
-
-def soak_all(
-    config: Config, model: ModelConfig, plan: BucketPlan, device: Device, sizes: list[int], on_progress: Progress,
-    make_meter: Callable[[dict[str, Any]], Any] = step_meter,
-) -> tuple[list[int], dict[int, int]]:  # fmt: skip
-    """Sizes after the soak, and the measured peak bytes of each bucket at its last step.
-
-    Raises `ProfileError` where a bucket ends below 1.
-    """
-    import ray
-
     section = config.oomptimize
     edges = [(bucket.max_duration_ms, bucket.max_tokens) for bucket in plan.grid.buckets]
-    job = {
-        "model": asdict(model), "train": asdict(config.train), "budget_bytes": device.budget(config),
-        "edges": edges, "sizes": sizes, "num_steps": section.soak_steps, "seed": config.seed,
-    }  # fmt: skip
-    options = device.placement(config).remote_options(gpus=device.gpus)
-    task = ray.remote(num_returns="streaming", max_retries=0, **options)(_soak)
-    steps = max(section.soak_steps, len(edges))
-    current, peaks, done = list(sizes), {}, 0
-    for item in task.remote(job, make_meter):
-        step = ray.get(item)
-        done += 1
-        if step.lowered_to is not None:
-            current[step.bucket], done = step.lowered_to, 0
-            if step.lowered_to < 1:
-                budget = device.budget(config)
-                raise _does_not_fit(step.bucket, edges[step.bucket], budget, device, config, why=step.probe.why)
-        elif step.probe.peak_bytes is not None:
-            peaks[step.bucket] = step.probe.peak_bytes
-        on_progress("soaking", min(done, steps), steps)
-    return current, peaks
+    job = ProbeJob(
+        model=model,
+        train=config.train,
+        device_name=device.name,
+        budget_bytes=device.budget(config),
+        edges=tuple(edges),
+        needs=tuple(needs),
+        max_size=section.max_batch_size,
+        tolerance=section.tolerance,
+        steps_per_probe=section.steps_per_probe,
+        soak_steps=section.soak_steps,
+        seed=config.seed,
+        times=section.time_smaller_batches,
+        throughput=section.objective == "throughput",
+    )
+    world_size = sharded_world(config)
+    data, places = Placement.data(config.cluster), placements(config, device, len(edges))
+    outcome = probe_all(job, places, kept, data, on_progress, world_size=world_size, make_meter=make_meter)
+    if outcome.failed is not None:
+        number, why = outcome.failed
+        raise _does_not_fit(number, edges[number], device.budget(config), device, config, why=why)
+    return outcome
 
 
-def _soak(job: dict[str, Any], make_meter: Callable[[dict[str, Any]], Any]) -> Iterator[Any]:
-    from raytrain.training.probe import soak
-
-    meter = make_meter(job)
-    try:
-        yield from soak(meter, job["edges"], job["sizes"], job["num_steps"], job["seed"])
-    finally:
-        if hasattr(meter, "close"):
-            meter.close()
+def placements(config: Config, device: Device, num_buckets: int) -> list[Placement]:
+    """Where the processes run: one for each GPU, no more than there are buckets; one group for sharded weights."""
+    train = Placement.train(config.cluster)
+    if sharded_world(config) > 1:
+        return [train]
+    (kind,) = device.kinds
+    return kind.placements(train)[:num_buckets]
 
 
 # --- profiles
 
 
-def find_profile(
-    config: Config, model: ModelConfig, model_id: str, plan: BucketPlan, plan_id: str, device: Device, scratch: str,
-    on_progress: Progress, make_meter: Callable[[dict[str, Any]], Any] = step_meter,
-) -> tuple[BatchProfile, list[dict[str, Any]]]:  # fmt: skip
-    """The profile of one device, and what each trial reported (none where the device is only named)."""
+def find_profiles(
+    config: Config, model: ModelConfig, model_id: str, plan: BucketPlan, plan_id: str, device: Device, kept: Path,
+    on_progress: Progress, make_meter: MakeMeter = step_meter,
+) -> tuple[list[BatchProfile], ProbeOutcome | None]:  # fmt: skip
+    """The profiles of a device, one for each name of its GPUs, and what was probed (None where it is only named)."""
+    began = time.monotonic()
     predictions = predict(config, model, plan, device, on_progress)
     setting = probe_setting(config, model_id, device, _device_type(config, device))
-    if not device.is_real:
-        return BatchProfile(
-            plan_id=plan_id,
-            setting=setting,
-            batch_sizes=tuple(one.batch_size for one in predictions),
-            predicted_gib=tuple(_gib(one.peak_bytes) for one in predictions),
-            num_probes=(0,) * len(predictions),
-        ), []
-    needs = [(one.line.base_bytes, one.line.slope_bytes) for one in predictions]
-    trials = confirm(config, model, plan, device, needs, scratch, on_progress, make_meter)
-    throughput = config.oomptimize.objective == "throughput"
-    sizes = [
-        trial["smallest_as_fast"] if throughput and trial["smallest_as_fast"] else trial["batch_size"]
-        for trial in trials
-    ]
-    soaked, peaks = soak_all(config, model, plan, device, sizes, on_progress, make_meter)
-    seconds = [_seconds_at(trial, size) for trial, size in zip(trials, soaked, strict=True)]
-    durations = [bucket.max_duration_ms / 1000 for bucket in plan.grid.buckets]
-    return BatchProfile(
+    traced = BatchProfile(
         plan_id=plan_id,
         setting=setting,
-        batch_sizes=tuple(soaked),
-        predicted_gib=tuple(
-            _gib(one.line.base_bytes + size * one.line.slope_bytes)
-            for one, size in zip(predictions, soaked, strict=True)
-        ),
-        num_probes=tuple(len(trial["probes"]) for trial in trials),
-        measured_gib=tuple(_gib(peaks[number]) if number in peaks else None for number in range(len(soaked))),
+        batch_sizes=tuple(prediction.batch_size or 1 for prediction in predictions),
+        predicted_gib=tuple(_gib(prediction.peak_bytes) for prediction in predictions),
+        num_probes=(0,) * len(predictions),
+    )
+    if not device.is_real:
+        return [traced], None
+    needs = [(prediction.line.base_bytes, prediction.line.slope_bytes) for prediction in predictions]
+    tracing = time.monotonic() - began
+    outcome = confirm(config, model, plan, device, needs, kept, on_progress, make_meter)
+    seconds = {"tracing": tracing, **outcome.seconds, "all": time.monotonic() - began}
+    confirmed = _confirmed(traced, outcome, needs, plan)
+    names = dict.fromkeys(kind.name for kind in device.kinds)
+    profiles = [replace(confirmed, setting=replace(setting, device_name=name)) for name in names]
+    return profiles, replace(outcome, seconds=seconds)
+
+
+def _confirmed(
+    traced: BatchProfile, outcome: ProbeOutcome, needs: list[tuple[float, float]], plan: BucketPlan
+) -> BatchProfile:
+    """The profile with what probes found."""
+    sizes, buckets = outcome.batch_sizes, outcome.buckets
+    seconds = [bucket.seconds_at(size) for bucket, size in zip(buckets, sizes, strict=True)]
+    durations = [bucket.max_duration_ms / 1000 for bucket in plan.grid.buckets]
+    return replace(
+        traced,
+        batch_sizes=sizes,
+        predicted_gib=tuple(_gib(base + size * slope) for (base, slope), size in zip(needs, sizes, strict=True)),
+        num_probes=tuple(len(bucket.probes) for bucket in buckets),
+        measured_gib=tuple(_gib(outcome.peaks[number]) if number in outcome.peaks else None
+                           for number in range(len(sizes))),
         step_seconds=tuple(seconds),
         audio_seconds_per_second=tuple(
-            round(size * duration / time, 1) if time else None
-            for size, duration, time in zip(soaked, durations, seconds, strict=True)
+            round(size * duration / spent, 1) if spent else None
+            for size, duration, spent in zip(sizes, durations, seconds, strict=True)
         ),
-        smallest_as_fast=tuple(trial["smallest_as_fast"] for trial in trials),
-    ), trials
+        smallest_as_fast=tuple(bucket.smallest_as_fast for bucket in buckets),
+    )  # fmt: skip
 
 
 def probe_setting(config: Config, model_id: str, device: Device, device_type: str) -> ProbeSetting:
@@ -474,13 +315,8 @@ def probe_setting(config: Config, model_id: str, device: Device, device_type: st
         world_size=config.train.most_workers,
         torch_version=torch.__version__.split("+")[0],
         objective=config.oomptimize.objective,
+        shard=config.train.shard,
     )
-
-
-def _seconds_at(trial: dict[str, Any], size: int) -> float | None:
-    times = [one["step_seconds"] for one in (*trial["probes"], *trial["timed"]) if one["batch_size"] == size]
-    known = [round(time, 4) for time in times if time is not None]
-    return min(known, default=None)
 
 
 def _gib(size: float) -> float:

@@ -18,6 +18,7 @@ import yaml
 
 from raytrain.artifacts import atomic_write_bytes, canonical_json, content_id, file_id, make_folder
 from raytrain.cluster import stages
+from raytrain.cluster.gpus import may_have_gpus
 from raytrain.cluster.session import ray_session
 from raytrain.cluster.tracking import RUN_NOTE, RunTracking
 from raytrain.cluster.workspace import Workspace
@@ -32,7 +33,8 @@ _STATE = "stages.json"
 
 @dataclass(frozen=True)
 class Stage:
-    """`key` names what the stage depends on (JSON values); `run` does it; `outputs` are files it writes."""
+    """`key` names what the stage depends on (JSON values), with `key_names_gpus` also the cluster's GPUs; `run` does
+    it; `outputs` are files it writes."""
 
     name: str
     needs: tuple[str, ...]
@@ -40,6 +42,7 @@ class Stage:
     key: Callable[[Workspace], Any]
     run: Callable[[stages.Context], str]
     uses_ray: bool = True
+    key_names_gpus: bool = False
     goes_on: Callable[[Workspace], bool] = lambda workspace: False
     applies: Callable[[Config], bool] = lambda config: True
 
@@ -52,7 +55,8 @@ STAGES: tuple[Stage, ...] = (
     Stage("buckets", ("statistics",), ("bucket_plan.json",), stages.buckets_key, stages.run_buckets, uses_ray=False),
     Stage("assign", ("statistics", "buckets"), ("assignment/index.json",), stages.assign_key, stages.run_assign,
           applies=lambda config: config.data.stream is None),
-    Stage("oomptimize", ("buckets",), ("batch_profile.json",), stages.oomptimize_key, stages.run_oomptimize),
+    Stage("oomptimize", ("buckets",), ("batch_profile.json",), stages.oomptimize_key, stages.run_oomptimize,
+          key_names_gpus=True),
     Stage("train", ("assign", "oomptimize"), ("checkpoints/last.json",), stages.train_key, stages.run_train,
           goes_on=stages.train_goes_on),
     Stage("evaluate", ("train",), ("hypotheses.jsonl", "scores.json", "errors.html"), stages.evaluate_key,
@@ -89,6 +93,8 @@ def run_pipeline(config: Config, console: Console, names: tuple[str, ...] = STAG
                 continue
             _check_needs(stage, config, done)
             workspace = Workspace(config, run_dir)  # artefacts may have changed since the stage before
+            if stage.key_names_gpus and config.train.device != "cpu" and may_have_gpus(config.cluster):
+                ray.enter_context(ray_session(config.cluster))
             key = content_id({"stage": stage.name, "depends_on": stage.key(workspace)})
             if _is_current(run_dir, done.get(stage.name), key):
                 console.skipped(stage.name)

@@ -11,7 +11,7 @@ Without settings every node will do, as if there were no placement.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from raytrain.config import ClusterSection
@@ -19,6 +19,7 @@ from raytrain.errors import ConfigError
 from raytrain.nodes import SMALLEST_SHARE, accelerator_of, accelerator_resource, selects
 
 Node = dict[str, Any]  # as `ray.nodes()` has it
+NODE_LABEL = "ray.io/node-id"  # which Ray gives every node
 
 
 @dataclass(frozen=True)
@@ -47,6 +48,10 @@ class Placement:
         """Of what needs no GPU."""
         return cls("data", cluster.data_labels, cluster.data_resources)
 
+    def on_node(self, node_id: str) -> Placement:
+        """The same work on one node."""
+        return replace(self, labels={**self.labels, NODE_LABEL: node_id}, accelerator_type=None)
+
     # --- for Ray
 
     def remote_options(self, cpus: float = 1.0, gpus: float = 0.0) -> dict[str, Any]:
@@ -61,11 +66,24 @@ class Placement:
         """What Ray Tune reserves for a trial of one process."""
         from ray import tune
 
+        return tune.PlacementGroupFactory([self._bundle(cpus, gpus)], **self._selectors(1))
+
+    def group_resources(self, world_size: int, cpus: float = 1.0, gpus: float = 0.0) -> Any:
+        """What Ray Tune reserves for a trial whose work is done by `world_size` actors: a bundle for each, after a
+        small one for the trial itself."""
+        from ray import tune
+
+        bundles = [{"CPU": 0.01}, *(self._bundle(cpus, gpus) for _ in range(world_size))]
+        return tune.PlacementGroupFactory(bundles, **self._selectors(len(bundles)))
+
+    def _bundle(self, cpus: float, gpus: float) -> dict[str, float]:
         bundle = {"CPU": cpus, "GPU": gpus, **self._custom(gpus)}
         if self.accelerator_type:
             bundle[accelerator_resource(self.accelerator_type)] = 0.001
-        labels = {"bundle_label_selector": [dict(self.labels)]} if self.labels else {}
-        return tune.PlacementGroupFactory([bundle], **labels)
+        return bundle
+
+    def _selectors(self, number: int) -> dict[str, Any]:
+        return {"bundle_label_selector": [dict(self.labels)] * number} if self.labels else {}
 
     def scaling(self, gpus: float = 0.0) -> dict[str, Any]:
         """The part of Ray Train's `ScalingConfig` that is about a worker's place."""

@@ -30,6 +30,8 @@ _QUIET = {
     "RAY_CHDIR_TO_TRIAL_DIR": "0",
     "RAY_TRAIN_V2_ENABLED": "1",
     "RAY_DISABLE_IMPORT_WARNING": "1",
+    # Tune's handler lets the first Ctrl-C end a search as if it were complete, and stays when the search is over.
+    "TUNE_DISABLE_SIGINT_HANDLER": "1",
     "PYTHONWARNINGS": "ignore",
     # oneDNN keeps compiled convolutions for 1024 shapes; bucketed batches have thousands, and the cache then
     # holds gigabytes on a CPU.

@@ -22,6 +22,7 @@ from raytrain.artifacts import (
     read_json,
     write_json,
 )
+from raytrain.cluster.gpus import device_names
 from raytrain.cluster.placement import Placement
 from raytrain.cluster.session import ray_session
 from raytrain.cluster.tracking import RunTracking
@@ -45,6 +46,10 @@ from raytrain.lengths.plan import BucketPlan
 from raytrain.lengths.profile import BatchProfile
 from raytrain.lengths.simulate import Simulation, simulate
 from raytrain.model.cost import cost_of
+from raytrain.training.data_wait import DataPath, DataWaitMonitor
+from raytrain.training.memory import TRACER_VERSION
+from raytrain.training.meter import Probe
+from raytrain.training.probing import ProbeOutcome
 
 # Settings of training that say when to stop, look and save, but not what is learnt: a run goes on when they change.
 _NOT_LINEAGE = (
@@ -258,29 +263,32 @@ def run_assign(context: Context) -> str:
 
 
 def oomptimize_key(workspace: Workspace) -> Any:
-    train = workspace.config.train
+    config, train = workspace.config, workspace.config.train
     return [
-        workspace.config.section("oomptimize"),
+        TRACER_VERSION,
+        config.section("oomptimize"),
         [train.precision, train.ctc_weight > 0, train.num_workers, train.device, train.activation_checkpointing],
-        [train.average_decay is not None, train.accumulate > 1],
+        [train.average_decay is not None, train.accumulate > 1, train.shard],
         workspace.plan_id,
         workspace.model_id(),
+        device_names(config),  # sizes of another device would waste memory or run out of it
     ]
 
 
 def run_oomptimize(context: Context) -> str:
-    from raytrain.cluster.oomptimize import find_devices, find_profile
+    from raytrain.cluster.oomptimize import find_devices, find_profiles
 
-    workspace = context.workspace
+    workspace, kept = context.workspace, context.path("batch_probes.json")
+    workspace.store.look(kept.name)
     profiles = []
     for device in find_devices(context.config):
         with _shown(context.console) as show:
-            profile, trials = find_profile(
+            found, outcome = find_profiles(
                 context.config, workspace.model_config(), workspace.model_id(), workspace.plan, workspace.plan_id,
-                device, workspace.store.place("ray"), show,
+                device, kept, show,
             )  # fmt: skip
-        profiles.append(profile)
-        _track_profile(context, profile, trials)
+        profiles += found
+        _track_profile(context, found[0], outcome)
     body = {"profiles": [profile.to_body() for profile in profiles]}
     write_json(context.path("batch_profile.json"), PROFILE_FORMAT, body, {"bucket_plan": workspace.plan_id})
     context.tracking.current.log_artifact(context.path("batch_profile.json"))
@@ -294,25 +302,37 @@ def _shown(console: Console) -> Iterator[Callable[[str, int, int], None]]:
         yield lambda text, done, total: update(text=text, completed=done, total=total)
 
 
-def _track_profile(context: Context, profile: BatchProfile, trials: list[dict[str, Any]]) -> None:
-    """Curves over buckets, a table, and a run for each trial with its probes as steps."""
+def _track_profile(context: Context, profile: BatchProfile, outcome: ProbeOutcome | None) -> None:
+    """Curves over buckets, a table, what each part took, and a run for each bucket with its probes as steps."""
     rows = profile_table(context.workspace.plan, profile)
-    name = "".join(letter if letter.isalnum() else "_" for letter in profile.setting.device_name)
-    table = context.path(f"batch_profile_{name}.csv")
+    tracker, device = context.tracking.current, profile.setting.device_name
+    table = context.path(f"batch_profile_{''.join(letter if letter.isalnum() else '_' for letter in device)}.csv")
     lines = [",".join("" if value is None else str(value) for value in row.values()) for row in rows]
     atomic_write_bytes(table, "\n".join([",".join(rows[0]), *lines, ""]).encode())
-    context.tracking.current.log_artifact(table)
+    tracker.log_artifact(table)
     for row in rows:
-        context.tracking.current.log_metrics({key: row[key] for key in row if key != "bucket"}, row["bucket"], 0.0)
-    for row, trial in zip(rows, trials, strict=False):
-        with context.tracking.trial(f"bucket {row['bucket']:03}, {profile.setting.device_name}") as tracker:
-            tracker.log_params({key: row[key] for key in ("bucket", "max_duration_ms", "max_tokens", "batch_size")})
-            for step, probe in enumerate((*trial["probes"], *trial["timed"])):
-                peak = probe["peak_bytes"]
-                numbers = {"probe_batch_size": probe["batch_size"], "fits": float(probe["fits"])}
-                numbers |= {"peak_gib": peak / 2**30} if peak else {}
-                numbers |= {"step_seconds": probe["step_seconds"]} if probe["step_seconds"] else {}
-                tracker.log_metrics(numbers, step, 0.0)
+        tracker.log_metrics({key: row[key] for key in row if key != "bucket"}, row["bucket"], 0.0)
+    if outcome is None:
+        return
+    tracker.log_metrics({f"seconds.{part}": spent for part, spent in outcome.seconds.items()}, 0, 0.0)
+    tracker.log_metrics({"probing_processes": outcome.num_starts}, 0, 0.0)
+    context.console.say(f"  {device}: {outcome.num_starts} processes; {seconds_by_part(outcome.seconds)}")
+    for row, bucket in zip(rows, outcome.buckets, strict=True):
+        with context.tracking.trial(f"bucket {row['bucket']:03}, {device}") as trial:
+            trial.log_params({key: row[key] for key in ("bucket", "max_duration_ms", "max_tokens", "batch_size")})
+            for step, probe in enumerate((*bucket.probes, *bucket.timed)):
+                trial.log_metrics(_probe_metrics(probe), step, 0.0)
+
+
+def _probe_metrics(probe: Probe) -> dict[str, float]:
+    numbers = {"probe_batch_size": probe.batch_size, "fits": float(probe.fits)}
+    numbers |= {"peak_gib": probe.peak_bytes / 2**30} if probe.peak_bytes else {}
+    return numbers | ({"step_seconds": probe.step_seconds} if probe.step_seconds else {})
+
+
+def seconds_by_part(seconds: dict[str, float]) -> str:
+    """What the parts of a search took, for a person: those of several processes overlap."""
+    return ", ".join(f"{part} {spent:.1f} s" for part, spent in seconds.items() if spent >= 0.05)
 
 
 def profile_table(plan: BucketPlan, profile: BatchProfile) -> list[dict[str, Any]]:
@@ -496,7 +516,7 @@ def run_train(context: Context) -> str:
 
 @contextlib.contextmanager
 def _training_progress(context: Context, step: int) -> Iterator[Any]:
-    total = context.config.train.max_steps
+    total, monitor = context.config.train.max_steps, DataWaitMonitor(_data_path(context.config))
     with context.console.progress("training", total) as update:
         update(completed=step)
         shown: dict[str, float] = {}
@@ -505,8 +525,17 @@ def _training_progress(context: Context, step: int) -> Iterator[Any]:
             shown.update({key: line[key] for key in ("loss", "wer", "bleu") if key in line})
             text = "training  " + "  ".join(f"{key} {value:.3f}" for key, value in shown.items())
             update(completed=line["step"], text=text)
+            # The lines of a run that resumes come first.
+            if line["step"] > step and (warning := monitor.check(line)) is not None:
+                context.console.warn(warning)
 
         yield on_metrics
+
+
+def _data_path(config: Config) -> DataPath:
+    return DataPath(
+        config.train.num_loader_threads, config.data.workers, config.assign.materialize, config.data.stream is not None
+    )
 
 
 def _set_aside_other_lineage(context: Context, lineage: str) -> None:

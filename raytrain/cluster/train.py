@@ -9,18 +9,22 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 from raytrain.artifacts import atomic_write_bytes, file_id
-from raytrain.cluster.failures import killed_for_memory, readable, stalled
+from raytrain.cluster.failures import GiveUp, decide, killed_for_memory, readable, stalled
+from raytrain.cluster.gpus import backend
 from raytrain.cluster.placement import Placement, total
+from raytrain.cluster.repeating import repeating
+from raytrain.cluster.reservations import free_noted, free_orphans, note_reservation
+from raytrain.cluster.room import Workers, choose_workers, describe_worker, find_room, trains_on_gpus, waiting_for
 from raytrain.config import Config, check_config
 from raytrain.data.remote import RunStore
 from raytrain.data.storage import absolute
+from raytrain.device import Device, worker_device
 from raytrain.errors import RaytrainError, TrainingError
 
 
@@ -34,9 +38,11 @@ def train_worker(job: dict[str, Any]) -> None:
     from raytrain.model.canary import Canary
     from raytrain.model.cost import peak_flops, training_flops
     from raytrain.training.average import WeightAverage
-    from raytrain.training.faults import Watchdog, kills_for_memory
+    from raytrain.training.faults import SAVING, Watchdog, kills_for_memory
     from raytrain.training.loop import GaveUp, TrainingLoop, sharded_module
     from raytrain.training.optim import make_optimizer
+    from raytrain.training.parallel import is_sharded, parallel_model
+    from raytrain.training.step import resolve_precision
 
     config = check_config(job["config"])
     workspace = Workspace(config, job["location"])
@@ -44,7 +50,8 @@ def train_worker(job: dict[str, Any]) -> None:
     context = train.get_context()
     rank, world_size = context.get_world_rank(), context.get_world_size()
     shares = shares_of(rank, world_size, job["num_shares"])
-    device = train.torch.get_device() if job["cuda"] else torch.device("cpu")
+    worker = worker_device(job["cuda"], lambda: train.torch.get_device().index)
+    device = worker.torch
     if device.type == "cpu":
         torch.set_num_threads(max(1, job["cpus"] // world_size))
     torch.manual_seed(config.seed)
@@ -57,13 +64,12 @@ def train_worker(job: dict[str, Any]) -> None:
     if rank == 0:
         _look_at_faults(store)
         notes.learn_from_deaths(dict(kills for kills, _ in deaths), [mark for _, marks in deaths for mark in marks])
-        _note_placement_group(store)
+        note_reservation(store)
     resume = _agreed_checkpoint(checkpoints, rank)
     _look_at_faults(store)
     _load_weights(resume, model, workspace, device)
-    sharded = config.train.shard and world_size > 1
-    if sharded:
-        sharded_module().shard(model, device.type)
+    sharded = is_sharded(config.train, world_size)
+    wrapped = parallel_model(model, config.train, world_size, device)
     optimizer = make_optimizer(model, config.train)
     average = WeightAverage(model, config.train.average_decay) if config.train.average_decay is not None else None
     if resume is not None:
@@ -73,17 +79,10 @@ def train_worker(job: dict[str, Any]) -> None:
             average.load_state_dict(resume.load("average", device))
     meta = resume.meta if resume else {}
     flops = training_flops(model_config)
-    sizes = _batch_sizes(workspace, device, notes)
-    wrapped = model
-    if world_size > 1 and not sharded:
-        ids = [device.index] if device.type == "cuda" else None
-        # Batch norm's statistics stay each rank's own until they are used; see `training.step`.
-        wrapped = torch.nn.parallel.DistributedDataParallel(
-            model, device_ids=ids, gradient_as_bucket_view=True, broadcast_buffers=False
-        )
+    sizes = _batch_sizes(workspace, worker, notes)
     with (
         _tracker(workspace, job, rank, resume.step if resume else 0) as log,
-        _batches(workspace, sizes, meta.get("schedule"), shares, job["num_shares"], device.type == "cuda") as batches,
+        _batches(workspace, sizes, meta.get("schedule"), shares, job["num_shares"], worker.pins_memory) as batches,
         notes.marking() as mark,
         Watchdog(config.train.stall_minutes * 60, notes.note_stall) as watchdog,
     ):
@@ -96,7 +95,7 @@ def train_worker(job: dict[str, Any]) -> None:
             checkpoints=checkpoints,
             device=device,
             log=log,
-            validate=workspace.validator(rank, world_size, on_batch=watchdog.beat),
+            validate=workspace.validator(rank, world_size, notes, watchdog.beat, mark),
             checkpoint_meta=job["meta"],
             seed=config.seed,
             sample_rate=model_config.sample_rate,
@@ -110,9 +109,11 @@ def train_worker(job: dict[str, Any]) -> None:
             average=average,
             sharded=sharded,
             flops=lambda batch: flops(batch.audio_lengths * 1000 / model_config.sample_rate / 80, batch.token_lengths),
-            peak_flops=peak_flops(torch.cuda.get_device_name(device)) if device.type == "cuda" else None,
+            peak_flops=None if worker.is_emulated else peak_flops(worker.name),
+            precision=resolve_precision(config.train.precision, worker.kind),
             on_out_of_memory=lambda bucket, size: notes.lower(bucket, size, "out of memory in a training step"),
             before_step=lambda step, loaded: mark(step, loaded.plan.bucket, max(loaded.plan.sizes)),
+            before_saving=lambda: mark(None, SAVING, 0),
             doing=watchdog.beat,
             save_now=_Preemption(),
             stop_now=workspace.path(STOP).exists,
@@ -232,23 +233,19 @@ def _batches(
     work = None
     if data.stream is not None:
         work = stream_work(workspace, sizes, state, shares, num_shares, rank, world_size)
-    return workspace.loader(sizes, state, shares, num_shares, pin_memory, work)
+    return workspace.loader(sizes, state, shares, num_shares, pin_memory, work, context.get_local_world_size())
 
 
-def _batch_sizes(workspace: Any, device: Any, notes: Any) -> tuple[int, ...]:
+def _batch_sizes(workspace: Any, worker: Device, notes: Any) -> tuple[int, ...]:
     """Those of the profile for this rank's GPU, less what notes took off; where ranks have different GPUs, what fits
     all of them."""
-    import torch
     from ray import train
 
     from raytrain.lengths.profile import choose_profile, least_sizes
 
-    name, gib = None, 0.0
-    if device.type == "cuda":
-        properties = torch.cuda.get_device_properties(device)
-        name, gib = properties.name, properties.total_memory / 2**30
-    known = workspace.profiles()
-    sizes = least_sizes([choose_profile(known, *one) for one in _from_all_ranks((name, gib))])
+    profiles = workspace.profiles()
+    devices = _from_all_ranks((worker.name or None, worker.total_bytes / 2**30))
+    sizes = least_sizes([choose_profile(profiles, name, gib) for name, gib in devices])
     lowered = notes.lowered(sizes)
     if lowered != tuple(sizes) and train.get_context().get_world_rank() == 0:
         body = {"batch_sizes": list(lowered), "instead_of": list(sizes), "notes": notes.reasons()}
@@ -318,56 +315,38 @@ def run_training(
     notes = _fault_notes(store, job["profile_id"])
     for name in (_GAVE_UP, _LOWERED, STOP):
         store.discard(name)
-    left = config.train.max_failures
+    left, each = config.train.max_failures, describe_worker(config, job["cuda"])
+    room = find_room(config, job["cuda"])
+    workers = choose_workers(config.train.num_workers, room, each)
+    if line := waiting_for(workers, room, each):
+        say(f"  {line}; for {config.train.stall_minutes:g} minutes at most")
     with follow(store, METRICS, on_metrics):
         while True:
             _look_at_faults(store)
             known, started = len(notes.reasons()), time.time()
             try:
                 with contextlib.redirect_stdout(None), _health_check(config):
-                    _trainer(config, store, job, max_failures=left).fit()
+                    _fit(_trainer(config, store, job, workers, max_failures=left))
                 break
             except Exception as error:
                 _look_at_faults(store)
                 lowered = notes.reasons()[known:]
-                if killed_for_memory(error):
+                killed = killed_for_memory(error)
+                if killed:
                     notes.note_kill_for_memory()
-                if not lowered and (not killed_for_memory(error) or left < 1):
+                decision = decide(killed, lowered, left)
+                if isinstance(decision, GiveUp):
                     stalls = notes.stalls(started)
                     raise stalled(stalls, config) if stalls else readable(error) from error
-                _free_workers(store)
-                # A batch that did not fit has been made smaller, so that this ends; another death may come again.
-                left -= not lowered
-                say(f"  training starts again: {lowered[-1] if lowered else 'a worker was killed for its memory'}")
+                free_noted(store)
+                left = decision.attempts_left
+                say(f"  training starts again: {decision.because}")
     store.look(_LOWERED)
     if (gave_up := store.look(_GAVE_UP)).exists():
         raise TrainingError(**json.loads(gave_up.read_bytes()))
 
 
 METRICS = "metrics.jsonl"
-_PLACEMENT_GROUP = "faults/placement-group"
-
-
-def _note_placement_group(store: RunStore) -> None:
-    """Write down what holds the CPUs and GPUs of the workers that run now."""
-    import ray
-
-    group = ray.util.get_current_placement_group()
-    if group is not None:
-        _tell(store, _PLACEMENT_GROUP, group.id.hex())
-
-
-def _free_workers(store: RunStore) -> None:
-    """Give back what the last attempt's workers had. Ray Train does so itself, but not where the memory monitor killed
-    what does it there; the next attempt would wait for them for ever."""
-    import ray
-    from ray.util.placement_group import PlacementGroup, remove_placement_group
-
-    with contextlib.suppress(OSError, ValueError, ray.exceptions.RayError):
-        group = json.loads(store.look(_PLACEMENT_GROUP).read_bytes())
-        remove_placement_group(PlacementGroup(ray.PlacementGroupID(bytes.fromhex(group))))
-    store.discard(_PLACEMENT_GROUP)
-
 
 @contextlib.contextmanager
 def _health_check(config: Config) -> Iterator[None]:
@@ -386,27 +365,8 @@ def _job(config: Config, store: RunStore, meta: dict[str, Any], mlflow: dict[str
     """What a worker gets. Raises `TrainingError` where the cluster can't train so."""
     from raytrain.cluster.ingest import free_cpus
 
-    placement = Placement.train(config.cluster)
-    nodes = placement.nodes()
-    cuda = config.train.device != "cpu" and total(nodes, "GPU") > 0
-    if config.train.device == "cuda" and not cuda:
-        raise TrainingError("train.device is cuda, but the cluster has no GPU", remedy="set train.device to cpu")
-    workers = config.train.least_workers
-    cpus = int(total(nodes, "CPU"))
-    if not cuda and workers > cpus:
-        raise TrainingError(
-            "there are more training workers than CPUs",
-            got=workers,
-            allowed=cpus,
-            remedy="lower train.num_workers",
-        )
-    if not isinstance(config.train.num_workers, int) and placement.misled(1.0 if cuda else 0.0):
-        raise TrainingError(
-            "train.num_workers is a range, and nodes without cluster.train_labels have room for workers too",
-            why="Ray Train chooses the number of workers by resources alone, and would wait for the rest of them",
-            remedy="start the nodes for training with a custom resource and name it in cluster.train_resources, or set "
-            "one number of workers",
-        )
+    cuda = trains_on_gpus(config)
+    cpus = int(total(Placement.train(config.cluster).nodes(), "CPU"))
     if config.data.workers == "ray" and free_cpus(config, config.train.most_workers) < 1:
         raise TrainingError(
             "data.workers is ray, but training leaves no CPU to decode audio",
@@ -424,27 +384,34 @@ def _job(config: Config, store: RunStore, meta: dict[str, Any], mlflow: dict[str
         "meta": meta,
         "mlflow": mlflow,
         "cuda": cuda,
+        "backend": backend(config, cuda),
         "cpus": cpus,
         "num_shares": config.train.most_workers * config.train.accumulate,
         "profile_id": file_id(store.local / "batch_profile.json"),
     }
 
 
-def _trainer(config: Config, store: RunStore, job: dict[str, Any], max_failures: int) -> Any:
+def _trainer(config: Config, store: RunStore, job: dict[str, Any], workers: Workers, max_failures: int) -> Any:
     from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
 
-    cuda, workers = job["cuda"], config.train.num_workers
-    return TorchTrainer(
+    class Trainer(TorchTrainer):
+        """Ray Train's own handler swallows Ctrl-C while workers wait for room, and ends the process with 0 at last."""
+
+        def _register_sigint_handler(self, controller: Any) -> None:
+            self.controller = controller
+
+    cuda = job["cuda"]
+    return Trainer(
         train_worker,
         train_loop_config=job,
         torch_config=TorchConfig(
-            backend="nccl" if cuda else "gloo",
+            backend=job["backend"],
             # A rank that waits for a hung one must not end before the hung one's watchdog has said so.
             timeout_s=max(600, int(config.train.stall_minutes * 60) + 60),
         ),
         scaling_config=ScalingConfig(
-            num_workers=workers if isinstance(workers, int) else tuple(workers),
+            num_workers=workers,
             **Placement.train(config.cluster).scaling(gpus=1.0 if cuda else 0.0),
         ),
         run_config=RunConfig(
@@ -459,32 +426,40 @@ def _trainer(config: Config, store: RunStore, job: dict[str, Any], max_failures:
     )
 
 
+def _fit(trainer: Any) -> None:
+    """Train to the end; Ctrl-C ends the workers and is raised as any `KeyboardInterrupt`."""
+    import ray
+
+    try:
+        trainer.fit()
+    except KeyboardInterrupt:
+        with contextlib.suppress(ray.exceptions.RayError, AttributeError):  # without a controller nothing has begun
+            ray.get(trainer.controller.abort.remote(), timeout=_ABORT_SECONDS)
+        with contextlib.suppress(ray.exceptions.RayError):
+            free_orphans()
+        raise
+
+
+_ABORT_SECONDS = 10.0
+
+
 @contextlib.contextmanager
 def follow(store: RunStore, name: str, on_line: Callable[[dict[str, Any]], None]) -> Iterator[None]:
     """Call `on_line` for each new line of a JSON-lines file of the run while the body runs."""
-    stopped = threading.Event()
+    seen = (-1, False)  # a step's validation comes after its other numbers
 
-    def watch() -> None:
-        seen = (-1, False)  # a step's validation comes after its other numbers
-        while True:
-            last = stopped.wait(3.0 if store.is_remote else 0.5)
-            path = store.local / name
-            with contextlib.suppress(RaytrainError):  # there again the next time
-                path = store.look(name)
-            for line in path.read_bytes().splitlines() if path.exists() else []:
-                with contextlib.suppress(ValueError, KeyError):
-                    item = json.loads(line)
-                    place = (item["step"], "val_loss" in item)
-                    if place > seen:
-                        on_line(item)
-                        seen = place
-            if last:
-                return
+    def look() -> None:
+        nonlocal seen
+        path = store.local / name
+        with contextlib.suppress(RaytrainError):  # there again the next time
+            path = store.look(name)
+        for line in path.read_bytes().splitlines() if path.exists() else []:
+            with contextlib.suppress(ValueError, KeyError):
+                item = json.loads(line)
+                position = (item["step"], "val_loss" in item)
+                if position > seen:
+                    on_line(item)
+                    seen = position
 
-    thread = threading.Thread(target=watch, name="progress", daemon=True)
-    thread.start()
-    try:
+    with repeating(look, 3.0 if store.is_remote else 0.5):
         yield
-    finally:
-        stopped.set()
-        thread.join(timeout=5)

@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from raytrain.artifacts import atomic_write_bytes, canonical_json, content_id, make_folder
-from raytrain.cluster.placement import Placement, total
+from raytrain.cluster.repeating import repeating
+from raytrain.cluster.room import find_room, trains_on_gpus
 from raytrain.cluster.train import STOP
 from raytrain.cluster.workspace import Workspace
 from raytrain.config import Config, check_config
@@ -200,10 +201,7 @@ def _open_run(
 def concurrent_trials(config: Config, most: int | None = None) -> int:
     """Trials at a time: as many as the cluster has room for. Each waits for all of its workers, and more trials than
     fit would wait for each other."""
-    train = Placement.train(config.cluster)
-    nodes = train.nodes()
-    cuda = config.train.device != "cpu" and total(nodes, "GPU") > 0
-    room = sum(train.slots(node, train.cpus, 1.0 if cuda else 0.0) for node in nodes) // config.train.most_workers
+    room = find_room(config, trains_on_gpus(config)).workers // config.train.most_workers
     return max(1, min(room, most or room))
 
 
@@ -255,18 +253,11 @@ def run_grid(
 @contextlib.contextmanager
 def trial_progress(console: Console, total: int, folder: Path) -> Iterator[None]:
     """A bar of trials that are over, read from their folders, for Tune's own table does not belong among stages."""
-    stopped = threading.Event()
     with console.progress("trials", total) as update:
 
-        def watch() -> None:
-            while not stopped.wait(1.0):
-                begun, done = len(list(folder.glob("trial-*"))), len(list(folder.glob(f"trial-*/{_DONE}")))
-                update(completed=done, text=f"trials  {begun} begun")
+        def look() -> None:
+            begun, done = len(list(folder.glob("trial-*"))), len(list(folder.glob(f"trial-*/{_DONE}")))
+            update(completed=done, text=f"trials  {begun} begun")
 
-        thread = threading.Thread(target=watch, name="progress", daemon=True)
-        thread.start()
-        try:
+        with repeating(look, 1.0):
             yield
-        finally:
-            stopped.set()
-            thread.join(timeout=5)

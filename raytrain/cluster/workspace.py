@@ -22,7 +22,16 @@ from raytrain.data.assignment import Assignment, Row, row_table, rows_of
 from raytrain.data.augment import Augmenter
 from raytrain.data.corpus import Chunk, read_blocks
 from raytrain.data.encoder import BlockEncoder
-from raytrain.data.loader import BatchLoader, Quarantine, StepReader, StepWork, read_rows, scheduled_work
+from raytrain.data.loader import (
+    BatchLoader,
+    Quarantine,
+    StepReader,
+    StepWork,
+    available_cpus,
+    loader_threads,
+    read_rows,
+    scheduled_work,
+)
 from raytrain.data.materialize import AudioFinder
 from raytrain.data.prompt import prompt_languages
 from raytrain.data.remote import RunStore
@@ -40,6 +49,7 @@ from raytrain.model.decoding import DecodeSettings
 if TYPE_CHECKING:
     from raytrain.data.stream import StreamSampler
     from raytrain.training.checkpoint import CheckpointFolder
+    from raytrain.training.faults import FaultNotes
 
 PLAN_FORMAT = "raytrain.bucket_plan/1"
 PROFILE_FORMAT = "raytrain.batch_profile/2"
@@ -193,10 +203,10 @@ class Workspace:
 
     def loader(
         self, batch_sizes: tuple[int, ...], state: dict[str, Any] | None, shares: Sequence[int], num_shares: int,
-        pin_memory: bool = False, work: Iterator[StepWork] | None = None,
+        pin_memory: bool = False, work: Iterator[StepWork] | None = None, local_workers: int = 1,
     ) -> BatchLoader:  # fmt: skip
         """Batches of a worker's `shares` of each step from `state` on (from the start without one), or those of `work`,
-        read by threads."""
+        read by threads. The node has `local_workers` training workers."""
         assignment = None
         if work is None:
             assignment = self.assignment()
@@ -204,9 +214,10 @@ class Workspace:
             start = ScheduleState.from_dict(state) if state else schedule.initial()
             work = scheduled_work(assignment, schedule, start, shares, num_shares)
         train = self.config.train
+        num_threads = loader_threads(train.num_loader_threads, available_cpus(), local_workers)
         return BatchLoader(
             work,
-            self.step_reader(assignment, self.quarantine, train.num_loader_threads),
+            self.step_reader(assignment, self.quarantine, num_threads),
             prefetch_batches=train.prefetch_batches,
             pin_memory=pin_memory,
         )
@@ -263,8 +274,17 @@ class Workspace:
             ctc_weight=evaluate.ctc_weight,
         )  # fmt: skip
 
-    def validator(self, rank: int, world_size: int, on_batch: Callable[[str], None] = lambda doing: None) -> Any:
-        """Validation on the dev manifests, or None where there are none. `on_batch` is told of each batch."""
+    def validator(
+        self, rank: int, world_size: int, notes: FaultNotes | None = None,
+        on_batch: Callable[[str], None] = lambda doing: None,
+        mark: Callable[[None, int, int], None] = lambda step, phase, size: None,
+    ) -> Any:  # fmt: skip
+        """Validation on the dev manifests, or None where there are none.
+
+        `on_batch` is told of each batch, and `mark` of its size (see `FaultNotes.marking`). Batches that do not fit are
+        halved, which `notes` keep for the next time.
+        """
+        from raytrain.training.faults import VALIDATION
         from raytrain.training.validation import Validator
 
         if not self.config.data.dev:
@@ -273,11 +293,13 @@ class Workspace:
         rows = sorted(self.rows("dev", self.config.train.max_validation_utterances), key=lambda row: -row.duration_ms)[
             rank::world_size
         ]
-        sample_rate, size = self.config.model.sample_rate, self.config.evaluate.batch_size
+        sample_rate, most = self.config.model.sample_rate, self.config.evaluate.batch_size
 
         def batches() -> Any:
+            size = notes.validation_size(most) if notes is not None else most
             for kept, batch in read_rows(rows, sample_rate, self.tokenizer.pad_id, size, self.quarantine.add):
                 on_batch("validating")
+                mark(None, VALIDATION, len(kept))
                 yield kept, batch
 
         return Validator(
@@ -286,4 +308,5 @@ class Workspace:
             decode=self.tokenizer.decode,
             eos_id=self.tokenizer.eos_id,
             search=self.search(),
+            on_out_of_memory=notes.lower_validation if notes is not None else lambda size: None,
         )

@@ -7,6 +7,8 @@ take is libsndfile's.
 from __future__ import annotations
 
 import io
+import math
+import os
 import time
 from pathlib import Path
 
@@ -18,6 +20,7 @@ from raytrain.errors import DataError
 RETRY_SECONDS = (0.5, 1.0, 2.0, 4.0)
 PARQUET_ROW = -1  # as `size`: the audio is row `start` of a Parquet file
 _HEAD_BYTES = 64  # tell a format
+_FIRST_BYTES = 1 << 16  # five seconds of FLAC
 _BYTES_PER_SECOND = 200_000  # a file with more than this is not worth decoding whole for what is wanted of it
 
 
@@ -87,16 +90,11 @@ def _whole_file(source: str | bytes, duration_ms: int | None) -> tuple[np.ndarra
     to it: another format, a much longer file, or one that is broken."""
     import miniaudio
 
-    if isinstance(source, bytes):
-        head, size = source[:_HEAD_BYTES], len(source)
-    else:
-        with open(source, "rb") as file:
-            head = file.read(_HEAD_BYTES)
-            size = file.seek(0, io.SEEK_END)
-    kind = _kind(head)
-    if kind is None or (duration_ms is not None and size > max(1, duration_ms / 1000) * _BYTES_PER_SECOND):
+    most_bytes = math.inf if duration_ms is None else max(1, duration_ms / 1000) * _BYTES_PER_SECOND
+    data = source if isinstance(source, bytes) else _encoded(source, most_bytes)
+    kind = _kind(data[:_HEAD_BYTES]) if len(data) <= most_bytes else None
+    if kind is None:
         return None
-    data = source if isinstance(source, bytes) else Path(source).read_bytes()
     try:
         if kind == "mp3":
             sound, expected = miniaudio.mp3_read_f32(data), 0
@@ -113,6 +111,19 @@ def _whole_file(source: str | bytes, duration_ms: int | None) -> tuple[np.ndarra
         return None
     frames = _frames(duration_ms, sound.sample_rate)
     return (samples if frames < 0 else samples[:frames]), sound.sample_rate
+
+
+def _encoded(path: str, most_bytes: float) -> bytes:
+    """A file's bytes, none where there are more than `most_bytes` or miniaudio does not know the format. Short files
+    are many: each is opened once and read at one go."""
+    with open(path, "rb", buffering=0) as file:
+        size = os.fstat(file.fileno()).st_size
+        if size > most_bytes:
+            return b""
+        head = file.read(_FIRST_BYTES)
+        if _kind(head[:_HEAD_BYTES]) is None:
+            return b""
+        return head if len(head) == size else head + file.readall()
 
 
 def _kind(head: bytes) -> str | None:

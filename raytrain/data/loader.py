@@ -7,17 +7,22 @@ shape, and is noted in the quarantine file.
 
 from __future__ import annotations
 
+import contextlib
+import os
 import queue
 import threading
+import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import CancelledError, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from raytrain.data.assignment import Assignment, Row
 from raytrain.data.audio import AudioError, read_audio
@@ -28,8 +33,23 @@ from raytrain.lengths.permutation import key_of
 from raytrain.lengths.schedule import BatchSchedule, ScheduleState, StepPlan
 
 _MAX_REPLACEMENTS = 32
-# The rows of a step that threads are reading: row, its audio, and 1 where it replaces a broken one.
-_Reading = Iterator[tuple[Row, np.ndarray, int]]
+_MAX_AUTO_THREADS = 16  # more wait for Python's lock
+_MAX_ROWS_PER_TASK = 16  # what handing over a task costs is small beside reading as many short recordings
+_TASKS_PER_THREAD = 4  # of a step, so that no thread ends long after the rest
+# A row that was read: the row, its audio, and 1 where it replaces a broken one.
+_ReadRow = tuple[Row, np.ndarray, int]
+
+
+@dataclass(frozen=True)
+class _ReadTask:
+    """Rows that one thread read, and what they took of its time and of a CPU's."""
+
+    rows: list[_ReadRow]
+    seconds: float
+    cpu_seconds: float
+
+
+_Reading = Iterator[_ReadTask]  # the tasks of a step that threads are reading, in order
 
 
 class Quarantine:
@@ -110,6 +130,30 @@ def work_of(
     return StepWork(plan, state, is_last, assignment.rows(plan.bucket, numbers), keys, numbers)
 
 
+def loader_threads(setting: int | str, num_cpus: int, num_workers: int) -> int:
+    """Threads of one of `num_workers` training workers on a node of `num_cpus` CPUs: what `train.num_loader_threads`
+    says, or for `auto` the worker's CPUs less one, which the training step itself needs."""
+    if setting != "auto":
+        return int(setting)
+    return max(1, min(_MAX_AUTO_THREADS, num_cpus // num_workers - 1))
+
+
+def available_cpus() -> int:
+    """CPUs that this process may use: those that it may run on, or the whole CPUs' time that its container has."""
+    num_cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    with contextlib.suppress(OSError, ValueError):  # no such file, or "max" instead of a number
+        quota, period = map(int, Path("/sys/fs/cgroup/cpu.max").read_text().split())
+        return max(1, min(num_cpus, quota // period))
+    return num_cpus
+
+
+def split_rows(num_rows: int, num_threads: int) -> list[range]:
+    """Rows 0 … `num_rows` − 1 of a step in tasks for `num_threads` threads, in order; a step of few rows, which may be
+    long, has few in each task."""
+    size = max(1, min(_MAX_ROWS_PER_TASK, num_rows // (_TASKS_PER_THREAD * num_threads)))
+    return [range(start, min(start + size, num_rows)) for start in range(0, num_rows, size)]
+
+
 class StepReader:
     """Reads and collates steps with a pool of threads.
 
@@ -130,31 +174,44 @@ class StepReader:
     ) -> None:
         self._edges, self._assignment, self._augmenter = edges, assignment, augmenter
         self._sample_rate, self._pad_id, self._quarantine = sample_rate, pad_id, quarantine
+        self._num_threads, self._closed = num_threads, threading.Event()
         self._pool = ThreadPoolExecutor(num_threads, thread_name_prefix="audio")
 
     def close(self) -> None:
         """End the threads; what they have not begun is dropped."""
+        self._closed.set()
         self._pool.shutdown(wait=False, cancel_futures=True)
 
     def start(self, work: StepWork) -> _Reading:
-        """Hand a step's rows to the threads."""
-        return self._pool.map(partial(self._read, work), range(len(work.rows)))
+        """Hand a step's rows to the threads, several to a task."""
+        tasks = split_rows(len(work.rows), self._num_threads)
+        return self._pool.map(partial(self._read_task, work), tasks)
 
     def finish(self, work: StepWork, reading: _Reading) -> LoadedStep:
         """Wait for a step's rows and put them together. Raises `DataError` where too many can't be read."""
-        rows, audios, replaced = zip(*reading, strict=True)
+        tasks = list(reading)
+        rows, audios, replaced = zip(*chain.from_iterable(task.rows for task in tasks), strict=True)
         batch = SpeechBatch.collate(
-            list(audios),
-            [list(row.tokens) for row in rows],
-            [row.prompt_length for row in rows],
-            pad_id=self._pad_id,
+            audios, [row.tokens for row in rows], [row.prompt_length for row in rows], pad_id=self._pad_id
         )
         samples: Counter[str] = Counter()
         for row, audio in zip(rows, audios, strict=True):
             samples[row.corpus] += len(audio)
-        return LoadedStep(batch, work.plan, work.state, sum(replaced), work.is_last, dict(samples), work.rows)
+        return LoadedStep(
+            batch, work.plan, work.state, sum(replaced), work.is_last, dict(samples), work.rows,
+            read_seconds=sum(task.seconds for task in tasks) / self._num_threads,
+            cpu_seconds=sum(task.cpu_seconds for task in tasks) / self._num_threads,
+        )  # fmt: skip
 
-    def _read(self, work: StepWork, index: int) -> tuple[Row, np.ndarray, int]:
+    def _read_task(self, work: StepWork, indices: range) -> _ReadTask:
+        started, cpu_started, rows = time.perf_counter(), time.thread_time(), []
+        for index in indices:
+            if self._closed.is_set():
+                raise CancelledError
+            rows.append(self._read(work, index))
+        return _ReadTask(rows, time.perf_counter() - started, time.thread_time() - cpu_started)
+
+    def _read(self, work: StepWork, index: int) -> _ReadRow:
         row = work.rows[index]
         for attempt in range(_MAX_REPLACEMENTS):
             if attempt:
@@ -198,6 +255,8 @@ class BatchLoader:
         self, work: Iterable[StepWork], reader: StepReader, *, prefetch_batches: int = 4, pin_memory: bool = False
     ) -> None:
         self._work, self._reader, self._pin_memory = work, reader, pin_memory
+        # A thread begins on GPU 0, where pinning would make a context; this one belongs to the worker's own GPU.
+        self._device = torch.cuda.current_device() if pin_memory else None
         self._ready: queue.Queue = queue.Queue(prefetch_batches)
         self._stopped = threading.Event()
         self._producer = threading.Thread(target=self._produce, name="batches", daemon=True)
@@ -226,6 +285,8 @@ class BatchLoader:
 
     def _produce(self) -> None:
         try:
+            if self._device is not None:
+                torch.cuda.set_device(self._device)
             # One batch decodes while the one before is put together.
             ahead: deque[tuple[StepWork, _Reading]] = deque()
             for work in self._work:
@@ -289,6 +350,6 @@ def read_rows(
                 continue
             kept.append(row)
         if kept:
-            tokens = [list(row.tokens) for row in kept]
+            tokens = [row.tokens for row in kept]
             lengths = [row.prompt_length for row in kept]
             yield kept, SpeechBatch.collate(audios, tokens, lengths, pad_id=pad_id)

@@ -1,5 +1,6 @@
 """Lengths, buckets, batch sizes and schedules: pure mathematics on integers, with numpy alone."""
 
+from raytrain.lengths.bucket_searches import BucketSearches
 from raytrain.lengths.grid import Bucket, BucketGrid
 from raytrain.lengths.histogram import LengthHistogram
 from raytrain.lengths.padding import PaddingRow, padding_by_scheme
@@ -15,6 +16,7 @@ __all__ = [
     "Bucket",
     "BucketGrid",
     "BucketPlan",
+    "BucketSearches",
     "BucketSettings",
     "LengthHistogram",
     "PaddingRow",

@@ -23,6 +23,7 @@ class ProbeSetting:
     world_size: int
     torch_version: str
     objective: str = "memory"
+    shard: bool = False
 
     @property
     def budget_gib(self) -> float:

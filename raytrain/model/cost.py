@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 
 from torch import Tensor
@@ -56,9 +57,16 @@ _PEAK_TFLOPS = {
 }  # fmt: skip
 
 
+_MIG = re.compile(r"\bMIG (\d+)g\.")
+_SLICES = 7  # that a whole GPU's multiprocessors are cut into for MIG
+
+
 def peak_flops(device_name: str) -> float | None:
-    """What a GPU of this name can do per second in bf16 (fp16 where it has none); None where it is not known."""
-    return next((1e12 * peak for name, peak in _PEAK_TFLOPS.items() if name in device_name), None)
+    """What a GPU of this name can do per second in bf16 (fp16 where it has none), a MIG slice its part of that; None
+    where it is not known."""
+    peak = next((1e12 * peak for name, peak in _PEAK_TFLOPS.items() if name in device_name), None)
+    slices = _MIG.search(device_name)
+    return peak if peak is None or slices is None else peak * int(slices[1]) / _SLICES
 
 
 def _subsampling(config: ModelConfig) -> float:

@@ -22,7 +22,8 @@ from raytrain.model.config import ModelConfig
 from raytrain.model.decoding import DecodeSettings
 from raytrain.model.encoder import subsampled
 from raytrain.model.features import HOP
-from raytrain.training.memory import DeviceLike, LiveBytes, Neighbours, Prediction, StepMemory, predict_batch_size
+from raytrain.training.live_bytes import DeviceLike, LiveBytes
+from raytrain.training.memory import Neighbours, Prediction, StepMemory, predict_batch_size
 
 _PROMPT_TOKENS = 10
 _FIRST_EDGE_MS, _RATIO = 1000, 1.15

@@ -1,6 +1,7 @@
 """What training keeps in `faults/` so that the next attempt does better: batches that did not fit, deaths, stalls.
 
     faults/lowered-….json      a bucket whose step ran out of memory, and the batch size that it may have from now on
+    faults/validation-….json   validation ran out of memory, and the batch size that it may have from now on
     faults/doing-RANK          what a rank is in the middle of: left behind if its process is killed
     faults/killed-for-memory   Ray's memory monitor ended the last attempt
     faults/stalled-….json      what a rank that made no progress was doing
@@ -26,6 +27,8 @@ from typing import Any
 from raytrain.artifacts import atomic_write_bytes, canonical_json, make_folder
 
 _MARK = 256  # bytes
+# What a rank may be in the middle of beside a step, in the place of the step's bucket.
+VALIDATION, SAVING = -1, -2
 KILLED_FOR_MEMORY = "killed-for-memory"
 
 
@@ -68,6 +71,16 @@ class FaultNotes:
                 result[note["bucket"]] = min(result[note["bucket"]], note["batch_size"])
         return tuple(result)
 
+    def lower_validation(self, failed_size: int) -> int:
+        """Note that validation with `failed_size` utterances at a time ran out of memory; returns what it may have."""
+        size = max(1, failed_size // 2)
+        self._write(f"validation-{time.time_ns()}-{self._rank}.json", canonical_json({"batch_size": size}))
+        return size
+
+    def validation_size(self, size: int) -> int:
+        """The batch size of validation, lowered where notes say so."""
+        return min([size, *(note["batch_size"] for note in self._notes("validation-*.json"))])
+
     def reasons(self) -> list[str]:
         """Why batch sizes were lowered, oldest first."""
         return [
@@ -94,16 +107,21 @@ class FaultNotes:
         self._on_written(self._folder / name)
 
     @contextlib.contextmanager
-    def marking(self) -> Iterator[Callable[[int, int, int], None]]:
-        """Gives a function that notes (step, bucket, batch size) of the step that begins. Whoever leaves the block,
-        also by an error, was not killed, and leaves no mark."""
+    def marking(self) -> Iterator[Callable[[int | None, int, int], None]]:
+        """Gives a function that notes (step, bucket, batch size) of the step that begins; after it, `VALIDATION` or
+        `SAVING` for the bucket, and None for the step. Whoever leaves the block, also by an error, was not killed, and
+        leaves no mark."""
         path = self._folder / f"doing-{self._rank}"
         path.write_bytes(b" " * _MARK)
         machine, kills = kills_for_memory()
         with open(path, "r+b") as file, mmap.mmap(file.fileno(), _MARK) as mark:
 
-            def write(step: int, bucket: int, size: int) -> None:
-                text = f"{os.getpid()} {step} {bucket} {size} {kills} {machine}"
+            last_step = 0
+
+            def write(step: int | None, bucket: int, size: int) -> None:
+                nonlocal last_step
+                last_step = last_step if step is None else step
+                text = f"{os.getpid()} {last_step} {bucket} {size} {kills} {machine}"
                 mark[:] = text.encode()[:_MARK].ljust(_MARK)  # memory only: the kernel keeps it
 
             try:
@@ -121,7 +139,8 @@ class FaultNotes:
         return marks
 
     def learn_from_deaths(self, kills: Mapping[str, int], marks: Iterable[str]) -> None:
-        """Lower the bucket that the last attempt was in where one of its processes was killed for memory. `kills`: see
+        """Lower what the last attempt was in, a bucket or validation, where one of its processes was killed for memory;
+        while it saved there is nothing to lower. `kills`: see
         `kills_for_memory`, and `marks`, see `take_marks`, of all machines. For one rank to call, before any marks."""
         killed = self._folder / KILLED_FOR_MEMORY
         by_monitor = killed.exists()
@@ -133,10 +152,14 @@ class FaultNotes:
             for _, step, bucket, size, before, machine in (mark for mark in map(str.split, marks) if len(mark) == 6)
             if by_monitor or kills.get(machine, 0) > int(before)
         ]
-        if found:
-            _, bucket, size = max(found)
-            if size > 1:
-                self.lower(bucket, size, "a worker was killed for its memory")
+        if not found:
+            return
+        # Ranks go on together to what follows a step.
+        _, bucket, size = max(found, key=lambda mark: (mark[0], -mark[1]))
+        if bucket == VALIDATION:
+            self.lower_validation(size)
+        elif bucket >= 0 and size > 1:
+            self.lower(bucket, size, "a worker was killed for its memory")
 
     def _notes(self, pattern: str) -> Iterator[dict[str, Any]]:
         for path in sorted(self._folder.glob(pattern)):

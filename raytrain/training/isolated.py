@@ -17,26 +17,44 @@ import struct
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable
 from typing import IO, Any
 
 from raytrain.errors import ProfileError
-from raytrain.training.probe import Edges, Meter, Probe
+from raytrain.training.meter import Edges, Meter, Probe
+
+
+def make_step_meter(*arguments: Any) -> Meter:
+    """A `StepMeter` for `IsolatedMeter` to make: who only asks for it imports no torch, which takes seconds."""
+    from raytrain.training.probe import StepMeter
+
+    return StepMeter(*arguments)
 
 
 class IsolatedMeter:
-    """Makes `make(*arguments)` in a new process, which must be importable there, and passes questions to it."""
+    """Makes `make(*arguments)` in a new process, which must be importable there, and passes questions to it.
+
+    `num_starts` counts processes. `seconds` says how long each part of the last start took: `process` is Python with
+    its imports, PyTorch's above all; the others are what the meter says itself (`StepMeter.seconds`).
+    """
 
     def __init__(self, make: Callable[..., Meter], *arguments: Any, environment: dict[str, str] | None = None) -> None:
         self._start = pickle.dumps((make, arguments))
         self._environment = {**os.environ, **(environment or {}), "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
         self._process: subprocess.Popen | None = None
         self._messages: IO[bytes] | None = None
+        self.num_starts = 0
+        self.seconds: dict[str, float] = {}
+
+    def start(self) -> None:
+        """Start the process, unless it runs: `measure` does so too. Raises as `measure` does."""
+        if self._process is None:
+            self._open()
 
     def measure(self, batch_size: int, edges: Edges, num_steps: int, *, fresh: bool = True) -> Probe:
         """See `Meter`. Raises `ProfileError` where the process can't even start, and what `make` raises."""
-        if self._process is None:
-            self._open()
+        self.start()
         try:
             _write(self._process.stdin, (batch_size, edges, num_steps, fresh))
             answer = _read(self._process.stdout)
@@ -47,6 +65,12 @@ class IsolatedMeter:
             self.close()
             return Probe(batch_size, False, why=f"{type(answer).__name__}: {str(answer).strip().splitlines()[0][:200]}")
         return answer
+
+    def kill(self) -> None:
+        """End the process from another thread: a `measure` that waits for it answers that the batch does not fit."""
+        process = self._process
+        if process is not None:
+            process.kill()
 
     def close(self) -> None:
         """End the process."""
@@ -65,6 +89,7 @@ class IsolatedMeter:
         self.close()
 
     def _open(self) -> None:
+        begun = time.perf_counter()
         self._messages = tempfile.TemporaryFile()  # noqa: SIM115 - closed with this object
         self._process = subprocess.Popen(
             [sys.executable, "-m", "raytrain.training.isolated"], env=self._environment,
@@ -79,6 +104,8 @@ class IsolatedMeter:
         if isinstance(answer, Exception):
             self.close()
             raise answer
+        self.num_starts += 1
+        self.seconds = {"process": time.perf_counter() - begun - sum(answer.values()), **answer}
 
     def _obituary(self) -> str:
         code = self._process.wait()
@@ -121,7 +148,7 @@ def _serve() -> None:
     except Exception as error:
         _write(answers, error)
         return
-    _write(answers, None)
+    _write(answers, getattr(meter, "seconds", {}))
     while True:
         try:
             batch_size, edges, num_steps, fresh = _read(questions)

@@ -61,6 +61,8 @@ class _Window:
     replaced: int = 0
     flops: float = 0.0
     waited: float = 0.0
+    read: float = 0.0
+    read_on_cpu: float = 0.0
     started: float = field(default_factory=time.perf_counter)
     by_bucket: dict[int, _OfBucket] = field(default_factory=dict)
 
@@ -79,9 +81,20 @@ class _Window:
             self.tokens += int(batch.token_lengths.sum())
             self.padded_tokens += batch.tokens.numel()
             self.replaced += loaded.num_replaced
+            self.read += loaded.read_seconds
+            self.read_on_cpu += loaded.cpu_seconds
             of_bucket.samples += int(batch.audio_lengths.sum())
             of_bucket.padded_samples += batch.audio.numel()
         self.loaded.append([_without_tensors(loaded) for loaded in micro])
+
+    def data_metrics(self, elapsed: float) -> dict[str, float]:
+        """Shares of `elapsed` seconds in which this rank waited for data and in which its loader's threads read, and of
+        the latter the share in which they had a CPU. Those of threads are left out where none are here."""
+        metrics = {"data_wait": self.waited / elapsed}
+        if self.read:
+            # What was read ahead of the first step is in its window too.
+            metrics |= {"loader_busy": min(1.0, self.read / elapsed), "loader_cpu": self.read_on_cpu / self.read}
+        return metrics
 
     def totals(self, device: torch.device, stop: bool, save: bool) -> tuple[dict[str, float], list[float]]:
         """Sums over all ranks, with the losses'; `stop` and `save` are above 0 everywhere if they are true on any rank.
@@ -111,8 +124,9 @@ class TrainingLoop:
     of a step's `num_shares` that this rank takes: as many of `batches` in a row make a step. `on_out_of_memory` is told
     the bucket and the batch size of a step that did not fit; `before_step` the step that begins, and its batch; `doing`
     what the rank does next; `flops` gives what a step takes for a batch, for the share of `peak_flops` that is reached
-    (MFU). On every log line `save_now` is asked whether to save at once (a node is about to go), and on rank 0
-    `stop_now` whether to end.
+    (MFU); `precision` is fp32 or bf16, by default what the settings say for the device; `before_saving` is called
+    before each checkpoint. On every log line `save_now` is asked whether to save at once (a node is about to go), and
+    on rank 0 `stop_now` whether to end.
     """
 
     model: nn.Module
@@ -139,10 +153,12 @@ class TrainingLoop:
     on_out_of_memory: Callable[[int, int], None] = lambda bucket, size: None
     before_step: Callable[[int, LoadedStep], None] = lambda step, loaded: None
     doing: Callable[[str], None] = lambda what: None
+    before_saving: Callable[[], None] = lambda: None
     save_now: Callable[[], bool] = lambda: False
     stop_now: Callable[[], bool] = lambda: False
     flops: Callable[[SpeechBatch], float] | None = None
     peak_flops: float | None = None
+    precision: str | None = None
 
     def run(self) -> int:
         """Train to `max_steps`, the batches' end, `max_minutes`, `stop_at_wer` or the end of patience."""
@@ -152,7 +168,7 @@ class TrainingLoop:
         note = self.checkpoints.best_note()
         self._best = (note["error"], note["step"]) if note else (math.inf, self.step)
         self._stop = self.step >= self.settings.max_steps
-        self._precision = resolve_precision(self.settings.precision, self.device.type)
+        self._precision = self.precision or resolve_precision(self.settings.precision, self.device.type)
         self.wrapped.train()
         with CheckpointWriter(self.checkpoints) as self._writer:
             if not self._stop:
@@ -242,7 +258,7 @@ class TrainingLoop:
                 "tokens_per_second": sums["tokens"] / elapsed,
                 "audio_seconds_per_second_per_worker": sums["samples"] / self.sample_rate / elapsed / ranks,
                 "steps_per_second": steps / elapsed,
-                "data_wait": window.waited / elapsed,
+                **window.data_metrics(elapsed),
                 "memory_gib": self._peak / 2**30 if self._peak else _resident_gib(),
                 "bucket": loaded.plan.bucket,
                 **self._by_bucket(window),
@@ -345,6 +361,20 @@ class TrainingLoop:
     def _save(self, loaded: LoadedStep, error: float | None) -> None:
         self._average_statistics()
         self.doing(f"saving step {self.step}")
+        self.before_saving()
+        try:
+            self._copy_and_write(loaded, error)
+            return
+        except torch.OutOfMemoryError:
+            if self.sharded:
+                raise  # ranks copy together, and the others know nothing of this
+        # Gradients are of no use any more, and the cache is the next step's: with both gone there is room for copies.
+        self.optimizer.zero_grad(set_to_none=True)
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+        self._copy_and_write(loaded, error)
+
+    def _copy_and_write(self, loaded: LoadedStep, error: float | None) -> None:
         if self.sharded:
             one = sharded_module()
             parts = {

@@ -7,99 +7,120 @@ A meter runs training steps of one batch size at a bucket's upper edges and says
 from __future__ import annotations
 
 import contextlib
-import random
+import gc
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import Protocol
+from collections.abc import Iterator
 
 import torch
-import torch.distributed as dist
 
 from raytrain.data.batch import SpeechBatch
-from raytrain.lengths.search import BatchSizeSearch
+from raytrain.errors import ProfileError
 from raytrain.model.canary import Canary
 from raytrain.model.config import ModelConfig
 from raytrain.training.average import WeightAverage
+from raytrain.training.meter import Edges, Probe, ProbeGroup
 from raytrain.training.optim import make_optimizer
+from raytrain.training.parallel import is_sharded, join_alone, micro_batches, parallel_model
 from raytrain.training.settings import TrainSettings
 from raytrain.training.step import resolve_precision, train_step
-
-Edges = tuple[int, int]  # max_duration_ms, max_tokens
-
-
-@dataclass(frozen=True)
-class Probe:
-    """The outcome of one batch size: peak bytes where the device tells them, seconds of the fastest step, and why it
-    does not fit."""
-
-    batch_size: int
-    fits: bool
-    peak_bytes: int | None = None
-    step_seconds: float | None = None
-    why: str | None = None
-
-
-class Meter(Protocol):
-    """Runs training steps on a device with a memory budget."""
-
-    def measure(self, batch_size: int, edges: Edges, num_steps: int, *, fresh: bool = True) -> Probe:
-        """`num_steps` steps of a batch at a bucket's upper edges; `fresh` gives the allocator's cache back before."""
-        ...
 
 
 class StepMeter:
     """Meter of this process: the step of training on synthetic batches, on `cuda` or `cpu`.
 
-    With several workers in training the model is wrapped in DDP here too, in a group of one process. On a GPU the
-    process may take `budget_bytes`; on a CPU nothing is limited, and the peak is that of the process.
+    With several workers in training the model is wrapped as training wraps it: in DDP, in a group of this process alone
+    or in `group`; or sharded, which needs a `group` of several meters that are asked the same at the same time. A
+    failed step leaves a sharded model in pieces and the other ranks waiting, so all of them must then be made anew.
+
+    A GPU process may take `budget_bytes`. A processor has no such limit, so there a step does not fit if the process's
+    resident size went above it. `kind` is the device type to compute as (precision), `device` where it is done.
+    `seconds` says how long each part of the start took.
     """
 
     def __init__(
-        self, model: ModelConfig, settings: TrainSettings, budget_bytes: int | None = None, device: str = "cuda"
-    ) -> None:
+        self, model: ModelConfig, settings: TrainSettings, budget_bytes: int | None = None, device: str = "cuda",
+        kind: str | None = None, group: ProbeGroup | None = None,
+    ) -> None:  # fmt: skip
+        self.seconds: dict[str, float] = {}
         self._device, self._config, self._settings = torch.device(device), model, settings
-        if self._device.type == "cuda":
-            self._device = torch.device("cuda", torch.cuda.current_device())  # some calls want the number
-        if self._device.type == "cuda" and budget_bytes is not None:
-            total = torch.cuda.get_device_properties(self._device).total_memory
-            _wait_for_memory(self._device, min(budget_bytes, total))
-            torch.cuda.set_per_process_memory_fraction(min(1.0, budget_bytes / total), self._device)
-        self._bare = Canary(model).to(self._device).train()
-        self._bare.encoder.checkpoint_blocks = settings.activation_checkpointing
-        self._wrap()
-        self._optimizer = make_optimizer(self._bare, settings)
-        decay = settings.average_decay
-        self._average = WeightAverage(self._bare, decay) if decay is not None else None
-        self._precision = resolve_precision(settings.precision, self._device.type)
-        with contextlib.suppress(torch.OutOfMemoryError):
+        self._budget, self._broken = budget_bytes, None
+        self._precision = resolve_precision(settings.precision, kind or self._device.type)
+        self._world_size = group.world_size if group is not None else settings.most_workers
+        with self._timed("context"):
+            self._open_device()
+            if group is not None:
+                group.join(self._device.type)
+            elif self._world_size > 1 and not settings.shard:
+                join_alone(self._device.type)
+        with self._timed("model"):
+            self._bare = probe_model(model, self._device).train()
+            self._bare.encoder.checkpoint_blocks = settings.activation_checkpointing
+            self._wrap()
+            self._optimizer = make_optimizer(self._bare, settings)
+            decay = settings.average_decay
+            self._average = WeightAverage(self._bare, decay) if decay is not None else None
+        with self._timed("first_step"), contextlib.suppress(torch.OutOfMemoryError):
             self._run(1, (1000, 16))  # the optimizer's states come with its first step
 
+    @contextlib.contextmanager
+    def _timed(self, part: str) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        self._wait()
+        self.seconds[part] = time.perf_counter() - start
+
+    def _open_device(self) -> None:
+        if self._device.type != "cuda":
+            return
+        self._device = torch.device("cuda", torch.cuda.current_device())  # some calls want the number
+        if self._budget is not None:
+            total = torch.cuda.get_device_properties(self._device).total_memory
+            _wait_for_memory(self._device, min(self._budget, total))
+            torch.cuda.set_per_process_memory_fraction(min(1.0, self._budget / total), self._device)
+
     def _wrap(self) -> None:
-        """Put the model into a new DDP: one whose backward pass was broken off refuses the next step."""
-        self._model: torch.nn.Module = self._bare
-        if self._settings.most_workers > 1:
-            if not dist.is_initialized():
-                backend = "nccl" if self._device.type == "cuda" else "gloo"
-                dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
-            self._model = torch.nn.parallel.DistributedDataParallel(self._bare, gradient_as_bucket_view=True)
+        self._model = parallel_model(self._bare, self._settings, self._world_size, self._device)
 
     def measure(self, batch_size: int, edges: Edges, num_steps: int, *, fresh: bool = True) -> Probe:
-        """Real steps; see `Meter`."""
+        """Real steps; see `Meter`. Raises `ProfileError` after a failed step of a sharded model."""
+        if self._broken is not None:
+            raise ProfileError(
+                "a failed step left the sharded model in pieces", why=self._broken,
+                remedy="make the meters of all ranks anew",
+            )  # fmt: skip
         if fresh:
             self._empty()
         _reset_peak(self._device)
-        # The cache is emptied only after the except block has ended, when no traceback holds the failed step's tensors.
+        # Memory is given back only after the except block has ended, when no traceback holds the failed step's tensors.
         try:
             seconds = min(self._run(batch_size, edges) for _ in range(num_steps))
-            return Probe(batch_size, True, _peak_bytes(self._device), seconds)
+            return self._within_budget(Probe(batch_size, True, _peak_bytes(self._device), seconds))
         except torch.OutOfMemoryError as error:
             why = str(error).strip().splitlines()[0]
+        self._recover(why)
+        return Probe(batch_size, False, why=why)
+
+    def _within_budget(self, probe: Probe) -> Probe:
+        """The probe, or on a processor that it does not fit."""
+        peak, budget = probe.peak_bytes, self._budget
+        if self._device.type == "cuda" or budget is None or peak is None or peak <= budget:
+            return probe
+        return Probe(
+            probe.batch_size, False, why=f"the process took {peak / _GIB:.2f} GiB of a budget of {budget / _GIB:.2f}"
+        )
+
+    def _recover(self, why: str) -> None:
+        """Leave nothing of a step that was broken off: a DDP whose backward pass was refuses the next step."""
         self._optimizer.zero_grad(set_to_none=True)
+        if is_sharded(self._settings, self._world_size):
+            self._broken = why
+            return
         self._model = self._bare  # the old DDP's buckets go before the new one's come
+        # The first DDP of a process imports modules in its constructor, whose frames hold it in a cycle: without a
+        # collection its buckets, as large as the weights, would stay.
+        gc.collect()
         self._empty()
         self._wrap()
-        return Probe(batch_size, False, why=why)
 
     def _run(self, batch_size: int, edges: Edges) -> float:
         batch = SpeechBatch.synthetic(
@@ -109,7 +130,7 @@ class StepMeter:
         self._wait()
         start = time.perf_counter()
         train_step(
-            self._model, [batch] * min(2, self._settings.accumulate), self._optimizer, self._settings,
+            self._model, [batch] * micro_batches(self._settings, self._world_size), self._optimizer, self._settings,
             precision=self._precision, label_smoothing=self._config.label_smoothing, average=self._average,
         )  # fmt: skip
         self._wait()
@@ -122,6 +143,40 @@ class StepMeter:
     def _empty(self) -> None:
         if self._device.type == "cuda":
             torch.cuda.empty_cache()
+
+
+def probe_model(config: ModelConfig, device: torch.device | str) -> Canary:
+    """A Canary on `device` whose weights mean nothing but compute as trained ones do: nothing overflows, and none are
+    zeros, which GPUs multiply faster.
+
+    Drawing 0.9 billion numbers takes a processor 17 s, longer than the probes. Here matrices repeat 2¹⁶ normal numbers
+    of standard deviation 0.02, biases are 0, and normalisations and computed tables are as in a new model.
+    """
+    with torch.device("meta"):
+        model = Canary(config)
+    model.to_empty(device=device)
+    model.log_softmax.mlp["layer0"].weight = model.transf_decoder._embedding.token_embedding.weight
+    model.reset_constants()
+    noise = torch.randn(_NOISE, device=device).mul_(0.02)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            _repeat(noise, parameter) if parameter.ndim > 1 else parameter.zero_()
+    for module in model.modules():
+        if isinstance(module, torch.nn.LayerNorm | torch.nn.BatchNorm1d):
+            module.reset_parameters()
+    return model
+
+
+_NOISE = 1 << 16
+_GIB = 2**30
+
+
+def _repeat(numbers: torch.Tensor, target: torch.Tensor) -> None:
+    """Fill a contiguous tensor with `numbers` (N,), again and again."""
+    flat = target.view(-1)
+    whole = len(flat) - len(flat) % len(numbers)
+    flat[:whole].view(-1, len(numbers)).copy_(numbers)
+    flat[whole:].copy_(numbers[: len(flat) - whole])
 
 
 def _wait_for_memory(device: torch.device, needed_bytes: int, seconds: float = 30.0) -> None:
@@ -145,90 +200,3 @@ def _peak_bytes(device: torch.device) -> int | None:
     with contextlib.suppress(OSError), open("/proc/self/status") as file:
         return next(int(line.split()[1]) * 1024 for line in file if line.startswith("VmHWM"))
     return None
-
-
-@dataclass(frozen=True)
-class BucketSize:
-    """The answer for one bucket: the largest batch that fits, None where not even 1 does; its probe, None where other
-    buckets' probes implied it; and all probes that were run, in order."""
-
-    batch_size: int | None
-    best: Probe | None
-    probes: tuple[Probe, ...]
-
-
-def search_batch_size(
-    measure: Callable[[int], Probe],
-    search: BatchSizeSearch,
-    before: Callable[[], tuple[int, int | None]] | None = None,
-    after: Callable[[int, bool], None] | None = None,
-) -> BucketSize:
-    """Run a search to its end. `before` gives what other buckets' probes imply, `after` is told each outcome."""
-    probes: list[Probe] = []
-    while True:
-        if before is not None:
-            search.inform(*before())
-        size = search.next()
-        if size is None:
-            break
-        probe = measure(size)
-        probes.append(probe)
-        search.report(size, probe.fits)
-        if after is not None:
-            after(size, probe.fits)
-    best = next((probe for probe in probes if probe.fits and probe.batch_size == search.result), None)
-    return BucketSize(search.result, best, tuple(probes))
-
-
-_AS_FAST = 1.03  # seconds per utterance within this factor are equal; timings repeat to about 2 %
-
-
-def smallest_as_fast(measure: Callable[[int], Probe], best: Probe) -> tuple[Probe, list[Probe]]:
-    """The smallest halving of `best` whose step is as fast per utterance as any, and the probes that this took.
-
-    Halves while that costs at most 3 %; a larger batch can be slower too, hence the fastest so far is what counts.
-    """
-    probes = [best]
-    while (size := probes[-1].batch_size // 2) >= 1:
-        probes.append(measure(size))
-        if not probes[-1].fits or _per_utterance(probes[-1]) > _AS_FAST * min(map(_per_utterance, probes)):
-            break
-    limit = _AS_FAST * min(map(_per_utterance, probes))
-    return min((one for one in probes if _per_utterance(one) <= limit), key=lambda one: one.batch_size), probes[1:]
-
-
-def _per_utterance(probe: Probe) -> float:
-    return float("inf") if probe.step_seconds is None else probe.step_seconds / probe.batch_size
-
-
-@dataclass(frozen=True)
-class SoakStep:
-    """One soaked step; `lowered_to` where it failed, 0 where not even 1 fits."""
-
-    bucket: int
-    probe: Probe
-    lowered_to: int | None = None
-
-
-def soak(meter: Meter, edges: Sequence[Edges], sizes: Sequence[int], num_steps: int, seed: int) -> Iterator[SoakStep]:
-    """At least `num_steps` shuffled steps over all buckets at their sizes, as training mixes them; yields each.
-
-    The allocator's cache is left as it is from step to step. A bucket that fails is lowered by a twentieth, at least
-    by 1, and the soak starts again, until one passes.
-    """
-    rng, current = random.Random(seed), list(sizes)
-    while True:
-        order = [
-            bucket for _ in range(-(-num_steps // len(edges))) for bucket in rng.sample(range(len(edges)), len(edges))
-        ]
-        for bucket in order:
-            probe = meter.measure(current[bucket], edges[bucket], 1, fresh=False)
-            if not probe.fits:
-                current[bucket] = min(current[bucket] - 1, int(current[bucket] * 0.95))
-                yield SoakStep(bucket, probe, current[bucket])
-                if current[bucket] < 1:
-                    return
-                break
-            yield SoakStep(bucket, probe)
-        else:
-            return

@@ -28,6 +28,9 @@ class TrainSettings:
     `storage_path` (a folder or `s3://bucket/path`) gets copies of the checkpoints, from which training goes on where
     the run folder is lost.
 
+    `num_loader_threads` read and decode audio ahead of a worker's steps; `auto` is its node's CPUs over the node's
+    workers, less one, from 1 to 16.
+
     `num_workers` may be [least, most]: training then goes on with as many workers as there is room for, and with fewer
     of them each accumulates more, so that the steps stay the same.
     """
@@ -37,7 +40,7 @@ class TrainSettings:
     init_from: str | None = None
     activation_checkpointing: bool = False
     shard: bool = False
-    num_workers: int | tuple[int, int] = 2
+    num_workers: int | tuple[int, int] = (1, 2)
     accumulate: int = 1
     device: str = "auto"
     precision: str = "auto"
@@ -65,7 +68,7 @@ class TrainSettings:
     storage_path: str | None = None
     patience: int | None = None
     log_every_steps: int = 10
-    num_loader_threads: int = 2
+    num_loader_threads: int | str = "auto"
     prefetch_batches: int = 4
     max_failures: int = 3
     stall_minutes: float = 30.0
@@ -78,6 +81,9 @@ class TrainSettings:
         ]
         if self.least_workers < 1 or self.least_workers > self.most_workers:
             problems.append(f"num_workers must be a number from 1 on, or [least, most], got {self.num_workers}")
+        threads = self.num_loader_threads
+        if threads != "auto" and (not isinstance(threads, int) or threads < 1):
+            problems.append(f"num_loader_threads must be auto or a number from 1 on, got {threads!r}")
         if self.stall_minutes <= 0:
             problems.append(f"stall_minutes must be above 0, got {self.stall_minutes}")
         for name, allowed in _ONE_OF.items():
@@ -115,7 +121,6 @@ _AT_LEAST = {
     "keep_checkpoints": 1,
     "keep_best": 1,
     "log_every_steps": 1,
-    "num_loader_threads": 1,
     "prefetch_batches": 1,
     "max_failures": 0,
 }

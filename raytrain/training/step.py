@@ -43,7 +43,7 @@ class StepResult:
 
 
 def autocast(device_type: str, precision: str) -> contextlib.AbstractContextManager:
-    """bf16 autocast where asked for, else nothing; on meta the tracer does it (`memory.DeviceLike`)."""
+    """bf16 autocast where asked for, else nothing; on meta the tracer does it (`live_bytes.DeviceLike`)."""
     if precision == "bf16" and device_type != "meta":
         return torch.autocast(device_type, dtype=torch.bfloat16)
     return contextlib.nullcontext()

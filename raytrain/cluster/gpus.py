@@ -1,0 +1,149 @@
+"""The GPUs of a cluster, as the processes on its nodes can use them.
+
+    for kind in find_gpus(Placement.train(config.cluster)):
+        kind.name, kind.total_bytes, kind.num_gpus
+
+A small task without CPUs or GPUs asks on every node, so that a busy card delays nothing, and a node whose GPUs torch
+can't use is an error with its reason before any work is sent there.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, replace
+from typing import Any
+
+from raytrain.cluster.node_facts import installed_gpus
+from raytrain.cluster.nodes import ask_nodes
+from raytrain.cluster.placement import Node, Placement, total
+from raytrain.cluster.session import ray_session
+from raytrain.config import ClusterSection, Config
+from raytrain.device import Device, emulated_gpu, visible_gpus
+from raytrain.errors import ClusterError
+
+_SECONDS = 120.0  # importing torch on a cold node takes tens of them
+
+
+@dataclass(frozen=True)
+class GpuKind:
+    """The GPUs of one name and memory: `nodes` are (node id, number of GPUs) of those that have them; see
+    `raytrain.device` for `is_emulated`."""
+
+    name: str
+    total_bytes: int
+    nodes: tuple[tuple[str, int], ...]
+    is_emulated: bool = False
+
+    @property
+    def num_gpus(self) -> int:
+        """GPUs of this kind on all nodes."""
+        return sum(number for _, number in self.nodes)
+
+    def placements(self, placement: Placement) -> list[Placement]:
+        """`placement` on each of these GPUs' nodes, once for every GPU."""
+        return [placement.on_node(node) for node, number in self.nodes for _ in range(number)]
+
+
+_ANSWERS: dict[tuple[Any, ...], list[GpuKind]] = {}
+
+
+def has_gpus(placement: Placement) -> bool:
+    """Whether Ray has GPUs on the nodes of `placement`. Raises `ClusterError` where a node has part of one."""
+    return any(whole_gpus(node) for node in placement.present())
+
+
+def whole_gpus(node: Node) -> int:
+    """The GPUs that Ray hands out on a node. Raises `ClusterError` for a part of one."""
+    gpus = total([node], "GPU")
+    if gpus % 1:
+        raise ClusterError(
+            f"Ray hands out {gpus:g} GPUs on {node['NodeManagerHostname']}",
+            allowed="a whole number",
+            why="a model and its batches take a GPU to themselves",
+            remedy="start Ray with a whole number of GPUs (--num-gpus), or set train.device: cpu",
+        )
+    return int(gpus)
+
+
+def find_gpus(placement: Placement) -> list[GpuKind]:
+    """The kinds of GPU on the nodes of `placement`, by name; none where Ray has none.
+
+    Raises `ClusterError` where torch can't use the GPUs of a node, or where a node has several kinds.
+    """
+    import ray
+
+    counts = {node["NodeID"]: (whole_gpus(node), node["NodeManagerHostname"]) for node in placement.nodes()}
+    counts = {node: answer for node, answer in counts.items() if answer[0]}
+    session = ray.get_runtime_context().get_job_id()
+    key = (session, *sorted((node, number) for node, (number, _) in counts.items()))
+    if key not in _ANSWERS:
+        _ANSWERS.clear()
+        _ANSWERS[key] = _asked(counts)
+    return _ANSWERS[key]
+
+
+def _asked(counts: dict[str, tuple[int, str]]) -> list[GpuKind]:
+    kinds: dict[Device, list[tuple[str, int]]] = {}
+    for node, answer, _ in ask_nodes(_gpus_here, dict.fromkeys(counts), _SECONDS):
+        number, host = counts[node]
+        device = _single_kind(answer, host)
+        kinds.setdefault(device, []).append((node, number))
+    return [
+        GpuKind(device.name, device.total_bytes, tuple(sorted(nodes)), device.is_emulated)
+        for device, nodes in sorted(kinds.items(), key=lambda item: item[0].name)
+    ]
+
+
+def _gpus_here(_: None) -> list[Device] | ClusterError:
+    try:
+        return visible_gpus()
+    except ClusterError as error:
+        return error
+
+
+def _single_kind(answer: list[Device] | ClusterError | str, host: str) -> Device:
+    if isinstance(answer, str):
+        raise ClusterError(f"the GPUs of {host} can't be asked", why=answer, remedy="run `raytrain doctor`")
+    if isinstance(answer, ClusterError):
+        raise ClusterError(f"{answer.what} (on {host})", why=answer.why, remedy=answer.remedy)
+    kinds = {replace(device, torch_name=device.torch.type) for device in answer}
+    if len(kinds) > 1:
+        raise ClusterError(
+            f"{host} has several kinds of GPU",
+            got=", ".join(sorted(f"{kind.name} ({kind.total_bytes / 2**30:.0f} GiB)" for kind in kinds)),
+            why="Ray does not tell which of them a worker gets, and their batch sizes differ",
+            remedy="start Ray once for each kind, each with its CUDA_VISIBLE_DEVICES, or with those of one kind alone",
+        )
+    return kinds.pop()
+
+
+def may_have_gpus(cluster: ClusterSection) -> bool:
+    """Whether the Ray that a command would use may have GPUs, without starting it."""
+    import ray
+
+    if ray.is_initialized() or cluster.address or os.environ.get("RAY_ADDRESS"):
+        return True
+    return emulated_gpu() is not None or installed_gpus() > 0
+
+
+def device_names(config: Config) -> list[str]:
+    """The kinds of GPU that training would run on, by name and memory: what batch sizes depend on. None on a CPU."""
+    if config.train.device == "cpu" or not may_have_gpus(config.cluster):
+        return []
+    with ray_session(config.cluster):
+        placement = Placement.train(config.cluster)
+        kinds = find_gpus(placement) if has_gpus(placement) else []
+    return [f"{kind.name}, {kind.total_bytes} bytes" for kind in kinds]
+
+
+def backend(config: Config, cuda: bool) -> str:
+    """The `torch.distributed` backend of training. Raises as `find_gpus`: what can't work is found before it starts."""
+    if not cuda:
+        return "gloo"
+    kinds = find_gpus(Placement.train(config.cluster))  # none where an autoscaler is to bring them
+    return "gloo" if any(kind.is_emulated for kind in kinds) else "nccl"
+
+
+def least_bytes(kinds: list[GpuKind]) -> int:
+    """The memory that a worker has on any of these GPUs."""
+    return min(kind.total_bytes for kind in kinds)

@@ -1,0 +1,73 @@
+"""What Ray keeps for training workers that are no more: placement groups, which hold their CPUs and GPUs.
+
+Ray Train frees them itself as a rule. It does not where the memory monitor killed what would have, nor where a run is
+aborted while it still waits for room; whoever needs the same GPUs next would wait for ever.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import time
+
+from raytrain.artifacts import atomic_write_bytes
+from raytrain.data.remote import RunStore
+
+_NOTE = "faults/placement-group"
+_DEATH_SECONDS = 5.0
+
+
+def note_reservation(store: RunStore) -> None:
+    """Write down what holds the CPUs and GPUs of the workers that run now; for one of them to call."""
+    import ray
+
+    group = ray.util.get_current_placement_group()
+    if group is not None:
+        atomic_write_bytes(store.local / _NOTE, json.dumps(group.id.hex()).encode())
+        store.share(_NOTE)
+
+
+def free_noted(store: RunStore) -> None:
+    """Give back what the last attempt's workers had."""
+    import ray
+
+    with contextlib.suppress(OSError, ValueError, ray.exceptions.RayError):
+        _remove(bytes.fromhex(json.loads(store.look(_NOTE).read_bytes())))
+    store.discard(_NOTE)
+
+
+def free_orphans(seconds: float = _DEATH_SECONDS) -> None:
+    """Give back what dead actors of this job had reserved; waits up to `seconds` for the first one."""
+    until = time.monotonic() + seconds
+    while True:
+        orphans = _orphans()
+        for group in orphans:
+            _remove(group)
+        if orphans or time.monotonic() > until:
+            return
+        time.sleep(0.25)
+
+
+def _orphans() -> list[bytes]:
+    """This job's placement groups whose creator, an actor, is dead; Ray's public table does not tell creators."""
+    import ray
+    from ray._private.state import state
+    from ray.core.generated.gcs_pb2 import PlacementGroupTableData as Group
+
+    job = ray.get_runtime_context().get_job_id()
+    groups = map(Group.FromString, state._connect_and_get_accessor().get_placement_group_table())
+    return [
+        group.placement_group_id
+        for group in groups
+        if group.creator_actor_dead  # of what the driver made, too, which has no creator
+        and any(byte != 0xFF for byte in group.creator_actor_id)
+        and group.creator_job_id.hex() == job
+        and group.state != Group.REMOVED
+    ]
+
+
+def _remove(group_id: bytes) -> None:
+    import ray
+    from ray.util.placement_group import PlacementGroup, remove_placement_group
+
+    remove_placement_group(PlacementGroup(ray.PlacementGroupID(group_id)))

@@ -1,0 +1,113 @@
+"""Is there room for the training workers, and for how many? Decided before Ray waits for it without a word."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from raytrain.cluster.gpus import has_gpus, whole_gpus
+from raytrain.cluster.placement import Placement
+from raytrain.config import Config
+from raytrain.errors import TrainingError
+
+Workers = int | tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Room:
+    """Training workers that the cluster can hold: on the nodes that are up, of those on what is free now, and at most,
+    with the nodes that an autoscaler may add. `strays` says that Ray Train would count nodes without the configured
+    labels too (`Placement.misled`)."""
+
+    workers: int
+    free: int
+    most: int
+    strays: bool = False
+
+
+def choose_workers(wanted: Workers, room: Room, each: str) -> Workers:
+    """The `num_workers` to give Ray Train: as wanted, or less where that is a range. `each` says what a worker takes.
+
+    Raises `TrainingError` where not even the least have room.
+    """
+    least, most = (wanted, wanted) if isinstance(wanted, int) else wanted
+    if room.most < least:
+        raise TrainingError(
+            f"there are more training workers than the cluster has room for ({each} each)",
+            got=least,
+            allowed=room.most,
+            remedy="lower train.num_workers ([least, most] takes what there is), or add nodes",
+        )
+    if isinstance(wanted, int) or least == most:
+        return least
+    if not room.strays:
+        return least, most
+    if room.workers < least:
+        raise TrainingError(
+            "train.num_workers is a range, and nodes without cluster.train_labels have room for workers too",
+            why="Ray Train chooses the number of workers by resources alone, and would wait for the rest of them",
+            remedy="start the nodes for training with a custom resource and name it in cluster.train_resources, or set "
+            "one number of workers",
+        )
+    return min(most, room.workers)
+
+
+def waiting_for(wanted: Workers, room: Room, each: str) -> str | None:
+    """What training will wait for, as a line for a person; None where it can start now."""
+    least = wanted if isinstance(wanted, int) else wanted[0]
+    if room.workers < least:
+        return f"waiting for nodes: {least} workers ({each} each), the cluster has room for {room.workers} so far"
+    if room.free < least:
+        return f"waiting for other work to end: {least} workers ({each} each), there is room for {room.free} now"
+    return None
+
+
+def trains_on_gpus(config: Config) -> bool:
+    """Whether training runs on GPUs. Raises `TrainingError` where it must and the cluster has none, `ClusterError`
+    for a part of a GPU."""
+    if config.train.device == "cpu":
+        return False
+    placement = Placement.train(config.cluster)
+    cuda = has_gpus(placement) or _most(placement, 1.0) > 0
+    if config.train.device == "cuda" and not cuda:
+        raise TrainingError("train.device is cuda, but the cluster has no GPU", remedy="set train.device to cpu")
+    return cuda
+
+
+def find_room(config: Config, cuda: bool) -> Room:
+    """The room that the running Ray has for the workers of training."""
+    placement, gpus = Placement.train(config.cluster), 1.0 if cuda else 0.0
+    nodes = placement.present()
+    for node in nodes:
+        if cuda:
+            whole_gpus(node)
+    workers = sum(placement.slots(node, placement.cpus, gpus) for node in nodes)
+    free = sum(placement.slots(node, placement.cpus, gpus) for node in map(_with_what_is_free, nodes))
+    return Room(workers, free, max(workers, _most(placement, gpus)), bool(placement.misled(gpus)))
+
+
+def describe_worker(config: Config, cuda: bool) -> str:
+    """What a worker takes, for messages."""
+    placement = Placement.train(config.cluster)
+    parts = [f"{placement.cpus:g} CPU" + ("s" if placement.cpus != 1 else "")]
+    parts += ["1 GPU"] if cuda else []
+    parts += [f"{amount:g} {name}" for name, amount in placement.resources.items()]
+    return ", ".join(parts)
+
+
+def _with_what_is_free(node: dict[str, Any]) -> dict[str, Any]:
+    from ray._private.state import available_resources_per_node
+
+    return {**node, "Resources": available_resources_per_node().get(node["NodeID"], {})}
+
+
+def _most(placement: Placement, gpus: float) -> int:
+    """Workers on all nodes that an autoscaler may start; 0 where there is none, or it does not tell."""
+    from ray._private.state import state
+
+    most = state.get_max_resources_from_cluster_config()
+    if not most:
+        return 0
+    asked = {"CPU": placement.cpus, **({"GPU": gpus} if gpus else {}), **placement.resources}
+    return int(min(most.get(name, 0) / amount for name, amount in asked.items() if amount))
+

@@ -1,0 +1,119 @@
+"""Where a worker computes: the one place that knows what a GPU worker's device is, and why it has none.
+
+    device = gpu_device()            # in a process that Ray gave a GPU
+    device.kind, device.torch        # "cuda", torch.device("cuda:0")
+
+With `RAYTRAIN_EMULATED_GPU=NAME:BYTES` in the environment of a node, its GPU workers take every branch of the code that
+a GPU's do (`kind` is cuda: resources, bf16 autocast, budgets, profiles by name) while their tensors stay on the
+processor (`torch` is cpu). That is for tests on machines whose Ray only claims GPUs.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from raytrain.errors import ClusterError
+
+EMULATED_GPU = "RAYTRAIN_EMULATED_GPU"
+
+
+@dataclass(frozen=True)
+class Device:
+    """What one worker computes on.
+
+    `kind` is cuda or cpu and says which way the code goes; `torch_name` is the device that tensors live on (`cuda:0`,
+    `cpu`). `name` and `total_bytes` are the GPU's, empty and 0 on a CPU.
+    """
+
+    kind: str
+    torch_name: str
+    name: str = ""
+    total_bytes: int = 0
+
+    @property
+    def torch(self) -> Any:
+        """The `torch.device` of tensors."""
+        import torch
+
+        return torch.device(self.torch_name)
+
+    @property
+    def is_emulated(self) -> bool:
+        """Whether a GPU's branches run on the processor."""
+        return self.kind == "cuda" and self.torch_name == "cpu"
+
+    @property
+    def pins_memory(self) -> bool:
+        """Whether host memory can be pinned for transfers to it."""
+        return self.torch_name.startswith("cuda")
+
+
+CPU = Device("cpu", "cpu")
+
+
+def emulated_gpu() -> Device | None:
+    """The GPU that this process is to act as if it had. Raises `ClusterError` for a malformed setting."""
+    text = os.environ.get(EMULATED_GPU)
+    if not text:
+        return None
+    name, _, size = text.rpartition(":")
+    if not name or not size.isdigit() or int(size) < 1:
+        raise ClusterError(f"{EMULATED_GPU} can't be read", got=text, allowed="NAME:BYTES")
+    return Device("cuda", "cpu", name, int(size))
+
+
+def gpu_device(index: Callable[[], int] = lambda: 0) -> Device:
+    """The device of a worker that Ray gave a GPU, which becomes torch's current one.
+
+    `index` tells which of the visible GPUs is the worker's: Ray Train's workers see all GPUs of their group, others
+    only theirs. Raises `ClusterError` where torch can't use a GPU here, with the reason.
+    """
+    emulated = emulated_gpu()
+    if emulated is not None:
+        return emulated
+    devices = visible_gpus()
+    import torch
+
+    device = devices[index()]
+    torch.cuda.set_device(device.torch)
+    return device
+
+
+def worker_device(cuda: bool, index: Callable[[], int] = lambda: 0) -> Device:
+    """The device of a worker with (`cuda`) or without a GPU; see `gpu_device`."""
+    return gpu_device(index) if cuda else CPU
+
+
+def visible_gpus() -> list[Device]:
+    """The GPUs that torch can use in this process, at least one. Raises `ClusterError` with the reason where it can't
+    use any."""
+    emulated = emulated_gpu()
+    if emulated is not None:
+        return [emulated]
+    import torch
+
+    try:
+        if not torch.backends.cuda.is_built():
+            raise RuntimeError(f"this torch ({torch.__version__}) was built without CUDA")
+        torch.cuda.init()
+        count = torch.cuda.device_count()
+        if not count:
+            raise RuntimeError(f"torch sees no GPU; CUDA_VISIBLE_DEVICES is {os.environ.get('CUDA_VISIBLE_DEVICES')!r}")
+        return [_described(index) for index in range(count)]
+    except (RuntimeError, AssertionError) as error:  # torch raises both, the latter where it was built without CUDA
+        raise ClusterError(
+            "Ray hands out GPUs here that torch can't use",
+            why=str(error).strip().splitlines()[0],
+            remedy="install a torch build with CUDA that the driver supports (compare nvidia-smi with "
+            "torch.version.cuda), or set train.device: cpu; `raytrain doctor` looks at every node",
+        ) from error
+
+
+def _described(index: int) -> Device:
+    import torch
+
+    properties = torch.cuda.get_device_properties(index)
+    return Device("cuda", f"cuda:{index}", properties.name, properties.total_memory)

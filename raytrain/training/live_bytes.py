@@ -1,0 +1,247 @@
+"""Live bytes of a step on `meta` tensors, and the operators that a device would run.
+
+Meta tensors have shapes and no data. `LiveBytes` notes when each storage is made and when it is freed; `DeviceLike`
+makes the step take the operators that CUDA or a processor takes, since what backward keeps depends on them.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+_MIB = 2**20
+_BLOCK_BYTES = 512
+_LARGE_BYTES, _SEGMENT_BYTES, _GAP_BYTES = 10 * _MIB, 2 * _MIB, _MIB // 4
+_aten = torch.ops.aten
+
+
+def rounded(num_bytes: int) -> int:
+    """What a storage of `num_bytes` takes, in units of 512 bytes."""
+    return -(-num_bytes // _BLOCK_BYTES) * _BLOCK_BYTES
+
+
+def cuda_block(num_bytes: int) -> int:
+    """What PyTorch's caching allocator counts as allocated for `num_bytes`, on average.
+
+    Above 10 MiB it takes segments in units of 2 MiB and splits a block only where more than 1 MiB would remain
+    (c10/cuda/CUDACachingAllocator: `kMinLargeAlloc`, `kRoundLarge`, `kSmallSize`). Remainders below 2 MiB are about
+    equally likely, so half of the blocks keep theirs, of half a MiB on average. The mean, and not what each size would
+    keep, leaves a step's bytes affine in the batch size. Most weights fill their segments, and have no remainder.
+    """
+    has_gap = num_bytes > _LARGE_BYTES and num_bytes % _SEGMENT_BYTES
+    return rounded(num_bytes) + (_GAP_BYTES if has_gap else 0)
+
+
+class LiveBytes(TorchDispatchMode):
+    """While active, counts the bytes of all storages that operators made and nobody freed yet.
+
+    `phase` and `place` (a module's path) name what is running; at the highest point `at_peak` holds the live bytes by
+    the phase and place that made them. Results of operators that only compute are remembered by the shapes of what they
+    were given, where `remember` is on: a model of equal layers asks the same question many times, and working out a
+    shape costs more than all else here. `block` says what a storage of so many bytes takes from the device.
+    """
+
+    def __init__(self, remember: bool = True, block: Callable[[int], int] = rounded) -> None:
+        super().__init__()
+        self._block = block
+        self.live = self.peak = 0
+        self.phase, self.place = "activations", "loss"
+        self.at_peak: dict[tuple[str, str], int] = {}
+        self._at_new_peak = False
+        self._remember = remember
+        self._by_origin: Counter[tuple[str, str]] = Counter()
+        self._storages: dict[int, tuple[int, tuple[str, str]]] = {}
+        self._watchers: dict[int, weakref.ref] = {}
+        self._layouts: dict[Any, Any] = {}
+
+    def reset(self) -> None:
+        """Forget all that is live, but not what operators make of which shapes."""
+        self.live = self.peak = 0
+        self.phase, self.place = "activations", "loss"
+        self.at_peak, self._at_new_peak = {}, False
+        for notes in (self._by_origin, self._storages, self._watchers):
+            notes.clear()
+
+    def watch(self, tensor: Tensor, phase: str | None = None, place: str | None = None) -> None:
+        """Count a tensor's storage until it is freed; one that is known already counts once, as it did before unless
+        `phase` says otherwise."""
+        storage = tensor.untyped_storage()
+        key = storage._cdata
+        known = self._storages.get(key)
+        if known is not None:
+            if phase is not None and known[1][0] != phase:
+                self._by_origin[known[1]] -= known[0]
+                self._storages[key] = (known[0], origin := (phase, place or known[1][1]))
+                self._by_origin[origin] += known[0]
+            return
+        size, origin = self._block(storage.nbytes()), (phase or self.phase, place or self.place)
+        self._storages[key] = (size, origin)
+        self._watchers[key] = weakref.ref(storage, lambda _, key=key: self._forget(key))
+        self.live += size
+        self._by_origin[origin] += size
+        if self.live > self.peak:
+            self.peak, self._at_new_peak = self.live, True
+
+    def _forget(self, key: int) -> None:
+        if self._at_new_peak:
+            # The highest point so far ends here.
+            self.at_peak, self._at_new_peak = dict(self._by_origin), False
+        size, origin = self._storages.pop(key)
+        self._watchers.pop(key, None)
+        self.live -= size
+        self._by_origin[origin] -= size
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        kwargs = kwargs or {}
+        kind = _KINDS.get(func) or _kind_of(func)
+        if kind == "shares":
+            return func(*args, **kwargs)  # no new storage
+        if kind == "makes several" or not self._remember:
+            result = func(*args, **kwargs)
+        else:
+            key = (func, _shape_of(args), _shape_of(tuple(kwargs.items())))
+            layout = self._layouts.get(key)
+            if layout is None:
+                result = func(*args, **kwargs)
+                self._layouts[key] = _layout(result)
+            else:
+                result = _like(layout)
+        for leaf in result if isinstance(result, (tuple, list)) else (result,):
+            if isinstance(leaf, Tensor):
+                self.watch(leaf)
+        return result
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # nothing is compiled here, and the guard costs a tenth of the time
+
+
+_KINDS: dict[Any, str] = {}
+
+
+def _kind_of(func: Any) -> str:
+    """What an operator does with memory: `shares` (a view, or in place), `makes` new tensors, one or a fixed number of
+    them, or `makes several` in a list."""
+    schema = func._schema
+    if any(argument.alias_info is not None for argument in (*schema.arguments, *schema.returns)):
+        kind = "shares"
+    else:
+        plain = all(str(one.type) in ("Tensor", "Tensor?") for one in schema.returns)
+        kind = "makes" if plain else "makes several"
+    _KINDS[func] = kind
+    return kind
+
+
+def _shape_of(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return (value.dtype, value.shape, value.stride(), value.storage_offset())
+    if isinstance(value, (tuple, list)):
+        return tuple(map(_shape_of, value))
+    return (value.__class__, value)
+
+
+def _layout(result: Any) -> Any:
+    if isinstance(result, Tensor):
+        return (tuple(result.shape), result.stride(), result.dtype)
+    return None if result is None else tuple(map(_layout, result))
+
+
+def _like(layout: Any) -> Any:
+    if layout is None:
+        return None
+    if len(layout) == 3 and isinstance(layout[2], torch.dtype):
+        return torch.empty_strided(layout[0], layout[1], dtype=layout[2], device="meta")
+    return tuple(map(_like, layout))
+
+
+class DeviceLike(TorchFunctionMode):
+    """Makes `meta` tensors take the way that a device's would: bf16 autocast, and on CUDA attention by the
+    memory-efficient kernel, which takes a bias that has a gradient, and dropout by the fused kernel, which keeps a mask
+    of one byte per element (elsewhere dropout multiplies by a mask of the input's type).
+
+    Autocast knows no `meta` device. Its rule for CUDA is short: matrix products, convolutions and attention take bf16,
+    with one bf16 copy of each float32 weight for the whole forward pass; normalisations, softmax and losses take
+    float32; all others take what comes.
+    """
+
+    _LOWER = {
+        torch.nn.functional.linear, torch.matmul, torch.bmm, torch.nn.functional.conv1d, torch.nn.functional.conv2d,
+        torch.conv1d, torch.conv2d, Tensor.matmul, Tensor.__matmul__, torch.nn.functional.scaled_dot_product_attention,
+    }  # fmt: skip
+    _FULL = {
+        torch.nn.functional.layer_norm, torch.nn.functional.softmax, torch.nn.functional.log_softmax, torch.softmax,
+        torch.log_softmax, Tensor.softmax, Tensor.log_softmax, torch.nn.functional.cross_entropy,
+        torch.nn.functional.nll_loss, torch.nn.functional.ctc_loss, Tensor.pow, torch.pow, Tensor.sum, torch.sum,
+    }  # fmt: skip
+
+    def __init__(self, device_type: str, bf16: bool, on_backward: Callable[[], None]) -> None:
+        super().__init__()
+        self._bf16, self._on_backward = bf16, on_backward
+        self._efficient_attention = self._fused_dropout = device_type == "cuda"
+        self._in_backward = False
+        self._active = bf16
+        self._copies: dict[int, Tensor] = {}
+
+    def block_begins(self, *_: Any) -> None:
+        """In backward a block is computed again, under its own autocast; there modes are off by default."""
+        if self._in_backward:
+            self.__enter__()
+
+    def block_ends(self, *_: Any) -> None:
+        """The end of what `block_begins` began."""
+        if self._in_backward:
+            self.__exit__(None, None, None)
+
+    def end_autocast(self, *_: Any) -> None:
+        """The forward pass has ended: its copies of weights live on only where backward needs them."""
+        self._copies.clear()
+        self._active = False
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        kwargs = kwargs or {}
+        if func is torch.nn.functional.scaled_dot_product_attention and self._efficient_attention:
+            return self._attention(*args, **kwargs)
+        if func is torch.nn.functional.dropout and self._fused_dropout:
+            return torch.native_dropout(args[0], kwargs["p"], kwargs["training"])[0]
+        if func is Tensor.backward:
+            self._active, self._in_backward = self._bf16, True
+            self._on_backward()
+        if self._active:
+            if func in self._LOWER:
+                return func(*map(self._lower, args), **{name: self._lower(value) for name, value in kwargs.items()})
+            if func in self._FULL:
+                return func(*map(_full, args), **kwargs)
+        return func(*args, **kwargs)
+
+    def _lower(self, value: Any) -> Any:
+        if not isinstance(value, Tensor) or value.dtype != torch.float32:
+            return value
+        if self._in_backward or not (value.is_leaf and value.requires_grad):
+            return value.to(torch.bfloat16)
+        if id(value) not in self._copies:
+            self._copies[id(value)] = value.to(torch.bfloat16)
+        return self._copies[id(value)]
+
+    def _attention(
+        self, query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, dropout_p: float = 0.0,
+        is_causal: bool = False, **_: Any,
+    ) -> Tensor:  # fmt: skip
+        if self._active:
+            query, key, value = map(self._lower, (query, key, value))
+        bias = attn_mask
+        if bias is not None:
+            bias = torch.zeros_like(bias, dtype=query.dtype) if bias.dtype == torch.bool else bias.to(query.dtype)
+            bias = bias.expand(query.shape[0], query.shape[1], query.shape[2], key.shape[2])
+        found = _aten._scaled_dot_product_efficient_attention(query, key, value, bias, True, dropout_p, is_causal)
+        return found[0]
+
+
+def _full(value: Any) -> Any:
+    return value.float() if isinstance(value, Tensor) and value.dtype == torch.bfloat16 else value

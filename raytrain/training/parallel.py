@@ -1,0 +1,70 @@
+"""The model that training calls, on one rank of several: DDP or FSDP2, the same for training and for memory probes.
+
+    model = Canary(config).to(device)
+    wrapped = parallel_model(model, settings, world_size, device)    # before the optimizer is made
+    optimizer = make_optimizer(model, settings)
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from raytrain.errors import TrainingError
+from raytrain.training.settings import TrainSettings
+
+
+def backend_of(device_type: str) -> str:
+    """What ranks on `device_type` (cuda or cpu) talk with."""
+    return "nccl" if device_type == "cuda" else "gloo"
+
+
+def join_alone(device_type: str) -> None:
+    """A group of this process alone, unless there is a group already: DDP then has its buckets as among several."""
+    if not dist.is_initialized():
+        dist.init_process_group(backend_of(device_type), store=dist.HashStore(), rank=0, world_size=1)
+
+
+def is_sharded(settings: TrainSettings, world_size: int) -> bool:
+    """Whether ranks hold parts of the model; one rank alone holds it whole."""
+    return settings.shard and world_size > 1
+
+
+def micro_batches(settings: TrainSettings, world_size: int) -> int:
+    """Micro-batches that a rank's step has to have to take what training's takes: 1, or 2 that stand for more.
+
+    Where `num_workers` is a range, fewer ranks than its most accumulate more, so that steps stay the same.
+    """
+    shares = settings.accumulate * settings.most_workers if world_size >= settings.least_workers else world_size
+    return min(2, max(settings.accumulate, -(-shares // world_size)))
+
+
+def parallel_model(model: nn.Module, settings: TrainSettings, world_size: int, device: torch.device) -> nn.Module:
+    """What a step of training with `world_size` ranks calls: `model` itself for one rank and for FSDP2, which changes
+    its parameters, else DDP around it.
+
+    Weights are loaded before, the optimizer is made after. A probe of whole models may name more ranks than its group
+    has. Raises `TrainingError` where the model is to be sharded and the group has only this process.
+    """
+    if world_size == 1:
+        return model
+    if is_sharded(settings, world_size):
+        if not dist.is_initialized() or dist.get_world_size() == 1:
+            raise TrainingError(
+                "train.shard needs a process group of several ranks",
+                got=1,
+                allowed=f"up to {world_size} ranks",
+                why="a rank alone would hold the whole model",
+                remedy="start as many processes as workers, or unset train.shard",
+            )
+        from raytrain.training.sharded import shard  # its imports take seconds
+
+        return shard(model, device.type)
+    return nn.parallel.DistributedDataParallel(
+        model,
+        device_ids=[device.index] if device.type == "cuda" else None,
+        gradient_as_bucket_view=True,
+        # Batch norm's statistics stay each rank's own until they are used; see `training.step`.
+        broadcast_buffers=False,
+    )
