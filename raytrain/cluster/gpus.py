@@ -17,7 +17,7 @@ from raytrain.cluster.node_facts import installed_gpus
 from raytrain.cluster.nodes import ask_nodes
 from raytrain.cluster.placement import Node, Placement, total
 from raytrain.cluster.session import ray_session
-from raytrain.config import ClusterSection, Config
+from raytrain.config import Config
 from raytrain.device import Device, emulated_gpu, visible_gpus
 from raytrain.errors import ClusterError
 
@@ -117,10 +117,13 @@ def _single_kind(answer: list[Device] | ClusterError | str, host: str) -> Device
     return kinds.pop()
 
 
-def may_have_gpus(cluster: ClusterSection) -> bool:
-    """Whether the Ray that a command would use may have GPUs, without starting it."""
+def may_train_on_gpus(config: Config) -> bool:
+    """Whether training may run on GPUs of the Ray that a command would use, without starting it."""
     import ray
 
+    cluster = config.cluster
+    if config.train.device == "cpu":
+        return False
     if ray.is_initialized() or cluster.address or os.environ.get("RAY_ADDRESS"):
         return True
     return emulated_gpu() is not None or installed_gpus() > 0
@@ -128,7 +131,7 @@ def may_have_gpus(cluster: ClusterSection) -> bool:
 
 def device_names(config: Config) -> list[str]:
     """The kinds of GPU that training would run on, by name and memory: what batch sizes depend on. None on a CPU."""
-    if config.train.device == "cpu" or not may_have_gpus(config.cluster):
+    if not may_train_on_gpus(config):
         return []
     with ray_session(config.cluster):
         placement = Placement.train(config.cluster)

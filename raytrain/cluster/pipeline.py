@@ -18,7 +18,7 @@ import yaml
 
 from raytrain.artifacts import atomic_write_bytes, canonical_json, content_id, file_id, make_folder
 from raytrain.cluster import stages
-from raytrain.cluster.gpus import may_have_gpus
+from raytrain.cluster.gpus import may_train_on_gpus
 from raytrain.cluster.session import ray_session
 from raytrain.cluster.tracking import RUN_NOTE, RunTracking
 from raytrain.cluster.workspace import Workspace
@@ -93,7 +93,7 @@ def run_pipeline(config: Config, console: Console, names: tuple[str, ...] = STAG
                 continue
             _check_needs(stage, config, done)
             workspace = Workspace(config, run_dir)  # artefacts may have changed since the stage before
-            if stage.key_names_gpus and config.train.device != "cpu" and may_have_gpus(config.cluster):
+            if stage.key_names_gpus and may_train_on_gpus(config):
                 ray.enter_context(ray_session(config.cluster))
             key = content_id({"stage": stage.name, "depends_on": stage.key(workspace)})
             if _is_current(run_dir, done.get(stage.name), key):

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 from raytrain.cluster.gpus import has_gpus, whole_gpus
-from raytrain.cluster.placement import Placement
+from raytrain.cluster.placement import Node, Placement
 from raytrain.config import Config
 from raytrain.errors import TrainingError
 
@@ -82,7 +81,7 @@ def find_room(config: Config, cuda: bool) -> Room:
         if cuda:
             whole_gpus(node)
     workers = sum(placement.slots(node, placement.cpus, gpus) for node in nodes)
-    free = sum(placement.slots(node, placement.cpus, gpus) for node in map(_with_what_is_free, nodes))
+    free = sum(placement.slots(node, placement.cpus, gpus) for node in _with_what_is_free(nodes))
     return Room(workers, free, max(workers, _most(placement, gpus)), bool(placement.misled(gpus)))
 
 
@@ -95,10 +94,12 @@ def describe_worker(config: Config, cuda: bool) -> str:
     return ", ".join(parts)
 
 
-def _with_what_is_free(node: dict[str, Any]) -> dict[str, Any]:
+def _with_what_is_free(nodes: list[Node]) -> list[Node]:
+    """The nodes with what nobody uses instead of all that they have; asked for once, however many there are."""
     from ray._private.state import available_resources_per_node
 
-    return {**node, "Resources": available_resources_per_node().get(node["NodeID"], {})}
+    free = available_resources_per_node()
+    return [{**node, "Resources": free.get(node["NodeID"], {})} for node in nodes]
 
 
 def _most(placement: Placement, gpus: float) -> int:

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from raytrain.artifacts import atomic_write_bytes, canonical_json, content_id, make_folder
+from raytrain.cluster.nodes import last_line
 from raytrain.cluster.repeating import repeating
 from raytrain.cluster.room import find_room, trains_on_gpus
 from raytrain.cluster.train import STOP
@@ -245,7 +246,7 @@ def run_grid(
         grid = tuner.fit()
     found = {}
     for result in grid:
-        why = None if result.error is None else str(result.error).strip().splitlines()[-1]
+        why = None if result.error is None else last_line(result.error)
         found[result.config["job"]["label"]] = {"folder": (result.metrics or {}).get("folder"), "why": why}
     return [{"job": job, **found[job["label"]]} for job in full]
 

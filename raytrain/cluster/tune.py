@@ -13,6 +13,7 @@ from typing import Any
 import yaml
 
 from raytrain.artifacts import atomic_write_bytes, content_id, make_folder, write_json
+from raytrain.cluster.nodes import last_line
 from raytrain.cluster.session import ray_session
 from raytrain.cluster.tracking import RunTracking, tracking_uri
 from raytrain.cluster.trials import SHARED, check_on_disk, concurrent_trials, restored, trial_progress, with_settings
@@ -103,7 +104,7 @@ def _search(config: Config, console: Console, parent_run_id: str | None) -> list
     for result in grid:
         found = dict(result.metrics or {})
         settings = (result.config or {}).get("settings", {})
-        why = None if result.error is None else str(result.error).strip().splitlines()[-1]
+        why = None if result.error is None else last_line(result.error)
         stopped = why is None and found.get("step", 0) < steps
         trials.append(
             {
