@@ -85,8 +85,11 @@ class DataSection(_Section):
     Local paths are relative to `root` (falls back to $RAYTRAIN_DATA_ROOT, then `.`). A corpus' share in training is
     weight · hours^(1/`temperature`): above 1, small corpora are heard more often. With `temperature_by: language` it
     is the small languages, each corpus holding one. `chunk_bytes` is what one worker reads at a time; unset, it grows
-    with the corpus. With `stream` (`{}` for its defaults) training reads the corpora as they are, without assignment.
-    `workers: ray` decodes audio on the cluster's free CPUs instead of in threads beside each training worker.
+    with the corpus. Of each corpus the headers of `audio_sample` recordings are read and local audio files looked for
+    before training; 0 is for audio that only training can reach. More bad rows, and more rows that training has to
+    replace, than `max_bad_fraction` of all are an error. With `stream` (`{}` for its defaults) training reads the
+    corpora as they are, without assignment. `workers: ray` decodes audio on the cluster's free CPUs instead of in
+    threads beside each training worker.
     """
 
     root: str | None = None
@@ -97,6 +100,7 @@ class DataSection(_Section):
     temperature: float = Field(1.0, gt=0)
     temperature_by: str = Field("corpus", pattern="^(corpus|language)$")
     max_bad_fraction: float = Field(0.01, ge=0, le=1)
+    audio_sample: int = Field(256, ge=0)
     chunk_bytes: int | None = Field(None, ge=1024)
     stream: StreamSection | None = None
     workers: str = Field("threads", pattern="^(threads|ray)$")

@@ -17,7 +17,7 @@ from raytrain.cluster.pipeline import STAGE_NAMES, run_pipeline
 from raytrain.cluster.workspace import PROFILE_FORMAT, Workspace
 from raytrain.console import Console
 from raytrain.convert import Format, load_model, save_model
-from raytrain.data.assignment import Assignment
+from raytrain.data.assignment import INDEX_FORMAT, Assignment
 from raytrain.data.augment import AugmentSettings
 from raytrain.demo.run import ARTEFACTS
 from raytrain.errors import ArtifactError, CheckpointError, ManifestError, ProfileError, RaytrainError, StorageError
@@ -167,11 +167,15 @@ def test_broken_audio_is_quarantined_and_training_goes_on(corpus, tmp_path):
     (copy / names[1]).write_bytes(b"broken")
     (copy / lines(copy / "test.jsonl")[2]["audio_filepath"]).unlink()
     train = {"num_workers": 1, "max_steps": 24, "validate_every_steps": 24}
-    config = tiny_config(copy, tmp_path, train=train, tracking={"enabled": False})
+    data = {"max_bad_fraction": 0.2}
+    config = tiny_config(copy, tmp_path, train=train, data=data, tracking={"enabled": False})
     run(config)
+    assert read_json(config.run_dir / "assignment" / "index.json", INDEX_FORMAT)["body"]["rejected"] == {
+        "missing_audio": 1
+    }
     quarantined = {line["audio_path"] for line in lines(config.run_dir / "quarantine.jsonl")}
-    assert quarantined == {str(copy / names[0]), str(copy / names[1])}
-    assert sum(row.get("replaced", 0) for row in lines(config.run_dir / "metrics.jsonl")) >= 2
+    assert quarantined == {str(copy / names[1])}
+    assert sum(row.get("replaced", 0) for row in lines(config.run_dir / "metrics.jsonl")) >= 1
     scores = read_json(config.run_dir / "scores.json", "raytrain.scores/1")["body"]
     assert scores["utterances"] == 9 and scores["unreadable"] == 1
     assert lines(config.run_dir / "hypotheses.jsonl")[2]["hypothesis"] is None

@@ -36,6 +36,7 @@ from raytrain.data.audio import PARQUET_ROW
 from raytrain.data.corpus import BadRow, Chunk, read_blocks
 from raytrain.data.encoder import BlockEncoder
 from raytrain.data.materialize import AudioFinder, make_flacs
+from raytrain.data.probe import AudioListing
 from raytrain.data.remote import DEFAULT_CACHE_BYTES, RunStore
 from raytrain.data.rows import Block
 from raytrain.data.storage import patiently, write_bytes
@@ -50,22 +51,25 @@ _FLUSH_AUDIO_AT = 256  # rows whose audio is in memory together
 
 @dataclass(frozen=True)
 class AssignSettings:
-    """`sample_rate` is what audio is copied at, None where it is not copied; `cache_size` see `RunSection`."""
+    """`sample_rate` is what audio is copied at, None where it is not copied; `cache_size` see `RunSection`; with
+    `check_audio` rows whose file is not there are rejected."""
 
     prompt_format: str
     by_words: bool = True
     sample_rate: int | None = None
     cache_size: int = DEFAULT_CACHE_BYTES
+    check_audio: bool = False
 
 
 class ChunkAssigner:
-    """Writes one chunk's parts below `folder`."""
+    """Writes one chunk's parts below `folder`; with a `listing` rows whose file is not there are rejected."""
 
     def __init__(
-        self, chunk: Chunk, encoder: BlockEncoder, plan: BucketPlan, folder: Path, sample_rate: int | None
-    ) -> None:
+        self, chunk: Chunk, encoder: BlockEncoder, plan: BucketPlan, folder: Path, sample_rate: int | None,
+        listing: AudioListing | None = None,
+    ) -> None:  # fmt: skip
         self._chunk, self._encoder, self._plan, self._folder = chunk, encoder, plan, folder
-        self._sample_rate = sample_rate
+        self._sample_rate, self._listing = sample_rate, listing
         self._audio = AudioFinder(chunk)
         self._waiting: list[tuple[np.ndarray, pa.Table]] = []
         self._rows: Counter = Counter()
@@ -79,6 +83,8 @@ class ChunkAssigner:
         with atomic_write(path) as self._rejects, PartsWriter(self._folder, self._chunk.index) as self._parts:
             for block in read_blocks(self._chunk):
                 block = self._encoder.check(block)
+                if self._listing is not None:
+                    block = self._listing.check(block)
                 for row in block.bad:
                     self._reject(row)
                 if len(block):
@@ -219,9 +225,9 @@ def assign_all(
         tokenizer, plan = ray.get(shared)
         encoder = BlockEncoder(tokenizer, settings.prompt_format, by_words=settings.by_words)
         store = RunStore(location, settings.cache_size)
-        made = []
+        made, listing = [], AudioListing() if settings.check_audio else None
         for chunk in chunks:
-            assigner = ChunkAssigner(chunk, encoder, plan, store.local / FOLDER, settings.sample_rate)
+            assigner = ChunkAssigner(chunk, encoder, plan, store.local / FOLDER, settings.sample_rate, listing)
             note = assigner.share(patiently(assigner.run), store)
             # The note comes last: a chunk without one is written again, over the same file names.
             write_bytes(store.place(f"{FOLDER}/{note_name(chunk.index)}"), orjson.dumps(note))

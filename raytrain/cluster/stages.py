@@ -38,6 +38,7 @@ from raytrain.config import Config
 from raytrain.console import Console
 from raytrain.convert import model_stamp
 from raytrain.data.assignment import INDEX_FORMAT
+from raytrain.data.probe import SHORT
 from raytrain.data.storage import fingerprints, is_uri
 from raytrain.errors import ArtifactError, ConfigError, ManifestError, TrainingError
 from raytrain.lengths.compare import PolicyRow, compare_policies
@@ -109,6 +110,7 @@ def statistics_key(workspace: Workspace) -> Any:
     return [
         _reading(config, "train"),
         config.data.max_bad_fraction,
+        config.data.audio_sample,
         config.section("tokenizer"),
         model_stamp(Path(config.tokenizer.path)) if config.tokenizer.path else None,
         config.model.prompt_format,
@@ -137,7 +139,21 @@ def run_statistics(context: Context) -> str:
     )
     context.tracking.current.log_artifact(context.path("statistics.json"))
     _show_rejected(context, body["rejected_examples"])
-    return f"{body['utterances']} utterances, {body['hours']:.2f} h, vocabulary {tokenizer.vocab_size}"
+    _warn_of_audio(context, body)
+    probed = sum(corpus["probed"] for corpus in body["audio"].values())
+    checked = f", {probed} recordings checked" if probed else ""
+    return f"{body['utterances']} utterances, {body['hours']:.2f} h{checked}, vocabulary {tokenizer.vocab_size}"
+
+
+def _warn_of_audio(context: Context, body: dict[str, Any]) -> None:
+    """What the headers of the sample said against the manifests."""
+    for example in body["audio_examples"]:
+        corpus, first = example["corpus"], example["first"][0]
+        what = "are shorter than their rows say" if example["reason"] == SHORT else "can't be read"
+        context.console.warn(
+            f"{example['rows']} of the {body['audio'][corpus]['probed']} recordings of {corpus} that were looked at "
+            f"{what}: {first['file']}:{first['line']}: {first['detail']}"
+        )
 
 
 def _show_rejected(context: Context, rejected: list[dict[str, Any]]) -> None:
@@ -224,7 +240,7 @@ def assign_key(workspace: Workspace) -> Any:
     config = workspace.config
     copies = config.model.sample_rate if config.assign.materialize else None
     identities = [workspace.plan_id, workspace.tokenizer.id, config.model.prompt_format]
-    return [_reading(config, "train"), *identities, copies]
+    return [_reading(config, "train"), *identities, copies, config.data.audio_sample > 0]
 
 
 def run_assign(context: Context) -> str:
@@ -239,6 +255,7 @@ def run_assign(context: Context) -> str:
         by_words=config.tokenizer.by_words,
         sample_rate=config.model.sample_rate if config.assign.materialize else None,
         cache_size=config.run.cache_size,
+        check_audio=config.data.audio_sample > 0,
     )
     key = content_id([context.key, [[chunk.path, chunk.start, chunk.end] for chunk in chunks]])
     notes = []
@@ -505,6 +522,10 @@ def run_train(context: Context) -> str:
         context.tracking.current.log_artifact(lowered)
     workspace.store.look(METRICS)
     workspace.gather_quarantine()
+    if broken := _quarantined(context.path("quarantine.jsonl")):
+        context.console.warn(
+            f"{broken} recording(s) can't be read (quarantine.jsonl names them); in training others take their place"
+        )
     last = folder.about("newest")
     if last is None:
         raise TrainingError("training ended without a checkpoint", remedy="see the messages above")
@@ -512,6 +533,11 @@ def run_train(context: Context) -> str:
     note = {"last_step": last.step, "best_step": best.step, "files": best.meta["files"]}
     atomic_write_bytes(context.path("checkpoints", "last.json"), canonical_json(note))
     return f"{last.step} steps, {last.meta['seconds'] / 60:.1f} min; best checkpoint at step {best.step}"
+
+
+def _quarantined(path: Path) -> int:
+    """Recordings that are named in a quarantine file; workers name the same one each for itself."""
+    return len(set(path.read_bytes().splitlines())) if path.exists() else 0
 
 
 @contextlib.contextmanager

@@ -20,6 +20,7 @@ from raytrain.cluster.session import map_on_workers
 from raytrain.config import Config
 from raytrain.data.corpus import DEFAULT_CHUNK_BYTES, BadRow, Chunk, Utterance, plan_chunks, read_blocks, read_chunk
 from raytrain.data.encoder import BlockEncoder
+from raytrain.data.probe import AudioListing, HeaderSample, ProbeCounts, plan_samples
 from raytrain.data.prompt import prompt_ids
 from raytrain.data.tokenizer import CanaryTokenizer, train_tokenizer
 from raytrain.errors import ManifestError
@@ -60,7 +61,8 @@ class Counts:
     """What one worker, or all of them, counted. `add` merges another one into this.
 
     `rejected` counts by (corpus, reason), `examples` holds the first rows of each, `num_rows` counts by corpus, and
-    `lines` says how many lines begin in each chunk.
+    `lines` says how many lines begin in each chunk. `probed` counts the rows by corpus whose headers were read, and
+    `wrong` those by (corpus, reason) that these contradict; `wrong_examples` holds the first of them.
     """
 
     groups: dict[Group, HistogramSum] = field(default_factory=dict)
@@ -69,6 +71,9 @@ class Counts:
     examples: dict[tuple[str, str], list[dict]] = field(default_factory=dict)
     num_rows: Counter = field(default_factory=Counter)
     lines: dict[int, int] = field(default_factory=dict)
+    probed: Counter = field(default_factory=Counter)
+    wrong: Counter = field(default_factory=Counter)
+    wrong_examples: dict[tuple[str, str], list[dict]] = field(default_factory=dict)
 
     def add(self, other: Counts) -> None:
         """Merge; in any order, with the same result."""
@@ -76,19 +81,26 @@ class Counts:
             self.groups.setdefault(group, HistogramSum()).add(histogram.total())
         self.prompt_tokens += other.prompt_tokens
         self.rejected.update(other.rejected)
-        for place, rows in other.examples.items():
-            both = [*self.examples.get(place, []), *rows]
-            self.examples[place] = sorted(both, key=lambda row: (row["chunk"], row["line"]))[:NUM_EXAMPLES]
+        self.probed.update(other.probed)
+        self.wrong.update(other.wrong)
+        for mine, theirs in ((self.examples, other.examples), (self.wrong_examples, other.wrong_examples)):
+            for place, rows in theirs.items():
+                both = [*mine.get(place, []), *rows]
+                mine[place] = sorted(both, key=lambda row: (row["chunk"], row["line"]))[:NUM_EXAMPLES]
         self.num_rows.update(other.num_rows)
         self.lines.update(other.lines)
 
     def reject(self, chunk: Chunk, row: BadRow) -> None:
         """Count one unusable row."""
-        place = (chunk.corpus, row.reason)
-        self.rejected[place] += 1
-        examples = self.examples.setdefault(place, [])
-        if len(examples) < NUM_EXAMPLES:
-            examples.append({"chunk": chunk.index, "file": row.file, "line": row.line, "detail": row.detail})
+        self.rejected[chunk.corpus, row.reason] += 1
+        _note_example(self.examples, chunk, row)
+
+    def add_probes(self, chunk: Chunk, probes: ProbeCounts) -> None:
+        """Count what the headers of a chunk's sample said."""
+        self.probed.update(probes.probed)
+        self.wrong.update(probes.wrong)
+        for row in sorted(probes.examples, key=lambda row: row.line):
+            _note_example(self.wrong_examples, chunk, row)
 
     @property
     def histogram(self) -> LengthHistogram:
@@ -96,9 +108,20 @@ class Counts:
         return LengthHistogram.sum([histogram.total() for histogram in self.groups.values()])
 
 
-def count_chunk(chunk: Chunk, encoder: BlockEncoder) -> Counts:
-    """Count one chunk; runs on a worker. Line numbers count from the chunk's first line."""
-    counts = Counts()
+def _note_example(examples: dict[tuple[str, str], list[dict]], chunk: Chunk, row: BadRow) -> None:
+    kept = examples.setdefault((chunk.corpus, row.reason), [])
+    if len(kept) < NUM_EXAMPLES:
+        kept.append({"chunk": chunk.index, "file": row.file, "line": row.line, "detail": row.detail})
+
+
+def count_chunk(
+    chunk: Chunk, encoder: BlockEncoder, listing: AudioListing | None = None, sample_size: int = 0
+) -> Counts:
+    """Count one chunk; runs on a worker. Line numbers count from the chunk's first line.
+
+    With a `listing` rows whose audio file is not there are bad rows. The headers of `sample_size` rows are read.
+    """
+    counts, sample = Counts(), HeaderSample(chunk, sample_size)
     waiting: dict[Group, list[tuple[np.ndarray, np.ndarray]]] = {}
     num_waiting = 0
 
@@ -111,6 +134,9 @@ def count_chunk(chunk: Chunk, encoder: BlockEncoder) -> Counts:
     # Relative: only the driver learns how many lines stand before the chunk.
     for block in read_blocks(replace(chunk, first_line=1)):
         block = encoder.check(block)
+        if listing is not None:
+            block = listing.check(block)
+        sample.add(block)
         lengths, prompts = encoder.count(block)
         counts.prompt_tokens += int(prompts.sum())
         counts.num_rows[chunk.corpus] += len(block) + len(block.bad)
@@ -127,6 +153,7 @@ def count_chunk(chunk: Chunk, encoder: BlockEncoder) -> Counts:
             merge()
             num_waiting = 0
     merge()
+    counts.add_probes(chunk, sample.read())
     return counts
 
 
@@ -136,12 +163,14 @@ def count_all(chunks: list[Chunk], tokenizer: CanaryTokenizer, config: Config) -
 
     prompt_format, by_words = config.model.prompt_format, config.tokenizer.by_words
     tokenizer_ref = ray.put(tokenizer)
+    sample = config.data.audio_sample
+    sample_sizes = plan_samples(chunks, sample)
 
     def count(chunks: list[Chunk]) -> tuple[int, Counts]:
         encoder = BlockEncoder(ray.get(tokenizer_ref), prompt_format, by_words=by_words)
-        total = Counts()
+        total, listing = Counts(), AudioListing() if sample else None
         for chunk in chunks:
-            total.add(count_chunk(chunk, encoder))
+            total.add(count_chunk(chunk, encoder, listing, sample_sizes.get(chunk.index, 0)))
         return len(chunks), total
 
     yield from map_on_workers(chunks, count, 8, Placement.data(config.cluster))
@@ -158,7 +187,7 @@ def number_lines(counts: Counts, chunks: list[Chunk]) -> list[Chunk]:
             path, first = chunk.path, 1
         numbered.append(replace(chunk, first_line=first))
         first += counts.lines.get(chunk.index, 0)
-    for rows in counts.examples.values():
+    for rows in (*counts.examples.values(), *counts.wrong_examples.values()):
         for row in rows:
             row["line"] += numbered[row["chunk"]].first_line - 1
     return numbered
@@ -204,23 +233,40 @@ def make_tokenizer(config: Config, folder: Path) -> CanaryTokenizer:
 
 
 def check_bad_rows(counts: Counts, limit: float) -> None:
-    """Raise `ManifestError` that names the first bad lines where more than `limit` of all rows are bad."""
+    """Raise `ManifestError` that names the first bad lines where more than `limit` of all rows are bad.
+
+    Rows count as bad whose audio contradicts them or can't be read: as large a share of a corpus' usable rows as of the
+    sample whose headers were read.
+    """
     bad = {place: number for place, number in counts.rejected.items() if place[1] not in _NOT_BAD}
-    share = sum(bad.values()) / max(counts.num_rows.total(), 1)
+    expected = {
+        (corpus, reason): number / counts.probed[corpus] * _usable_rows(counts, corpus)
+        for (corpus, reason), number in counts.wrong.items()
+    }
+    number, rows = sum(bad.values()) + sum(expected.values()), counts.num_rows.total()
+    share = number / max(rows, 1)
     if share <= limit and counts.groups:
         return
+    examples = counts.examples | counts.wrong_examples
     shown = [
         f"{item['file']}:{item['line']}: {place[1]}: {item['detail']}"
-        for place in sorted(bad)
-        for item in counts.examples.get(place, [])[:3]
+        for place in sorted({**bad, **expected})
+        for item in examples.get(place, [])[:3]
     ]
-    reasons = ", ".join(sorted({reason for _, reason in bad})) or "none usable"
+    reasons = ", ".join(sorted({reason for _, reason in (*bad, *expected)})) or "none usable"
+    about = f"about {number:.0f}" if expected and counts.probed.total() < rows else f"{number:.0f}"
+    sampled = f", judged by the headers of {counts.probed.total()} recordings" if expected else ""
     raise ManifestError(
-        f"{sum(bad.values())} of {counts.num_rows.total()} manifest rows are bad ({reasons})",
+        f"{about} of {rows} manifest rows are bad ({reasons}){sampled}",
         got=f"{share:.2%}",
         allowed=f"data.max_bad_fraction = {limit:.2%}",
         remedy="mend these rows or raise the limit:\n  " + "\n  ".join(shown),
     )
+
+
+def _usable_rows(counts: Counts, corpus: str) -> int:
+    rejected = sum(number for (name, _), number in counts.rejected.items() if name == corpus)
+    return counts.num_rows[corpus] - rejected
 
 
 def statistics_body(counts: Counts, config: Config) -> dict[str, Any]:
@@ -256,13 +302,25 @@ def statistics_body(counts: Counts, config: Config) -> dict[str, Any]:
             for name in names
         },
         "rejected": dict(sorted(rejected.items())),
-        "rejected_examples": [
-            {"corpus": corpus, "reason": reason, "rows": counts.rejected[corpus, reason], "first": [
-                {key: row[key] for key in ("file", "line", "detail")} for row in rows
-            ]}
-            for (corpus, reason), rows in sorted(counts.examples.items())
-        ],
-    }  # fmt: skip
+        "rejected_examples": _examples(counts.examples, counts.rejected),
+        "audio": {
+            name: {
+                "probed": counts.probed[name],
+                "wrong": {reason: n for (corpus, reason), n in sorted(counts.wrong.items()) if corpus == name},
+            }
+            for name in names
+        },
+        "audio_examples": _examples(counts.wrong_examples, counts.wrong),
+    }
+
+
+def _examples(rows: dict[tuple[str, str], list[dict]], numbers: Counter) -> list[dict[str, Any]]:
+    return [
+        {"corpus": corpus, "reason": reason, "rows": numbers[corpus, reason], "first": [
+            {key: row[key] for key in ("file", "line", "detail")} for row in first
+        ]}
+        for (corpus, reason), first in sorted(rows.items())
+    ]  # fmt: skip
 
 
 def _sum_where(histograms: dict[Group, LengthHistogram], chosen: Any) -> LengthHistogram:

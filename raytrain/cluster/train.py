@@ -111,6 +111,7 @@ def train_worker(job: dict[str, Any]) -> None:
             flops=lambda batch: flops(batch.audio_lengths * 1000 / model_config.sample_rate / 80, batch.token_lengths),
             peak_flops=None if worker.is_emulated else peak_flops(worker.name),
             precision=resolve_precision(config.train.precision, worker.kind),
+            max_replaced=config.data.max_bad_fraction,
             on_out_of_memory=lambda bucket, size: notes.lower(bucket, size, "out of memory in a training step"),
             before_step=lambda step, loaded: mark(step, loaded.plan.bucket, max(loaded.plan.sizes)),
             before_saving=lambda: mark(None, SAVING, 0),
@@ -347,6 +348,7 @@ def run_training(
 
 
 METRICS = "metrics.jsonl"
+
 
 @contextlib.contextmanager
 def _health_check(config: Config) -> Iterator[None]:

@@ -33,6 +33,7 @@ from raytrain.data.loader import (
     scheduled_work,
 )
 from raytrain.data.materialize import AudioFinder
+from raytrain.data.probe import AudioListing
 from raytrain.data.prompt import prompt_languages
 from raytrain.data.remote import RunStore
 from raytrain.data.storage import is_uri
@@ -239,6 +240,7 @@ class Workspace:
             buffer_size=settings.buffer_size,
             concurrent=settings.concurrent,
             num_epochs=config.train.max_epochs,
+            listing=AudioListing() if config.data.audio_sample else None,
         )
 
     def rows(self, split: str, limit: int | None = None) -> list[Row]:

@@ -28,6 +28,7 @@ from raytrain.data.corpus import Chunk, read_blocks
 from raytrain.data.encoder import BlockEncoder
 from raytrain.data.loader import StepWork
 from raytrain.data.materialize import AudioFinder
+from raytrain.data.probe import AudioListing
 from raytrain.data.rows import Block, audio_places
 from raytrain.data.storage import StorageReadError
 from raytrain.errors import ManifestError
@@ -86,7 +87,8 @@ class StreamSampler:
     `batch_sizes` (per rank) by bucket; `repeats` says how often an epoch goes through each corpus; `buffer_size` is the
     number of rows in lhotse's buffer, at least what one step of every bucket takes, so that one bucket is always full.
     With `concurrent` the buffer fills while the first batches leave, which starts sooner; batches then differ from run
-    to run, and some at the start are smaller. `rejected` counts rows that are left out, by reason.
+    to run, and some at the start are smaller. `rejected` counts rows that are left out, by reason; with a `listing`
+    those whose file is not there are among them.
     """
 
     chunks: Sequence[Chunk]
@@ -100,6 +102,7 @@ class StreamSampler:
     concurrent: bool = False
     num_epochs: int | None = None
     rejected: Counter[str] = field(default_factory=Counter)
+    listing: AudioListing | None = None
 
     def __post_init__(self) -> None:
         self._finders: OrderedDict[int, AudioFinder | None] = OrderedDict()
@@ -211,7 +214,8 @@ class StreamSampler:
         order = np.random.default_rng(key_of(self.seed, epoch, 5)).permutation(len(chunks))
         for index in order.tolist():
             for block in read_blocks(chunks[index]):
-                yield from self._of_block(self.encoder.check(block), epoch)
+                block = self.encoder.check(block)
+                yield from self._of_block(self.listing.check(block) if self.listing is not None else block, epoch)
 
     def _of_block(self, block: Block, epoch: int) -> Iterator[_Example]:
         self.rejected.update(row.reason for row in block.bad)

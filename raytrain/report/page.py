@@ -40,6 +40,9 @@ def write_report(run_dir: Path, out: Path, *, title: str) -> Path:
         tables=ablation_tables(files["ablation_predicted"], files["ablation"]),
         has_errors=out.with_name("errors.html").exists(),
         rejected=(files["assignment"] or {}).get("rejected_examples", []),
+        audio=(files["statistics"] or {}).get("audio_examples", []),
+        probed={name: corpus["probed"] for name, corpus in (files["statistics"] or {}).get("audio", {}).items()},
+        replaced=[row for row in _lines(run_dir / "quarantine.jsonl", notes) if "error" in row],
     )
 
 

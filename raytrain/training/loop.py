@@ -126,7 +126,8 @@ class TrainingLoop:
     what the rank does next; `flops` gives what a step takes for a batch, for the share of `peak_flops` that is reached
     (MFU); `precision` is fp32 or bf16, by default what the settings say for the device; `before_saving` is called
     before each checkpoint. On every log line `save_now` is asked whether to save at once (a node is about to go), and
-    on rank 0 `stop_now` whether to end.
+    on rank 0 `stop_now` whether to end. Training gives up where clearly more than `max_replaced` of the rows were
+    replaced, as a share, since their audio can't be read.
     """
 
     model: nn.Module
@@ -159,12 +160,14 @@ class TrainingLoop:
     flops: Callable[[SpeechBatch], float] | None = None
     peak_flops: float | None = None
     precision: str | None = None
+    max_replaced: float = 1.0
 
     def run(self) -> int:
         """Train to `max_steps`, the batches' end, `max_minutes`, `stop_at_wer` or the end of patience."""
         self._started = time.perf_counter()
         self._heard: Counter[str] = Counter()
         self._skipped_in_a_row = self._skipped = self._peak = 0
+        self._rows = self._replaced = 0.0
         note = self.checkpoints.best_note()
         self._best = (note["error"], note["step"]) if note else (math.inf, self.step)
         self._stop = self.step >= self.settings.max_steps
@@ -280,6 +283,7 @@ class TrainingLoop:
                 metrics |= {f"share_{corpus}": samples / heard for corpus, samples in self._heard.items()}
             self.log(metrics, self.step, self.seconds())
         self._give_up_if_nothing_is_finite()
+        self._give_up_if_much_is_replaced(sums["rows"], sums["replaced"])
         return sums["stop"] > 0, sums["save"] > 0
 
     def _step_peak(self) -> int:
@@ -324,6 +328,20 @@ class TrainingLoop:
                 allowed=f"train.max_skipped_steps: {self.settings.max_skipped_steps}",
                 remedy="lower train.learning_rate or raise train.warmup_steps; bad_steps in the run folder has the "
                 "steps' rows; training resumes from the last checkpoint",
+            )
+
+    def _give_up_if_much_is_replaced(self, rows: float, replaced: float) -> None:
+        """Of few rows the share says little: what counts is the number less three of its standard deviations."""
+        self._rows += rows
+        self._replaced += replaced
+        if self._replaced - 3 * math.sqrt(self._replaced) > self.max_replaced * self._rows:
+            share = f"{self._replaced / self._rows:.1%}"
+            raise GaveUp(
+                f"the audio of too many rows can't be read, up to step {self.step}",
+                got=f"{self._replaced:.0f} of {self._rows:.0f} rows replaced by others ({share})",
+                allowed=f"data.max_bad_fraction = {self.max_replaced:.2%}",
+                remedy="quarantine.jsonl in the run folder names the recordings: mend them or leave their rows out, or "
+                "raise the limit; training resumes from the last checkpoint",
             )
 
     def _run_validation(self) -> float:

@@ -1,0 +1,179 @@
+"""A look at the audio before anything is learnt from it: whether files are there, and what a sample's headers say.
+
+A manifest is only as good as the audio that it names. Where local files are missing, every row that names such a file
+is known at the price of listing its folder. Of a sample of rows the headers are read, which tells recordings that can't
+be decoded and durations that are wrong, as they are where a manifest meets another set's audio.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import Counter, OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import numpy as np
+
+from raytrain.data.audio import read_header
+from raytrain.data.corpus import BadRow, Chunk
+from raytrain.data.materialize import AudioFinder
+from raytrain.data.rows import Block, audio_places
+from raytrain.data.storage import StorageReadError, is_uri
+from raytrain.errors import DataError
+
+MISSING = "missing_audio"
+UNREADABLE, SHORT = "unreadable_audio", "short_audio"
+TOLERANCE = 0.1  # of a row's duration that its audio may lack
+_LIST_FROM = 16  # rows in a folder from which on listing it costs less than asking for each
+_MAX_NAMES = 4_000_000
+_MAX_CHUNKS = 64  # of a corpus whose rows are sampled
+_MAX_REMOTE_TARS = 2  # whose headers cost a read of the whole tar
+_TAR_FORMATS = ("nemo_tarred", "lhotse_shar")
+
+
+class AudioListing:
+    """Tells which local audio files there are; remembers the folders that it listed."""
+
+    def __init__(self) -> None:
+        self._folders: OrderedDict[str, frozenset[str]] = OrderedDict()
+        self._num_names = 0
+
+    def check(self, block: Block) -> Block:
+        """The block without the rows whose file is not there; they are added to its bad rows. What lies in a tar, in
+        Parquet or at a URI is taken as it is."""
+        if block.chunk.format in _TAR_FORMATS or not len(block):
+            return block
+        files, members = audio_places(block.chunk, block.paths)
+        missing = self._missing(files, members)
+        if not missing.any():
+            return block
+        bad = [
+            BadRow(block.chunk.path, int(block.numbers[row]), MISSING, f"there is no file {files[row]}")
+            for row in np.flatnonzero(missing).tolist()
+        ]
+        kept = block.select(~missing)
+        kept.bad = sorted([*block.bad, *bad], key=lambda row: row.line)
+        return kept
+
+    def _missing(self, files: Sequence[str], members: Sequence[str]) -> np.ndarray:
+        split = [
+            None if member or is_uri(file) else os.path.split(file) for file, member in zip(files, members, strict=True)
+        ]
+        sizes = Counter(place[0] for place in split if place is not None)
+        listed = {folder: self._names(folder) for folder, rows in sizes.items() if rows >= _LIST_FROM}
+        missing = np.zeros(len(split), bool)
+        for row, place in enumerate(split):
+            if place is not None:
+                folder, name = place
+                missing[row] = name not in listed[folder] if folder in listed else not os.path.exists(files[row])
+        return missing
+
+    def _names(self, folder: str) -> frozenset[str]:
+        if folder in self._folders:
+            self._folders.move_to_end(folder)
+            return self._folders[folder]
+        try:
+            with os.scandir(folder) as entries:
+                # A link that leads nowhere is no file; `is_symlink` costs nothing, following only links does.
+                names = frozenset(item.name for item in entries if not item.is_symlink() or os.path.exists(item.path))
+        except OSError:
+            names = frozenset()
+        self._folders[folder], self._num_names = names, self._num_names + len(names)
+        while self._num_names > _MAX_NAMES and len(self._folders) > 1:
+            self._num_names -= len(self._folders.popitem(last=False)[1])
+        return names
+
+
+class _Candidate(NamedTuple):
+    """A row that may be in a sample; those with the smallest keys are."""
+
+    key: int
+    line: int
+    path: str
+    offset_ms: int
+    duration_ms: int
+
+
+@dataclass
+class ProbeCounts:
+    """What headers said: rows `probed` by corpus, those that they contradict by (corpus, reason) in `wrong`, and each
+    of the latter in `examples`."""
+
+    probed: Counter = field(default_factory=Counter)
+    wrong: Counter = field(default_factory=Counter)
+    examples: list[BadRow] = field(default_factory=list)
+
+
+class HeaderSample:
+    """`size` rows of one chunk, whose headers are read when all rows have been seen.
+
+    Which rows depends on their lines alone, so that the sample is the same in every run.
+    """
+
+    def __init__(self, chunk: Chunk, size: int) -> None:
+        self._chunk, self._size = chunk, size
+        self._candidates: list[_Candidate] = []
+
+    def add(self, block: Block) -> None:
+        """Take the block's rows into account."""
+        if not self._size or not len(block):
+            return
+        keys = (block.numbers.astype(np.uint64) + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15) >> np.uint64(20)
+        chosen = np.argsort(keys, kind="stable")[: self._size].tolist()
+        self._candidates += [
+            _Candidate(
+                int(keys[row]), int(block.numbers[row]), block.paths[row],
+                int(block.offset_ms[row]), int(block.duration_ms[row]),
+            )
+            for row in chosen
+        ]  # fmt: skip
+        self._candidates = sorted(self._candidates)[: self._size]
+
+    def read(self) -> ProbeCounts:
+        """Read the sample's headers."""
+        counts = ProbeCounts()
+        for candidate, problem in zip(self._candidates, self._problems(), strict=True):
+            counts.probed[self._chunk.corpus] += 1
+            if problem is not None:
+                reason, detail = problem
+                counts.wrong[self._chunk.corpus, reason] += 1
+                counts.examples.append(BadRow(self._chunk.path, candidate.line, reason, detail))
+        return counts
+
+    def _problems(self) -> list[tuple[str, str] | None]:
+        try:
+            places = AudioFinder(self._chunk).places([candidate.path for candidate in self._candidates])
+        except StorageReadError as error:
+            return [(UNREADABLE, str(error))] * len(self._candidates)
+        return [
+            (UNREADABLE, absent) if absent else _problem(candidate, path, start, size)
+            for candidate, path, start, size, absent in zip(self._candidates, *places, strict=True)
+        ]
+
+
+def _problem(candidate: _Candidate, path: str, start: int, size: int) -> tuple[str, str] | None:
+    try:
+        header = read_header(path, start=start, size=size)
+    except DataError as error:
+        return UNREADABLE, str(error)
+    there = header.duration_ms - candidate.offset_ms
+    if there >= (1 - TOLERANCE) * candidate.duration_ms:
+        return None
+    after = f" after {candidate.offset_ms / 1000:g} s" if candidate.offset_ms else ""
+    claimed = f"{candidate.duration_ms / 1000:g} s"
+    return SHORT, f"{path} has {max(0, there) / 1000:g} s{after}, the row says {claimed}"
+
+
+def plan_samples(chunks: Sequence[Chunk], size: int) -> dict[int, int]:
+    """Rows to sample of each chunk, by its index, so that every corpus gives `size` of them where it has as many."""
+    by_corpus: dict[str, list[Chunk]] = {}
+    for chunk in chunks:
+        by_corpus.setdefault(chunk.corpus, []).append(chunk)
+    sizes: dict[int, int] = {}
+    for members in by_corpus.values():
+        remote_tars = members[0].format in _TAR_FORMATS and is_uri(members[0].audio)
+        most = min(len(members), _MAX_REMOTE_TARS if remote_tars else _MAX_CHUNKS, size)
+        for number in range(most):
+            sizes[members[number * len(members) // most].index] = -(-size // most)
+    return sizes
