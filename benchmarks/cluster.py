@@ -61,6 +61,7 @@ def make_config(folder: Path, nodes: int, chunk_bytes: int | None = None) -> Con
                 "train": [{"name": "all", "path": str(folder / "manifest.jsonl")}],
                 "default_language": "en",
                 "chunk_bytes": chunk_bytes,
+                "audio_sample": 0,
             },
             "tokenizer": {"path": str(folder / "tokenizer")},
             "buckets": {"policy": "optimal", "num_cells": 60, "max_tokens": 2048},

@@ -57,16 +57,19 @@ class AudioListing:
         return kept
 
     def _missing(self, files: Sequence[str], members: Sequence[str]) -> np.ndarray:
-        split = [
-            None if member or is_uri(file) else os.path.split(file) for file, member in zip(files, members, strict=True)
+        split = [file.rpartition("/") for file in files]
+        names = {
+            folder: None if is_uri(f"{folder}/") else self._names(folder) if rows >= _LIST_FROM else ()
+            for folder, rows in Counter(folder for folder, _, _ in split).items()
+        }
+        absent = [
+            row
+            for row, (folder, _, name) in enumerate(split)
+            if (listed := names[folder]) is not None and name not in listed and not members[row]
         ]
-        sizes = Counter(place[0] for place in split if place is not None)
-        listed = {folder: self._names(folder) for folder, rows in sizes.items() if rows >= _LIST_FROM}
         missing = np.zeros(len(split), bool)
-        for row, place in enumerate(split):
-            if place is not None:
-                folder, name = place
-                missing[row] = name not in listed[folder] if folder in listed else not os.path.exists(files[row])
+        # Few are left: those of folders that were not listed, those in none, and what came after the listing.
+        missing[[row for row in absent if not os.path.isfile(files[row])]] = True
         return missing
 
     def _names(self, folder: str) -> frozenset[str]:
@@ -74,9 +77,9 @@ class AudioListing:
             self._folders.move_to_end(folder)
             return self._folders[folder]
         try:
-            with os.scandir(folder) as entries:
-                # A link that leads nowhere is no file; `is_symlink` costs nothing, following only links does.
-                names = frozenset(item.name for item in entries if not item.is_symlink() or os.path.exists(item.path))
+            with os.scandir(folder or "/") as entries:
+                # What kind an entry is costs nothing; only to follow a link does.
+                names = frozenset(entry.name for entry in entries if entry.is_file())
         except OSError:
             names = frozenset()
         self._folders[folder], self._num_names = names, self._num_names + len(names)
