@@ -316,7 +316,9 @@ def _settings(tree: dict[str, Any], features: dict[str, Any], folder: Path) -> d
             f"{folder} holds a model that ours can't compute",
             got="; ".join(problems),
             why="its weights would load and give other results",
-            remedy="dropouts act in training only: make those of config.json equal or 0" if training_only else None,
+            remedy="dropouts act in training only: make those of config.json equal or 0"
+            if training_only
+            else "use a model with the architecture of the published Canary models",
         )
     return values
 
