@@ -22,6 +22,7 @@ ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "troubleshooting.md"
 ROOT_ERROR = "RaytrainError"
 SYSTEM_SAYS = "what the system says"
+ELSE = " / "  # between texts of which one is said
 Values = dict[str, list[ast.expr]]  # what a name may stand for
 
 
@@ -138,11 +139,11 @@ class Texts:
             case ast.BinOp(left=left, op=ast.Mod()):
                 return (self.of(left) or "").replace("%s", "…")
             case ast.IfExp(body=body, orelse=other):
-                return " / ".join(dict.fromkeys(filter(None, (self.of(body, unknown), self.of(other, unknown)))))
+                return ELSE.join(dict.fromkeys(filter(None, (self.of(body, unknown), self.of(other, unknown)))))
             case ast.BoolOp(op=ast.Or(), values=values):
-                return " / ".join(dict.fromkeys(filter(None, (self.of(value, unknown) for value in values))))
+                return ELSE.join(dict.fromkeys(filter(None, (self.of(value, unknown) for value in values))))
             case ast.Name(id=name) if name in self._local:
-                return " / ".join(dict.fromkeys(filter(None, (self.of(one, unknown) for one in self._values(name)))))
+                return ELSE.join(dict.fromkeys(filter(None, (self.of(one, unknown) for one in self._values(name)))))
             case ast.Name(id=name) if name in self._constants:
                 return self.of(self._constants[name], unknown)
             case ast.Tuple(elts=items) | ast.List(elts=items) | ast.Dict(keys=items) if items:
@@ -227,7 +228,7 @@ def usage_errors(modules: list[Module]) -> list[str]:
         hint = texts.of(next((keyword.value for keyword in call.keywords if keyword.arg == "param_hint"), None))
         text = texts.of(call.args[0])
         found += [f"Invalid value for {hint}: {text}" if hint else f"Invalid value: {text}"]
-    return [text for text in dict.fromkeys(found) if not text.endswith(" …")]
+    return [text for text in dict.fromkeys(found) if text != "Invalid value: …"]
 
 
 def bad_row_reasons(modules: list[Module]) -> list[str]:
@@ -261,13 +262,16 @@ def prose(text: str) -> str:
 
 
 def _entries(sites: list[Site]) -> Iterator[str]:
-    """A list of messages, in the order of modules; what is said in two places is listed once."""
-    for what in dict.fromkeys(site.what for site in sites):
-        same = [site for site in sites if site.what == what]
-        yield f"- {code(what)}"
+    """A list of messages, in the order of modules; those that differ only in what they name are listed once."""
+    alike: dict[str, list[Site]] = {}
+    for site in sites:
+        alike.setdefault(re.sub("‹.*?›", "…", site.what), []).append(site)
+    for same in alike.values():
+        yield f"- {code(same[0].what)}"
         for label, name in (("cause", "why"), ("allowed", "allowed"), ("to do", "remedy")):
-            if texts := dict.fromkeys(filter(None, (getattr(site, name) for site in same))):
-                yield f"  - {label}: {'; or '.join(map(prose, texts))}"
+            texts = [text for site in same for text in (getattr(site, name) or "").split(ELSE) if text]
+            if texts:
+                yield f"  - {label}: {'; or '.join(map(prose, dict.fromkeys(texts)))}"
 
 
 def make_page(modules: list[Module]) -> str:
