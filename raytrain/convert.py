@@ -42,14 +42,24 @@ def load_model(path: Path) -> ModelParts:
     if path.is_file():
         return read_nemo(path)
     if not path.exists():
-        raise CheckpointError(f"there is no model at {path}", allowed=_KINDS)
+        raise CheckpointError(
+            f"there is no model at {path}", allowed=_KINDS, remedy="check the path; it must lie on this machine"
+        )
     if (path / "config.json").exists():
         return read_huggingface(path)
     checkpoint = find_checkpoint(path)
     if checkpoint is None and (path / "meta.json").exists():
-        raise CheckpointError(f"the checkpoint {path} is damaged", why="a file is missing or was changed")
+        raise CheckpointError(
+            f"the checkpoint {path} is damaged",
+            why="a file is missing or was changed",
+            remedy="name another checkpoint of the run, or the run folder, which takes the best whole one",
+        )
     if checkpoint is None:
-        raise CheckpointError(f"{path} holds no model", allowed=_KINDS)
+        raise CheckpointError(
+            f"{path} holds no model",
+            allowed=_KINDS,
+            remedy="name a folder that has one; a run has none before its first checkpoint",
+        )
     return _read_own(checkpoint)
 
 
@@ -67,7 +77,11 @@ def model_config_of(meta: dict[str, Any]) -> ModelConfig:
         values = dict(meta["model"])
         return ModelConfig(**{**values, "spec_augment": SpecAugmentSettings(**values["spec_augment"])})
     except (KeyError, TypeError, ValueError) as error:
-        raise CheckpointError("a checkpoint has no usable model settings", why=str(error)) from error
+        raise CheckpointError(
+            "a checkpoint has no usable model settings",
+            why=str(error),
+            remedy="name another checkpoint; this one is of another version of raytrain, or damaged",
+        ) from error
 
 
 def model_stamp(path: Path) -> list[Any]:
@@ -83,7 +97,9 @@ def model_stamp(path: Path) -> list[Any]:
     try:
         return [[file.name, file.stat().st_size, _sample_id(file)] for file in files]
     except OSError as error:
-        raise CheckpointError(f"there is no model at {path}", allowed=_KINDS) from error
+        raise CheckpointError(
+            f"there is no model at {path}", allowed=_KINDS, remedy="check the path; it must lie on this machine"
+        ) from error
 
 
 def _sample_id(path: Path) -> str:
@@ -104,7 +120,9 @@ def _read_own(checkpoint: Checkpoint) -> ModelParts:
     found = next((place for place in places if (place / "tokenizer.json").exists()), None)
     if found is None:
         raise CheckpointError(
-            f"{checkpoint.folder} has no tokenizer", allowed="a folder tokenizer in it or in its run folder"
+            f"{checkpoint.folder} has no tokenizer",
+            allowed="a folder tokenizer in it or in its run folder",
+            remedy="copy the tokenizer folder of the run that trained it beside its checkpoints",
         )
     config = model_config_of(checkpoint.meta)
     tokenizer = CanaryTokenizer.load(found)
@@ -115,6 +133,7 @@ def _read_own(checkpoint: Checkpoint) -> ModelParts:
             got=f"{tokenizer.id} with {tokenizer.vocab_size} ids",
             allowed=f"{wanted} with {config.vocab_size} ids",
             why="the run has trained another tokenizer since, and its ids would mean other pieces",
+            remedy="name a checkpoint that was made since, or put the tokenizer of this one back",
         )
     parts = ModelParts.of_state(config, checkpoint.load_weights(), tokenizer.models)
     check_state(parts.config, parts.state)

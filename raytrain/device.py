@@ -61,7 +61,12 @@ def emulated_gpu() -> Device | None:
         return None
     name, _, size = text.rpartition(":")
     if not name or not size.isdigit() or int(size) < 1:
-        raise ClusterError(f"{EMULATED_GPU} can't be read", got=text, allowed="NAME:BYTES")
+        raise ClusterError(
+            f"{EMULATED_GPU} can't be read",
+            got=text,
+            allowed="NAME:BYTES",
+            remedy=f"unset {EMULATED_GPU}, or set it like A100:85899345920",
+        )
     return Device("cuda", "cpu", name, int(size))
 
 

@@ -102,7 +102,13 @@ class Recogniser:
             torch.cuda.empty_cache()
             if len(part) == 1:
                 seconds = int(part.audio_lengths[0]) / self.model.config.sample_rate
-                found.append(DataError(f"{seconds:.1f} s of audio need more memory than the device has left", why=why))
+                found.append(
+                    DataError(
+                        f"{seconds:.1f} s of audio need more memory than the device has left",
+                        why=why,
+                        remedy="lower --window-seconds or --beam-size, or see that nothing else uses the device",
+                    )
+                )
             limit = -(-len(part) // 2)
         return found
 

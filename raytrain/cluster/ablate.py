@@ -60,7 +60,12 @@ class PredictOptions:
         """Raises `ConfigError` for a GPU whose peak is not known."""
         peak = peak_flops(self.gpu)
         if peak is None:
-            raise ConfigError("nobody told this program what such a GPU can do", got=self.gpu, allowed="A100, H100, …")
+            raise ConfigError(
+                "nobody told this program what such a GPU can do",
+                got=self.gpu,
+                allowed="A100, H100, …",
+                remedy="name one of these with --gpu; raytrain/model/cost.py lists them all",
+            )
         return Hardware(self.gpu, self.memory_gib, peak, self.utilisation, self.overhead_seconds)
 
 
@@ -122,7 +127,11 @@ def run_ablation(config: Config, console: Console) -> dict[str, Any]:
     """
     check_on_disk(config, "raytrain ablate")
     if not config.data.dev:
-        raise ConfigError("an ablation needs data.dev", why="schemes are compared by their validation WER")
+        raise ConfigError(
+            "an ablation needs data.dev",
+            why="schemes are compared by their validation WER",
+            remedy="list dev manifests under data.dev, or use --predict",
+        )
     if config.data.stream is not None:
         raise ConfigError("an ablation needs an assignment", remedy="unset data.stream")
     section = config.ablate

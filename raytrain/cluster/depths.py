@@ -36,10 +36,14 @@ def depth_models(model: ModelConfig, decoders: Sequence[int], encoders: Sequence
     if len(encoders) not in (0, 1, len(decoders)):
         raise ConfigError(
             "encoder depths must be one for all decoder depths, or one for each", got=len(encoders),
-            allowed=f"1 or {len(decoders)}",
+            allowed=f"1 or {len(decoders)}", remedy="give --encoder-depths one number, or as many as --decoder-depths",
         )  # fmt: skip
     if min([*decoders, *encoders], default=1) < 1:
-        raise ConfigError("a depth must be at least 1", got=min([*decoders, *encoders]))
+        raise ConfigError(
+            "a depth must be at least 1",
+            got=min([*decoders, *encoders]),
+            remedy="give --decoder-depths and --encoder-depths whole numbers from 1 on",
+        )
     own = list(encoders) * (len(decoders) if len(encoders) == 1 else 1) or [model.encoder_layers] * len(decoders)
     return [
         replace(model, decoder_layers=decoder, encoder_layers=encoder)

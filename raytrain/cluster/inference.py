@@ -118,7 +118,12 @@ def find_pool(
     readers, train = Placement.data(cluster or ClusterSection()), Placement.train(cluster or ClusterSection())
     gpus = sum(map(whole_gpus, train.present())) if device != "cpu" else 0
     if device not in ("auto", "cpu", "cuda") or (device == "cuda" and not gpus):
-        raise ConfigError("there is no such device", got=device, allowed="auto, cpu, and cuda where Ray has a GPU")
+        raise ConfigError(
+            "there is no such device",
+            got=device,
+            allowed="auto, cpu, and cuda where Ray has a GPU",
+            remedy="use --device cpu, or start Ray on nodes with GPUs",
+        )
     cuda = device != "cpu" and gpus > 0
     models = train if cuda else readers
     reading = [node for node in readers.nodes() if node["Resources"].get("CPU")]
@@ -135,7 +140,12 @@ def find_pool(
         most = min(most, sum(slots))
     workers = workers or (gpus if cuda else 1)
     if workers > most or not nodes:
-        raise ConfigError("Ray has no room for so many workers", got=workers, allowed=f"at most {most}")
+        raise ConfigError(
+            "Ray has no room for so many workers",
+            got=workers,
+            allowed=f"at most {most}",
+            remedy="lower --workers, or add nodes",
+        )
     actor_cpus = min(0.4, int(cpus / workers * 1000) / 1000)
     beside = -(-workers // len(nodes))  # workers of one node
     if device_memory is None and cuda:
@@ -260,7 +270,11 @@ def _read(request: Request, job: Job) -> np.ndarray | AudioError:
     except AudioError as error:
         return error
     except Exception as error:  # whatever a file does to its codec, the batch's other recordings are not to blame
-        return AudioError(f"can't read audio {request.audio_path}", why=repr(error))
+        return AudioError(
+            f"can't read audio {request.audio_path}",
+            why=repr(error),
+            remedy="play or convert this file with ffmpeg; leave out its row if it is broken",
+        )
     return audio[: request.duration_ms * job.sample_rate // 1000]
 
 

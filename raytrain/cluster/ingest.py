@@ -221,7 +221,11 @@ class StreamSource:
         except RaytrainError as error:
             end = error
         except Exception as error:
-            end = RaytrainError("reading the corpora failed", why=repr(error))
+            end = RaytrainError(
+                "reading the corpora failed",
+                why=repr(error),
+                remedy="run `raytrain doctor`: every node must reach the manifests and the audio",
+            )
         with self._changed:
             self._end = end
             self._changed.notify_all()

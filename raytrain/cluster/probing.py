@@ -256,7 +256,11 @@ def _run_trials(space: dict[str, Any], resources: Sequence[Any], make_meter: Mak
             grid = tuner.fit()
     for result in grid:
         if result.error is not None:
-            raise ProfileError("a process that probes batch sizes failed", why=last_line(result.error))
+            raise ProfileError(
+                "a process that probes batch sizes failed",
+                why=last_line(result.error),
+                remedy="look at the node's GPU and memory with `raytrain doctor`, then run oomptimize again",
+            )
 
 
 # --- answers on disk

@@ -54,7 +54,11 @@ def variables(named: Sequence[str], environment: Mapping[str, str]) -> Variables
     for text in named:
         name, equals, value = text.partition("=")
         if not equals and name not in environment:
-            raise ConfigError(f"--env {name} has no value here", allowed="a variable that is set, or NAME=VALUE")
+            raise ConfigError(
+                f"--env {name} has no value here",
+                allowed="a variable that is set, or NAME=VALUE",
+                remedy=f"export {name} before, or write --env {name}=VALUE",
+            )
         values[name] = value if equals else environment[name]
     # A path means here what it means to the same command without `submit`.
     for name in (DATA_ROOT_VARIABLE, RUN_ROOT_VARIABLE):

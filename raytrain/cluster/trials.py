@@ -44,6 +44,7 @@ def with_settings(config: Config, settings: dict[str, Any], source: str = "trial
                 f"{source} can't search {name}",
                 allowed="train.…, augment.… and model.spec_augment.…",
                 why="anything else changes the artefacts that trials share",
+                remedy=f"take {name} out of tune.space, and set it for the whole run instead",
             )
         node = values
         *parents, last = name.split(".")

@@ -50,7 +50,11 @@ def _metadata(corpus: Corpus, folder: str) -> str:
     for name in _NAMES:
         if name in found:
             return found[name]
-    raise ManifestError(f"corpus {corpus.name}: {folder} has no metadata", allowed=" or ".join(_NAMES))
+    raise ManifestError(
+        f"corpus {corpus.name}: {folder} has no metadata",
+        allowed=" or ".join(_NAMES),
+        remedy="put metadata.csv or metadata.jsonl into the folder, or set the corpus' format",
+    )
 
 
 def _is_csv(path: str) -> bool:
@@ -90,7 +94,11 @@ def _read_csv(chunk: Chunk, convert: Any) -> Iterator[tuple[int, list[RawRow]]]:
                     yield place, rows
                     place, rows = place + len(rows), []
     except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise StorageReadError(f"can't read {chunk.path} to its end", why=str(error)) from error
+        raise StorageReadError(
+            f"can't read {chunk.path} to its end",
+            why=str(error),
+            remedy="write the file again as UTF-8 with one heading line, and check that it is whole",
+        ) from error
     yield place, rows
 
 

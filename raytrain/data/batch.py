@@ -39,7 +39,11 @@ class SpeechBatch:
     ) -> SpeechBatch:
         """Pad utterances to the longest: `audios` are (num_samples,) float32 each."""
         if not audios or len(audios) != len(tokens):
-            raise DataError("a batch needs audio and tokens of the same utterances", got=(len(audios), len(tokens)))
+            raise DataError(
+                "a batch needs audio and tokens of the same utterances",
+                got=(len(audios), len(tokens)),
+                remedy="pass at least one utterance, and a list of tokens for each audio",
+            )
         audio_lengths, token_lengths = list(map(len, audios)), np.fromiter(map(len, tokens), np.int64, len(tokens))
         audio = torch.empty(len(audios), max(audio_lengths))  # each sample is written once, as audio or as padding
         for padded, samples in zip(audio.numpy(), audios, strict=True):

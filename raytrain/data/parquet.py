@@ -35,7 +35,10 @@ def make_chunks(corpus: Corpus, paths: Sequence[str], chunk_bytes: int) -> Itera
     with ThreadPoolExecutor(_CONNECTIONS) as pool:
         files = [file for found in pool.map(_files, paths) for file in found]
         if not files:
-            raise ManifestError(f"corpus {corpus.name}: no *.parquet in {', '.join(paths)}")
+            raise ManifestError(
+                f"corpus {corpus.name}: no *.parquet in {', '.join(paths)}",
+                remedy="check the path, or set the corpus' format if its files are not Parquet",
+            )
         for path, spans in zip(files, pool.map(partial(_spans, chunk_bytes=chunk_bytes), files), strict=True):
             for start, end in spans:
                 yield Chunk(path, start, end, audio=audio, first_line=start + 1)
@@ -72,7 +75,11 @@ def read_audio_bytes(path: str, rows: Sequence[int]) -> dict[int, bytes]:
             first = last
     missing = [row for row in rows if found.get(row) is None]
     if missing:
-        raise StorageReadError(f"{path} holds no audio in row {missing[0] + 1}")
+        raise StorageReadError(
+            f"{path} holds no audio in row {missing[0] + 1}",
+            why="its column audio has neither bytes nor a path there",
+            remedy="write the file again without this row, or with its audio",
+        )
     return found
 
 
@@ -84,7 +91,11 @@ def _opened(path: str) -> Iterator[Any]:
         with open_file(path) as file:
             yield pyarrow.parquet.ParquetFile(file, buffer_size=_BUFFER)
     except (pa.ArrowException, OSError) as error:
-        raise StorageReadError(f"can't read {path} as Parquet", why=str(error)) from error
+        raise StorageReadError(
+            f"can't read {path} as Parquet",
+            why=str(error),
+            remedy="check that the file is whole: copy it again, or write it again",
+        ) from error
 
 
 def _files(path: str) -> list[str]:
@@ -97,7 +108,10 @@ def _spans(path: str, chunk_bytes: int) -> list[tuple[int, int]]:
         names = file.schema_arrow.names
         if "audio" not in names or not any(name in names for name in _TEXTS):
             raise ManifestError(
-                f"{path} lacks a column", got=", ".join(names), allowed=f"audio, and one of {', '.join(_TEXTS)}"
+                f"{path} lacks a column",
+                got=", ".join(names),
+                allowed=f"audio, and one of {', '.join(_TEXTS)}",
+                remedy="rename the column of the audio or of the text",
             )
         for index in range(file.num_row_groups):
             group = file.metadata.row_group(index)

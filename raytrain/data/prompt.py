@@ -43,14 +43,24 @@ def prompt_ids(
     names = check_format(prompt_format)
     unknown = set(slots or {}) - set(names)
     if unknown:
-        raise TokenizerError("unknown prompt slot", got=", ".join(sorted(unknown)), allowed=", ".join(names))
+        raise TokenizerError(
+            "unknown prompt slot",
+            got=", ".join(sorted(unknown)),
+            allowed=", ".join(names),
+            remedy="leave the slot out, or use a model whose prompt_format has it",
+        )
     further = {name: value for name, value in (slots or {}).items() if value is not None}
     given = {"source_lang": source_lang, "target_lang": target_lang, "pnc": pnc, **further}
     values = {**DEFAULTS, **{name: slot_token(name, value) for name, value in given.items()}}
     for name in ("source_lang", "target_lang"):
         # Not any special token will do: <|pnc|> is one too.
         if values[name][2:-2] not in tokenizer.languages:
-            raise TokenizerError("unknown language", got=str(given[name]), allowed=", ".join(tokenizer.languages))
+            raise TokenizerError(
+                "unknown language",
+                got=str(given[name]),
+                allowed=", ".join(tokenizer.languages),
+                remedy="name a language of the tokenizer, or train a tokenizer with rows of this language",
+            )
     if prompt_format == "canary":
         same = values["source_lang"] == values["target_lang"]
         values.setdefault("task", "<|transcribe|>" if same else "<|translate|>")

@@ -55,7 +55,10 @@ class Prompts:
         found = tuple(key_prompt(self.tokenizer, row, self.prompt_format))
         if len(found) >= self.max_positions:
             raise TokenizerError(
-                "the prompt leaves no room for text", got=f"{len(found)} tokens", allowed=f"{self.max_positions - 1}"
+                "the prompt leaves no room for text",
+                got=f"{len(found)} tokens",
+                allowed=f"{self.max_positions - 1}",
+                remedy="shorten the row's decodercontext",
             )
         return found
 

@@ -38,7 +38,12 @@ _TASKS = {
 def check_format(prompt_format: str) -> tuple[str, ...]:
     """The slots of a format. Raises `TokenizerError` for an unknown one."""
     if prompt_format not in FORMATS:
-        raise TokenizerError("unknown prompt format", got=prompt_format, allowed=", ".join(FORMATS))
+        raise TokenizerError(
+            "unknown prompt format",
+            got=prompt_format,
+            allowed=", ".join(FORMATS),
+            remedy="set model.prompt_format to one of these",
+        )
     return FORMATS[prompt_format]
 
 
@@ -46,7 +51,12 @@ def slot_token(slot: str, value: Any) -> str:
     """The special token of a slot's value (context: the text). Raises `TokenizerError` that lists what is allowed."""
     if slot == "decodercontext":
         if not isinstance(value, str):
-            raise TokenizerError("the prompt slot decodercontext is a text", got=repr(value), allowed="any text")
+            raise TokenizerError(
+                "the prompt slot decodercontext is a text",
+                got=repr(value),
+                allowed="any text",
+                remedy="write the manifest row's decodercontext as a string",
+            )
         return str(value).strip()
     text = str(value).strip().removeprefix("<|").removesuffix("|>")
     if slot in ("source_lang", "target_lang"):
@@ -60,15 +70,28 @@ def slot_token(slot: str, value: Any) -> str:
             f"unknown value of the prompt slot {slot}",
             got=repr(value),
             allowed=f"yes, no, true, false, <|{slot}|>, <|no{slot}|>",
+            remedy=f"correct {slot} in the manifest row, or leave it out",
         )
     if slot == "emotion":
         name = text.lower().removeprefix("emo:")
         if name in _EMOTIONS:
             return f"<|emo:{name}|>"
-        raise TokenizerError("unknown value of the prompt slot emotion", got=repr(value), allowed=", ".join(_EMOTIONS))
+        raise TokenizerError(
+            "unknown value of the prompt slot emotion",
+            got=repr(value),
+            allowed=", ".join(_EMOTIONS),
+            remedy="correct emotion in the manifest row, or leave it out",
+        )
     if slot == "task":
         if text.lower() in _TASKS:
             return _TASKS[text.lower()]
-        raise TokenizerError("unknown value of the prompt slot task", got=repr(value), allowed=", ".join(_TASKS))
+        raise TokenizerError(
+            "unknown value of the prompt slot task",
+            got=repr(value),
+            allowed=", ".join(_TASKS),
+            remedy="correct taskname in the manifest row, or leave it out",
+        )
     allowed = sorted({name for names in FORMATS.values() for name in names})
-    raise TokenizerError("unknown prompt slot", got=slot, allowed=", ".join(allowed))
+    raise TokenizerError(
+        "unknown prompt slot", got=slot, allowed=", ".join(allowed), remedy="name a slot of the model's prompt format"
+    )

@@ -62,7 +62,9 @@ class Synthesizer:
         """(num_samples,) int16 at `sample_rate` Hz. `pitch` is 0 to 100."""
         self._blocks = []
         if self._library.espeak_SetVoiceByName(language.encode()) != 0:
-            raise DataError("eSpeak NG has no such voice", got=language)
+            raise DataError(
+                "eSpeak NG has no such voice", got=language, remedy="name a language of `espeak-ng --voices`"
+            )
         self._library.espeak_SetParameter(_RATE, words_per_minute, 0)
         self._library.espeak_SetParameter(_PITCH, pitch, 0)
         data = text.encode() + b"\0"
@@ -90,7 +92,9 @@ def make_corpus(
     """
     unknown = set(languages) - set(DIGITS)
     if unknown:
-        raise DataError("unknown demo language", got=sorted(unknown), allowed=", ".join(DIGITS))
+        raise DataError(
+            "unknown demo language", got=sorted(unknown), allowed=", ".join(DIGITS), remedy="leave the language out"
+        )
     manifests = {split: folder / f"{split}.jsonl" for split in utterances}
     made_of = canonical_json({"utterances": utterances, "seed": seed, "languages": languages, "version": 1})
     marker = folder / _COMPLETE
@@ -107,7 +111,11 @@ def make_corpus(
                 on_utterance()
         problem = process.stderr.read().decode().strip().splitlines()
     if process.returncode:
-        raise DataError("the demo's speech can't be made", why=problem[-1] if problem else "the process died")
+        raise DataError(
+            "the demo's speech can't be made",
+            why=problem[-1] if problem else "the process died",
+            remedy="pip install --force-reinstall espeakng-loader, and check that the folder can be written",
+        )
     atomic_write_bytes(marker, made_of)
     return manifests
 

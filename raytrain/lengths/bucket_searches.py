@@ -38,7 +38,11 @@ class BucketSearches:
         tolerance: float = 0.05,
     ) -> None:  # fmt: skip
         if len(edges) != len(needs):
-            raise PlanError("buckets and predictions differ in number", got=f"{len(edges)} and {len(needs)}")
+            raise PlanError(
+                "buckets and predictions differ in number",
+                got=f"{len(edges)} and {len(needs)}",
+                remedy="pass one prediction of needs for each of edges",
+            )
         self._shared = SharedBrackets(edges, needs, budget, tolerance)
         self._searches = [BatchSizeSearch(1, max_size, tolerance) for _ in edges]
         self._order = sorted(range(len(edges)), key=lambda bucket: edges[bucket], reverse=True)

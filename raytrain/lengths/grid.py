@@ -31,9 +31,16 @@ class BucketGrid:
 
     def __post_init__(self) -> None:
         if not self.buckets:
-            raise PlanError("a bucket grid needs at least one bucket")
+            raise PlanError(
+                "a bucket grid needs at least one bucket",
+                remedy="pass at least one Bucket; from a run folder: run `raytrain buckets` again",
+            )
         if list(self.buckets) != sorted(set(self.buckets)):
-            raise PlanError("buckets must rise strictly by duration, then tokens", got=self.buckets)
+            raise PlanError(
+                "buckets must rise strictly by duration, then tokens",
+                got=self.buckets,
+                remedy="pass each Bucket once, sorted; from a run folder: run `raytrain buckets` again",
+            )
 
     @cached_property
     def _edges(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -45,9 +45,17 @@ class LengthHistogram:
         """Count utterances of given durations (ms) and tokens, (N,) integers ≥ 1 each."""
         duration_ms, tokens = np.asarray(duration_ms, np.int64), np.asarray(tokens, np.int64)
         if duration_ms.shape != tokens.shape:
-            raise DataError("durations and tokens differ in number", got=f"{duration_ms.shape} and {tokens.shape}")
+            raise DataError(
+                "durations and tokens differ in number",
+                got=f"{duration_ms.shape} and {tokens.shape}",
+                remedy="pass one number of tokens for each duration",
+            )
         if duration_ms.size and (duration_ms.min() < 1 or tokens.min() < 1):
-            raise DataError("lengths must be at least 1", got=f"{duration_ms.min()} ms, {tokens.min()} tokens")
+            raise DataError(
+                "lengths must be at least 1",
+                got=f"{duration_ms.min()} ms, {tokens.min()} tokens",
+                remedy="leave out utterances without audio or tokens before they are counted",
+            )
         cells = -(-duration_ms // DURATION_CELL_MS) * DURATION_CELL_MS
         return cls.from_arrays(cells, tokens, np.ones_like(tokens), int(duration_ms.sum()))
 
@@ -61,7 +69,12 @@ class LengthHistogram:
         cells, tokens, counts = (np.asarray(values, np.int64) for values in (cells, tokens, counts))
         width = int(tokens.max()) + 1
         if int(cells.max()) >= np.iinfo(np.int64).max // width:
-            raise DataError("lengths are too large to count", got=f"{cells.max()} ms, {tokens.max()} tokens")
+            raise DataError(
+                "lengths are too large to count",
+                got=f"{cells.max()} ms, {tokens.max()} tokens",
+                why="a cell's duration times its tokens must fit 64 bits",
+                remedy="leave out utterances with such lengths; durations are in milliseconds",
+            )
         # One integer per cell sorts fast, and a stable sort merges two sorted histograms in linear time.
         keys = cells * width + tokens
         order = np.argsort(keys, kind="stable")

@@ -38,13 +38,22 @@ class Mixture:
                 "a mixture needs the rows of every corpus in every bucket",
                 got=sorted({len(bucket) for bucket in self.rows}),
                 allowed=len(self.repeats),
+                remedy="pass in each bucket one number of rows for each of repeats; a corpus without rows counts 0",
             )
         if any(not 0 <= repeat < float("inf") for repeat in self.repeats):
-            raise PlanError("repeats are numbers from 0 on", got=self.repeats)
+            raise PlanError(
+                "repeats are numbers from 0 on",
+                got=self.repeats,
+                remedy="correct the weights of the corpora and data.temperature",
+            )
         if not any(map(sum, self.rows)):
             raise PlanError("the assignment has no rows", remedy="see assignment/rejected for the reasons")
         if not any(map(sum, self.draws)):
-            raise PlanError("no corpus with rows has a weight above 0", got=self.repeats)
+            raise PlanError(
+                "no corpus with rows has a weight above 0",
+                got=self.repeats,
+                remedy="give a corpus of data.train that has rows a weight above 0",
+            )
 
     @classmethod
     def plain(cls, rows_per_bucket: Sequence[int]) -> Mixture:

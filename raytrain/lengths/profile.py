@@ -51,7 +51,11 @@ class BatchProfile:
 
     def __post_init__(self) -> None:
         if any(size < 1 for size in self.batch_sizes):
-            raise ProfileError("every batch size must be at least 1", got=self.batch_sizes)
+            raise ProfileError(
+                "every batch size must be at least 1",
+                got=self.batch_sizes,
+                remedy="delete batch_profile.json and run oomptimize again",
+            )
 
     @property
     def confirmed(self) -> bool:

@@ -33,13 +33,27 @@ class BatchSizeSearch:
         self, start: int = 32, max_size: int = 4096, tolerance: float = 0.05, growth: float | None = None
     ) -> None:
         if max_size < 1 or start < 1:
-            raise PlanError("batch sizes start at 1", got=f"start {start}, max_size {max_size}")
+            raise PlanError(
+                "batch sizes start at 1",
+                got=f"start {start}, max_size {max_size}",
+                remedy="pass start and max_size from 1 on",
+            )
         if not 0 <= tolerance < 1:
-            raise PlanError("the tolerance is a share", got=f"tolerance {tolerance}", allowed="0 ≤ tolerance < 1")
+            raise PlanError(
+                "the tolerance is a share",
+                got=f"tolerance {tolerance}",
+                allowed="0 ≤ tolerance < 1",
+                remedy="set oomptimize.tolerance within these bounds",
+            )
         if growth is None:
             growth = min(2.0, 1 / (1 - max(tolerance, 0.01)))
         if growth <= 1:
-            raise PlanError("the search must grow", got=f"growth {growth}", allowed="more than 1")
+            raise PlanError(
+                "the search must grow",
+                got=f"growth {growth}",
+                allowed="more than 1",
+                remedy="pass a growth above 1, or None for the tolerance's",
+            )
         self._growth = growth
         self._aim, self._max_size, self._tolerance = min(start, max_size), max_size, tolerance
         self._fit, self._failure = 0, max_size + 1

@@ -105,6 +105,7 @@ def decode(
             "a prompt must hold at least one token and leave room for text",
             got=f"{min(sizes)} to {max(sizes)} tokens",
             allowed=f"1 to {model.config.max_positions - 1}",
+            remedy="pass prompts from raytrain.data.prompt.prompt_ids, with a shorter decodercontext",
         )
     search = _greedy if settings.beam_size == 1 else _beam
     wanted = replace(settings, n_best=settings.beam_size) if settings.ctc_weight else settings
@@ -333,7 +334,9 @@ def _first_beams(log_probs_BV: Tensor, limits: Tensor, beams: int, most: int, eo
     batch, vocab = log_probs_BV.shape
     best, chosen = log_probs_BV.topk(min(beams, vocab))
     if beams > vocab:
-        raise DataError("beam_size is larger than the vocabulary", got=beams, allowed=f"1 to {vocab}")
+        raise DataError(
+            "beam_size is larger than the vocabulary", got=beams, allowed=f"1 to {vocab}", remedy="lower beam_size"
+        )
     ids = torch.full((batch, beams, most), eos_id, device=chosen.device)
     values = torch.zeros(batch, beams, most, device=chosen.device)
     ids[:, :, 0], values[:, :, 0] = chosen, best

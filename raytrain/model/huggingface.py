@@ -90,7 +90,11 @@ def write_huggingface(parts: ModelParts, folder: Path) -> None:
             (scratch / name).chmod((scratch / "config.json").stat().st_mode)
         os.replace(scratch, folder)
     except (OSError, safetensors.SafetensorError) as error:
-        raise StorageError(f"{folder} can't be written", why=str(error)) from error
+        raise StorageError(
+            f"{folder} can't be written",
+            why=str(error),
+            remedy="free space or choose another target folder; nothing was left behind",
+        ) from error
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
 
@@ -128,6 +132,8 @@ def read_huggingface(folder: Path) -> ModelParts:
         raise CheckpointError(
             f"the weights in {folder} don't fit its config.json",
             got=f"{len(missing)} missing or misshapen {missing[:3]}, {len(unknown)} unknown {unknown[:3]}",
+            why="the files are of different models, or one is incomplete",
+            remedy="copy the whole folder again from where the model was saved",
         )
     check_state(config, state)
     return ModelParts(config, state, tokenizers)
@@ -178,7 +184,11 @@ def _check_exportable(parts: ModelParts, own: dict[str, Tensor]) -> dict[str, in
     except RuntimeError as error:
         problems.append(f"the special tokens can't be read: {error}")
     if problems:
-        raise CheckpointError("Hugging Face's Canary can't hold this model", why="; ".join(problems))
+        raise CheckpointError(
+            "Hugging Face's Canary can't hold this model",
+            why="; ".join(problems),
+            remedy="convert it to raytrain or nemo instead (--to)",
+        )
     return ids
 
 
@@ -227,9 +237,18 @@ def _json(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_bytes())
     except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path} can't be read", why=str(error)) from error
+        raise CheckpointError(
+            f"{path} can't be read",
+            why=str(error),
+            remedy="copy the file again from where the model was saved, and check its permissions",
+        ) from error
     if not isinstance(content, dict):
-        raise CheckpointError(f"{path} holds no settings", got=type(content).__name__)
+        raise CheckpointError(
+            f"{path} holds no settings",
+            got=type(content).__name__,
+            why="it must be a JSON object",
+            remedy="copy the file again from where the model was saved",
+        )
     return content
 
 
@@ -297,7 +316,9 @@ def _settings(tree: dict[str, Any], features: dict[str, Any], folder: Path) -> d
             f"{folder} holds a model that ours can't compute",
             got="; ".join(problems),
             why="its weights would load and give other results",
-            remedy="dropouts act in training only: make those of config.json equal or 0" if training_only else None,
+            remedy="dropouts act in training only: make those of config.json equal or 0"
+            if training_only
+            else "use a model with the architecture of the published Canary models",
         )
     return values
 
@@ -317,12 +338,21 @@ def _own_settings(folder: Path, values: dict[str, Any]) -> tuple[ModelConfig, di
             raise ValueError("tokenizers must be plain names")
         tokenizers = {name: (folder / "tokenizer" / f"{name}.model").read_bytes() for name in names}
     except (KeyError, TypeError, ValueError, OSError) as error:
-        raise CheckpointError(f"{path} is damaged", why=f"{type(error).__name__}: {error}") from error
+        raise CheckpointError(
+            f"{path} is damaged",
+            why=f"{type(error).__name__}: {error}",
+            remedy="convert the model again with `raytrain convert`",
+        ) from error
     # Fine-tuning may change the dropout; the vocabulary is padded there.
     got = asdict(config) | {"vocab_size": config.padded_vocab_size, "dropout": values["dropout"]}
     differing = [f"{name} is {got[name]!r} and {value!r}" for name, value in values.items() if got[name] != value]
     if differing:
-        raise CheckpointError("raytrain.json and config.json differ", got="; ".join(differing), why=f"in {folder}")
+        raise CheckpointError(
+            "raytrain.json and config.json differ",
+            got="; ".join(differing),
+            why=f"in {folder}",
+            remedy="undo the change of config.json, or delete raytrain.json, and with it the tokenizers",
+        )
     return config, tokenizers
 
 
@@ -340,7 +370,11 @@ def _tensors(path: Path) -> dict[str, Tensor]:
     try:
         found = safetensors.torch.load_file(path)
     except (OSError, safetensors.SafetensorError) as error:
-        raise CheckpointError(f"{path} can't be read", why=str(error)) from error
+        raise CheckpointError(
+            f"{path} can't be read",
+            why=str(error),
+            remedy="copy the file again from where the model was saved, and check its permissions",
+        ) from error
     return {name: value.float() if value.is_floating_point() else value for name, value in found.items()}
 
 
@@ -352,5 +386,9 @@ def _weights(folder: Path) -> dict[str, Tensor]:
     names = _json(index).get("weight_map")
     shards = set(names.values()) if isinstance(names, dict) else {None}
     if not all(isinstance(name, str) and re.fullmatch(r"[\w-][\w.-]*\.safetensors", name) for name in shards):
-        raise CheckpointError(f"{index} names files outside of its folder", got=sorted(map(repr, shards))[:3])
+        raise CheckpointError(
+            f"{index} names files outside of its folder",
+            got=sorted(map(repr, shards))[:3],
+            remedy="load models only from where you trust; save this one again with save_pretrained",
+        )
     return {name: value for shard in sorted(shards) for name, value in _tensors(folder / shard).items()}

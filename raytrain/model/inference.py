@@ -23,7 +23,12 @@ def prepare_for_inference(model: Canary, precision: str, device: torch.device) -
     off the CPU.
     """
     if precision not in PRECISIONS:
-        raise DataError("there is no such precision", got=precision, allowed=", ".join(PRECISIONS))
+        raise DataError(
+            "there is no such precision",
+            got=precision,
+            allowed=", ".join(PRECISIONS),
+            remedy="set --precision to one of these",
+        )
     if precision == "int8" and device.type != "cpu":
         raise DataError("int8 weights need a CPU", got=f"device {device.type}", remedy="ask for bf16")
     model = model.to(device).eval()

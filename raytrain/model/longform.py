@@ -77,9 +77,19 @@ def default_overlap(window_s: float) -> float:
 def check_window(window_s: float, overlap_s: float) -> None:
     """Raises `DataError` for a window or overlap that makes no sense."""
     if not 1 <= window_s <= MAX_WINDOW_S:
-        raise DataError("a window has the wrong length", got=f"{window_s} s", allowed=f"1 to {MAX_WINDOW_S:g} s")
+        raise DataError(
+            "a window has the wrong length",
+            got=f"{window_s} s",
+            allowed=f"1 to {MAX_WINDOW_S:g} s",
+            remedy="set --window-seconds within these bounds",
+        )
     if not 0.2 <= overlap_s <= window_s / 4:
-        raise DataError("windows overlap by a wrong length", got=f"{overlap_s} s", allowed=f"0.2 to {window_s / 4:g} s")
+        raise DataError(
+            "windows overlap by a wrong length",
+            got=f"{overlap_s} s",
+            allowed=f"0.2 to {window_s / 4:g} s",
+            remedy="set --overlap-seconds within these bounds, or leave it out",
+        )
 
 
 def _loudness(audio: np.ndarray, sample_rate: int) -> np.ndarray:

@@ -60,7 +60,11 @@ def read_nemo(path: Path, *, max_bytes: int = MAX_BYTES) -> ModelParts:
             config = model_config_of(raw, vocab_size=_vocab_size(tokenizers, path), source=str(path))
             state = _weights(archive, members, config, path, max_bytes)
     except _DAMAGED as error:
-        raise CheckpointError(f"{path} can't be read as a .nemo archive", why=str(error) or "it is damaged") from error
+        raise CheckpointError(
+            f"{path} can't be read as a .nemo archive",
+            why=str(error) or "it is damaged",
+            remedy="download the archive again and compare its size; a model is a .nemo file or a folder",
+        ) from error
     return ModelParts(config, state, tokenizers)
 
 
@@ -117,16 +121,28 @@ def _members(archive: tarfile.TarFile, path: Path, max_bytes: int) -> dict[str, 
             raise _too_large(path, max_bytes)
         name = PurePosixPath(member.name)
         if name.is_absolute() or ".." in name.parts or "\\" in member.name:
-            raise CheckpointError(f"{path} holds a file that leads out of its folder", got=reprlib.repr(member.name))
+            raise CheckpointError(
+                f"{path} holds a file that leads out of its folder",
+                got=reprlib.repr(member.name),
+                remedy="don't unpack it; download the model from where you trust",
+            )
         if member.isdir():
             continue
         if not member.isreg() or member.issparse():
-            raise CheckpointError(f"{path} holds a link, device or sparse file", got=reprlib.repr(member.name))
+            raise CheckpointError(
+                f"{path} holds a link, device or sparse file",
+                got=reprlib.repr(member.name),
+                remedy="unpack the archive, replace such members with plain files, and pack it again with tar",
+            )
         total += member.size
         if total > max_bytes:
             raise _too_large(path, max_bytes)
         if str(name) in found:
-            raise CheckpointError(f"{path} holds two files of one name", got=reprlib.repr(member.name))
+            raise CheckpointError(
+                f"{path} holds two files of one name",
+                got=reprlib.repr(member.name),
+                remedy="save the model again with NeMo's save_to",
+            )
         found[str(name)] = member
     return found
 
@@ -134,9 +150,18 @@ def _members(archive: tarfile.TarFile, path: Path, max_bytes: int) -> dict[str, 
 def _read(archive: tarfile.TarFile, members: dict[str, tarfile.TarInfo], name: str, limit: int, path: Path) -> bytes:
     member = members.get(name)
     if member is None:
-        raise CheckpointError(f"{path} lacks {name}", got=", ".join(sorted(members)[:8]) or "an empty archive")
+        raise CheckpointError(
+            f"{path} lacks {name}",
+            got=", ".join(sorted(members)[:8]) or "an empty archive",
+            remedy="name a .nemo archive of an EncDecMultiTaskModel, and download it again if it should be one",
+        )
     if member.size > limit:
-        raise CheckpointError(f"{name} in {path} is too large", got=member.size, allowed=f"at most {limit} bytes")
+        raise CheckpointError(
+            f"{name} in {path} is too large",
+            got=member.size,
+            allowed=f"at most {limit} bytes",
+            remedy="download the archive again; a model's own file is never so large",
+        )
     return archive.extractfile(member).read()
 
 
@@ -155,10 +180,16 @@ def _yaml(data: bytes, path: Path) -> dict[str, Any]:
         raw = yaml.load(data, Loader)
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise CheckpointError(
-            f"model_config.yaml in {path} is not valid YAML", why=" ".join(str(error).split())
+            f"model_config.yaml in {path} is not valid YAML",
+            why=" ".join(str(error).split()),
+            remedy="save the model again with NeMo's save_to",
         ) from error
     if not isinstance(raw, dict):
-        raise CheckpointError(f"model_config.yaml in {path} holds no settings", got=type(raw).__name__)
+        raise CheckpointError(
+            f"model_config.yaml in {path} holds no settings",
+            got=type(raw).__name__,
+            remedy="save the model again with NeMo's save_to",
+        )
     return raw
 
 
@@ -170,12 +201,17 @@ def _tokenizers(archive: Any, members: dict, raw: dict[str, Any], path: Path) ->
     for language, entry in languages.items():
         reference = entry.get("model_path") if isinstance(entry, dict) else None
         if not isinstance(language, str) or not _NAME.fullmatch(language):
-            raise CheckpointError(f"{path} has a language that is not a plain name", got=reprlib.repr(language))
+            raise CheckpointError(
+                f"{path} has a language that is not a plain name",
+                got=reprlib.repr(language),
+                remedy="rename the language in model_config.yaml (tokenizer.langs) to letters, digits, - and _",
+            )
         if not isinstance(reference, str) or not reference.startswith("nemo:"):
             raise CheckpointError(
                 f"{path} names no SentencePiece model for {language}",
                 got=reprlib.repr(reference),
                 allowed="model_path: nemo:<file>",
+                remedy="save the model again with NeMo's save_to, which puts the tokenizers into the archive",
             )
         found[language] = _read(archive, members, reference.removeprefix("nemo:"), _MAX_TOKENIZER, path)
     return found
@@ -188,6 +224,7 @@ def _check_names(languages: dict[str, Any], source: Path | str) -> None:
             got=reprlib.repr(list(languages)),
             allowed=f"{_SPECIALS} first, then at least one language",
             why="prompts are looked up in the special-token model",
+            remedy="use a Canary with an aggregate tokenizer, as all published ones have",
         )
 
 
@@ -204,7 +241,11 @@ def _pieces(name: str, proto: bytes, path: Path | str) -> list[tuple[str, float]
         size = processor.get_piece_size()
         return [(processor.id_to_piece(number), processor.get_score(number)) for number in range(size)]
     except (RuntimeError, UnicodeDecodeError) as error:
-        raise CheckpointError(f"the tokenizer {name} of {path} can't be read", why=str(error)) from error
+        raise CheckpointError(
+            f"the tokenizer {name} of {path} can't be read",
+            why=str(error),
+            remedy="download the archive again, or save the model again with NeMo's save_to",
+        ) from error
 
 
 def _weights(
@@ -212,12 +253,18 @@ def _weights(
 ) -> dict[str, torch.Tensor]:
     member = members.get("model_weights.ckpt")
     if member is None:
-        raise CheckpointError(f"{path} lacks model_weights.ckpt", got=", ".join(sorted(members)[:8]))
+        raise CheckpointError(
+            f"{path} lacks model_weights.ckpt",
+            got=", ".join(sorted(members)[:8]),
+            remedy="save the model again with NeMo's save_to; sharded (distributed) weights are not read",
+        )
     file = archive.extractfile(member)
     with zipfile.ZipFile(file) as entries:  # raises BadZipFile for the pickle format of torch < 1.6
         if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries.infolist()):
             raise CheckpointError(
-                f"the weights of {path} are compressed", why="torch never compresses; they could be a bomb"
+                f"the weights of {path} are compressed",
+                why="torch never compresses; they could be a bomb",
+                remedy="save the model again with NeMo's save_to",
             )
     file.seek(0)
     try:
@@ -225,12 +272,17 @@ def _weights(
     except Exception as error:
         # What torch says here advises to load without protection.
         raise CheckpointError(
-            f"the weights of {path} can't be loaded", why="the file is damaged or holds something else than tensors"
+            f"the weights of {path} can't be loaded",
+            why="the file is damaged or holds something else than tensors",
+            remedy="download the archive again; if it holds more than tensors, save it again with NeMo's save_to",
         ) from error
     if not isinstance(state, dict) or not all(
         isinstance(name, str) and isinstance(value, torch.Tensor) for name, value in state.items()
     ):
-        raise CheckpointError(f"the weights of {path} are not a flat dictionary of tensors")
+        raise CheckpointError(
+            f"the weights of {path} are not a flat dictionary of tensors",
+            remedy="save the model again with NeMo's save_to, not from a training checkpoint (.ckpt)",
+        )
     check_state(config, state)
     if sum(value.numel() * 4 for value in state.values()) > max_bytes:
         raise _too_large(path, max_bytes)
@@ -250,7 +302,12 @@ def write_nemo(path: Path, parts: ModelParts) -> None:
     check_state(parts.config, parts.state)
     _check_names(parts.tokenizers, "the model")
     if (size := _vocab_size(parts.tokenizers, Path("the model"))) != parts.config.vocab_size:
-        raise CheckpointError("tokenizer and model differ", got=f"{size} ids", allowed=f"{parts.config.vocab_size} ids")
+        raise CheckpointError(
+            "tokenizer and model differ",
+            got=f"{size} ids",
+            allowed=f"{parts.config.vocab_size} ids",
+            remedy="convert from the run folder that has both, without other files put into it",
+        )
     files, langs = {}, {}
     for name, proto in parts.tokenizers.items():
         langs[name] = _add_tokenizer(files, name, proto)

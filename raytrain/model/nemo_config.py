@@ -143,6 +143,7 @@ def model_config_of(raw: dict[str, Any], *, vocab_size: int, source: str) -> Mod
             f"{source} is not a Canary that this model computes",
             got="; ".join(read.problems),
             why="its weights would load and give other results",
+            remedy="use a Canary of FastConformer and Transformer whose settings are those of the published ones",
         )
     return config
 
@@ -163,7 +164,10 @@ def nemo_config_of(config: ModelConfig, langs: dict[str, dict[str, str]]) -> dic
     """A whole NeMo configuration; `langs` are the tokenizer entries by language, special tokens first."""
     if config.sample_rate != 16000:
         raise CheckpointError(
-            "NeMo's features have another shape at this sample rate", got=config.sample_rate, allowed="16000"
+            "NeMo's features have another shape at this sample rate",
+            got=config.sample_rate,
+            allowed="16000",
+            remedy="convert it to huggingface or raytrain (--to), or train with model.sample_rate: 16000",
         )
     encoder, decoder, augment = config.encoder_width, config.decoder_width, config.spec_augment
     dropouts = {

@@ -83,10 +83,16 @@ def check_state(config: ModelConfig, state: dict[str, Tensor]) -> None:
             "the weights do not fit the model's settings",
             got="; ".join(problems),
             why=f"{len(missing)} names are missing and {len(unknown)} unknown",
+            remedy="take weights and settings from one model; if they are, download or save it again",
         )
     broken = [name for name, value in state.items() if value.is_floating_point() and not value.isfinite().all()]
     if broken:
-        raise CheckpointError("the weights have numbers that are not finite", got=", ".join(broken[:3]))
+        raise CheckpointError(
+            "the weights have numbers that are not finite",
+            got=", ".join(broken[:3]),
+            why="training went wrong before they were saved, or the file is damaged",
+            remedy="name an earlier checkpoint, or download the model again",
+        )
     head, embedding = (
         state["log_softmax.mlp.layer0.weight"],
         state["transf_decoder._embedding.token_embedding.weight"],
@@ -95,4 +101,5 @@ def check_state(config: ModelConfig, state: dict[str, Tensor]) -> None:
         raise CheckpointError(
             "the head's weight differs from the token embedding",
             allowed="models whose head is tied to the embedding, as all published Canary models are",
+            remedy="train the model with a tied head; two matrices can't become one",
         )

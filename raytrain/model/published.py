@@ -20,4 +20,9 @@ def published(name: str) -> ModelConfig:
     try:
         return PUBLISHED[name]
     except KeyError:
-        raise ConfigError("no published model has this name", got=name, allowed=", ".join(PUBLISHED)) from None
+        raise ConfigError(
+            "no published model has this name",
+            got=name,
+            allowed=", ".join(PUBLISHED),
+            remedy="name one of these with --model, or `own` for the configuration's model",
+        ) from None

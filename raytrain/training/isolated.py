@@ -100,7 +100,11 @@ class IsolatedMeter:
             self._process.stdin.flush()
             answer = _read(self._process.stdout)
         except (EOFError, OSError):
-            raise ProfileError("the process that probes batch sizes ended at its start", why=self._obituary()) from None
+            raise ProfileError(
+                "the process that probes batch sizes ended at its start",
+                why=self._obituary(),
+                remedy="see that nothing else uses this GPU and the node's memory; `raytrain doctor` looks at both",
+            ) from None
         if isinstance(answer, Exception):
             self.close()
             raise answer
