@@ -19,6 +19,7 @@ import os
 import random
 import re
 import shutil
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -160,10 +161,15 @@ def open_stream(path: str) -> Any:
 
 
 @_guarded("read")
-def read_range(path: str, start: int, size: int) -> bytes:
-    """`size` bytes from `start` on, or all if `size` is 0. Raises `StorageReadError`, also where there are fewer."""
+def read_range(path: str, start: int, size: int, *, most: int = sys.maxsize) -> bytes:
+    """`size` bytes from `start` on, or all if `size` is 0. Raises `StorageReadError`, also where there are fewer, and
+    where there would be more than `most`."""
     filesystem, name = locate(path)
     with filesystem.open_input_file(name) as file:
+        if (size or file.size()) > most:
+            raise StorageReadError(
+                f"{path} is too large to be read at once", got=f"{size or file.size()} bytes", allowed=f"{most}"
+            )
         data = file.read_at(size or file.size(), start)
     if size and len(data) != size:
         raise StorageReadError(f"{path} is cut short", got=f"{len(data)} bytes from {start} on", allowed=f"{size}")
