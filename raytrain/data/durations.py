@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 from raytrain.data.audio import AudioError, read_header
-from raytrain.data.rows import RawRow
+from raytrain.data.rows import RawRow, is_time
 
 _READERS = 8
 
@@ -24,7 +24,7 @@ def add_durations(rows: Sequence[RawRow], sources: Sequence[str | bytes | None])
                 measured[index] = "bad_audio", found
                 continue
             offset = rows[index].get("offset")
-            measured[index] = {**rows[index], "duration": found - (offset if isinstance(offset, int | float) else 0)}
+            measured[index] = {**rows[index], "duration": found - (offset if is_time(offset) else 0)}
     return measured
 
 

@@ -44,6 +44,10 @@ def check_format(prompt_format: str) -> tuple[str, ...]:
 
 def slot_token(slot: str, value: Any) -> str:
     """The special token of a slot's value (context: the text). Raises `TokenizerError` that lists what is allowed."""
+    if isinstance(value, dict | list | tuple):  # which may be too deep to be shown
+        raise TokenizerError(
+            f"the prompt slot {slot} is a text", got=type(value).__name__, allowed="a text", remedy="correct the row"
+        )
     if slot == "decodercontext":
         if not isinstance(value, str):
             raise TokenizerError("the prompt slot decodercontext is a text", got=repr(value), allowed="any text")
