@@ -39,6 +39,7 @@ _SLOTS = {
 PROMPT_FIELDS = ("_skipme", "source_lang", "lang", "target_lang", "pnc", *_SLOTS)
 # About thirty years; what lies beyond is a fault, and would not fit an int64 of milliseconds.
 _MAX_SECONDS = 1e9
+_MAX_DETAIL = 500
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff\u2028\u2029]")  # in a path
 _NO_TEXT = re.compile(r"[\x00\ud800-\udfff]")  # what UTF-8 or a tokenizer can't hold
 _FILLERS = "\u034f\u115f\u1160\u2800\u3164\uffa0"  # nothing to see, though Unicode calls them printable
@@ -231,7 +232,12 @@ class RowParser:
 
     def _is_own_shard(self, shard_id: Any) -> bool:
         shard = self._chunk.shard
-        return shard is None or shard_id is None or shard_id == shard or str(shard_id) == str(shard)
+        return (
+            shard is None
+            or shard_id is None
+            or shard_id == shard
+            or (shard_id.__class__ is str and shard_id == str(shard))
+        )
 
     def _columns(self, numbers: Sequence[int], rows: Sequence[dict], keys: Sequence[PromptKey]) -> Block:
         distinct: dict[Any, int] = {}
@@ -297,7 +303,7 @@ class RowParser:
         try:
             pnc = row.get("pnc") is None or slot_token("pnc", row["pnc"]) == "<|pnc|>"
         except TokenizerError as error:
-            return "bad_slot", str(error)
+            return "bad_slot", str(error)[:_MAX_DETAIL]
         slots = tuple((slot, row[name]) for name, slot in _SLOTS.items() if row.get(name) is not None)
         return PromptKey(source, target, pnc, slots)
 
@@ -309,7 +315,7 @@ def _is_seen(character: str) -> bool:
 def _shown(value: Any) -> str:
     """A value in a short line, whatever it is."""
     try:
-        return ascii(value) if isinstance(value, str) and len(value) < 80 else reprlib.repr(value)
+        return repr(value) if isinstance(value, str) and len(value) < 80 else reprlib.repr(value)
     except Exception:  # a number of too many digits
         return f"a {type(value).__name__}"
 

@@ -28,7 +28,7 @@ FORMAT = "raytrain.tokenizer/1"
 SPECIALS = "spl_tokens"
 EOS, BOS, PAD, NOSPEECH = "<|endoftext|>", "<|startoftranscript|>", "<pad>", "<|nospeech|>"
 # A language names a file and a special token; manifests may hold anything.
-_LANGUAGE = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
+_LANGUAGE = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
 _COMMON = (NOSPEECH, PAD, EOS, BOS, "<|pnc|>", "<|nopnc|>")
 # NeMo's order of the special tokens after <unk>; the languages follow.
 _SPECIALS_OF = {
