@@ -55,7 +55,7 @@ if TYPE_CHECKING:
 PLAN_FORMAT = "raytrain.bucket_plan/1"
 PROFILE_FORMAT = "raytrain.batch_profile/2"
 STATISTICS_FORMAT = "raytrain.statistics/3"
-CHUNKS_FORMAT = "raytrain.chunks/1"
+CHUNKS_FORMAT = "raytrain.chunks/2"
 SCORES_FORMAT = "raytrain.scores/1"
 
 
@@ -105,7 +105,7 @@ class Workspace:
     def numbered(self, chunks: list[Chunk]) -> list[Chunk]:
         """The chunks with the `first_line` that statistics counted; as they are if those were cut otherwise."""
         known = [Chunk(**one) for one in self._read("chunks.json", CHUNKS_FORMAT)["body"]]
-        places = [[(one.path, one.start, one.end) for one in some] for some in (known, chunks)]
+        places = [[replace(one, first_line=0) for one in some] for some in (known, chunks)]
         return known if places[0] == places[1] else chunks
 
     def model_config(self) -> ModelConfig:

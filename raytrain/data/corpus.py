@@ -98,7 +98,7 @@ class Chunk:
 
     `start` and `end` are bytes of a manifest or rows of a Parquet file. `audio` is the tar that holds the audio, or the
     folder of relative audio paths. `first_line` is the number of the first line that begins in the chunk, 0 if it is
-    not known.
+    not known. `shard` is the tar's number, None if its name has none.
     """
 
     path: str
@@ -111,6 +111,7 @@ class Chunk:
     language: str | None = None
     target_language: str | None = None
     first_line: int = 0
+    shard: int | None = None
 
 
 class Utterance(NamedTuple):
@@ -157,7 +158,7 @@ def plan_chunks(corpora: Sequence[Corpus], chunk_bytes: int = DEFAULT_CHUNK_BYTE
             raise ManifestError(
                 f"corpus {corpus.name}: {error.what}",
                 why=error.why,
-                remedy="check data.root (or $RAYTRAIN_DATA_ROOT) and the name",
+                remedy=error.remedy or "check data.root (or $RAYTRAIN_DATA_ROOT) and the name",
             ) from error
         for chunk in found:
             common = {"corpus": corpus.name, "format": chosen, "index": len(chunks)}

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 
-from raytrain.data.rows import RawRow
-from raytrain.data.storage import StorageReadError, open_file
+from raytrain.data.audio import AudioError, read_header
+from raytrain.data.rows import RawRow, is_time
 
 _READERS = 8
-_HEADER = 1 << 16
 
 
 def add_durations(rows: Sequence[RawRow], sources: Sequence[str | bytes | None]) -> list[RawRow]:
@@ -26,17 +24,14 @@ def add_durations(rows: Sequence[RawRow], sources: Sequence[str | bytes | None])
                 measured[index] = "bad_audio", found
                 continue
             offset = rows[index].get("offset")
-            measured[index] = {**rows[index], "duration": found - (offset if isinstance(offset, int | float) else 0)}
+            measured[index] = {**rows[index], "duration": found - (offset if is_time(offset) else 0)}
     return measured
 
 
 def _seconds(source: str | bytes) -> float | str:
-    import soundfile
-
+    path, data = ("the row's own audio", source) if isinstance(source, bytes) else (source, None)
     try:
-        with io.BytesIO(source) if isinstance(source, bytes) else open_file(source) as file:
-            return soundfile.info(io.BufferedReader(file, _HEADER)).duration
-    except StorageReadError as error:
+        header = read_header(path, data=data)
+    except AudioError as error:
         return str(error)
-    except (OSError, RuntimeError) as error:
-        return f"can't read the audio's header: {error}" if isinstance(source, bytes) else f"{source}: {error}"
+    return header.frames / header.sample_rate

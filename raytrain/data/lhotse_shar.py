@@ -21,14 +21,20 @@ _CUTS = re.compile(r"(?:^|/)cuts(\.[^/]*)?\.jsonl(\.\w+)?$")
 
 
 def make_chunks(corpus: Corpus, paths: Sequence[str], chunk_bytes: int) -> Iterator[Chunk]:
-    """One chunk for each shard of the folders (or files of cuts). Raises `ManifestError` where a tar is missing."""
+    """One chunk for each shard of the folders (or files of cuts). Raises `ManifestError` where a tar is missing, or
+    would be that of two shards."""
     named = [path for path in paths if _CUTS.search(path)]
     file_sizes(named)  # a missing one fails here, not on a worker
     tars: dict[str, set[str]] = {}
+    shard_of: dict[str, str] = {}
     for path in paths:
         shards = [path] if path in named else [one for one in list_files(path, "cuts*.jsonl*") if _CUTS.search(one)]
         if not shards:
-            raise ManifestError(f"corpus {corpus.name}: {path} holds no cuts", allowed="cuts.000000.jsonl.gz and so on")
+            raise ManifestError(
+                f"corpus {corpus.name}: {path} holds no cuts",
+                allowed="cuts.000000.jsonl.gz and so on",
+                remedy="name folders of Lhotse Shar",
+            )
         for shard in shards:
             folder = (corpus.audio if isinstance(corpus.audio, str) else parent(shard)).rstrip("/")
             if folder not in tars:
@@ -40,6 +46,13 @@ def make_chunks(corpus: Corpus, paths: Sequence[str], chunk_bytes: int) -> Itera
                     allowed=tar,
                     remedy="write the cuts with SharWriter and the field recording",
                 )
+            if tar in shard_of:
+                raise ManifestError(
+                    f"corpus {corpus.name}: two shards have the same tar",
+                    got=f"{shard_of[tar]} and {shard}, both with {tar}",
+                    remedy="list each shard once, and make corpora of their own of folders whose tars lie elsewhere",
+                )
+            shard_of[tar] = shard
             yield Chunk(shard, 0, WHOLE, audio=tar, first_line=1)
 
 

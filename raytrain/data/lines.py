@@ -16,6 +16,7 @@ from raytrain.data.storage import StorageReadError, compression, file_sizes, ope
 
 WHOLE = -1  # `end` of a chunk whose size in lines' bytes is not known
 _BLOCK = 1 << 20
+_LONGEST = 64 << 20
 _MARK = b"\xef\xbb\xbf"
 
 
@@ -76,11 +77,17 @@ def _blocks(chunk: Chunk) -> Iterator[list[bytes]]:
         for data in _range(chunk) if chunk.end != WHOLE else _stream(chunk.path):
             lines = (rest + data).split(b"\n")
             rest = lines.pop()
+            if len(rest) > _LONGEST:
+                raise StorageReadError(
+                    f"{chunk.path} has a line of more than {_LONGEST >> 20} MiB",
+                    remedy="write a JSON object on each line",
+                )
             if lines and is_first:
                 lines[0], is_first = lines[0].removeprefix(_MARK), False
             yield lines
-    except OSError as error:  # also a broken or cut archive
-        raise StorageReadError(f"can't read {chunk.path} to its end", why=str(error)) from error
+    except OSError as error:
+        remedy = "check the disk or the store"
+        raise StorageReadError(f"can't read {chunk.path} to its end", why=str(error), remedy=remedy) from error
     if rest:
         yield [rest.removeprefix(_MARK) if is_first else rest]
 

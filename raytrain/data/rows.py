@@ -8,6 +8,9 @@ same result.
 from __future__ import annotations
 
 import math
+import os
+import re
+import reprlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from operator import itemgetter
@@ -18,11 +21,12 @@ import numpy as np
 from raytrain.data.corpus import BadRow, Chunk, Utterance
 from raytrain.data.slots import slot_token
 from raytrain.data.storage import is_uri, parent
+from raytrain.data.tokenizer import is_language
 from raytrain.errors import TokenizerError
 
 REASONS = (
-    "bad_json", "missing_field", "bad_duration", "empty_text", "unknown_language", "bad_slot", "unsupported_audio",
-    "bad_audio", "skipme",
+    "bad_json", "missing_field", "bad_duration", "empty_text", "bad_text", "unknown_language", "bad_slot",
+    "unsupported_audio", "bad_audio", "wrong_shard", "skipme",
 )  # fmt: skip
 # A row as a reader gives it: NeMo's names, or (reason, detail) where it can't be read, or None for a blank line.
 RawRow = dict[str, Any] | tuple[str, str] | None
@@ -35,6 +39,11 @@ _SLOTS = {
 PROMPT_FIELDS = ("_skipme", "source_lang", "lang", "target_lang", "pnc", *_SLOTS)
 # About thirty years; what lies beyond is a fault, and would not fit an int64 of milliseconds.
 _MAX_SECONDS = 1e9
+_MAX_DETAIL = 500
+_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff\u2028\u2029]")  # in a path
+_NO_TEXT = re.compile(r"[\x00\ud800-\udfff]")  # what UTF-8 or a tokenizer can't hold
+_FILLERS = "\u034f\u115f\u1160\u2800\u3164\uffa0"  # nothing to see, though Unicode calls them printable
+_SEEN = re.compile(rf"(?![{_FILLERS}])[\w!-/:-@\[-`{{-~]")  # in almost any text, and then it is not empty
 
 
 class PromptKey(NamedTuple):
@@ -102,12 +111,20 @@ def audio_places(chunk: Chunk, paths: Sequence[str]) -> tuple[list[str], list[st
     if chunk.format in ("nemo_tarred", "lhotse_shar"):
         return [chunk.audio] * len(paths), list(paths)
     folder = (chunk.audio or parent(chunk.path)).rstrip("/") + "/"
-    files = [path if path[0] == "/" or is_uri(path) else folder + path for path in paths]
+    files = [path if path[0] == "/" or is_uri(path) else _below(folder, path) for path in paths]
     if chunk.format != "parquet":
         return files, [""] * len(paths)
     # A number is a row that holds its audio.
     members = [path if path.isdecimal() else "" for path in paths]
     return [chunk.path if member else file for file, member in zip(files, members, strict=True)], members
+
+
+def _below(folder: str, path: str) -> str:
+    if path[0] == "~":
+        path = os.path.expanduser(path)
+        if path[0] == "/":
+            return path
+    return folder + path
 
 
 class RowParser:
@@ -163,6 +180,8 @@ class RowParser:
             float,
         }:
             return None
+        if not self._is_plain_text(paths, texts):
+            return None
         present = [name for name in PROMPT_FIELDS if name in fields]
         if len(shapes) == 1 and len(present) > 1:
             values = list(map(itemgetter(*present), rows))
@@ -171,17 +190,21 @@ class RowParser:
         try:
             distinct = {one: index for index, one in enumerate(dict.fromkeys(values))}
             prompts = [self._prompt(dict(zip(present, one, strict=True))) for one in distinct]
+            if self._chunk.shard is not None and "shard_id" in fields:
+                shards = {row.get("shard_id") for row in rows}
+                if not all(map(self._is_own_shard, shards)):
+                    return None
         except TypeError:  # a list or object where a text belongs
             return None
         if any(key.__class__ is not PromptKey for key in prompts):
             return None
-        duration = np.array(seconds, np.float64)
-        start = np.array(starts, np.float64)
+        try:
+            duration, start = np.array(seconds, np.float64), np.array(starts, np.float64)
+        except OverflowError:  # a whole number beyond all floats
+            return None
         if not (
             duration.min() > 0 and duration.max() <= _MAX_SECONDS and start.min() >= 0 and start.max() <= _MAX_SECONDS
         ):
-            return None
-        if not all(paths) or not all(texts) or not all(map(str.strip, texts)):
             return None
         duration_ms, offset_ms = _whole_ms(duration, np.ceil), _whole_ms(start, np.floor)
         if not duration_ms.all():
@@ -193,6 +216,32 @@ class RowParser:
             self._chunk, np.array(numbers, np.int64), paths, texts, duration_ms,
             offset_ms if "offset" in fields else np.zeros(len(rows), np.int64), prompts, prompt_of,
         )  # fmt: skip
+
+    @staticmethod
+    def _is_plain_text(paths: list[str], texts: list[str]) -> bool:
+        """Whether it takes no look at each row to see that all paths and texts are usable."""
+        if not all(paths) or not all(texts) or not all(map(str.strip, texts)):
+            return False
+        joined = "".join(paths)
+        if not _is_printable(joined) and _CONTROL.search(joined):
+            return False
+        joined = "".join(texts)
+        if _is_printable(joined) and (joined.isascii() or not any(filler in joined for filler in _FILLERS)):
+            return True
+        try:
+            joined.encode()  # a tenth of the search's time
+        except UnicodeEncodeError:
+            return False
+        return "\0" not in joined and all(map(_SEEN.search, texts))
+
+    def _is_own_shard(self, shard_id: Any) -> bool:
+        shard = self._chunk.shard
+        return (
+            shard is None
+            or shard_id is None
+            or shard_id == shard
+            or (shard_id.__class__ is str and shard_id == str(shard))
+        )
 
     def _columns(self, numbers: Sequence[int], rows: Sequence[dict], keys: Sequence[PromptKey]) -> Block:
         distinct: dict[Any, int] = {}
@@ -228,11 +277,18 @@ class RowParser:
         missing = [name for name in ("audio_filepath", "duration", "text") if row.get(name) is None]
         if missing or not isinstance(row["audio_filepath"], str) or not row["audio_filepath"]:
             return "missing_field", f"needs {', '.join(missing) or 'audio_filepath as text'}"
+        if _CONTROL.search(row["audio_filepath"]):
+            return "bad_audio", f"audio_filepath with control characters: {_shown(row['audio_filepath'])}"
         duration, offset = row["duration"], row.get("offset") or 0
-        if not (_is_time(duration) and duration > 0 and _is_time(offset) and offset >= 0 and _ceil_ms(duration)):
-            return "bad_duration", f"duration {duration!r}, offset {row.get('offset')!r}"
-        if not isinstance(row["text"], str) or not row["text"].strip():
-            return "empty_text", f"text {row['text']!r}"
+        if not (is_time(duration) and duration > 0 and is_time(offset) and offset >= 0 and _ceil_ms(duration)):
+            return "bad_duration", f"duration {_shown(duration)}, offset {_shown(row.get('offset'))}"
+        text = row["text"]
+        if not isinstance(text, str) or not any(map(_is_seen, text)):
+            return "empty_text", f"text {_shown(text)}"
+        if _NO_TEXT.search(text):
+            return "bad_text", f"text with a NUL or half a surrogate pair: {_shown(text)}"
+        if not self._is_own_shard(row.get("shard_id")):
+            return "wrong_shard", f"shard_id {_shown(row['shard_id'])} beside {self._chunk.audio}"
         return self._prompt(row)
 
     def _prompt(self, row: Mapping[str, Any]) -> PromptKey | tuple[str, str]:
@@ -244,17 +300,40 @@ class RowParser:
             settings = "data.default_language, or --language"
             return "missing_field", f"needs source_lang or lang, or the corpus' language ({settings})"
         if not (isinstance(source, str) and isinstance(target, str)):
-            return "unknown_language", f"{source!r} → {target!r}: a language is a text"
+            return "unknown_language", f"{_shown(source)} → {_shown(target)}: a language is a text"
         source, target = (name.removeprefix("<|").removesuffix("|>") for name in (source, target))
+        if not (is_language(source) and is_language(target)):
+            return "unknown_language", f"{_shown(source)} → {_shown(target)}: a language is a name such as en or pt-BR"
         try:
             pnc = row.get("pnc") is None or slot_token("pnc", row["pnc"]) == "<|pnc|>"
         except TokenizerError as error:
-            return "bad_slot", str(error)
+            return "bad_slot", str(error)[:_MAX_DETAIL]
         slots = tuple((slot, row[name]) for name, slot in _SLOTS.items() if row.get(name) is not None)
         return PromptKey(source, target, pnc, slots)
 
 
-def _is_time(value: Any) -> bool:
+def _is_printable(text: str) -> bool:
+    """`str.isprintable`, ten times as fast for a long ASCII text."""
+    if not text.isascii():
+        return text.isprintable()
+    codes = np.frombuffer(text.encode(), np.uint8)
+    return not len(codes) or bool(codes.min() >= 32 and codes.max() < 127)
+
+
+def _is_seen(character: str) -> bool:
+    return character.isprintable() and not character.isspace() and character not in _FILLERS
+
+
+def _shown(value: Any) -> str:
+    """A value in a short line, whatever it is."""
+    try:
+        return repr(value) if isinstance(value, str) and len(value) < 80 else reprlib.repr(value)
+    except Exception:  # a number of too many digits
+        return f"a {type(value).__name__}"
+
+
+def is_time(value: Any) -> bool:
+    """Whether a value can be seconds."""
     return value.__class__ in (int, float) and abs(value) <= _MAX_SECONDS
 
 

@@ -8,6 +8,8 @@ Values may be written as people write them in manifests (yes, no, true, a langua
 
 from __future__ import annotations
 
+import reprlib
+import sys
 from typing import Any
 
 from raytrain.errors import TokenizerError
@@ -49,15 +51,21 @@ def check_format(prompt_format: str) -> tuple[str, ...]:
 
 def slot_token(slot: str, value: Any) -> str:
     """The special token of a slot's value (context: the text). Raises `TokenizerError` that lists what is allowed."""
+    if isinstance(value, dict | list | tuple) or (isinstance(value, int) and abs(value) > sys.maxsize):
+        raise TokenizerError(  # without the value, which may be too deep or too long to be shown
+            f"the prompt slot {slot} is a text", got=type(value).__name__, allowed="a text", remedy="correct the row"
+        )
     if slot == "decodercontext":
         if not isinstance(value, str):
             raise TokenizerError(
                 "the prompt slot decodercontext is a text",
-                got=repr(value),
+                got=reprlib.repr(value),
                 allowed="any text",
                 remedy="write the manifest row's decodercontext as a string",
             )
         return str(value).strip()
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)  # equal values mean the same
     text = str(value).strip().removeprefix("<|").removesuffix("|>")
     if slot in ("source_lang", "target_lang"):
         return f"<|{text}|>"
@@ -68,7 +76,7 @@ def slot_token(slot: str, value: Any) -> str:
             return f"<|no{slot}|>"
         raise TokenizerError(
             f"unknown value of the prompt slot {slot}",
-            got=repr(value),
+            got=reprlib.repr(value),
             allowed=f"yes, no, true, false, <|{slot}|>, <|no{slot}|>",
             remedy=f"correct {slot} in the manifest row, or leave it out",
         )
@@ -78,7 +86,7 @@ def slot_token(slot: str, value: Any) -> str:
             return f"<|emo:{name}|>"
         raise TokenizerError(
             "unknown value of the prompt slot emotion",
-            got=repr(value),
+            got=reprlib.repr(value),
             allowed=", ".join(_EMOTIONS),
             remedy="correct emotion in the manifest row, or leave it out",
         )
@@ -87,7 +95,7 @@ def slot_token(slot: str, value: Any) -> str:
             return _TASKS[text.lower()]
         raise TokenizerError(
             "unknown value of the prompt slot task",
-            got=repr(value),
+            got=reprlib.repr(value),
             allowed=", ".join(_TASKS),
             remedy="correct taskname in the manifest row, or leave it out",
         )

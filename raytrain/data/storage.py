@@ -13,12 +13,15 @@ from __future__ import annotations
 
 import fnmatch
 import functools
+import io
 import itertools
 import math
 import os
 import random
 import re
 import shutil
+import stat
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -32,7 +35,9 @@ from raytrain.errors import DataError, StorageError
 _URI = re.compile(r"^[A-Za-z][A-Za-z0-9+.-]+://")
 _COMPRESSION = {".gz": "gzip", ".gzip": "gzip", ".zst": "zstd", ".zstd": "zstd"}
 _BRACES = re.compile(r"\{([^{}]*)\}|_OP_(.*?)_CL_")
-_RANGE = re.compile(r"(\d+)\.\.(\d+)")
+_NUMBERS = re.compile(r"([+-]?[0-9]+)\.\.([+-]?[0-9]+)(?:\.\.([+-]?[0-9]+))?")
+_PADDED = re.compile(r"-?0[0-9]")
+_LETTERS = re.compile(r"([a-z])\.\.([a-z])|([A-Z])\.\.([A-Z])")
 _MAX_EXPANDED = 1_000_000
 _CONNECTIONS = 32
 _BLOCK = 8 << 20
@@ -61,7 +66,7 @@ def absolute(path: str, root: str = "") -> str:
         return path
     path = os.path.expanduser(path)
     if root and not os.path.isabs(path):
-        path = f"{root.rstrip('/')}/{path}"
+        path = os.path.expanduser(f"{root.rstrip('/')}/{path}")
     return path if is_uri(path) else os.path.abspath(path)
 
 
@@ -149,21 +154,72 @@ def _guarded(action: str):
 def open_file(path: str) -> Any:
     """A file with `read`, `seek` and `size`, as it lies there. Raises `StorageReadError`."""
     filesystem, name = locate(path)
+    _check_regular(path, name)
     return filesystem.open_input_file(name)
 
 
 @_guarded("read")
-def open_stream(path: str) -> Any:
-    """A stream from the start, decompressed if the name ends in .gz or .zst. Raises `StorageReadError`."""
+def open_stream(path: str) -> io.RawIOBase:
+    """A stream from the start, decompressed if the name ends in .gz or .zst. Raises `StorageReadError`, also where it
+    is read and is not what its name says."""
     filesystem, name = locate(path)
-    return filesystem.open_input_stream(name, compression=compression(path))
+    _check_regular(path, name)
+    kind = compression(path)
+    if kind and not filesystem.get_file_info(name).size:
+        raise _not_compressed(path, kind, "the file is empty")
+    return _Stream(path, kind, filesystem.open_input_stream(name, compression=kind))
+
+
+def _check_regular(path: str, name: str) -> None:
+    """Opening a pipe would wait for its other end."""
+    if not is_uri(path) and not stat.S_ISREG(os.stat(name).st_mode):
+        kind = "it is a folder" if os.path.isdir(name) else "it is a pipe, a socket or a device"
+        raise StorageReadError(f"can't read {path}", why=kind, remedy="name a file")
+
+
+def _not_compressed(path: str, kind: str, why: str) -> StorageReadError:
+    return StorageReadError(
+        f"can't read {path} to its end",
+        why=f"{why}: its name says {kind}, and its content is none, or damaged or cut",
+        remedy=f"check it with `{'zstd' if kind == 'zstd' else 'gzip'} -t`; write it anew, or rename it if it is plain",
+    )
+
+
+class _Stream(io.RawIOBase):
+    """What pyarrow reads and decompresses, whose errors name neither the file nor what to do."""
+
+    def __init__(self, path: str, kind: str | None, stream: Any) -> None:
+        self._path, self._kind, self._stream = path, kind, stream
+
+    def readable(self) -> bool:
+        return True
+
+    def read(self, size: int = -1) -> bytes:
+        try:
+            return bytes(self._stream.read(None if size < 0 else size))
+        except OSError as error:
+            if self._kind:
+                raise _not_compressed(self._path, self._kind, str(error)) from error
+            raise StorageReadError(
+                f"can't read {self._path} to its end", why=str(error), remedy="check the disk or the store"
+            ) from error
+
+    def close(self) -> None:
+        if not self.closed:
+            self._stream.close()
+        super().close()
 
 
 @_guarded("read")
-def read_range(path: str, start: int, size: int) -> bytes:
-    """`size` bytes from `start` on, or all if `size` is 0. Raises `StorageReadError`, also where there are fewer."""
+def read_range(path: str, start: int, size: int, *, most: int = sys.maxsize) -> bytes:
+    """`size` bytes from `start` on, or all if `size` is 0. Raises `StorageReadError`, also where there are fewer, and
+    where there would be more than `most`."""
     filesystem, name = locate(path)
     with filesystem.open_input_file(name) as file:
+        if (size or file.size()) > most:
+            raise StorageReadError(
+                f"{path} is too large to be read at once", got=f"{size or file.size()} bytes", allowed=f"{most}"
+            )
         data = file.read_at(size or file.size(), start)
     if size and len(data) != size:
         raise StorageReadError(f"{path} is cut short", got=f"{len(data)} bytes from {start} on", allowed=f"{size}")
@@ -199,18 +255,35 @@ def is_folder(path: str) -> bool:
     return filesystem.get_file_info(name).type.name == "Directory"
 
 
-@_guarded("list")
+def natural_key(path: str) -> tuple[Any, ...]:
+    """Sorts `m_2` before `m_10`, as their numbers are."""
+    parts: list[Any] = re.split(r"([0-9]+)", path)
+    parts[1::2] = map(int, parts[1::2])
+    return tuple(parts), path
+
+
 def list_files(folder: str, pattern: str = "*", *, recursive: bool = False, missing_ok: bool = False) -> list[str]:
-    """Files in a folder, sorted, whose name matches a shell pattern; with `recursive` those of its folders too.
+    """Files in a folder, in natural order, whose name matches a shell pattern; with `recursive` those of its folders
+    too.
 
     Raises `StorageReadError`, with `missing_ok` not for a folder that is not there."""
+    return [path for path, is_file in _list(folder, pattern, recursive=recursive, missing_ok=missing_ok) if is_file]
+
+
+@_guarded("list")
+def _list(folder: str, pattern: str, *, recursive: bool = False, missing_ok: bool = False) -> list[tuple[str, bool]]:
+    """(path, whether it is a file) of what `list_files` looks at, and of folders."""
     import pyarrow.fs
 
     filesystem, name = locate(folder)
     selector = pyarrow.fs.FileSelector(name, recursive=recursive, allow_not_found=missing_ok)
-    found = [one for one in filesystem.get_file_info(selector) if one.is_file]
     base, skipped = folder.rstrip("/"), len(name.rstrip("/")) + 1
-    return sorted(f"{base}/{one.path[skipped:]}" for one in found if fnmatch.fnmatchcase(one.base_name, pattern))
+    found = [
+        (f"{base}/{one.path[skipped:].rstrip('/')}", one.is_file)
+        for one in filesystem.get_file_info(selector)
+        if fnmatch.fnmatchcase(one.base_name, pattern)
+    ]
+    return sorted(found, key=lambda one: natural_key(one[0]))
 
 
 @_guarded("read")
@@ -348,7 +421,9 @@ def bare_name(path: str) -> str:
 def expand(pattern: str) -> list[str]:
     """Paths that a pattern stands for: `{0..7}`, `{a,b}`, `_OP_0..7_CL_`, and `*`, `?` in the last part.
 
-    Numbers keep leading zeros (`{00..15}`). Raises `StorageReadError` where a `*` matches nothing.
+    Braces mean what they mean to a shell, but do not nest: `{0..11}` is 0 to 11, `{00..11}` keeps the zeros,
+    `{8..0..2}` goes down by 2. What a `*` stands for comes in natural order (2 before 10): files, or folders where no
+    file matches, and none whose name begins with a dot. Raises `StorageReadError` where a `*` matches nothing.
     """
     parts, end = [], 0
     for match in _BRACES.finditer(pattern):
@@ -356,29 +431,47 @@ def expand(pattern: str) -> list[str]:
         end = match.end()
     parts.append([pattern[end:]])
     if math.prod(map(len, parts)) > _MAX_EXPANDED:
-        raise StorageReadError(f"{pattern} stands for too many files", allowed=f"{_MAX_EXPANDED}")
+        raise _too_many(pattern)
     found: list[str] = []
     for name in map("".join, itertools.product(*parts)):
-        folder, _, last = name.rpartition("/")
+        folder, slash, last = name.rpartition("/")
         if not any(mark in last for mark in "*?"):
             found.append(name)
             continue
-        matches = list_files(folder or ".", last)
-        if not matches:
-            raise StorageReadError(f"no file matches {name}")
-        found += matches
+        matches = [
+            one for one in _list(folder or slash or ".", last) if last[0] == "." or "/." not in one[0][len(folder) :]
+        ]
+        chosen = [path for path, is_file in matches if is_file] or [path for path, _ in matches]
+        if not chosen:
+            raise StorageReadError(
+                f"no file matches {name}", remedy="check the pattern and data.root (or $RAYTRAIN_DATA_ROOT)"
+            )
+        found += chosen
     return found
+
+
+def _too_many(pattern: str) -> StorageReadError:
+    return StorageReadError(
+        f"{pattern} stands for too many files", allowed=f"{_MAX_EXPANDED}", remedy="check the numbers in its braces"
+    )
 
 
 def _choices(match: re.Match) -> Sequence[str]:
     inner = match[1] if match[1] is not None else match[2]
-    span = _RANGE.fullmatch(inner)
+    if letters := _LETTERS.fullmatch(inner):
+        first, last = (ord(letter) for letter in letters.groups() if letter)
+        return [chr(number) for number in _span(first, last, 1)]
+    span = _NUMBERS.fullmatch(inner)
     if not span:
         # As in a shell, {name} is a name.
         return inner.split(",") if "," in inner else [match[0]]
-    first, last = int(span[1]), int(span[2])
-    if abs(last - first) >= _MAX_EXPANDED:
-        raise StorageReadError(f"{match.string} stands for too many files", allowed=f"{_MAX_EXPANDED}")
-    width = max(len(text) for text in span.groups()) if any(text[0] == "0" for text in span.groups()) else 0
-    step = 1 if last >= first else -1
-    return [f"{number:0{width}d}" for number in range(first, last + step, step)]
+    first, last, step = int(span[1]), int(span[2]), abs(int(span[3] or 1)) or 1
+    if abs(last - first) // step >= _MAX_EXPANDED:
+        raise _too_many(match.string)
+    ends = span[1], span[2]
+    width = max(map(len, ends)) if any(map(_PADDED.match, ends)) else 0
+    return [f"{number:0{width}d}" for number in _span(first, last, step)]
+
+
+def _span(first: int, last: int, step: int) -> range:
+    return range(first, last + 1, step) if last >= first else range(first, last - 1, -step)

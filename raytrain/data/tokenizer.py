@@ -28,7 +28,7 @@ FORMAT = "raytrain.tokenizer/1"
 SPECIALS = "spl_tokens"
 EOS, BOS, PAD, NOSPEECH = "<|endoftext|>", "<|startoftranscript|>", "<pad>", "<|nospeech|>"
 # A language names a file and a special token; manifests may hold anything.
-_LANGUAGE = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
+_LANGUAGE = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
 _COMMON = (NOSPEECH, PAD, EOS, BOS, "<|pnc|>", "<|nopnc|>")
 # NeMo's order of the special tokens after <unk>; the languages follow.
 _SPECIALS_OF = {
@@ -218,13 +218,18 @@ def train_specials(languages: Iterable[str], prompt_format: str = "canary2") -> 
     return writer.getvalue()
 
 
+def is_language(name: str) -> bool:
+    """Whether a text may name a language: a plain name that is no other special token's."""
+    return bool(_LANGUAGE.fullmatch(name)) and name not in _TAKEN
+
+
 def _check_languages(languages: Iterable[str]) -> list[str]:
     """The languages as a list.
 
     Raises `TokenizerError` where a name could lead out of the tokenizer's folder or is another special token's.
     """
     names = list(languages)
-    bad = [name for name in names if not _LANGUAGE.fullmatch(name) or name in _TAKEN]
+    bad = [name for name in names if not is_language(name)]
     if bad:
         allowed = "letters, digits, - and _, such as en or pt-BR, but no special token's name"
         raise TokenizerError("not a language's name", got=bad, allowed=allowed)
