@@ -71,7 +71,7 @@ def test_every_artefact_is_there_and_says_what_it_should(finished, corpus):
     assert {"lr", "audio_padding", "batch_size", "memory_gib"} <= set(metrics[0])
     hypotheses = lines(run_dir / "hypotheses.jsonl")
     assert [row["text"] for row in hypotheses] == [row["text"] for row in lines(corpus / "test.jsonl")]
-    scores = read_json(run_dir / "scores.json", "raytrain.scores/1")["body"]
+    scores = read_json(run_dir / "scores.json", "raytrain.scores/2")["body"]
     assert scores["utterances"] == 10 and scores["wer"] >= 0
     assert scores["wer_ci"][0] <= scores["wer"] <= scores["wer_ci"][1] and "wer_normalized" not in scores
     assert sum(span["utterances"] for span in scores["by_duration"]) == 10
@@ -125,7 +125,7 @@ def test_a_second_run_does_nothing_and_a_changed_setting_redoes_what_depends_on_
     assert run(changed) == ["report"]
     normalized = tiny_config(corpus, root, evaluate={"max_generation_delta": 5, "normalizer": "whisper"})
     assert run(normalized) == ["evaluate", "report"]
-    scores = read_json(finished.run_dir / "scores.json", "raytrain.scores/1")["body"]
+    scores = read_json(finished.run_dir / "scores.json", "raytrain.scores/2")["body"]
     assert {"wer_normalized", "wer_normalized_ci"} <= set(scores) & set(scores["by_language"]["de"])
 
 
@@ -167,12 +167,12 @@ def test_broken_audio_is_quarantined_and_training_goes_on(corpus, tmp_path):
     (copy / names[1]).write_bytes(b"broken")
     (copy / lines(copy / "test.jsonl")[2]["audio_filepath"]).unlink()
     train = {"num_workers": 1, "max_steps": 24, "validate_every_steps": 24}
-    config = tiny_config(copy, tmp_path, train=train, tracking={"enabled": False})
+    config = tiny_config(copy, tmp_path, train=train, tracking={"enabled": False}, data={"max_bad_fraction": 0.1})
     run(config)
     quarantined = {line["audio_path"] for line in lines(config.run_dir / "quarantine.jsonl")}
     assert quarantined == {str(copy / names[0]), str(copy / names[1])}
     assert sum(row.get("replaced", 0) for row in lines(config.run_dir / "metrics.jsonl")) >= 2
-    scores = read_json(config.run_dir / "scores.json", "raytrain.scores/1")["body"]
+    scores = read_json(config.run_dir / "scores.json", "raytrain.scores/2")["body"]
     assert scores["utterances"] == 9 and scores["unreadable"] == 1
     assert lines(config.run_dir / "hypotheses.jsonl")[2]["hypothesis"] is None
 

@@ -39,7 +39,7 @@ from raytrain.console import Console
 from raytrain.convert import model_stamp
 from raytrain.data.assignment import INDEX_FORMAT
 from raytrain.data.storage import fingerprints, is_uri
-from raytrain.errors import ArtifactError, ConfigError, ManifestError, TrainingError
+from raytrain.errors import ArtifactError, ConfigError, DataError, TrainingError
 from raytrain.lengths.compare import PolicyRow, compare_policies
 from raytrain.lengths.histogram import LengthHistogram
 from raytrain.lengths.plan import BucketPlan
@@ -61,6 +61,7 @@ _NOT_LINEAGE = (
 
 
 _HASHED_BYTES = 64 << 20
+_NUM_EXAMPLES = 3
 
 
 @dataclass(frozen=True)
@@ -585,7 +586,7 @@ def _set_aside_remote(context: Context, lineage: str, marker: Path) -> None:
 def evaluate_key(workspace: Workspace) -> Any:
     config = workspace.config
     checkpoint = file_id(workspace.path("checkpoints", "last.json"))
-    return [config.section("evaluate"), checkpoint, _reading(config, "test")]
+    return [SCORES_FORMAT, config.section("evaluate"), checkpoint, _reading(config, "test")]
 
 
 def run_evaluate(context: Context) -> str:
@@ -594,11 +595,11 @@ def run_evaluate(context: Context) -> str:
     from raytrain.training.scoring import score, texts_of
     from raytrain.training.worst import worst
 
-    rows = context.workspace.rows("test")
-    for reason, number in context.workspace.left_out["test"].items():
+    rows = context.workspace.checked_rows("test")
+    for reason, number in context.workspace.left_out["test"].by_reason().items():
         context.console.warn(f"{number} test row(s) left out: {reason}")
-    if not rows:
-        raise ManifestError("the test manifests have no usable row", remedy="check data.test")
+    for name in ("scores.json", "errors.html"):  # of other hypotheses than those that are written next
+        context.workspace.store.discard(name)
     results = []
     with context.console.progress("transcribing", len(rows)) as update:
         for result in transcribe_rows(context.config, context.workspace.store.location, rows):
@@ -606,6 +607,7 @@ def run_evaluate(context: Context) -> str:
             update(advance=1)
     results.sort(key=lambda result: result["id"])
     atomic_write_bytes(context.path("hypotheses.jsonl"), b"".join(orjson.dumps(one) + b"\n" for one in results))
+    check_unreadable(results, context.config.data.max_bad_fraction)
     texts = texts_of(results, context.config.evaluate.normalizer)
     body = score(texts)
     parents = {"checkpoint": file_id(context.path("checkpoints", "last.json"))}
@@ -616,25 +618,47 @@ def run_evaluate(context: Context) -> str:
         context.tracking.current.log_artifact(context.path(name))
     if body["unreadable"]:
         context.console.warn(f"{body['unreadable']} recording(s) can't be read; hypotheses.jsonl says why")
+    if body["references_changed"]:
+        context.console.warn(
+            f"{body['references_changed']} of {len(results) - body['unreadable']} references are compared as the "
+            "tokenizer's normaliser writes them; hypotheses.jsonl has both"
+        )
     return ", ".join(_said_of(body))
 
 
+def check_unreadable(results: list[dict[str, Any]], limit: float) -> None:
+    """Raise `DataError` where more than `limit` of the test's recordings, or all of them, can't be read."""
+    unreadable = [one for one in results if one["hypothesis"] is None]
+    if len(unreadable) < len(results) and len(unreadable) <= limit * len(results):
+        return
+    raise DataError(
+        f"{len(unreadable)} of {len(results)} test recordings can't be read",
+        got=f"{len(unreadable) / len(results):.2%}" if results else None,
+        allowed=f"data.max_bad_fraction = {limit:.2%}, and at least one that can be read",
+        why="a score of what is left would not be the test's",
+        remedy="check data.test, data.root and that every worker sees the audio, or raise the limit; hypotheses.jsonl "
+        "has the texts of the others" + "".join(f"\n  {one['error']}" for one in unreadable[:_NUM_EXAMPLES]),
+    )
+
+
 def _test_metrics(body: dict[str, Any]) -> dict[str, float]:
-    heard = ("wer", "cer", "wer_normalized") if body["utterances"] else ()
-    metrics = {f"test_{name}": body[name] for name in heard if name in body}
+    heard = ("wer", "cer", "wer_normalized")
+    metrics = {f"test_{name}": body[name] for name in heard if body.get(name) is not None}
     return metrics | {
         f"test_{name}_{language}": value for name in ("bleu", "chrf") for language, value in body[name].items()
     }
 
 
 def _said_of(body: dict[str, Any]) -> Iterator[str]:
-    if body["utterances"]:
+    if body["wer"] is not None:
         low, high = body["wer_ci"]
         yield f"WER {body['wer']:.1%} ({low:.1%} to {high:.1%}) on {body['utterances']} utterances"
-    if body["utterances"] and "wer_normalized" in body:
+    if body.get("wer_normalized") is not None:
         yield f"normalised {body['wer_normalized']:.1%}"
     for language, value in body["bleu"].items():
         yield f"BLEU {value:.1f} into {language}"
+    if body["wer"] is None and not body["bleu"]:
+        yield "no score: no reference has a word"
 
 
 # --- report
