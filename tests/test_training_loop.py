@@ -355,7 +355,8 @@ def validator(fits: int, told: list[int]) -> tuple[Validator, Canary]:
     model.preprocessor.register_forward_pre_hook(refuse)
     found = Validator(
         batches=lambda on_error: [(rows, batch)], is_translation=lambda row: False,
-        decode=lambda ids: " ".join(map(str, ids)), eos_id=3, search=DecodeSettings(max_generation_delta=3), on_out_of_memory=told.append,
+        decode=lambda ids: " ".join(map(str, ids)), eos_id=3, search=DecodeSettings(max_generation_delta=3),
+        on_out_of_memory=told.append,
     )  # fmt: skip
     return found, model
 

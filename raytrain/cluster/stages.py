@@ -121,14 +121,18 @@ def run_statistics(context: Context) -> str:
 
     config = context.config
     chunks = job.chunks_of(config, "train")
-    tokenizer = job.make_tokenizer(config, context.path("tokenizer"))
+    with context.console.progress("sampling texts", len(chunks)) as update:
+        tokenizer = job.make_tokenizer(
+            config, context.path("tokenizer"), chunks, lambda number: update(advance=number)
+        )  # fmt: skip
     total = job.Counts()
     with context.console.progress("counting", len(chunks)) as update:
         for number, partial in job.count_all(chunks, tokenizer, config):
             total.add(partial)
             update(advance=number)
     numbered = job.number_lines(total, chunks)
-    job.check_bad_rows(total, config.data.max_bad_fraction)
+    job.check_bad_rows(total, config, sum(histogram.total().total for histogram in total.groups.values()))
+    job.check_unknown(job.unknown_pieces(total), config.tokenizer)
     write_histogram(context.path("histogram.parquet"), total.histogram)
     body = {**job.statistics_body(total, config), "histogram_id": file_id(context.path("histogram.parquet"))}
     write_json(context.path("statistics.json"), STATISTICS_FORMAT, body, {"tokenizer": tokenizer.id})
@@ -138,6 +142,10 @@ def run_statistics(context: Context) -> str:
     )
     context.tracking.current.log_artifact(context.path("statistics.json"))
     _show_rejected(context, body["rejected_examples"])
+    if body["unknown"]:
+        context.console.warn("the tokenizer can't write all characters of the texts; a model will not either:")
+        for one in body["unknown"]:
+            context.console.warn(f"  {job.unknown_line(one)}")
     return f"{body['utterances']} utterances, {body['hours']:.2f} h, vocabulary {tokenizer.vocab_size}"
 
 

@@ -56,7 +56,6 @@ class RejectedRows:
         bad = sum(number for (_, reason), number in self.counts.items() if reason not in _NOT_BAD)
         reasons = ", ".join(f"{number} {reason}" for reason, number in self.by_reason().most_common())
         listing = "".join(f"\n  {line}" for line in self.lines())
-        allowed = f"data.max_bad_fraction = {limit:.2%}"
         if not self.counts and not usable:
             files = [path for corpus in corpora for path in corpus.paths]
             further = f" and {len(files) - _SHOWN_FILES} more" if len(files) > _SHOWN_FILES else ""
@@ -73,8 +72,8 @@ class RejectedRows:
             )
         if bad > limit * self.num_rows:
             raise ManifestError(
-                f"{bad} of {self.num_rows} manifest rows of {setting} are bad ({reasons})",
+                f"{bad} of {self.num_rows} manifest rows are bad in {setting} ({reasons})",
                 got=f"{bad / self.num_rows:.2%}",
-                allowed=allowed,
+                allowed=f"data.max_bad_fraction = {limit:.2%}",
                 remedy=f"mend these rows or raise the limit:{listing}",
             )
