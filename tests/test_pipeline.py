@@ -312,7 +312,9 @@ def test_an_error_in_a_worker_reaches_the_user_readably(corpus, tmp_path):
     config = tiny_config(copy, tmp_path, train={"max_failures": 0, "num_workers": 1}, tracking={"enabled": False})
     run(config, "statistics", "buckets", "assign", "oomptimize")
     shutil.rmtree(copy / "audio")
-    with pytest.raises(RaytrainError, match="of broken ones can be read; got .*flac; because .*no such file; to do: check data.root"):
+    with pytest.raises(
+        RaytrainError, match="of broken ones can be read; got .*flac; because .*no such file; to do: check data.root"
+    ):
         run(config, "train")
 
 
