@@ -152,13 +152,15 @@ class DataSection(_Section):
 
 class TokenizerSection(_Section):
     """`path` names a folder with a trained tokenizer, or a model whose tokenizer to take (a `.nemo` file, a run, a
-    checkpoint); without it one is trained per language. `by_words` counts each distinct word once where that is
-    exact."""
+    checkpoint); without it one is trained per language, on at most `max_sentences` texts, each language of all
+    corpora having its share. More than `max_unknown_fraction` of the tokens of a corpus' texts in a language that stand
+    for what the tokenizer can't write are an error. `by_words` counts each distinct word once where that is exact."""
 
     path: str | None = None
     vocab_size: int = Field(1024, ge=8)
     model_type: str = Field("bpe", pattern="^(bpe|unigram)$")
     max_sentences: int = Field(1_000_000, ge=1)
+    max_unknown_fraction: float = Field(0.01, ge=0, le=1)
     by_words: bool = True
 
 

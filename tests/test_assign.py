@@ -111,7 +111,7 @@ def test_bad_rows_of_a_small_split_are_counted(corpus, mixed, tmp_path):
     run_pipeline(config, Console(quiet=True), ("statistics",))
     workspace = Workspace(config, config.run_dir)
     assert len(workspace.rows("dev")) == 96 + 2  # the plan's limits are for training
-    assert workspace.left_out["dev"] == {"bad_json": 1, "empty_text": 1, "skipme": 1, "unknown_language": 1}
+    assert workspace.left_out["dev"].by_reason() == {"bad_json": 1, "empty_text": 1, "skipme": 1, "unknown_language": 1}
 
 
 @pytest.mark.usefixtures("local_ray")

@@ -155,7 +155,7 @@ def test_scores_have_their_intervals_and_durations(run_dir: Path) -> None:
     translations |= {"chrf_ci": {"fr": [54.0, 57.0]}, "translations": {"fr": 321}}
     spans = [{"from_ms": 0, "to_ms": 5000, **group}, {"from_ms": 40_000, "to_ms": None, **group}]
     scores = {**group, "by_language": {"de": group, _EVIL: group}, "by_duration": spans, **translations}
-    write_json(run_dir / "scores.json", "raytrain.scores/1", scores)
+    write_json(run_dir / "scores.json", "raytrain.scores/2", scores)
     page = _page(run_dir)
     assert "<script" not in page
     rows = [re.sub(r"<[^>]*>", " ", row) for row in re.findall(r"<tr.*?</tr>", page, re.DOTALL)]

@@ -108,7 +108,7 @@ def test_error_counts_add_up():
     counts = count_errors(["a b c", "d"], ["a x c c", ""])
     assert counts == ErrorCounts(substitutions=1, deletions=1, insertions=1, reference_length=4, utterances=2)
     assert counts.rate == 0.75
-    assert (counts + counts).rate == 0.75 and ErrorCounts().rate == 0.0
+    assert (counts + counts).rate == 0.75 and ErrorCounts().rate is None
     assert count_errors(["abc"], ["abd"], unit="character").rate == pytest.approx(1 / 3)
 
 

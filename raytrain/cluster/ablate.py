@@ -280,7 +280,7 @@ def trial_metrics(trial: dict[str, Any], target: float) -> dict[str, Any]:
         "memory_gib": max((line["memory_gib"] for line in steps if "memory_gib" in line), default=None),
         **{name: sum(line[name] for line in steps) / len(steps) if steps else None for name in means},
         "curve": [
-            {"step": line["step"], "seconds": line["time_s"], "wer": line["wer"], "val_loss": line["val_loss"]}
+            {"step": line["step"], "seconds": line["time_s"], "wer": line["wer"], "val_loss": line.get("val_loss")}
             for line in checks
         ],
     }

@@ -22,7 +22,6 @@ import pyarrow.compute as pc
 from raytrain.artifacts import atomic_write, atomic_write_bytes, write_json
 from raytrain.cluster.placement import ANYWHERE, Placement
 from raytrain.cluster.session import map_on_workers
-from raytrain.cluster.statistics import NUM_EXAMPLES
 from raytrain.data.assignment import (
     INDEX_FORMAT,
     ROW_SCHEMA,
@@ -37,6 +36,7 @@ from raytrain.data.corpus import BadRow, Chunk, read_blocks
 from raytrain.data.encoder import BlockEncoder
 from raytrain.data.materialize import AudioFinder, make_flacs
 from raytrain.data.probe import AudioListing
+from raytrain.data.rejected import NUM_EXAMPLES
 from raytrain.data.remote import DEFAULT_CACHE_BYTES, RunStore
 from raytrain.data.rows import Block
 from raytrain.data.storage import patiently, write_bytes

@@ -5,7 +5,7 @@ A recording that can't be read gets an error instead of a hypothesis, is counted
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
@@ -28,7 +28,10 @@ def load_run(config: dict[str, Any], location: str, checkpoint: str) -> tuple[Ca
     return model, workspace.tokenizer
 
 
-def _result(identity: int, row: Row, translated: bool, found: dict[str, Any]) -> dict[str, Any]:
+def result_of(
+    identity: int, row: Row, translated: bool, found: dict[str, Any], normalize: Callable[[str, str], str]
+) -> dict[str, Any]:
+    """A line of `hypotheses.jsonl`; see `raytrain.training.scoring`. `normalize` takes a text and its language."""
     result = {
         "id": identity,
         "audio_filepath": row.audio_path,
@@ -36,11 +39,13 @@ def _result(identity: int, row: Row, translated: bool, found: dict[str, Any]) ->
         "lang": row.language,
         "translated": translated,
         "text": row.text,
+        "reference": normalize(row.text, row.language),
     }
     if "error" in found:
         return {**result, "hypothesis": None, "error": found["error"]}
-    hypothesis = found["text"]
-    return {**result, "hypothesis": hypothesis, "wer": round(count_errors([row.text], [hypothesis]).rate, 6)}
+    hypothesis = normalize(found["text"], row.language)
+    wer = count_errors([result["reference"]], [hypothesis]).rate
+    return {**result, "hypothesis": hypothesis, "wer": None if wer is None else round(wer, 6)}
 
 
 def transcribe_rows(config: Config, location: str, rows: list[Row]) -> Iterator[dict[str, Any]]:
@@ -62,4 +67,5 @@ def transcribe_rows(config: Config, location: str, rows: list[Row]) -> Iterator[
     for done in recognise(make_batches(list(enumerate(requests)), sizes, job, pool), job, pool):
         for found in done.texts:
             row = rows[found["id"]]
-            yield _result(found["id"], row, workspace.is_translation(row), found)
+            translated = workspace.is_translation(row)
+            yield result_of(found["id"], row, translated, found, workspace.tokenizer.normalize)

@@ -40,7 +40,7 @@ from raytrain.convert import model_stamp
 from raytrain.data.assignment import INDEX_FORMAT
 from raytrain.data.probe import SHORT
 from raytrain.data.storage import fingerprints, is_uri
-from raytrain.errors import ArtifactError, ConfigError, ManifestError, TrainingError
+from raytrain.errors import ArtifactError, ConfigError, DataError, TrainingError
 from raytrain.lengths.compare import PolicyRow, compare_policies
 from raytrain.lengths.histogram import LengthHistogram
 from raytrain.lengths.plan import BucketPlan
@@ -62,6 +62,7 @@ _NOT_LINEAGE = (
 
 
 _HASHED_BYTES = 64 << 20
+_NUM_EXAMPLES = 3
 
 
 @dataclass(frozen=True)
@@ -122,14 +123,18 @@ def run_statistics(context: Context) -> str:
 
     config = context.config
     chunks = job.chunks_of(config, "train")
-    tokenizer = job.make_tokenizer(config, context.path("tokenizer"))
+    with context.console.progress("sampling texts", len(chunks)) as update:
+        tokenizer = job.make_tokenizer(
+            config, context.path("tokenizer"), chunks, lambda number: update(advance=number)
+        )  # fmt: skip
     total = job.Counts()
     with context.console.progress("counting", len(chunks)) as update:
         for number, partial in job.count_all(chunks, tokenizer, config):
             total.add(partial)
             update(advance=number)
     numbered = job.number_lines(total, chunks)
-    job.check_bad_rows(total, config.data.max_bad_fraction)
+    job.check_bad_rows(total, config, sum(histogram.total().total for histogram in total.groups.values()))
+    job.check_unknown(job.unknown_pieces(total), config.tokenizer)
     write_histogram(context.path("histogram.parquet"), total.histogram)
     body = {**job.statistics_body(total, config), "histogram_id": file_id(context.path("histogram.parquet"))}
     write_json(context.path("statistics.json"), STATISTICS_FORMAT, body, {"tokenizer": tokenizer.id})
@@ -139,6 +144,10 @@ def run_statistics(context: Context) -> str:
     )
     context.tracking.current.log_artifact(context.path("statistics.json"))
     _show_rejected(context, body["rejected_examples"])
+    if body["unknown"]:
+        context.console.warn("the tokenizer can't write all characters of the texts; a model will not either:")
+        for one in body["unknown"]:
+            context.console.warn(f"  {job.unknown_line(one)}")
     _warn_of_audio(context, body)
     probed = sum(corpus["probed"] for corpus in body["audio"].values())
     checked = f", {probed} recordings checked" if probed else ""
@@ -611,7 +620,7 @@ def _set_aside_remote(context: Context, lineage: str, marker: Path) -> None:
 def evaluate_key(workspace: Workspace) -> Any:
     config = workspace.config
     checkpoint = file_id(workspace.path("checkpoints", "last.json"))
-    return [config.section("evaluate"), checkpoint, _reading(config, "test")]
+    return [SCORES_FORMAT, config.section("evaluate"), checkpoint, _reading(config, "test")]
 
 
 def run_evaluate(context: Context) -> str:
@@ -620,11 +629,11 @@ def run_evaluate(context: Context) -> str:
     from raytrain.training.scoring import score, texts_of
     from raytrain.training.worst import worst
 
-    rows = context.workspace.rows("test")
-    for reason, number in context.workspace.left_out["test"].items():
+    rows = context.workspace.checked_rows("test")
+    for reason, number in context.workspace.left_out["test"].by_reason().items():
         context.console.warn(f"{number} test row(s) left out: {reason}")
-    if not rows:
-        raise ManifestError("the test manifests have no usable row", remedy="check data.test")
+    for name in ("scores.json", "errors.html"):  # of other hypotheses than those that are written next
+        context.workspace.store.discard(name)
     results = []
     with context.console.progress("transcribing", len(rows)) as update:
         for result in transcribe_rows(context.config, context.workspace.store.location, rows):
@@ -632,6 +641,7 @@ def run_evaluate(context: Context) -> str:
             update(advance=1)
     results.sort(key=lambda result: result["id"])
     atomic_write_bytes(context.path("hypotheses.jsonl"), b"".join(orjson.dumps(one) + b"\n" for one in results))
+    check_unreadable(results, context.config.data.max_bad_fraction)
     texts = texts_of(results, context.config.evaluate.normalizer)
     body = score(texts)
     parents = {"checkpoint": file_id(context.path("checkpoints", "last.json"))}
@@ -642,25 +652,47 @@ def run_evaluate(context: Context) -> str:
         context.tracking.current.log_artifact(context.path(name))
     if body["unreadable"]:
         context.console.warn(f"{body['unreadable']} recording(s) can't be read; hypotheses.jsonl says why")
+    if body["references_changed"]:
+        context.console.warn(
+            f"{body['references_changed']} of {len(results) - body['unreadable']} references are compared as the "
+            "tokenizer's normaliser writes them; hypotheses.jsonl has both"
+        )
     return ", ".join(_said_of(body))
 
 
+def check_unreadable(results: list[dict[str, Any]], limit: float) -> None:
+    """Raise `DataError` where more than `limit` of the test's recordings, or all of them, can't be read."""
+    unreadable = [one for one in results if one["hypothesis"] is None]
+    if len(unreadable) < len(results) and len(unreadable) <= limit * len(results):
+        return
+    raise DataError(
+        f"{len(unreadable)} of {len(results)} test recordings can't be read",
+        got=f"{len(unreadable) / len(results):.2%}" if results else None,
+        allowed=f"data.max_bad_fraction = {limit:.2%}, and at least one that can be read",
+        why="a score of what is left would not be the test's",
+        remedy="check data.test, data.root and that every worker sees the audio, or raise the limit; hypotheses.jsonl "
+        "has the texts of the others" + "".join(f"\n  {one['error']}" for one in unreadable[:_NUM_EXAMPLES]),
+    )
+
+
 def _test_metrics(body: dict[str, Any]) -> dict[str, float]:
-    heard = ("wer", "cer", "wer_normalized") if body["utterances"] else ()
-    metrics = {f"test_{name}": body[name] for name in heard if name in body}
+    heard = ("wer", "cer", "wer_normalized")
+    metrics = {f"test_{name}": body[name] for name in heard if body.get(name) is not None}
     return metrics | {
         f"test_{name}_{language}": value for name in ("bleu", "chrf") for language, value in body[name].items()
     }
 
 
 def _said_of(body: dict[str, Any]) -> Iterator[str]:
-    if body["utterances"]:
+    if body["wer"] is not None:
         low, high = body["wer_ci"]
         yield f"WER {body['wer']:.1%} ({low:.1%} to {high:.1%}) on {body['utterances']} utterances"
-    if body["utterances"] and "wer_normalized" in body:
+    if body.get("wer_normalized") is not None:
         yield f"normalised {body['wer_normalized']:.1%}"
     for language, value in body["bleu"].items():
         yield f"BLEU {value:.1f} into {language}"
+    if body["wer"] is None and not body["bleu"]:
+        yield "no score: no reference has a word"
 
 
 # --- report

@@ -1,4 +1,4 @@
-"""Stage `statistics`: train the tokenizer where none is given, then count lengths on Ray Data.
+"""Stage `statistics`: train the tokenizer where none is given, then count lengths and unknown pieces on Ray Data.
 
 Corpora are cut into chunks (byte ranges, shards). A worker turns its chunks into one partial count, and the driver adds
 the partials as they arrive, so nothing on it grows with the corpus but one number of lines for each chunk.
@@ -6,9 +6,8 @@ the partials as they arrive, so nothing on it grows with the corpus but one numb
 
 from __future__ import annotations
 
-import itertools
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -17,21 +16,24 @@ import numpy as np
 
 from raytrain.cluster.placement import Placement
 from raytrain.cluster.session import map_on_workers
-from raytrain.config import Config
-from raytrain.data.corpus import DEFAULT_CHUNK_BYTES, BadRow, Chunk, Utterance, plan_chunks, read_blocks, read_chunk
+from raytrain.config import Config, TokenizerSection
+from raytrain.data.corpus import DEFAULT_CHUNK_BYTES, BadRow, Chunk, plan_chunks, read_blocks
 from raytrain.data.encoder import BlockEncoder
 from raytrain.data.probe import AudioListing, HeaderSample, ProbeCounts, plan_samples
 from raytrain.data.prompt import prompt_ids
+from raytrain.data.rejected import NUM_EXAMPLES, RejectedRows
+from raytrain.data.rows import Block
+from raytrain.data.sentences import SentenceSample
 from raytrain.data.tokenizer import CanaryTokenizer, train_tokenizer
 from raytrain.errors import ManifestError
 from raytrain.lengths.histogram import LengthHistogram
 
-NUM_EXAMPLES = 5
 MAX_CHUNKS = 4096
-_NOT_BAD = {"skipme"}  # rows that the manifest's author left out on purpose
+_NUM_CHARACTERS, _NUM_SHOWN = 40, 10
 _MERGE_AT = 1 << 18  # rows or cells that wait before they are merged
 
 Group = tuple[str, str, str]  # corpus, source language, target language
+TextGroup = tuple[str, str]  # corpus, language of the texts
 
 
 class HistogramSum:
@@ -61,8 +63,10 @@ class Counts:
     """What one worker, or all of them, counted. `add` merges another one into this.
 
     `rejected` counts by (corpus, reason), `examples` holds the first rows of each, `num_rows` counts by corpus, and
-    `lines` says how many lines begin in each chunk. `probed` counts the rows by corpus whose headers were read, and
-    `wrong` those by (corpus, reason) that these contradict; `wrong_examples` holds the first of them.
+    `lines` says how many lines begin in each chunk. `text_tokens` are those of texts without prompts and ends,
+    `unknown` those of them that stand for what the tokenizer can't write: `characters`. `probed` counts the rows by
+    corpus whose headers were read, and `wrong` those by (corpus, reason) that these contradict; `wrong_examples` holds
+    the first of them.
     """
 
     groups: dict[Group, HistogramSum] = field(default_factory=dict)
@@ -71,6 +75,9 @@ class Counts:
     examples: dict[tuple[str, str], list[dict]] = field(default_factory=dict)
     num_rows: Counter = field(default_factory=Counter)
     lines: dict[int, int] = field(default_factory=dict)
+    text_tokens: Counter[TextGroup] = field(default_factory=Counter)
+    unknown: Counter[TextGroup] = field(default_factory=Counter)
+    characters: dict[TextGroup, Counter[str]] = field(default_factory=dict)
     probed: Counter = field(default_factory=Counter)
     wrong: Counter = field(default_factory=Counter)
     wrong_examples: dict[tuple[str, str], list[dict]] = field(default_factory=dict)
@@ -89,6 +96,17 @@ class Counts:
                 mine[place] = sorted(both, key=lambda row: (row["chunk"], row["line"]))[:NUM_EXAMPLES]
         self.num_rows.update(other.num_rows)
         self.lines.update(other.lines)
+        self.text_tokens.update(other.text_tokens)
+        self.unknown.update(other.unknown)
+        for group, characters in other.characters.items():
+            self.characters.setdefault(group, Counter()).update(characters)
+
+    def count_rows(self, chunk: Chunk, block: Block) -> None:
+        """Count a block's rows and lines, and note the unusable ones."""
+        self.num_rows[chunk.corpus] += len(block) + len(block.bad)
+        self.lines[chunk.index] = self.lines.get(chunk.index, 0) + block.num_lines
+        for row in block.bad:
+            self.reject(chunk, row)
 
     def reject(self, chunk: Chunk, row: BadRow) -> None:
         """Count one unusable row."""
@@ -101,6 +119,18 @@ class Counts:
         self.wrong.update(probes.wrong)
         for row in sorted(probes.examples, key=lambda row: row.line):
             _note_example(self.wrong_examples, chunk, row)
+
+    def count_texts(self, block: Block, tokens: np.ndarray, unknown: np.ndarray, encoder: BlockEncoder) -> None:
+        """Count (N,) tokens of a block's texts and how many of them are unknown."""
+        languages = [key.target_lang for key in block.prompts]
+        for language in dict.fromkeys(languages):
+            group = (block.chunk.corpus, language)
+            rows = np.array([one == language for one in languages], bool)[block.prompt_of]
+            self.text_tokens[group] += int(tokens[rows].sum())
+            for row in np.flatnonzero(rows & (unknown > 0)).tolist():
+                self.unknown[group] += int(unknown[row])
+                characters = encoder.unwritable(block.texts[row], language)
+                self.characters.setdefault(group, Counter()).update(characters)
 
     @property
     def histogram(self) -> LengthHistogram:
@@ -137,17 +167,15 @@ def count_chunk(
         if listing is not None:
             block = listing.check(block)
         sample.add(block)
-        lengths, prompts = encoder.count(block)
+        lengths, prompts, unknown = encoder.count_unknown(block)
+        counts.count_texts(block, lengths - prompts - 1, unknown, encoder)
         counts.prompt_tokens += int(prompts.sum())
-        counts.num_rows[chunk.corpus] += len(block) + len(block.bad)
-        for row in block.bad:
-            counts.reject(chunk, row)
+        counts.count_rows(chunk, block)
         groups = [(chunk.corpus, key.source_lang, key.target_lang) for key in block.prompts]
         for group in dict.fromkeys(groups):
             rows = np.array([one == group for one in groups], bool)[block.prompt_of]
             if rows.any():
                 waiting.setdefault(group, []).append((block.duration_ms[rows], lengths[rows]))
-        counts.lines[chunk.index] = counts.lines.get(chunk.index, 0) + block.num_lines
         num_waiting += len(block)
         if num_waiting > _MERGE_AT:
             merge()
@@ -204,8 +232,28 @@ def chunks_of(config: Config, split: str) -> list[Chunk]:
     return chunks
 
 
-def make_tokenizer(config: Config, folder: Path) -> CanaryTokenizer:
-    """Load the configured tokenizer, or train one per language on the training texts; save it in `folder`."""
+def sample_all(chunks: list[Chunk], config: Config) -> Iterator[tuple[int, SentenceSample, Counts]]:
+    """Partial samples of sentences from Ray Data: (number of chunks, a sample, rows and unusable ones)."""
+    most = config.tokenizer.max_sentences
+
+    def sample(chunks: list[Chunk]) -> tuple[int, SentenceSample, Counts]:
+        sentences, counts = SentenceSample(most), Counts()
+        for chunk in chunks:
+            for block in read_blocks(replace(chunk, first_line=1)):
+                counts.count_rows(chunk, block)
+                sentences.add_block(block)
+        return len(chunks), sentences, counts
+
+    yield from map_on_workers(chunks, sample, 8, Placement.data(config.cluster))
+
+
+def make_tokenizer(
+    config: Config, folder: Path, chunks: list[Chunk], on_chunks: Callable[[int], object] = lambda number: None
+) -> CanaryTokenizer:
+    """Load the configured tokenizer, or train one per language on a sample of the training texts; save it in `folder`.
+
+    `on_chunks` is told of chunks as they are sampled. Raises `ManifestError` as `check_bad_rows` does.
+    """
     section = config.tokenizer
     if section.path:
         path = Path(section.path).expanduser()
@@ -220,53 +268,95 @@ def make_tokenizer(config: Config, folder: Path) -> CanaryTokenizer:
         prompt_ids(tokenizer, language, language, prompt_format=config.model.prompt_format)
         tokenizer.save(folder)
         return tokenizer
-    texts: dict[str, list[str]] = {}
-    rows = itertools.chain.from_iterable(map(read_chunk, chunks_of(config, "train")))
-    good = (row for row in rows if isinstance(row, Utterance))
-    for row in itertools.islice(good, section.max_sentences):
-        texts.setdefault(row.target_lang, []).append(row.text)
-    if not texts:
-        raise ManifestError("the training manifests have no usable row", remedy="check data.train")
+    sentences, counts = SentenceSample(section.max_sentences), Counts()
+    for number, partial, rows in sample_all(chunks, config):
+        sentences.add(partial)
+        counts.add(rows)
+        on_chunks(number)
+    number_lines(counts, chunks)
+    check_bad_rows(counts, config, sentences.num_rows.total())
     return train_tokenizer(
-        texts, section.vocab_size, folder, model_type=section.model_type, prompt_format=config.model.prompt_format
+        sentences.texts(),
+        section.vocab_size,
+        folder,
+        model_type=section.model_type,
+        prompt_format=config.model.prompt_format,
     )
 
 
-def check_bad_rows(counts: Counts, limit: float) -> None:
-    """Raise `ManifestError` that names the first bad lines where more than `limit` of all rows are bad.
+def check_bad_rows(counts: Counts, config: Config, usable: int) -> None:
+    """Raise `ManifestError` that names the first bad lines where more than `data.max_bad_fraction` of all rows are bad
+    or none is `usable`.
 
     Rows count as bad whose audio contradicts them or can't be read: as large a share of a corpus' usable rows as of the
     sample whose headers were read.
     """
-    bad = {place: number for place, number in counts.rejected.items() if place[1] not in _NOT_BAD}
-    expected = {
-        (corpus, reason): number / counts.probed[corpus] * _usable_rows(counts, corpus)
-        for (corpus, reason), number in counts.wrong.items()
+    expected: Counter[tuple[str, str]] = Counter()
+    for (corpus, reason), number in counts.wrong.items():
+        rejected = sum(rows for (name, _), rows in counts.rejected.items() if name == corpus)
+        expected[corpus, reason] = round(number / counts.probed[corpus] * (counts.num_rows[corpus] - rejected))
+    examples = {
+        group: [BadRow(row["file"], row["line"], group[1], row["detail"]) for row in rows]
+        for group, rows in (counts.examples | counts.wrong_examples).items()
     }
-    number, rows = sum(bad.values()) + sum(expected.values()), counts.num_rows.total()
-    share = number / max(rows, 1)
-    if share <= limit and counts.groups:
+    rejected = RejectedRows(counts.rejected + expected, examples, counts.num_rows.total())
+    if expected:
+        rejected.judged_by = f"the headers of {counts.probed.total()} recordings"
+    rejected.check("data.train", config.data.corpora("train"), usable, config.data.max_bad_fraction)
+
+
+def unknown_pieces(counts: Counts) -> list[dict[str, Any]]:
+    """Corpora and languages with texts that the tokenizer can't write, the worst first: `tokens` of their texts, how
+    many are `unknown`, their `fraction`, and the most frequent `characters` as [character, times]."""
+    found = []
+    for group, unknown in counts.unknown.items():
+        characters = sorted(counts.characters[group].items(), key=lambda one: (-one[1], one[0]))
+        tokens = counts.text_tokens[group]
+        found.append(
+            {
+                "corpus": group[0],
+                "language": group[1],
+                "tokens": tokens,
+                "unknown": unknown,
+                "fraction": unknown / tokens,
+                "characters": [list(one) for one in characters[:_NUM_CHARACTERS]],
+            }
+        )
+    return sorted(found, key=lambda one: (-one["fraction"], one["corpus"], one["language"]))
+
+
+def check_unknown(unknown: list[dict[str, Any]], section: TokenizerSection) -> None:
+    """Raise `ManifestError` where more than `max_unknown_fraction` of the tokens of a corpus' texts in a language are
+    unknown pieces. `unknown` is as `unknown_pieces` gives it.
+    """
+    limit = section.max_unknown_fraction
+    bad = [one for one in unknown if one["fraction"] > limit]
+    if not bad:
         return
-    examples = counts.examples | counts.wrong_examples
-    shown = [
-        f"{item['file']}:{item['line']}: {place[1]}: {item['detail']}"
-        for place in sorted({**bad, **expected})
-        for item in examples.get(place, [])[:3]
-    ]
-    reasons = ", ".join(sorted({reason for _, reason in (*bad, *expected)})) or "none usable"
-    about = f"about {number:.0f}" if expected and counts.probed.total() < rows else f"{number:.0f}"
-    sampled = f", judged by the headers of {counts.probed.total()} recordings" if expected else ""
+    listing = "".join(f"\n  {unknown_line(one)}" for one in bad[:_NUM_SHOWN])
+    further = f"\n  and {len(bad) - _NUM_SHOWN} more" if len(bad) > _NUM_SHOWN else ""
+    if section.path:
+        remedy = (
+            "write the texts as those that the tokenizer was trained on (lower case, the same script), leave out rows "
+            "in another language, or take a tokenizer that has these characters: one with byte_fallback, or one that "
+            "is trained on these texts (unset tokenizer.path)"
+        )
+    else:
+        remedy = "raise tokenizer.max_sentences, mend the texts"
     raise ManifestError(
-        f"{about} of {rows} manifest rows are bad ({reasons}){sampled}",
-        got=f"{share:.2%}",
-        allowed=f"data.max_bad_fraction = {limit:.2%}",
-        remedy="mend these rows or raise the limit:\n  " + "\n  ".join(shown),
+        f"the tokenizer can't write the texts of corpus {bad[0]['corpus']} in {bad[0]['language']}",
+        got=f"{bad[0]['fraction']:.2%} unknown pieces",
+        allowed=f"tokenizer.max_unknown_fraction = {limit:.2%}",
+        why="a model learns nothing of characters that the tokenizer has no piece for",
+        remedy=f"{remedy}, or allow more:{listing}{further}",
     )
 
 
-def _usable_rows(counts: Counts, corpus: str) -> int:
-    rejected = sum(number for (name, _), number in counts.rejected.items() if name == corpus)
-    return counts.num_rows[corpus] - rejected
+def unknown_line(one: dict[str, Any]) -> str:
+    """What an entry of `unknown_pieces` says, for a person."""
+    shown = " ".join(f"{character!r} ({times})" for character, times in one["characters"][:_NUM_SHOWN])
+    share = f"{one['unknown']} of {one['tokens']} tokens ({one['fraction']:.2%})"
+    return f"corpus {one['corpus']}, {one['language']}: {share}: {shown}"
 
 
 def statistics_body(counts: Counts, config: Config) -> dict[str, Any]:
@@ -281,7 +371,7 @@ def statistics_body(counts: Counts, config: Config) -> dict[str, Any]:
         rejected[reason] += number
     return {
         "rows": counts.num_rows.total(),
-        "prompt_tokens_mean": counts.prompt_tokens / max(whole.total, 1),
+        "prompt_tokens_mean": counts.prompt_tokens / whole.total if whole.total else None,
         **_lengths(whole),
         "by_language": {
             name: _lengths(_sum_where(histograms, lambda group, name=name: group[1] == name)) for name in sources
@@ -301,6 +391,7 @@ def statistics_body(counts: Counts, config: Config) -> dict[str, Any]:
             }
             for name in names
         },
+        "unknown": unknown_pieces(counts),
         "rejected": dict(sorted(rejected.items())),
         "rejected_examples": _examples(counts.examples, counts.rejected),
         "audio": {

@@ -305,12 +305,17 @@ def run_training(
     on_metrics: Callable[[dict[str, Any]], None],
     say: Callable[[str], None] = lambda line: None,
 ) -> None:
-    """Train to the end in the run folder at `location`, a path or a URI.
+    """Train to the end in the run folder at `location`, a path or a URI. Raises `ManifestError` for dev manifests that
+    nothing can be scored on.
 
     Starts again also where Ray Train gives up for good though training could go on: after a step that ran out of
     memory, and after a worker that Ray's memory monitor killed. Raises the worker's own error where it has a readable
     one.
     """
+    from raytrain.cluster.workspace import Workspace
+
+    if config.data.dev:
+        Workspace(config, location).checked_rows("dev", config.train.max_validation_utterances)
     store = RunStore(location, config.run.cache_size)
     job = _job(config, store, meta, mlflow)
     notes = _fault_notes(store, job["profile_id"])

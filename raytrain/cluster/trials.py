@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import queue
 import threading
@@ -84,7 +85,7 @@ class RunningTrial:
         self.folder = _trial_folder(job, settings, meta["ids"]["lineage"])
         self._lines: queue.Queue = queue.Queue()
         self._max_steps = config.train.max_steps
-        self._said: dict[str, Any] = {"best_error": float("inf"), "folder": str(self.folder)}
+        self._said: dict[str, Any] = {"error": math.inf, "best_error": math.inf, "folder": str(self.folder)}
         self._tracker, self._status, mlflow = None, "FINISHED", None
         if (self.folder / _DONE).exists():
             for line in (self.folder / "metrics.jsonl").read_bytes().splitlines():
@@ -123,7 +124,8 @@ class RunningTrial:
     def _finish(self) -> None:
         if self._status == "KILLED":
             self._status = "FINISHED"
-            atomic_write_bytes(self.folder / _DONE, canonical_json(self._said))
+            said = {name: value for name, value in self._said.items() if value != math.inf}
+            atomic_write_bytes(self.folder / _DONE, canonical_json(said))
 
     def _train(self, config: Config, meta: dict[str, Any], mlflow: dict[str, Any] | None) -> None:
         from raytrain.cluster.train import run_training

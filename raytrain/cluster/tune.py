@@ -7,6 +7,7 @@ was.
 from __future__ import annotations
 
 import contextlib
+import math
 from dataclasses import replace
 from typing import Any
 
@@ -109,7 +110,7 @@ def _search(config: Config, console: Console, parent_run_id: str | None) -> list
         trials.append(
             {
                 "settings": settings,
-                "error": found.get("best_error"),
+                "error": score_of(found),
                 "wer": found.get("wer"),
                 "steps": found.get("step", 0),
                 "stopped_early": stopped,
@@ -117,8 +118,18 @@ def _search(config: Config, console: Console, parent_run_id: str | None) -> list
             }
         )
     if all(one["error"] is None for one in trials):
-        raise TrainingError("no trial got as far as a validation", why=next((one["why"] for one in trials), None))
+        raise TrainingError(
+            "no trial got as far as a validation with a score",
+            why=next((one["why"] for one in trials if one["why"]), None),
+            remedy="mend what ended the trials, or give them more steps than train.validate_every_steps",
+        )
     return sorted(trials, key=lambda one: (one["error"] is None, one["error"]))
+
+
+def score_of(metrics: dict[str, Any]) -> float | None:
+    """A trial's lowest validation error, None where no validation had a score."""
+    error = metrics.get("best_error")
+    return error if error is not None and math.isfinite(error) else None
 
 
 def _domain(one: Distribution) -> Any:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import os
 import socket
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, replace
 from functools import cached_property
@@ -19,6 +18,7 @@ from raytrain.cluster.mirror import checkpoints_of
 from raytrain.cluster.statistics import chunks_of
 from raytrain.config import Config
 from raytrain.data.assignment import Assignment, Row, row_table, rows_of
+from raytrain.data.audio import AudioError
 from raytrain.data.augment import Augmenter
 from raytrain.data.corpus import Chunk, read_blocks
 from raytrain.data.encoder import BlockEncoder
@@ -35,6 +35,7 @@ from raytrain.data.loader import (
 from raytrain.data.materialize import AudioFinder
 from raytrain.data.probe import AudioListing
 from raytrain.data.prompt import prompt_languages
+from raytrain.data.rejected import RejectedRows
 from raytrain.data.remote import RunStore
 from raytrain.data.storage import is_uri
 from raytrain.data.tokenizer import CanaryTokenizer
@@ -56,7 +57,7 @@ PLAN_FORMAT = "raytrain.bucket_plan/1"
 PROFILE_FORMAT = "raytrain.batch_profile/2"
 STATISTICS_FORMAT = "raytrain.statistics/3"
 CHUNKS_FORMAT = "raytrain.chunks/2"
-SCORES_FORMAT = "raytrain.scores/1"
+SCORES_FORMAT = "raytrain.scores/2"
 
 
 class Workspace:
@@ -67,7 +68,7 @@ class Workspace:
             location = config.run_location
         self.config, self.store = config, RunStore(location, config.run.cache_size)
         self.run_dir = self.store.local
-        self.left_out: dict[str, Counter] = {}
+        self.left_out: dict[str, RejectedRows] = {}
 
     def path(self, *parts: str) -> Path:
         """A path below the run folder, or below what this machine has of it."""
@@ -244,9 +245,9 @@ class Workspace:
         )
 
     def rows(self, split: str, limit: int | None = None) -> list[Row]:
-        """Encoded rows of a small split (dev), at most `limit`; `left_out` then counts its bad rows by reason."""
+        """Encoded rows of a small split (dev), at most `limit`; `left_out` then has its bad rows."""
         rows: list[Row] = []
-        left_out = self.left_out[split] = Counter()
+        left_out = self.left_out[split] = RejectedRows()
         encoder = BlockEncoder(self.tokenizer, self.config.model.prompt_format, by_words=self.config.tokenizer.by_words)
         # What the decoder has no position for stays out of the validation loss, not of the WER.
         longest = self.config.model.max_positions + 1
@@ -254,11 +255,22 @@ class Workspace:
             finder = AudioFinder(chunk)
             for block in read_blocks(chunk):
                 block = encoder.check(block)
-                left_out.update(row.reason for row in block.bad)
+                left_out.num_rows += len(block) + len(block.bad)
+                for row in block.bad:
+                    left_out.add(chunk.corpus, row)
                 table, _ = row_table(block, encoder.encode(block), finder)
                 rows += [row._replace(tokens=row.tokens[:longest]) for row in rows_of(table)]
                 if limit is not None and len(rows) >= limit:
                     return rows[:limit]
+        return rows
+
+    def checked_rows(self, split: str, limit: int | None = None) -> list[Row]:
+        """`rows` of a split that something is to be scored on.
+
+        Raises `ManifestError` where it has no usable row, or more bad ones than `data.max_bad_fraction`.
+        """
+        rows, data = self.rows(split, limit), self.config.data
+        self.left_out[split].check(f"data.{split}", data.corpora(split), len(rows), data.max_bad_fraction)
         return rows
 
     def is_translation(self, row: Row) -> bool:
@@ -297,9 +309,13 @@ class Workspace:
         ]
         sample_rate, most = self.config.model.sample_rate, self.config.evaluate.batch_size
 
-        def batches() -> Any:
+        def batches(on_error: Callable[[Row, Exception], object]) -> Any:
+            def note(row: Row, error: AudioError) -> None:
+                self.quarantine.add(row, error)
+                on_error(row, error)
+
             size = notes.validation_size(most) if notes is not None else most
-            for kept, batch in read_rows(rows, sample_rate, self.tokenizer.pad_id, size, self.quarantine.add):
+            for kept, batch in read_rows(rows, sample_rate, self.tokenizer.pad_id, size, note):
                 on_batch("validating")
                 mark(None, VALIDATION, len(kept))
                 yield kept, batch
@@ -310,5 +326,7 @@ class Workspace:
             decode=self.tokenizer.decode,
             eos_id=self.tokenizer.eos_id,
             search=self.search(),
+            normalize=self.tokenizer.normalize,
+            max_bad_fraction=self.config.data.max_bad_fraction,
             on_out_of_memory=notes.lower_validation if notes is not None else lambda size: None,
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 
 import numpy as np
@@ -50,11 +51,21 @@ class BlockEncoder:
 
     def count(self, block: Block) -> tuple[np.ndarray, np.ndarray]:
         """Lengths of the sequences and of their prompts, (N,) int64 each, of a checked block."""
+        return self.count_unknown(block)[:2]
+
+    def count_unknown(self, block: Block) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """As `count`, and how many ids of each text stand for what the tokenizer can't write, (N,) int64."""
         prompts = self._prompt_lengths(block)
-        lengths = prompts + 1
+        lengths, unknown = prompts + 1, np.zeros(len(block), np.int64)
         for rows, encoder in self._by_language(block):
-            lengths[rows] += encoder.count([block.texts[i] for i in rows] if len(rows) < len(block) else block.texts)
-        return lengths, prompts
+            texts = [block.texts[i] for i in rows] if len(rows) < len(block) else block.texts
+            counts, unknown[rows] = encoder.count_unknown(texts)
+            lengths[rows] += counts
+        return lengths, prompts, unknown
+
+    def unwritable(self, text: str, language: str) -> Counter[str]:
+        """Characters of a text that a language's model can't write, and how often they occur."""
+        return self._texts[language].unwritable(text)
 
     def encode(self, block: Block) -> EncodedBlock:
         """The sequences of a checked block."""

@@ -212,7 +212,7 @@ class StepReader:
         return _ReadTask(rows, time.perf_counter() - started, time.thread_time() - cpu_started)
 
     def _read(self, work: StepWork, index: int) -> _ReadRow:
-        row = work.rows[index]
+        row, why = work.rows[index], None
         for attempt in range(_MAX_REPLACEMENTS):
             if attempt:
                 row = self._stand_in(work, index, attempt)
@@ -225,9 +225,11 @@ class StepReader:
                 return row, self._augmented(audio, work.plan.bucket, work.keys[index]), int(attempt > 0)
             except AudioError as error:
                 self._quarantine.add(row, error)
+                why = why or str(error)
         raise DataError(
             f"bucket {work.plan.bucket}: no recording to take the place of broken ones can be read",
             got=work.rows[index].audio_path,
+            why=why,
             remedy="check data.root and that every worker sees the audio; quarantine.jsonl lists the files",
         )
 

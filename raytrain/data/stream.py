@@ -24,11 +24,12 @@ from lhotse.dataset.sampling.base import SamplingConstraint
 
 from raytrain.data.assignment import Row, row_table, rows_of
 from raytrain.data.audio import PARQUET_ROW
-from raytrain.data.corpus import Chunk, read_blocks
+from raytrain.data.corpus import BadRow, Chunk, read_blocks
 from raytrain.data.encoder import BlockEncoder
 from raytrain.data.loader import StepWork
 from raytrain.data.materialize import AudioFinder
 from raytrain.data.probe import AudioListing
+from raytrain.data.rejected import RejectedRows
 from raytrain.data.rows import Block, audio_places
 from raytrain.data.storage import StorageReadError
 from raytrain.errors import ManifestError
@@ -37,6 +38,7 @@ from raytrain.lengths.plan import BucketPlan
 from raytrain.lengths.schedule import StepPlan
 
 _TAR_FORMATS = ("nemo_tarred", "lhotse_shar")
+_NUM_SHOWN = 5
 _MAX_TARS = 256  # whose headers are kept
 
 
@@ -105,6 +107,7 @@ class StreamSampler:
     listing: AudioListing | None = None
 
     def __post_init__(self) -> None:
+        self._left_out = RejectedRows()
         self._finders: OrderedDict[int, AudioFinder | None] = OrderedDict()
 
     def steps(self, state: StreamState) -> Iterator[StreamStep]:
@@ -128,10 +131,14 @@ class StreamSampler:
                 steps += 1
                 yield step
             if not steps and not state.segments:
+                listing = "".join(f"\n  {line}" for line in self._left_out.lines())
+                files = ", ".join(dict.fromkeys(chunk.path for chunk in self.chunks[:_NUM_SHOWN]))
+                counts = ", ".join(f"{number} {reason}" for reason, number in self.rejected.items())
                 raise ManifestError(
                     "the corpora have no row that fits a bucket",
-                    got=", ".join(f"{number} {reason}" for reason, number in self.rejected.items()) or "no rows",
-                    remedy="run statistics and buckets on these corpora",
+                    got=counts or f"no rows in {files or 'no files'}",
+                    remedy="mend these rows, or run statistics and buckets on these corpora, whose limits are those of "
+                    f"the bucket plan{':' if listing else ''}{listing}",
                 )
             state = StreamState(state.epoch + 1)
 
@@ -218,7 +225,7 @@ class StreamSampler:
                 yield from self._of_block(self.listing.check(block) if self.listing is not None else block, epoch)
 
     def _of_block(self, block: Block, epoch: int) -> Iterator[_Example]:
-        self.rejected.update(row.reason for row in block.bad)
+        self._reject(block.chunk.corpus, block.bad)
         if not len(block):
             return
         in_tar = block.chunk.format in _TAR_FORMATS
@@ -226,7 +233,10 @@ class StreamSampler:
         buckets, reasons = self.plan.place(block.duration_ms, encoded.lengths)
         table, _ = row_table(block, encoded, _Unlocated(block.chunk) if in_tar else AudioFinder(block.chunk))
         kept = buckets >= 0
-        self.rejected.update(reasons[~kept].tolist())
+        for place in np.flatnonzero(~kept).tolist():
+            detail = f"{block.duration_ms[place]} ms, {encoded.lengths[place]} tokens"
+            row = BadRow(block.chunk.path, int(block.numbers[place]), str(reasons[place]), detail)
+            self._reject(block.chunk.corpus, [row])
         rows = rows_of(table.filter(pa.array(kept)))
         if any(row.audio_size == PARQUET_ROW for row in rows):
             raise ManifestError(
@@ -237,6 +247,11 @@ class StreamSampler:
         places = np.flatnonzero(kept).tolist()
         for row, bucket, place in zip(rows, buckets[kept].tolist(), places, strict=True):
             yield _Example(row, bucket, block.chunk, block.paths[place] if in_tar else "")
+
+    def _reject(self, corpus: str, rows: Sequence[BadRow]) -> None:
+        for row in rows:
+            self.rejected[row.reason] += 1
+            self._left_out.add(corpus, row)
 
 
 @dataclass(slots=True)

@@ -12,6 +12,7 @@ from __future__ import annotations
 import hashlib
 import io
 import re
+import unicodedata
 from bisect import bisect_right
 from collections.abc import Iterable
 from functools import cached_property
@@ -29,6 +30,7 @@ SPECIALS = "spl_tokens"
 EOS, BOS, PAD, NOSPEECH = "<|endoftext|>", "<|startoftranscript|>", "<pad>", "<|nospeech|>"
 # A language names a file and a special token; manifests may hold anything.
 _LANGUAGE = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
+_MOST_ROUNDS = 16
 _COMMON = (NOSPEECH, PAD, EOS, BOS, "<|pnc|>", "<|nopnc|>")
 # NeMo's order of the special tokens after <unk>; the languages follow.
 _SPECIALS_OF = {
@@ -113,11 +115,35 @@ class CanaryTokenizer:
 
     def encode_text(self, text: str, language: str) -> list[int]:
         """Ids of a text by its language's model. Raises `TokenizerError` for an unknown language."""
+        processor, offset = self._processor(language), self._offsets[language]
+        return [offset + piece for piece in processor.encode(text)]
+
+    def _processor(self, language: str) -> sentencepiece.SentencePieceProcessor:
         processor = self._processors.get(language) if language != SPECIALS else None
         if processor is None:
-            raise TokenizerError("unknown language", got=language, allowed=", ".join(self.languages))
-        offset = self._offsets[language]
-        return [offset + piece for piece in processor.encode(text)]
+            raise TokenizerError(
+                "unknown language",
+                got=language,
+                allowed=", ".join(self.languages),
+                remedy="name one of these, or train or take a tokenizer that has the language",
+            )
+        return processor
+
+    def normalize(self, text: str, language: str) -> str:
+        """A text as this tokenizer would write it with all pieces: through its language's own normaliser and NFC, with
+        single spaces. What was decoded stays as it is, so references and hypotheses compare.
+
+        Raises `TokenizerError` for an unknown language.
+        """
+        processor = self._processor(language)
+        text = " ".join(text.split())
+        # What one rule makes, another may change (ﬁ with an accent): a hypothesis has been through once, a reference
+        # never. A tokenizer's own rules may go round in circles.
+        for _ in range(_MOST_ROUNDS):
+            before, text = text, " ".join(processor.normalize(text).replace("▁", " ").split())
+            if text == before:
+                break
+        return " ".join(unicodedata.normalize("NFC", text).split())
 
     def text_encoder(self, language: str, *, by_words: bool = True) -> TextEncoder:
         """Encoder of many texts of one language; see `raytrain.data.words`."""

@@ -6,6 +6,7 @@ piece crosses a space and where words do not touch each other otherwise: see `wo
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -14,6 +15,7 @@ import numpy as np
 from raytrain.errors import TokenizerError
 
 _MAX_WORDS = 500_000
+_UNKNOWN = 32  # a count holds the number of ids in its lower bits, and how many of them are unknown above
 _LONGEST_WORD = 64  # a text without spaces is not worth remembering
 _SLOT_BITS = 18
 _SLICE = 256  # texts looked up together: their arrays stay in the cache, and off the page fault handler's path
@@ -54,7 +56,7 @@ class _Memory(dict):
 
 
 class _CountTable:
-    """Token counts of short words, looked up for a whole block at a time.
+    """Packed counts (see `_UNKNOWN`) of short words, looked up for a whole block at a time; they add up as they are.
 
     A word of up to 16 bytes is two integers, its own key, so a hit is exact. A slot belongs to the first word that
     falls into it, which is most likely a frequent one; all others are looked up one by one.
@@ -66,7 +68,7 @@ class _CountTable:
         self._counts = np.zeros(1 << _SLOT_BITS, np.int64)
 
     def count(self, texts: Sequence[str]) -> np.ndarray | None:
-        """Tokens of each text, (N,) int64; None for texts with unusual white space."""
+        """Packed counts of each text, (N,) int64; None for texts with unusual white space."""
         data = "\n".join(texts).encode()
         padded = np.frombuffer(data + bytes(16), np.uint8)
         text = padded[: len(data)]
@@ -125,19 +127,44 @@ class TextEncoder:
     def __init__(self, processor: Any, offset: int = 0, *, by_words: bool = True) -> None:
         self._processor, self._offset = processor, offset
         self.by_words = by_words and words_are_independent(processor)
-        self._counts = _Memory(lambda word: len(processor.encode(word)))
+        self._unknown_id = processor.unk_id()
+        self._counts = _Memory(lambda word: self._packed(processor.encode(word)))
+        self._unwritable = _Memory(self._unknown_in)
         self._table = _CountTable(self._counts.__getitem__)
         self._ids = _Memory(lambda word: self._bytes(processor.encode(word)))
 
     def count(self, texts: Sequence[str]) -> np.ndarray:
         """Number of ids of each text, (N,) int64."""
+        return self.count_unknown(texts)[0]
+
+    def count_unknown(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+        """Number of ids of each text, and how many of them stand for what the model can't write, (N,) int64 each."""
         if not self.by_words:
-            return np.array([len(ids) for ids in self._whole(texts)], np.int64)
-        if not texts:
-            return np.zeros(0, np.int64)
-        counts = np.concatenate([self._count_slice(texts[at : at + _SLICE]) for at in range(0, len(texts), _SLICE)])
-        self._check(texts[0], int(counts[0]))
-        return counts
+            packed = np.array([self._packed(ids) for ids in self._whole(texts)], np.int64)
+        elif not texts:
+            packed = np.zeros(0, np.int64)
+        else:
+            packed = np.concatenate([self._count_slice(texts[at : at + _SLICE]) for at in range(0, len(texts), _SLICE)])
+        unknown = packed >> _UNKNOWN
+        counts = packed - (unknown << _UNKNOWN)
+        if self.by_words and texts:
+            self._check(texts[0], int(counts[0]))
+        return counts, unknown
+
+    def unwritable(self, text: str) -> Counter[str]:
+        """Characters of a text that the model can't write, as its normaliser leaves them, and how often they occur."""
+        characters: Counter[str] = Counter()
+        for part in text.split() if self.by_words else (" ".join(text.split()),):
+            characters.update(self._unwritable[part])
+        return characters
+
+    def _unknown_in(self, text: str) -> str:
+        ids, pieces = self._processor.encode(text), self._processor.encode_as_pieces(text)
+        unknown = [piece for number, piece in zip(ids, pieces, strict=True) if number == self._unknown_id]
+        return "".join(unknown).replace("▁", "")
+
+    def _packed(self, ids: list[int]) -> int:
+        return len(ids) + (ids.count(self._unknown_id) << _UNKNOWN)
 
     def _count_slice(self, texts: Sequence[str]) -> np.ndarray:
         counts = self._table.count(texts)

@@ -59,6 +59,9 @@ def _show(config: Config, console: Console) -> int:
     program = sys.argv[0] if Path(sys.argv[0]).name != "__main__.py" else "python -m raytrain"
     console.say(f"report:  {run_dir / 'report.html'}")
     console.say(f"MLflow:  {program} ui --config {run_dir / 'config.yaml'}")
+    if scores["wer"] is None:
+        console.warn("nothing was scored; something is wrong")
+        return 1
     if scores["wer"] > MAX_WER:
         console.warn(f"WER {scores['wer']:.1%} is above {MAX_WER:.0%}; something is wrong")
         return 1
@@ -70,7 +73,6 @@ def _summary(run_dir: Path, scores: dict[str, Any]) -> Table:
     profile = _body(run_dir / "batch_profile.json")["profiles"][0]
     before, after = plan["padding_by_scheme"][0], plan["padding_by_scheme"][-1]
     metrics = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
-    low, high = scores["wer_ci"]
     table = Table(title="What the demo did", show_header=False, title_justify="left")
     rows = [
         ("training speech", f"{statistics['hours']:.2f} h, {statistics['utterances']} utterances"),
@@ -79,12 +81,19 @@ def _summary(run_dir: Path, scores: dict[str, Any]) -> Table:
         ("token padding", f"{before['token_padding']:.1%} in random batches → {after['token_padding']:.1%}"),
         ("batch sizes", f"{max(profile['batch_sizes'])} … {min(profile['batch_sizes'])} per worker"),
         ("training", f"{metrics[-1]['step']} steps, {metrics[-1]['time_s'] / 60:.1f} min"),
-        ("WER, held out", f"{scores['wer']:.1%} ({low:.1%} to {high:.1%}) on {scores['utterances']} utterances"),
+        ("WER, held out", _wer(scores)),
     ]
-    rows += [(f"  {language}", f"{row['wer']:.1%}") for language, row in scores["by_language"].items()]
+    rows += [(f"  {language}", _wer(row)) for language, row in scores["by_language"].items()]
     for name, value in rows:
         table.add_row(name, value)
     return table
+
+
+def _wer(row: dict[str, Any]) -> str:
+    if row["wer"] is None:
+        return "none"
+    low, high = row["wer_ci"]
+    return f"{row['wer']:.1%} ({low:.1%} to {high:.1%}) on {row['utterances']} utterances"
 
 
 def _transcripts(run_dir: Path) -> Table:

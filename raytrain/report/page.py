@@ -82,7 +82,7 @@ def _facts(files: dict[str, Any], metrics: list[dict[str, Any]]) -> list[tuple[s
     if metrics:
         facts += [("steps", str(metrics[-1]["step"])), ("training", f"{metrics[-1]['time_s'] / 60:.1f} min")]
     if scores := files["scores"]:
-        if scores["utterances"]:
+        if scores["wer"] is not None and scores["utterances"]:
             facts.append((_with_interval("test WER", scores.get("wer_ci"), 100), f"{100 * scores['wer']:.1f} %"))
         intervals = scores.get("bleu_ci", {})
         for language, value in scores.get("bleu", {}).items():
@@ -219,7 +219,10 @@ def _samples(hypotheses: list[dict[str, Any]]) -> list[dict[str, Any]]:
     chosen = []
     for place in range(_NUM_SAMPLES):
         chosen += [items[place] for items in by_language.values() if place < len(items)]
-    return [{**item, "words": _marked(item["text"], item["hypothesis"])} for item in chosen[:_NUM_SAMPLES]]
+    return [
+        {**item, "words": _marked(item.get("reference", item["text"]), item["hypothesis"])}
+        for item in chosen[:_NUM_SAMPLES]
+    ]
 
 
 def _marked(reference: str, hypothesis: str) -> list[tuple[str, bool]]:

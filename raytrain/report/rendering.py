@@ -23,7 +23,7 @@ def _environment() -> jinja2.Environment:
     # All text is escaped: transcripts and file names come from outside.
     loader = jinja2.FileSystemLoader(Path(__file__).parent)
     environment = jinja2.Environment(loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True)
-    environment.filters["percent"] = lambda value: f"{100 * value:.1f} %"
+    environment.filters["percent"] = lambda value: "none" if value is None else f"{100 * value:.1f} %"
     environment.filters["seconds"] = lambda milliseconds: f"{milliseconds / 1000:.1f} s"
     environment.filters["interval"] = _interval
     environment.filters["grouped"] = lambda number: f"{number:,}".replace(",", "\u202f")

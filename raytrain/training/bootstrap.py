@@ -48,6 +48,8 @@ def interval(values: np.ndarray) -> list[float]:
 
 
 def rate_interval(errors: np.ndarray, lengths: np.ndarray) -> list[float]:
-    """95 % interval of Σ errors / Σ lengths over utterances, each (N,), N ≥ 1; a resample without length has rate 0."""
+    """95 % interval of Σ errors / Σ lengths over utterances, each (N,), with Σ lengths ≥ 1. A resample without
+    length has no rate, and is left out."""
     sums = resampled_sums(np.stack([errors, lengths], axis=1))
-    return interval(np.divide(sums[:, 0], sums[:, 1], out=np.zeros(len(sums)), where=sums[:, 1] > 0))
+    sums = sums[sums[:, 1] > 0]
+    return interval(sums[:, 0] / sums[:, 1])

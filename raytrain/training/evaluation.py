@@ -36,9 +36,9 @@ class ErrorCounts:
         return self.substitutions + self.deletions + self.insertions
 
     @property
-    def rate(self) -> float:
-        """Errors over reference length, a fraction; 0 where there is no reference."""
-        return self.errors / self.reference_length if self.reference_length else 0.0
+    def rate(self) -> float | None:
+        """Errors over reference length, a fraction; None where no reference has words (characters)."""
+        return self.errors / self.reference_length if self.reference_length else None
 
 
 def count_errors(references: Iterable[str], hypotheses: Iterable[str], *, unit: str = "word") -> ErrorCounts:
@@ -55,7 +55,8 @@ def count_errors(references: Iterable[str], hypotheses: Iterable[str], *, unit: 
 
 
 class Decoded(NamedTuple):
-    """One utterance with what was decoded. `language` is that of the text; `translated` where speech has another."""
+    """One utterance with what was decoded. `language` is that of the text; `translated` where speech has another.
+    Both texts are as `CanaryTokenizer.normalize` leaves them."""
 
     language: str
     corpus: str
@@ -86,22 +87,26 @@ def score_decoded(items: Sequence[Decoded]) -> dict[str, float]:
 
     `wer` of transcriptions (a fraction) and `bleu` of translations (0 to 100, the mean over target languages), each
     where there are any; the same as `wer_LANGUAGE`, `wer_CORPUS`, `bleu_LANGUAGE` and `bleu_CORPUS` where there are
-    several. `error` is what checkpoints are compared by: WER and 1 − BLEU / 100, weighted by utterances.
+    several. `error` is what checkpoints are compared by: WER and 1 − BLEU / 100, weighted by utterances. What has no
+    reference to be compared with has no score, and without any score there is no `error`.
     """
     heard = [one for one in items if not one.translated]
     translated = [one for one in items if one.translated]
     found: dict[str, float] = {}
     found |= _by_group("wer", heard, _wer, _wer)
     found |= _by_group("bleu", translated, bleu, _mean_bleu)
-    errors = found.get("wer", 0.0) * len(heard) + (1 - found.get("bleu", 0.0) / 100) * len(translated)
-    return {**found, "error": errors / max(len(items), 1)}
+    errors = [(found["wer"], len(heard))] if "wer" in found else []
+    errors += [(1 - found["bleu"] / 100, len(translated))] if "bleu" in found else []
+    if not errors:
+        return {}
+    return {**found, "error": sum(error * number for error, number in errors) / sum(number for _, number in errors)}
 
 
 def _by_group(
     name: str,
     items: Sequence[Decoded],
-    score: Callable[[Sequence[Decoded]], float],
-    total: Callable[[Sequence[Decoded]], float],
+    score: Callable[[Sequence[Decoded]], float | None],
+    total: Callable[[Sequence[Decoded]], float | None],
 ) -> dict[str, float]:
     if not items:
         return {}
@@ -112,10 +117,10 @@ def _by_group(
             found |= {
                 f"{name}_{group}": one_score([one for one in items if getattr(one, field) == group]) for group in groups
             }
-    return found
+    return {group: value for group, value in found.items() if value is not None}
 
 
-def _wer(items: Sequence[Decoded]) -> float:
+def _wer(items: Sequence[Decoded]) -> float | None:
     return count_errors([one.reference for one in items], [one.hypothesis for one in items]).rate
 
 

@@ -344,7 +344,8 @@ class TrainingLoop:
                 "raise the limit; training resumes from the last checkpoint",
             )
 
-    def _run_validation(self) -> float:
+    def _run_validation(self) -> float | None:
+        """The validation's error, None where it has no score."""
         self.doing(f"validating after step {self.step}")
         self._average_statistics()
         with contextlib.ExitStack() as stack:
@@ -355,8 +356,10 @@ class TrainingLoop:
             metrics = self.validate(self.model, self.device)
         if self.rank == 0:
             self.log(metrics, self.step, self.seconds())
-        error, goal = metrics["error"], self.settings.stop_at_wer
-        if goal is not None and metrics.get("wer", 1.0) <= goal:
+        error, goal = metrics.get("error"), self.settings.stop_at_wer
+        if error is None:
+            return None
+        if goal is not None and metrics.get("wer", math.inf) <= goal:
             self._stop = True
         if error < self._best[0]:
             self._best = (error, self.step)

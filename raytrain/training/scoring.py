@@ -1,8 +1,10 @@
 """What `scores.json` says of decoded test rows: error rates and BLEU with 95 % confidence intervals, by language and
 by duration.
 
-A result is a line of `hypotheses.jsonl`: `text`, `hypothesis` (None where the recording can't be read), `lang`,
-`translated`, `duration_ms`, `audio_filepath`. Transcriptions have error rates, translations BLEU and chrF.
+A result is a line of `hypotheses.jsonl`: `text` as the manifest has it, `reference` as the tokenizer's normaliser
+leaves it (`text` where there is none), which is what is compared with `hypothesis` (None where the recording can't be
+read), `lang`, `translated`, `duration_ms`, `audio_filepath`. Transcriptions have error rates, translations BLEU and
+chrF.
 
     texts = texts_of(results, normalizer="whisper")
     score(texts)["wer"], score(texts)["wer_ci"]        # 0.121, [0.112, 0.131]
@@ -40,8 +42,13 @@ class Texts:
 
     @property
     def raw(self) -> tuple[list[str], list[str]]:
-        """References and hypotheses of `heard` as they are."""
-        return [item["text"] for item in self.heard], [item["hypothesis"] for item in self.heard]
+        """References and hypotheses of `heard`, without a normaliser besides the tokenizer's."""
+        return [reference_of(item) for item in self.heard], [item["hypothesis"] for item in self.heard]
+
+
+def reference_of(result: Result) -> str:
+    """What the hypothesis is compared with."""
+    return result.get("reference", result["text"])
 
 
 def texts_of(results: Sequence[Result], normalizer: str = "none") -> Texts:
@@ -51,7 +58,10 @@ def texts_of(results: Sequence[Result], normalizer: str = "none") -> Texts:
     normalized = None
     if normalizer != "none":
         clean = {language: normalizer_of(normalizer, language) for language in {item["lang"] for item in heard}}
-        normalized = tuple([clean[item["lang"]](item[key]) for item in heard] for key in ("text", "hypothesis"))
+        normalized = (
+            [clean[item["lang"]](reference_of(item)) for item in heard],
+            [clean[item["lang"]](item["hypothesis"]) for item in heard],
+        )
     translated = [item for item in readable if item["translated"]]
     return Texts(heard, translated, len(results) - len(readable), normalizer, normalized)
 
@@ -86,10 +96,11 @@ def edit_counts(references: Sequence[str], hypotheses: Sequence[str], *, unit: s
 def score(texts: Texts) -> dict[str, Any]:
     """`scores.json`.
 
-    `wer` and `cer` of transcriptions as fractions with `wer_ci` and `cer_ci`, [low, high] at 95 % (None without
-    utterances), `wer_normalized` and its interval with a normaliser, and counts; the same in `by_language`, and in
-    `by_duration` for each span of `DURATION_EDGES_MS` that has utterances, upper edge included. `bleu` and `chrf` of
-    translations (0 to 100) by target language, with intervals.
+    `wer` and `cer` of transcriptions as fractions with `wer_ci` and `cer_ci`, [low, high] at 95 % (all None where no
+    reference has a word), `wer_normalized` and its interval with a normaliser, and counts; the same in `by_language`,
+    and in `by_duration` for each span of `DURATION_EDGES_MS` that has utterances, upper edge included. `bleu` and
+    `chrf` of translations (0 to 100) by target language, with intervals. `references_changed` counts the readable
+    results whose reference is not the manifest's text.
     """
     counts = {"wer": edit_counts(*texts.raw), "cer": edit_counts(*texts.raw, unit="character")}
     if texts.normalized is not None:
@@ -101,6 +112,7 @@ def score(texts: Texts) -> dict[str, Any]:
         **_group(counts, duration_ms, np.ones(len(duration_ms), bool)),
         "normalizer": texts.normalizer,
         "unreadable": texts.unreadable,
+        "references_changed": sum(reference_of(item) != item["text"] for item in (*texts.heard, *texts.translated)),
         "substitutions": substitutions,
         "deletions": deletions,
         "insertions": insertions,
@@ -117,8 +129,8 @@ def _group(counts: Mapping[str, np.ndarray], duration_ms: np.ndarray, chosen: np
     group: dict[str, Any] = {}
     for name, table in counts.items():
         errors, lengths = table[chosen, :LENGTH].sum(axis=1), table[chosen, LENGTH]
-        group[name] = float(errors.sum() / lengths.sum()) if lengths.sum() else 0.0
-        group[f"{name}_ci"] = rate_interval(errors, lengths) if chosen.any() else None
+        group[name] = float(errors.sum() / lengths.sum()) if lengths.any() else None
+        group[f"{name}_ci"] = rate_interval(errors, lengths) if lengths.any() else None
     words = counts["wer"][chosen]
     return {
         **group,
@@ -144,7 +156,7 @@ def _translations(items: Sequence[Result]) -> dict[str, Any]:
     found: dict[str, Any] = {"translations": {}, "bleu": {}, "bleu_ci": {}, "chrf": {}, "chrf_ci": {}}
     for language in sorted({item["lang"] for item in items}):
         some = [item for item in items if item["lang"] == language]
-        pair = [item["hypothesis"] for item in some], [item["text"] for item in some]
+        pair = [item["hypothesis"] for item in some], [reference_of(item) for item in some]
         found["translations"][language] = len(some)
         for name, metric in (("bleu", bleu_metric(language)), ("chrf", CHRF())):
             found[name][language], found[f"{name}_ci"][language] = corpus_score(metric, *pair)

@@ -1,9 +1,13 @@
-"""Validation during training: every rank decodes its share of the dev rows, and all score what all decoded."""
+"""Validation during training: every rank decodes its share of the dev rows, and all score what all decoded.
+
+A score is of rows that were heard: how many could not be read is a metric, and too many of them end training, for a
+checkpoint that is best on what happened to be readable would be kept for good.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -15,49 +19,92 @@ from raytrain.errors import TrainingError
 from raytrain.model.decoding import DecodeSettings, transcribe_batch
 from raytrain.model.loss import canary_loss
 from raytrain.training.evaluation import Decoded, score_decoded
+from raytrain.training.loop import GaveUp
+
+_NUM_EXAMPLES = 3
+OnError = Callable[[Any, Exception], object]
+
+
+@dataclass
+class _Share:
+    """What one rank measured: summed cross-entropy of `num_tokens` tokens, texts, and the rows that can't be read."""
+
+    decoded: list[Decoded] = field(default_factory=list)
+    loss_sum: float = 0.0
+    num_tokens: float = 0.0
+    unreadable: int = 0
+    examples: list[str] = field(default_factory=list)
+
+    def miss(self, row: Any, error: Exception) -> None:
+        """Count a row that can't be read."""
+        self.unreadable += 1
+        if len(self.examples) < _NUM_EXAMPLES:
+            self.examples.append(f"corpus {row.corpus}: {error}")
 
 
 @dataclass(frozen=True)
 class Validator:
     """Computes validation loss (cross-entropy per token), and WER and BLEU of what is decoded.
 
-    `batches` yields (rows, batch) pairs of this rank's share, anew at each call; `is_translation` says it of a row;
-    `decode` turns ids into text. A batch that does not fit into the device's memory is halved until it does;
-    `on_out_of_memory` is told its size.
+    `batches` yields (rows, batch) pairs of this rank's share, anew at each call, and tells its argument of each row
+    that can't be read; `is_translation` says it of a row; `decode` turns ids into text, and `normalize` brings
+    references and hypotheses of a language into the form that is compared. A batch that does not fit into the device's
+    memory is halved until it does; `on_out_of_memory` is told its size.
     """
 
-    batches: Callable[[], Iterable[tuple[Sequence[Any], SpeechBatch]]]
+    batches: Callable[[OnError], Iterable[tuple[Sequence[Any], SpeechBatch]]]
     is_translation: Callable[[Any], bool]
     decode: Callable[[list[int]], str]
     eos_id: int
     search: DecodeSettings
+    normalize: Callable[[str, str], str] = lambda text, language: text
+    max_bad_fraction: float = 0.01
     on_out_of_memory: Callable[[int], object] = lambda size: None
 
     @torch.no_grad()
     def __call__(self, model: nn.Module, device: torch.device) -> dict[str, float]:
         """Run on all ranks together; returns the same numbers everywhere. `model` is not wrapped by DDP.
 
-        Raises `TrainingError` where not even one utterance fits.
+        `val_unreadable` counts the rows that can't be read. Raises `TrainingError` where not even one utterance fits,
+        and `GaveUp`, on all ranks, where more than `max_bad_fraction` of the rows or all of them can't be read.
         """
         was_training = model.training
         model.eval()
-        decoded, loss_sum, num_tokens = [], 0.0, 0.0
-        for rows, batch in self.batches():
+        mine = _Share()
+        for rows, batch in self.batches(mine.miss):
             for part, texts, ce_sum, tokens in self._in_parts(model, batch, device):
-                loss_sum += ce_sum
-                num_tokens += tokens
-                for row, text in zip(rows[part], texts, strict=True):
-                    decoded.append(Decoded(row.language, row.corpus, self.is_translation(row), row.text, text))
+                mine.loss_sum += ce_sum
+                mine.num_tokens += tokens
+                mine.decoded += [self._decoded(row, text) for row, text in zip(rows[part], texts, strict=True)]
         model.train(was_training)
-        shares = [(decoded, loss_sum, num_tokens)]
+        shares: list[Any] = [mine]
         if dist.is_initialized():
             shares = [None] * dist.get_world_size()
-            dist.all_gather_object(shares, (decoded, loss_sum, num_tokens))
-        every, losses, tokens = zip(*shares, strict=True)
-        return {
-            **score_decoded([one for share in every for one in share]),
-            "val_loss": sum(losses) / max(sum(tokens), 1.0),
-        }
+            dist.all_gather_object(shares, mine)
+        decoded = [one for share in shares for one in share.decoded]
+        self._check_unreadable(shares, len(decoded))
+        num_tokens = sum(share.num_tokens for share in shares)
+        metrics = {**score_decoded(decoded), "val_unreadable": sum(share.unreadable for share in shares)}
+        return metrics | ({"val_loss": sum(share.loss_sum for share in shares) / num_tokens} if num_tokens else {})
+
+    def _decoded(self, row: Any, text: str) -> Decoded:
+        texts = (self.normalize(one, row.language) for one in (row.text, text))
+        return Decoded(row.language, row.corpus, self.is_translation(row), *texts)
+
+    def _check_unreadable(self, shares: Sequence[_Share], num_decoded: int) -> None:
+        unreadable = sum(share.unreadable for share in shares)
+        num_rows = num_decoded + unreadable
+        if num_decoded and unreadable <= self.max_bad_fraction * num_rows:
+            return
+        examples = [one for share in shares for one in share.examples][:_NUM_EXAMPLES]
+        raise GaveUp(
+            f"{unreadable} of {num_rows} dev recordings can't be read" if num_rows else "there is no dev row to score",
+            got=f"{unreadable / num_rows:.2%}" if num_rows else None,
+            allowed=f"data.max_bad_fraction = {self.max_bad_fraction:.2%}, and at least one that can be read",
+            why="a score of what is left would choose the best checkpoint and the end of training",
+            remedy="check data.dev, data.root and that every training worker sees the audio; training goes on from its "
+            "last checkpoint; quarantine.jsonl lists the files" + "".join(f"\n  {one}" for one in examples),
+        )
 
     def _in_parts(
         self, model: nn.Module, batch: SpeechBatch, device: torch.device

@@ -23,6 +23,7 @@ from raytrain.training.scoring import (
     Texts,
     alignments,
     edit_counts,
+    reference_of,
 )
 
 FEW_WORDS = 4  # below that, one error makes a rate that says little
@@ -148,16 +149,16 @@ def _translations(items: Sequence[Result]) -> list[dict[str, Any]]:
     if not items:
         return []
     chrf = CHRF()
-    scores = np.array([chrf.sentence_score(item["hypothesis"], [item["text"]]).score for item in items])
+    scores = np.array([chrf.sentence_score(item["hypothesis"], [reference_of(item)]).score for item in items])
     languages = [item["lang"] for item in items]
     bleu = {language: bleu_metric(language, sentences=True) for language in set(languages)}
     return [
         {
             **_recording(items[one]),
-            "text": _cut(items[one]["text"], "text"),
+            "text": _cut(reference_of(items[one]), "text"),
             "hypothesis": _cut(items[one]["hypothesis"], "text"),
             "chrf": float(scores[one]),
-            "bleu": bleu[languages[one]].sentence_score(items[one]["hypothesis"], [items[one]["text"]]).score,
+            "bleu": bleu[languages[one]].sentence_score(items[one]["hypothesis"], [reference_of(items[one])]).score,
         }
         for one in _places(languages, 100 - scores, np.zeros(len(items)))
     ]
