@@ -18,6 +18,7 @@ import numpy as np
 from raytrain.cluster.placement import Placement
 from raytrain.cluster.session import map_on_workers
 from raytrain.config import Config
+from raytrain.data.assignment import NUM_EXAMPLES
 from raytrain.data.corpus import DEFAULT_CHUNK_BYTES, BadRow, Chunk, Utterance, plan_chunks, read_blocks, read_chunk
 from raytrain.data.encoder import BlockEncoder
 from raytrain.data.prompt import prompt_ids
@@ -25,7 +26,6 @@ from raytrain.data.tokenizer import CanaryTokenizer, train_tokenizer
 from raytrain.errors import ManifestError
 from raytrain.lengths.histogram import LengthHistogram
 
-NUM_EXAMPLES = 5
 MAX_CHUNKS = 4096
 _NOT_BAD = {"skipme"}  # rows that the manifest's author left out on purpose
 _MERGE_AT = 1 << 18  # rows or cells that wait before they are merged
