@@ -32,8 +32,7 @@ import torch
 sys.path[0] = str(Path(__file__).resolve().parents[1])  # as a script, this file's folder would come first
 
 from benchmarks._record import record
-from raytrain.artifacts import write_json
-from raytrain.data.assignment import INDEX_FORMAT, ROW_SCHEMA, Assignment, PartsWriter
+from raytrain.data.assignment import ROW_SCHEMA, Assignment, PartsWriter, note_name, write_index, write_note
 from raytrain.data.augment import Augmenter
 from raytrain.data.batch import SpeechBatch
 from raytrain.data.loader import BatchLoader, Quarantine, StepReader, load_row, scheduled_work
@@ -67,19 +66,18 @@ def write_sounds(
 def write_assignment(folder: Path, sounds: list[tuple[str, int]]) -> Assignment:
     """The recordings in three buckets."""
     place = np.searchsorted(EDGES_MS, [duration for _, duration in sounds])
-    counts = []
     with PartsWriter(folder, 0) as writer:
         for bucket in range(len(EDGES_MS)):
             rows = [sound for sound, where in zip(sounds, place, strict=True) if where == bucket]
-            counts.append([len(rows)])
             values = [
                 {"audio_path": path, "audio_start": 0, "audio_size": 0, "offset_ms": 0, "duration_ms": duration,
                  "text": "", "corpus": "all", "language": "en", "prompt_length": 9, "tokens": list(range(20))}
                 for path, duration in rows
             ]  # fmt: skip
             writer.write(bucket, pa.Table.from_pylist(values, schema=ROW_SCHEMA))
-    body = {"buckets": counts, "corpora": [["all", 1]], "rows": len(sounds), "grid": [[edge, 64] for edge in EDGES_MS]}
-    write_json(folder / "index.json", INDEX_FORMAT, body, {"bucket_plan": "none"})
+    note = writer.note("all")
+    write_note(folder / note_name(0), note)
+    write_index(folder, [note], [(edge, 64) for edge in EDGES_MS], len(sounds), {"bucket_plan": "none"})
     return Assignment(folder)
 
 

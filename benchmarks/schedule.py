@@ -29,8 +29,7 @@ sys.path[0] = str(Path(__file__).resolve().parents[1])  # as a script, this file
 from benchmarks._models import config_of
 from benchmarks._record import record
 from benchmarks.padding import draw_lengths
-from raytrain.artifacts import write_json
-from raytrain.data.assignment import INDEX_FORMAT, ROW_SCHEMA, Assignment, PartsWriter
+from raytrain.data.assignment import ROW_SCHEMA, Assignment, PartsWriter, note_name, write_index, write_note
 from raytrain.lengths import BatchSchedule, BucketSettings, LengthHistogram, ScheduleState, make_plan
 from raytrain.lengths.simulate import simulate
 from raytrain.model.cost import cost_of
@@ -79,22 +78,17 @@ def write_assignment(folder: Path, edges: list[int], durations: np.ndarray, text
     place = np.searchsorted(edges, durations)
     chunk_size = 100_000
     chunks = range(-(-len(texts) // chunk_size))
-    counts = [[0] * len(chunks) for _ in edges]
+    notes = []
     for chunk in chunks:
         with PartsWriter(folder, chunk) as writer:
             rows = np.arange(chunk * chunk_size, min((chunk + 1) * chunk_size, len(texts)))
             for bucket in range(len(edges)):
                 mine = rows[place[rows] == bucket].tolist()
-                counts[bucket][chunk] = len(mine)
                 if mine:
                     writer.write(bucket, _table(mine, durations, texts))
-    body = {
-        "buckets": counts,
-        "corpora": [["all", len(chunks)]],
-        "rows": len(texts),
-        "grid": [[edge, 4096] for edge in edges],
-    }
-    write_json(folder / "index.json", INDEX_FORMAT, body, {"bucket_plan": "none"})
+        notes.append(writer.note("all"))
+        write_note(folder / note_name(chunk), notes[-1])
+    write_index(folder, notes, [(edge, 4096) for edge in edges], len(texts), {"bucket_plan": "none"})
     return Assignment(folder)
 
 

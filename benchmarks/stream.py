@@ -26,9 +26,8 @@ import soundfile
 sys.path[0] = str(Path(__file__).resolve().parents[1])  # as a script, this file's folder would come first
 
 from benchmarks._record import record
-from raytrain.artifacts import write_json
 from raytrain.cluster.assign import ChunkAssigner
-from raytrain.data.assignment import INDEX_FORMAT, Assignment
+from raytrain.data.assignment import Assignment, note_name, write_index, write_note
 from raytrain.data.corpus import Corpus, plan_chunks
 from raytrain.data.encoder import BlockEncoder
 from raytrain.data.loader import BatchLoader, Quarantine, StepReader, StepWork, scheduled_work
@@ -103,15 +102,15 @@ def our_seconds(loaded: Any) -> float:
 def assigned(folder: Path, steps: int) -> dict[str, Any]:
     """With an assignment, which is made first, in one process."""
     chunks, encoder, plan, sizes, pad_id = parts(folder)
-    out, counts = folder / "assignment", [[0] * len(chunks) for _ in sizes]
+    out, notes = folder / "assignment", []
     start = time.perf_counter()
     for number, chunk in enumerate(chunks):
-        for bucket, rows in ChunkAssigner(chunk, encoder, plan, out, None).run()["rows"].items():
-            counts[int(bucket)][number] = rows
+        notes.append(ChunkAssigner(chunk, encoder, plan, out, None).run())
+        write_note(out / note_name(number), notes[-1])
     making = time.perf_counter() - start
-    grid = [[bucket.max_duration_ms, bucket.max_tokens] for bucket in plan.grid.buckets]
-    body = {"buckets": counts, "corpora": [["all", len(chunks)]], "rows": sum(map(sum, counts)), "grid": grid}
-    write_json(out / "index.json", INDEX_FORMAT, body, {"bucket_plan": "none"})
+    grid = [(bucket.max_duration_ms, bucket.max_tokens) for bucket in plan.grid.buckets]
+    num_rows = sum(sum([*note["rows"].values(), *note["rejected"].values()]) for note in notes)
+    write_index(out, notes, grid, num_rows, {"bucket_plan": "none"})
     start = time.perf_counter()
     assignment = Assignment(out)
     schedule = BatchSchedule(1, assignment.rows_per_bucket, sizes)

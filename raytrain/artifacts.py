@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import io
 import json
 import os
 import tempfile
@@ -31,8 +32,8 @@ def canonical_json(value: Any) -> bytes:
 
 
 def content_id(value: Any) -> str:
-    """16 hex digits that name a JSON value, or a `bytes` object, by its content."""
-    data = value if isinstance(value, bytes) else canonical_json(value)
+    """16 hex digits that name a JSON value, or bytes, by its content."""
+    data = value if isinstance(value, bytes | memoryview) else canonical_json(value)
     return hashlib.blake2b(data, digest_size=8).hexdigest()
 
 
@@ -43,6 +44,34 @@ def file_id(path: Path) -> str:
         while block := file.read(1 << 20):
             digest.update(block)
     return digest.hexdigest()
+
+
+class HashingFile(io.RawIOBase):
+    """A binary file for writing in one go; `id` is what `file_id` gives for it, without reading it again."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file, self._digest, self._size = file, hashlib.blake2b(digest_size=8), 0
+
+    @property
+    def id(self) -> str:
+        """The content id of what was written so far."""
+        return self._digest.hexdigest()
+
+    def writable(self) -> bool:
+        """True, as pyarrow asks."""
+        return True
+
+    def tell(self) -> int:
+        """Bytes written so far."""
+        return self._size
+
+    def write(self, data: Any) -> int:
+        """Append bytes."""
+        view = memoryview(data).cast("B")
+        self._digest.update(view)
+        self._file.write(view)
+        self._size += len(view)
+        return len(view)
 
 
 def make_folder(path: Path) -> Path:
@@ -99,11 +128,16 @@ def atomic_write_bytes(path: Path, data: bytes) -> None:
         file.write(data)
 
 
-def write_json(path: Path, format: str, body: Any, parents: Mapping[str, str] | None = None) -> str:
-    """Write an artefact and return its id; `parents` maps a role to the id of the artefact it came from."""
+def json_artefact(format: str, body: Any, parents: Mapping[str, str] | None = None) -> tuple[str, bytes]:
+    """An artefact's id and bytes; `parents` maps a role to the id of the artefact it came from."""
     identity = content_id({"format": format, "body": body})
-    document = {"format": format, "id": identity, "parents": dict(parents or {}), "body": body}
-    atomic_write_bytes(path, canonical_json(document))
+    return identity, canonical_json({"format": format, "id": identity, "parents": dict(parents or {}), "body": body})
+
+
+def write_json(path: Path, format: str, body: Any, parents: Mapping[str, str] | None = None) -> str:
+    """Write an artefact and return its id; see `json_artefact`."""
+    identity, data = json_artefact(format, body, parents)
+    atomic_write_bytes(path, data)
     return identity
 
 
@@ -113,11 +147,24 @@ def read_json(path: Path, format: str) -> dict[str, Any]:
         document = json.loads(Path(path).read_bytes())
     except FileNotFoundError as error:
         raise ArtifactError(f"{path} is missing", remedy="run the stage that makes it") from error
+    except RecursionError as error:
+        raise ArtifactError(f"{path} can't be read", why="it is nested too deeply", remedy=_RERUN) from error
     except (OSError, ValueError) as error:
-        raise ArtifactError(f"{path} can't be read", why=str(error), remedy="delete it and rerun") from error
+        raise ArtifactError(f"{path} can't be read", why=str(error), remedy=_RERUN) from error
     found = document.get("format") if isinstance(document, dict) else None
     if found != format:
-        raise ArtifactError(f"{path} has another format", got=found, allowed=format, remedy="rerun its stage")
-    if document["id"] != content_id({"format": format, "body": document["body"]}):
-        raise ArtifactError(f"{path} was changed after it was written", remedy="delete it and rerun its stage")
+        raise ArtifactError(f"{path} has another format", got=found, allowed=format, remedy=_RERUN)
+    if not _is_unchanged(document):
+        raise ArtifactError(f"{path} was changed after it was written", remedy=_RERUN)
     return document
+
+
+_RERUN = "delete it and rerun its stage"
+
+
+def _is_unchanged(document: dict[str, Any]) -> bool:
+    try:
+        named = content_id({"format": document["format"], "body": document["body"]})
+    except (KeyError, ValueError, RecursionError):  # no body, or one that was never written so
+        return False
+    return document.get("id") == named and isinstance(document.get("parents"), dict)

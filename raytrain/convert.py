@@ -6,14 +6,14 @@ save_model(parts, Path("digits.nemo"))
 
 from __future__ import annotations
 
-import hashlib
 import json
 from dataclasses import asdict
 from enum import StrEnum
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from raytrain.artifacts import storage_error
+from raytrain.artifacts import file_id, storage_error
 from raytrain.data.tokenizer import CanaryTokenizer
 from raytrain.errors import CheckpointError
 from raytrain.model.config import ModelConfig, SpecAugmentSettings
@@ -85,8 +85,7 @@ def model_config_of(meta: dict[str, Any]) -> ModelConfig:
 
 
 def model_stamp(path: Path) -> list[Any]:
-    """Names a model's files by what is in them (sizes and samples of their bytes): what depends on the model
-    depends on this.
+    """Names a model's files and their content: what depends on the model depends on this.
 
     Raises `CheckpointError` where there is nothing at `path`.
     """
@@ -95,22 +94,22 @@ def model_stamp(path: Path) -> list[Any]:
     folder = checkpoint.folder if checkpoint else path
     files = sorted(file for file in folder.rglob("*") if file.is_file()) if folder.is_dir() else [folder]
     try:
-        return [[file.name, file.stat().st_size, _sample_id(file)] for file in files]
+        return [[file.relative_to(folder).as_posix(), _content(file)] for file in files]
     except OSError as error:
         raise CheckpointError(
             f"there is no model at {path}", allowed=_KINDS, remedy="check the path; it must lie on this machine"
         ) from error
 
 
-def _sample_id(path: Path) -> str:
-    """Hash of up to 64 blocks of 64 KiB spread over a file: whole models of gigabytes are read often enough."""
-    size, block = path.stat().st_size, 1 << 16
-    digest = hashlib.blake2b(digest_size=8)
-    with open(path, "rb") as file:
-        for number in range(64):
-            file.seek(max(0, size - block) * number // 63)
-            digest.update(file.read(block))
-    return digest.hexdigest()
+def _content(path: Path) -> str:
+    stat = path.stat()
+    return _file_id(path, stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns)
+
+
+@lru_cache(maxsize=1024)
+def _file_id(path: Path, *stamp: int) -> str:
+    """Gigabytes take seconds, and a run asks several times."""
+    return file_id(path)
 
 
 def _read_own(checkpoint: Checkpoint) -> ModelParts:

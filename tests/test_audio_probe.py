@@ -98,9 +98,10 @@ def test_audio_more_than_a_tenth_shorter_than_claimed_is_told(recordings, tmp_pa
     counts = counted(chunk)
     short = sum(np.ceil((1 + n / 10) * scale * 1000) * 0.9 > np.floor(1000 + n * 100) + 1 for n in range(40))
     assert abs(counts.wrong["digits", SHORT] - short) <= 1  # what is a millisecond from the edge may be on either side
-    if scale > 1.2:
-        with pytest.raises(ManifestError, match=r"40 of 40 manifest rows are bad in data.train \(40 short_audio\)"):
-            check(counts, 0.01)
+    check(counts, 0.0)  # such rows can be trained on
+    if short:
+        first = counts.wrong_examples["digits", SHORT][0]
+        assert "the row says" in first["detail"] and first["line"] >= 1
 
 
 def test_spans_are_measured_from_their_start(recordings, tmp_path):
@@ -127,8 +128,9 @@ def test_recordings_without_a_header_are_told(recordings, tmp_path):
 
 
 def test_a_sample_stands_for_its_corpus(recordings, tmp_path):
-    counts = counted(chunk_of(rows_of(recordings, 2.0), tmp_path / "rows.jsonl"), size=10)
-    assert counts.probed == {"digits": 10} and counts.wrong["digits", SHORT] == 10
+    rows = [row | {"audio_filepath": __file__} for row in rows_of(recordings)]
+    counts = counted(chunk_of(rows, tmp_path / "rows.jsonl"), size=10)
+    assert counts.probed == {"digits": 10} and counts.wrong["digits", UNREADABLE] == 10
     with pytest.raises(ManifestError, match="40 of 40 manifest rows are bad .* headers of 10 recordings"):
         check(counts, 0.5)
 

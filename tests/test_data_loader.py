@@ -17,8 +17,7 @@ from fsspec.implementations.memory import MemoryFileSystem
 from hypothesis import given
 from hypothesis import strategies as st
 
-from raytrain.artifacts import write_json
-from raytrain.data.assignment import INDEX_FORMAT, ROW_SCHEMA, Assignment, PartsWriter, Row
+from raytrain.data.assignment import ROW_SCHEMA, Assignment, PartsWriter, Row, note_name, write_index, write_note
 from raytrain.data.loader import (
     BatchLoader,
     Quarantine,
@@ -70,14 +69,14 @@ def mixed(tmp_path_factory) -> Assignment:
     folder, rng = tmp_path_factory.mktemp("mixed"), np.random.default_rng(1)
     with open(folder / "all.tar", "wb") as tar:
         rows = [write_row(folder, number, rng, tar) for number in range(120)]
-    counts = []
     with PartsWriter(folder / "assignment", 0) as writer:
         for bucket, low in enumerate((0, EDGES_MS[0])):
             members = [row for row in rows if low < row["duration_ms"] <= EDGES_MS[bucket]]
             writer.write(bucket, pa.Table.from_pylist(members, schema=ROW_SCHEMA))
-            counts.append([len(members)])
-    body = {"buckets": counts, "corpora": [["all", 1]], "rows": len(rows), "grid": [[edge, 64] for edge in EDGES_MS]}
-    write_json(folder / "assignment" / "index.json", INDEX_FORMAT, body, {"bucket_plan": "none"})
+    note = writer.note("all")
+    write_note(folder / "assignment" / note_name(0), note)
+    grid = [(edge, 64) for edge in EDGES_MS]
+    write_index(folder / "assignment", [note], grid, len(rows), {"bucket_plan": "none"})
     return Assignment(folder / "assignment")
 
 

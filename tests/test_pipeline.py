@@ -53,7 +53,7 @@ def test_every_artefact_is_there_and_says_what_it_should(finished, corpus):
     assert statistics["hours"] == pytest.approx(sum(row["duration"] for row in manifest) / 3600, rel=1e-3)
     assert statistics["prompt_tokens_mean"] == 9
     assignment = Assignment(run_dir / "assignment")
-    index = read_json(run_dir / "assignment" / "index.json", "raytrain.assignment/3")["body"]
+    index = read_json(run_dir / "assignment" / "index.json", "raytrain.assignment/4")["body"]
     assert sum(assignment.rows_per_bucket) + sum(index["rejected"].values()) == 96
     paths = set()
     for bucket, (duration, tokens) in enumerate(index["grid"]):

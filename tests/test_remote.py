@@ -8,6 +8,7 @@ import pytest
 import torch
 from conftest import tiny_config, upload
 
+from raytrain.artifacts import file_id
 from raytrain.cluster.mirror import SharedCheckpoints
 from raytrain.cluster.pipeline import STAGE_NAMES, run_pipeline
 from raytrain.console import Console
@@ -78,7 +79,8 @@ def test_parts_are_checked_and_the_least_used_make_way(place, cache):
     for number, name in enumerate(names):
         (writer.local / name).parent.mkdir(parents=True, exist_ok=True)
         (writer.local / name).write_bytes(bytes([number]) * 1000)
-        ids.append(writer.put_part(name))
+        ids.append(file_id(writer.local / name))
+        writer.put_part(name, ids[-1])
     folder = cache("second")
     reader = RunStore(f"{place}/run", cache_bytes=2500)
 

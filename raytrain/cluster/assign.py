@@ -19,17 +19,16 @@ import orjson
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from raytrain.artifacts import atomic_write, atomic_write_bytes, write_json
+from raytrain.artifacts import atomic_write, atomic_write_bytes
 from raytrain.cluster.placement import ANYWHERE, Placement
 from raytrain.cluster.session import map_on_workers
 from raytrain.data.assignment import (
-    INDEX_FORMAT,
     ROW_SCHEMA,
     PartsWriter,
-    audio_name,
     note_name,
-    part_name,
+    read_note,
     row_table,
+    write_note,
 )
 from raytrain.data.audio import PARQUET_ROW
 from raytrain.data.corpus import BadRow, Chunk, read_blocks
@@ -39,9 +38,9 @@ from raytrain.data.probe import AudioListing
 from raytrain.data.rejected import NUM_EXAMPLES
 from raytrain.data.remote import DEFAULT_CACHE_BYTES, RunStore
 from raytrain.data.rows import Block
-from raytrain.data.storage import patiently, write_bytes
+from raytrain.data.storage import patiently
 from raytrain.data.tokenizer import CanaryTokenizer
-from raytrain.errors import ArtifactError, ManifestError
+from raytrain.errors import ManifestError
 from raytrain.lengths.plan import BucketPlan
 
 FOLDER = "assignment"
@@ -72,12 +71,11 @@ class ChunkAssigner:
         self._sample_rate, self._listing = sample_rate, listing
         self._audio = AudioFinder(chunk)
         self._waiting: list[tuple[np.ndarray, pa.Table]] = []
-        self._rows: Counter = Counter()
         self._rejected: Counter = Counter()
         self._examples: dict[str, list[dict[str, Any]]] = {}
 
     def run(self) -> dict[str, Any]:
-        """The chunk's note: rows of each bucket and rejections by reason."""
+        """Write all; the chunk's note, see `PartsWriter.note`. To be called once."""
         path = self._folder / "rejected" / f"part-{self._chunk.index:05d}.jsonl"
         flush_at = _FLUSH_AT if self._sample_rate is None else _FLUSH_AUDIO_AT
         with atomic_write(path) as self._rejects, PartsWriter(self._folder, self._chunk.index) as self._parts:
@@ -94,28 +92,17 @@ class ChunkAssigner:
             self._flush()
         if not self._rejected:
             path.unlink()
-        return {
-            "chunk": self._chunk.index,
-            "corpus": self._chunk.corpus,
-            "rows": {str(bucket): number for bucket, number in sorted(self._rows.items())},
-            "rejected": dict(sorted(self._rejected.items())),
-            "examples": self._examples,
-        }
+        return self._parts.note(self._chunk.corpus, self._rejected, self._examples)
 
-    def share(self, note: dict[str, Any], store: RunStore) -> dict[str, Any]:
-        """Put the chunk's files where the run folder is; the note with the parts' ids, by which others check them."""
+    def share(self, note: dict[str, Any], store: RunStore) -> None:
+        """Put the chunk's files where the run folder is."""
         if not store.is_remote:
-            return note
-        home, chunk = self._folder.name, self._chunk.index
-        files = {}
-        for bucket in map(int, note["rows"]):
-            name = part_name(bucket, chunk)
-            files[name] = store.put_part(f"{home}/{name}")
-            if self._sample_rate is not None:
-                store.put_part(f"{home}/{audio_name(bucket, chunk)}", keep=False)  # which is read by ranges
+            return
+        home = self._folder.name
+        for name, identity in note["files"].items():
+            store.put_part(f"{home}/{name}", identity, keep=not name.endswith(".tar"))  # which is read by ranges
         if note["rejected"]:
-            store.share(f"{home}/rejected/part-{chunk:05d}.jsonl")
-        return {**note, "files": files}
+            store.share(f"{home}/rejected/part-{self._chunk.index:05d}.jsonl")
 
     def _add(self, block: Block) -> None:
         encoded = self._encoder.encode(block)
@@ -159,7 +146,6 @@ class ChunkAssigner:
         table, buckets = table.take(pa.array(order)), buckets[order]
         for bucket, start, stop in _runs(buckets):
             self._parts.write(bucket, table.slice(start, stop - start))
-            self._rows[bucket] += stop - start
 
     def _flush_audio(self, buckets: np.ndarray, table: pa.Table, sample_rate: int) -> None:
         flacs = make_flacs(table, sample_rate)
@@ -180,7 +166,6 @@ class ChunkAssigner:
                     number = ROW_SCHEMA.get_field_index(name)
                     rows = rows.set_column(number, name, pa.array(values, ROW_SCHEMA.field(name).type))
                 self._parts.write(bucket, rows)
-                self._rows[bucket] += len(good)
 
     def _reject(self, row: BadRow, **values: Any) -> None:
         self._rejected[row.reason] += 1
@@ -214,7 +199,7 @@ def assign_all(
     import ray
 
     _clear_other_inputs(store, key)
-    done = [_read_note(store.local / FOLDER / note_name(chunk.index)) for chunk in chunks]
+    done = [read_note(store.local / FOLDER / note_name(chunk.index)) for chunk in chunks]
     yield from (note for note in done if note)
     missing = [chunk for chunk, note in zip(chunks, done, strict=True) if not note]
     if not missing:
@@ -225,60 +210,19 @@ def assign_all(
         tokenizer, plan = ray.get(shared)
         encoder = BlockEncoder(tokenizer, settings.prompt_format, by_words=settings.by_words)
         store = RunStore(location, settings.cache_size)
-        made, listing = [], AudioListing() if settings.check_audio else None
-        for chunk in chunks:
+        listing = AudioListing() if settings.check_audio else None
+
+        def assign(chunk: Chunk) -> dict[str, Any]:
             assigner = ChunkAssigner(chunk, encoder, plan, store.local / FOLDER, settings.sample_rate, listing)
-            note = assigner.share(patiently(assigner.run), store)
-            # The note comes last: a chunk without one is written again, over the same file names.
-            write_bytes(store.place(f"{FOLDER}/{note_name(chunk.index)}"), orjson.dumps(note))
-            made.append(note)
-        return made
+            note = assigner.run()
+            assigner.share(note, store)
+            write_note(store.place(f"{FOLDER}/{note_name(chunk.index)}"), note)
+            return note
+
+        return [patiently(assign, chunk) for chunk in chunks]
 
     for made in map_on_workers(missing, work, 16, placement):
         yield from made
-
-
-def write_index(
-    folder: Path, notes: list[dict[str, Any]], plan: BucketPlan, num_rows: int, parents: dict[str, str]
-) -> str:
-    """Write `index.json`; raises `ArtifactError` unless every row is in one bucket or rejected."""
-    rejected: Counter = Counter()
-    by_corpus: Counter = Counter()
-    examples: dict[tuple[str, str], list[dict[str, Any]]] = {}
-    corpora: list[list[Any]] = []
-    buckets = [[0] * len(notes) for _ in plan.grid.buckets]
-    for note in sorted(notes, key=lambda note: note["chunk"]):
-        if not corpora or corpora[-1][0] != note["corpus"]:
-            corpora.append([note["corpus"], 0])
-        corpora[-1][1] += 1
-        rejected.update(note["rejected"])
-        for reason, number in note["rejected"].items():
-            place = (note["corpus"], reason)
-            by_corpus[place] += number
-            examples[place] = [*examples.get(place, []), *note["examples"][reason]][:NUM_EXAMPLES]
-        for bucket, rows in note["rows"].items():
-            buckets[int(bucket)][note["chunk"]] = rows
-    assigned = sum(map(sum, buckets))
-    if assigned + rejected.total() != num_rows:
-        raise ArtifactError(
-            "the assignment does not add up",
-            got=f"{assigned} assigned + {rejected.total()} rejected",
-            allowed=f"{num_rows} rows, as statistics counted",
-            why="the manifests changed in between",
-            remedy="run statistics again",
-        )
-    body = {
-        "buckets": buckets,
-        "corpora": corpora,  # names and numbers of chunks, in the order of chunks
-        "rows": assigned,
-        "rejected": dict(sorted(rejected.items())),
-        "rejected_examples": [
-            {"corpus": corpus, "reason": reason, "rows": number, "first": examples[corpus, reason]}
-            for (corpus, reason), number in sorted(by_corpus.items())
-        ],
-        "grid": [[bucket.max_duration_ms, bucket.max_tokens] for bucket in plan.grid.buckets],
-    }
-    return write_json(folder / "index.json", INDEX_FORMAT, body, parents)
 
 
 def _clear_other_inputs(store: RunStore, key: str) -> None:
@@ -295,10 +239,3 @@ def _clear_other_inputs(store: RunStore, key: str) -> None:
         store.look_at_all(f"{FOLDER}/parts", "*.json")
     for half in folder.glob("*/.*"):
         half.unlink()
-
-
-def _read_note(path: Path) -> dict[str, Any] | None:
-    try:
-        return orjson.loads(path.read_bytes())
-    except (OSError, ValueError):
-        return None

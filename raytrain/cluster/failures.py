@@ -53,6 +53,11 @@ def stalled(stalls: list[str], config: Config) -> TrainingError:
     )
 
 
+def wrapped(error: BaseException, kind: type[RaytrainError]) -> RaytrainError | None:
+    """The error of a kind that is or that is inside `error`, None where there is none."""
+    return next((one for one in _causes(error) if isinstance(one, kind)), None)
+
+
 def readable(error: BaseException) -> Exception:
     """The `RaytrainError` inside Ray's wrapping, or a `TrainingError` with the last line of its cause."""
     seen = _causes(error)

@@ -34,7 +34,7 @@ _STATE = "stages.json"
 @dataclass(frozen=True)
 class Stage:
     """`key` names what the stage depends on (JSON values), with `key_names_gpus` also the cluster's GPUs; `run` does
-    it; `outputs` are files it writes."""
+    it; `outputs` are files it writes, by name or pattern. `is_whole` tells whether what these only name is there."""
 
     name: str
     needs: tuple[str, ...]
@@ -45,16 +45,18 @@ class Stage:
     key_names_gpus: bool = False
     goes_on: Callable[[Workspace], bool] = lambda workspace: False
     applies: Callable[[Config], bool] = lambda config: True
+    is_whole: Callable[[Workspace], bool] = lambda workspace: True
 
 
 STAGES: tuple[Stage, ...] = (
     Stage(
-        "statistics", (), ("tokenizer/tokenizer.json", "histogram.parquet", "statistics.json", "chunks.json"),
+        "statistics", (),
+        ("tokenizer/tokenizer.json", "tokenizer/*.model", "histogram.parquet", "statistics.json", "chunks.json"),
         stages.statistics_key, stages.run_statistics,
     ),
     Stage("buckets", ("statistics",), ("bucket_plan.json",), stages.buckets_key, stages.run_buckets, uses_ray=False),
     Stage("assign", ("statistics", "buckets"), ("assignment/index.json",), stages.assign_key, stages.run_assign,
-          applies=lambda config: config.data.stream is None),
+          applies=lambda config: config.data.stream is None, is_whole=stages.assign_is_whole),
     Stage("oomptimize", ("buckets",), ("batch_profile.json",), stages.oomptimize_key, stages.run_oomptimize,
           key_names_gpus=True),
     Stage("train", ("assign", "oomptimize"), ("checkpoints/last.json",), stages.train_key, stages.run_train,
@@ -96,7 +98,7 @@ def run_pipeline(config: Config, console: Console, names: tuple[str, ...] = STAG
             if stage.key_names_gpus and may_train_on_gpus(config):
                 ray.enter_context(ray_session(config.cluster))
             key = content_id({"stage": stage.name, "depends_on": stage.key(workspace)})
-            if _is_current(run_dir, done.get(stage.name), key):
+            if _is_current(run_dir, done.get(stage.name), key) and stage.is_whole(workspace):
                 console.skipped(stage.name)
                 continue
             # From here on the old result is void; a stage that is stopped half-way runs again.
@@ -138,7 +140,9 @@ def _is_current(run_dir: Path, record: dict[str, Any] | None, key: str) -> bool:
 
 
 def _identities(run_dir: Path, stage: Stage) -> dict[str, str]:
-    return {name: file_id(run_dir / name) for name in stage.outputs}
+    named = [run_dir / name for name in stage.outputs if "*" not in name]
+    found = [path for name in stage.outputs if "*" in name for path in run_dir.glob(name)]
+    return {path.relative_to(run_dir).as_posix(): file_id(path) for path in (*named, *found)}
 
 
 def _read_state(run_dir: Path) -> dict[str, Any]:

@@ -37,9 +37,10 @@ from raytrain.cluster.workspace import (
 from raytrain.config import Config
 from raytrain.console import Console
 from raytrain.convert import model_stamp
-from raytrain.data.assignment import INDEX_FORMAT
+from raytrain.data.assignment import INDEX_FORMAT, note_name, write_index
 from raytrain.data.probe import SHORT
 from raytrain.data.storage import fingerprints, is_uri
+from raytrain.data.tokenizer import FORMAT as TOKENIZER_FORMAT
 from raytrain.errors import ArtifactError, ConfigError, DataError, TrainingError
 from raytrain.lengths.compare import PolicyRow, compare_policies
 from raytrain.lengths.histogram import LengthHistogram
@@ -58,6 +59,7 @@ _NOT_LINEAGE = (
     "checkpoint_every_steps", "storage_path", "keep_checkpoints", "keep_best", "patience", "max_skipped_steps",
     "accumulate", "log_every_steps", "num_loader_threads", "prefetch_batches", "max_failures", "stall_minutes",
     "num_workers", "device", "activation_checkpointing", "shard",
+    "init_from",  # its content counts, wherever it lies
 )  # fmt: skip
 
 
@@ -109,6 +111,7 @@ def _reading(config: Config, split: str) -> dict[str, Any]:
 def statistics_key(workspace: Workspace) -> Any:
     config = workspace.config
     return [
+        [STATISTICS_FORMAT, CHUNKS_FORMAT, TOKENIZER_FORMAT],
         _reading(config, "train"),
         config.data.max_bad_fraction,
         config.data.audio_sample,
@@ -207,7 +210,7 @@ def _statistics(workspace: Workspace) -> dict[str, Any]:
 def buckets_key(workspace: Workspace) -> Any:
     config = workspace.config
     cost = asdict(cost_of(workspace.model_config())) if config.buckets.policy == "optimal" else None
-    return [config.section("buckets", "seed"), _statistics(workspace)["body"]["histogram_id"], cost]
+    return [PLAN_FORMAT, config.section("buckets", "seed"), _statistics(workspace)["body"]["histogram_id"], cost]
 
 
 def run_buckets(context: Context) -> str:
@@ -249,7 +252,7 @@ def assign_key(workspace: Workspace) -> Any:
     config = workspace.config
     copies = config.model.sample_rate if config.assign.materialize else None
     identities = [workspace.plan_id, workspace.tokenizer.id, config.model.prompt_format]
-    return [_reading(config, "train"), *identities, copies, config.data.audio_sample > 0]
+    return [INDEX_FORMAT, _reading(config, "train"), *identities, copies, config.data.audio_sample > 0]
 
 
 def run_assign(context: Context) -> str:
@@ -276,7 +279,8 @@ def run_assign(context: Context) -> str:
             notes.append(note)
             update(advance=1)
     parents = {"bucket_plan": workspace.plan_id, "tokenizer": workspace.tokenizer.id}
-    job.write_index(folder, notes, workspace.plan, _statistics(workspace)["body"]["rows"], parents)
+    grid = [(bucket.max_duration_ms, bucket.max_tokens) for bucket in workspace.plan.grid.buckets]
+    write_index(folder, notes, grid, _statistics(workspace)["body"]["rows"], parents)
     body = read_json(folder / "index.json", INDEX_FORMAT)["body"]
     rejected = sum(body["rejected"].values())
     context.tracking.current.log_metrics({"assigned": body["rows"], "rejected": rejected}, 0, 0.0)
@@ -285,13 +289,20 @@ def run_assign(context: Context) -> str:
     return f"{body['rows']} rows; rejected {rejected}" + (f" ({listing})" if listing else "")
 
 
+def assign_is_whole(workspace: Workspace) -> bool:
+    """Whether every chunk's note stands: who finds a part changed removes its note."""
+    notes = read_json(workspace.path("assignment", "index.json"), INDEX_FORMAT)["body"]["notes"]
+    standing = workspace.store.names("assignment/parts", "*.json")
+    return all(Path(note_name(chunk)).name in standing for chunk in range(len(notes)))
+
+
 # --- oomptimize
 
 
 def oomptimize_key(workspace: Workspace) -> Any:
     config, train = workspace.config, workspace.config.train
     return [
-        TRACER_VERSION,
+        [PROFILE_FORMAT, TRACER_VERSION],
         config.section("oomptimize"),
         [train.precision, train.ctc_weight > 0, train.num_workers, train.device, train.activation_checkpointing],
         [train.average_decay is not None, train.accumulate > 1, train.shard],
@@ -465,11 +476,14 @@ def _lineage(workspace: Workspace) -> str:
         settings["max_steps"] = workspace.config.train.max_steps
     data = workspace.config.data
     if data.stream is None:
-        heard_rows = read_json(workspace.path("assignment", "index.json"), INDEX_FORMAT)["id"]
+        heard_rows = read_json(workspace.path("assignment", "index.json"), INDEX_FORMAT)["body"]["rows_id"]
     else:
         heard_rows = content_id([workspace.plan_id, _reading(workspace.config, "train"), data.stream.model_dump()])
     heard = asdict(workspace.config.augment)
     mixing = [data.temperature, data.temperature_by, [[corpus.name, corpus.weight] for corpus in data.train]]
+    if data.temperature != 1 or len({corpus.weight for corpus in data.train}) > 1:
+        by_corpus = _statistics(workspace)["body"]["by_corpus"]  # with rows that assign rejects
+        mixing.append([by_corpus[corpus.name]["hours"] for corpus in data.train])
     model = asdict(workspace.model_config())
     start = model_stamp(Path(workspace.config.train.init_from)) if workspace.config.train.init_from else None
     return content_id(
@@ -539,7 +553,10 @@ def run_train(context: Context) -> str:
     if last is None:
         raise TrainingError("training ended without a checkpoint", remedy="see the messages above")
     best = folder.about("best") or last
-    note = {"last_step": last.step, "best_step": best.step, "files": best.meta["files"]}
+    note = {
+        "last_step": last.step, "last_files": last.meta["files"],
+        "best_step": best.step, "files": best.meta["files"],
+    }  # fmt: skip
     atomic_write_bytes(context.path("checkpoints", "last.json"), canonical_json(note))
     return f"{last.step} steps, {last.meta['seconds'] / 60:.1f} min; best checkpoint at step {best.step}"
 

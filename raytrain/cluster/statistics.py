@@ -19,7 +19,7 @@ from raytrain.cluster.session import map_on_workers
 from raytrain.config import Config, TokenizerSection
 from raytrain.data.corpus import DEFAULT_CHUNK_BYTES, BadRow, Chunk, plan_chunks, read_blocks
 from raytrain.data.encoder import BlockEncoder
-from raytrain.data.probe import AudioListing, HeaderSample, ProbeCounts, plan_samples
+from raytrain.data.probe import UNREADABLE, AudioListing, HeaderSample, ProbeCounts, plan_samples
 from raytrain.data.prompt import prompt_ids
 from raytrain.data.rejected import NUM_EXAMPLES, RejectedRows
 from raytrain.data.rows import Block
@@ -288,11 +288,12 @@ def check_bad_rows(counts: Counts, config: Config, usable: int) -> None:
     """Raise `ManifestError` that names the first bad lines where more than `data.max_bad_fraction` of all rows are bad
     or none is `usable`.
 
-    Rows count as bad whose audio contradicts them or can't be read: as large a share of a corpus' usable rows as of the
-    sample whose headers were read.
+    Rows whose audio can't be read count as bad, since training would replace them: as large a share of a corpus' usable
+    rows as of the sample whose headers were read.
     """
     expected: Counter[tuple[str, str]] = Counter()
-    for (corpus, reason), number in counts.wrong.items():
+    unreadable = {group: number for group, number in counts.wrong.items() if group[1] == UNREADABLE}
+    for (corpus, reason), number in unreadable.items():
         rejected = sum(rows for (name, _), rows in counts.rejected.items() if name == corpus)
         expected[corpus, reason] = round(number / counts.probed[corpus] * (counts.num_rows[corpus] - rejected))
     examples = {

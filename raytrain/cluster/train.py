@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from raytrain.artifacts import atomic_write_bytes, file_id
-from raytrain.cluster.failures import GiveUp, decide, killed_for_memory, readable, stalled
+from raytrain.cluster.failures import GiveUp, decide, killed_for_memory, readable, stalled, wrapped
 from raytrain.cluster.gpus import backend
 from raytrain.cluster.placement import Placement, total
 from raytrain.cluster.repeating import repeating
@@ -29,7 +29,25 @@ from raytrain.errors import RaytrainError, TrainingError
 
 
 def train_worker(job: dict[str, Any]) -> None:
-    """One rank: build from artefacts, resume, train. Runs in a Ray Train worker."""
+    """One rank: build from artefacts, resume, train. Runs in a Ray Train worker.
+
+    Ray Train starts again after any failure. Damaged rows would end each attempt: the first one leaves a note, at which
+    the second comes back, and `run_training` says why.
+    """
+    from raytrain.data.assignment import DamagedPartError
+
+    store = RunStore(job["location"])
+    if any(_from_all_ranks(store.look(_GAVE_UP).exists())):
+        return
+    try:
+        _train(job)
+    except Exception as error:
+        if (damage := wrapped(error, DamagedPartError)) is not None:
+            _tell(store, _GAVE_UP, damage.to_dict())
+        raise
+
+
+def _train(job: dict[str, Any]) -> None:
     import torch
     from ray import train
 

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from raytrain.artifacts import atomic_write_bytes, canonical_json, content_id, make_folder
+from raytrain.artifacts import atomic_write_bytes, canonical_json, content_id, file_id, make_folder
 from raytrain.cluster.nodes import last_line
 from raytrain.cluster.repeating import repeating
 from raytrain.cluster.room import find_room, trains_on_gpus
@@ -68,6 +68,14 @@ def check_on_disk(config: Config, what: str) -> None:
         )
 
 
+def training_inputs(config: Config, run_dir: Path, files: dict[str, str] | None = None) -> list[Any]:
+    """Names all that a training on the artefacts in `run_dir` depends on; `files` stand for artefacts there."""
+    from raytrain.cluster.stages import train_key
+
+    profile = Path((files or {}).get("batch_profile.json", run_dir / "batch_profile.json"))
+    return [train_key(Workspace(config, run_dir)), file_id(profile)]
+
+
 class RunningTrial:
     """One trial: a training run in a thread, read validation by validation.
 
@@ -83,11 +91,12 @@ class RunningTrial:
         config = with_settings(check_config(job["config"]), settings)
         meta = training_meta(Workspace(config, Path(job["run_dir"])))
         self.folder = _trial_folder(job, settings, meta["ids"]["lineage"])
+        self._key = content_id(training_inputs(config, Path(job["run_dir"]), job.get("files")))
         self._lines: queue.Queue = queue.Queue()
         self._max_steps = config.train.max_steps
         self._said: dict[str, Any] = {"error": math.inf, "best_error": math.inf, "folder": str(self.folder)}
         self._tracker, self._status, mlflow = None, "FINISHED", None
-        if (self.folder / _DONE).exists():
+        if self._is_done():
             for line in (self.folder / "metrics.jsonl").read_bytes().splitlines():
                 self._hear(json.loads(line))
             self._lines.put(None)
@@ -125,7 +134,13 @@ class RunningTrial:
         if self._status == "KILLED":
             self._status = "FINISHED"
             said = {name: value for name, value in self._said.items() if value != math.inf}
-            atomic_write_bytes(self.folder / _DONE, canonical_json(said))
+            atomic_write_bytes(self.folder / _DONE, canonical_json({**said, "key": self._key}))
+
+    def _is_done(self) -> bool:
+        try:
+            return json.loads((self.folder / _DONE).read_bytes())["key"] == self._key
+        except (OSError, ValueError, KeyError, TypeError):
+            return False
 
     def _train(self, config: Config, meta: dict[str, Any], mlflow: dict[str, Any] | None) -> None:
         from raytrain.cluster.train import run_training
@@ -173,7 +188,8 @@ def _trial_folder(job: dict[str, Any], settings: dict[str, Any], lineage: str) -
     """A run folder that sees the artefacts of the run; the same one for the same settings and inputs."""
     files = {name: Path(job["run_dir"]) / name for name in SHARED}
     files |= {name: Path(path) for name, path in job.get("files", {}).items()}
-    folder = make_folder(Path(job["trials_dir"]) / f"trial-{content_id([settings, lineage, job.get('label')])[:12]}")
+    identity = content_id([settings, lineage, job.get("label"), file_id(files["batch_profile.json"])])
+    folder = make_folder(Path(job["trials_dir"]) / f"trial-{identity[:12]}")
     for name, path in files.items():
         with contextlib.suppress(FileExistsError):
             if path.exists():
@@ -231,7 +247,13 @@ def run_grid(
 
     trials_dir = make_folder(folder / "trials")
     full = [{**job, "trials_dir": str(trials_dir), "parent_run_id": parent_run_id} for job in jobs]
-    name = f"grid-{content_id(jobs)[:16]}"
+    inputs = [
+        training_inputs(
+            with_settings(check_config(job["config"]), job.get("settings", {})), Path(job["run_dir"]), job.get("files")
+        )
+        for job in jobs
+    ]
+    name = f"grid-{content_id([jobs, inputs])[:16]}"
     space = {"job": tune.grid_search(full), "settings": {}}
 
     def make(trainable: Any) -> Any:

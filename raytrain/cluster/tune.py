@@ -17,7 +17,15 @@ from raytrain.artifacts import atomic_write_bytes, content_id, make_folder, writ
 from raytrain.cluster.nodes import last_line
 from raytrain.cluster.session import ray_session
 from raytrain.cluster.tracking import RunTracking, tracking_uri
-from raytrain.cluster.trials import SHARED, check_on_disk, concurrent_trials, restored, trial_progress, with_settings
+from raytrain.cluster.trials import (
+    SHARED,
+    check_on_disk,
+    concurrent_trials,
+    restored,
+    training_inputs,
+    trial_progress,
+    with_settings,
+)
 from raytrain.config import Config, Distribution
 from raytrain.console import Console
 from raytrain.errors import ArtifactError, ConfigError, TrainingError
@@ -75,7 +83,7 @@ def _search(config: Config, console: Console, parent_run_id: str | None) -> list
         "parent_run_id": parent_run_id,
     }
     space = {"job": job, "settings": {name: _domain(one) for name, one in section.space.items()}}
-    name = f"search-{content_id([section.model_dump(mode='json'), config.section('train', 'model', 'augment')])}"
+    name = f"search-{content_id([section.model_dump(mode='json'), training_inputs(config, config.run_dir)])}"
 
     def make(trainable: Any) -> Any:
         return tune.Tuner(

@@ -3,10 +3,15 @@
     assignment/bucket=003/part-00000.arrow     rows of bucket 3 from chunk 0, memory-mapped
     assignment/bucket=003/audio-00000.tar      their audio as FLAC, if it was copied
     assignment/rejected/part-00000.jsonl       rows that got no bucket, with their reason
+    assignment/parts/00000.json                the note that chunk 0 is done, with the content ids of its files
     assignment/index.json                      rows for each bucket and chunk; the order of a bucket's rows
 
 Row i of a bucket is the i-th over its parts in chunk order, so the order is that of the corpora and depends neither on
 how they were cut nor on which machine wrote which part.
+
+The index names each note by its id, and its `rows_id` covers the bytes of every part: what follows from the rows
+depends on that. A process checks a part against its note when it opens it first; where they differ it removes the note,
+so that `assign` makes the chunk anew.
 """
 
 from __future__ import annotations
@@ -16,27 +21,28 @@ import io
 import tarfile
 import threading
 from bisect import bisect_right
-from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections import Counter, OrderedDict
+from collections.abc import Callable, Mapping, Sequence
 from itertools import accumulate, count
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import orjson
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from raytrain.artifacts import atomic_write, read_json
+from raytrain.artifacts import HashingFile, atomic_write, content_id, json_artefact, read_json, write_json
 from raytrain.data.encoder import EncodedBlock
 from raytrain.data.materialize import AudioFinder
-from raytrain.data.remote import RunStore
+from raytrain.data.rejected import NUM_EXAMPLES
+from raytrain.data.remote import DamagedFileError, RunStore
 from raytrain.data.rows import Block
-from raytrain.data.storage import is_uri
-from raytrain.errors import ArtifactError
+from raytrain.data.storage import is_uri, write_bytes
+from raytrain.errors import ArtifactError, RaytrainError
 
 _MAX_OPEN_PARTS = 2048  # a process may map 65530 files, and a billion rows have more parts
-INDEX_FORMAT = "raytrain.assignment/3"
+INDEX_FORMAT = "raytrain.assignment/4"
+NOTE_FORMAT = "raytrain.assigned_chunk/1"
 ROW_SCHEMA = pa.schema(
     [
         ("audio_path", pa.string()),
@@ -51,6 +57,10 @@ ROW_SCHEMA = pa.schema(
         ("tokens", pa.list_(pa.int32())),
     ]
 )
+
+
+class DamagedPartError(ArtifactError):
+    """Assigned rows are not what was written; their chunk's note is gone, and `assign` makes the chunk anew."""
 
 
 class Row(NamedTuple):
@@ -114,10 +124,13 @@ def note_name(chunk: int) -> str:
 
 
 class PartsWriter:
-    """Writes one chunk's rows, bucket by bucket, as they come; all files appear when the `with` block ends well."""
+    """Writes one chunk's rows, bucket by bucket, as they come; all files appear when the `with` block ends well, after
+    which `note` says what they are."""
 
     def __init__(self, folder: Path, chunk: int) -> None:
         self._folder, self._chunk = Path(folder), chunk
+        self._files: dict[str, HashingFile] = {}
+        self._rows: Counter[int] = Counter()
         self._stack = contextlib.ExitStack()
         self._writers: dict[int, pa.ipc.RecordBatchFileWriter] = {}
         self._tars: dict[int, tuple[tarfile.TarFile, Any]] = {}
@@ -132,14 +145,15 @@ class PartsWriter:
     def write(self, bucket: int, rows: pa.Table) -> None:
         """Append rows of `ROW_SCHEMA` to a bucket's part, uncompressed, so that it can be memory-mapped."""
         if bucket not in self._writers:
-            file = self._stack.enter_context(atomic_write(self._folder / part_name(bucket, self._chunk)))
+            file = self._open(part_name(bucket, self._chunk))
             self._writers[bucket] = self._stack.enter_context(pa.ipc.new_file(file, ROW_SCHEMA))
         self._writers[bucket].write_table(rows)
+        self._rows[bucket] += rows.num_rows
 
     def write_audio(self, bucket: int, flacs: Sequence[bytes]) -> tuple[str, list[int], list[int]]:
         """Append recordings to a bucket's tar; returns its path below the folder, starts and sizes in bytes."""
         if bucket not in self._tars:
-            file = self._stack.enter_context(atomic_write(self._folder / audio_name(bucket, self._chunk)))
+            file = self._open(audio_name(bucket, self._chunk))
             tar = self._stack.enter_context(tarfile.TarFile(fileobj=file, mode="w", format=tarfile.USTAR_FORMAT))
             self._tars[bucket] = (tar, count())
         tar, numbers = self._tars[bucket]
@@ -152,9 +166,94 @@ class PartsWriter:
         tar.members.clear()  # tarfile remembers every member
         return audio_name(bucket, self._chunk), starts, [len(flac) for flac in flacs]
 
+    def note(
+        self, corpus: str, rejected: Mapping[str, int] | None = None, examples: Mapping[str, Any] | None = None
+    ) -> dict[str, Any]:
+        """The chunk's note: rows of each bucket, the files' content ids, and rejections by reason with examples."""
+        return {
+            "chunk": self._chunk,
+            "corpus": corpus,
+            "rows": {str(bucket): number for bucket, number in sorted(self._rows.items())},
+            "files": {name: file.id for name, file in sorted(self._files.items())},
+            "rejected": dict(sorted((rejected or {}).items())),
+            "examples": dict(examples or {}),
+        }
+
+    def _open(self, name: str) -> HashingFile:
+        self._files[name] = HashingFile(self._stack.enter_context(atomic_write(self._folder / name)))
+        return self._files[name]
+
+
+def write_note(place: str | Path, note: dict[str, Any]) -> None:
+    """Write a chunk's note to a path or URI, after its files: a chunk without one is made again."""
+    write_bytes(str(place), json_artefact(NOTE_FORMAT, note)[1])
+
+
+def read_note(path: Path) -> dict[str, Any] | None:
+    """A chunk's note, None where there is none or it is damaged."""
+    try:
+        return read_json(path, NOTE_FORMAT)["body"]
+    except ArtifactError:
+        return None
+
+
+def write_index(
+    folder: Path, notes: Sequence[dict[str, Any]], grid: Sequence[Sequence[int]], num_rows: int,
+    parents: Mapping[str, str],
+) -> str:  # fmt: skip
+    """Write `index.json` of the notes of all chunks; `grid` has each bucket's [max_duration_ms, max_tokens].
+
+    Raises `ArtifactError` unless each of `num_rows` rows is in one bucket or rejected.
+    """
+    rejected: Counter = Counter()
+    by_corpus: Counter = Counter()
+    examples: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    corpora: list[list[Any]] = []
+    buckets = [[0] * len(notes) for _ in grid]
+    parts: list[list[str]] = [[] for _ in grid]
+    notes = sorted(notes, key=lambda note: note["chunk"])
+    for note in notes:
+        chunk = note["chunk"]
+        if not corpora or corpora[-1][0] != note["corpus"]:
+            corpora.append([note["corpus"], 0])
+        corpora[-1][1] += 1
+        rejected.update(note["rejected"])
+        for reason, number in note["rejected"].items():
+            place = (note["corpus"], reason)
+            by_corpus[place] += number
+            examples[place] = [*examples.get(place, []), *note["examples"][reason]][:NUM_EXAMPLES]
+        for bucket, rows in ((int(name), rows) for name, rows in note["rows"].items()):
+            buckets[bucket][chunk] = rows
+            names = (part_name(bucket, chunk), audio_name(bucket, chunk))
+            parts[bucket] += [note["files"][name] for name in names if name in note["files"]]
+    assigned = sum(map(sum, buckets))
+    if assigned + rejected.total() != num_rows:
+        raise ArtifactError(
+            "the assignment does not add up",
+            got=f"{assigned} assigned + {rejected.total()} rejected",
+            allowed=f"{num_rows} rows, as statistics counted",
+            why="the manifests changed in between",
+            remedy="run statistics again",
+        )
+    grid = [list(edges) for edges in grid]
+    body = {
+        "buckets": buckets,
+        "corpora": corpora,  # names and numbers of chunks, in the order of chunks
+        "rows": assigned,
+        "rows_id": content_id([grid, parts]),
+        "notes": [json_artefact(NOTE_FORMAT, note)[0] for note in notes],
+        "rejected": dict(sorted(rejected.items())),
+        "rejected_examples": [
+            {"corpus": corpus, "reason": reason, "rows": number, "first": examples[corpus, reason]}
+            for (corpus, reason), number in sorted(by_corpus.items())
+        ],
+        "grid": grid,
+    }
+    return write_json(folder / "index.json", INDEX_FORMAT, body, parents)
+
 
 class Assignment:
-    """Random access to the rows of every bucket; parts are opened when first read, and the
+    """Random access to the rows of every bucket; parts are opened and checked when first read, and the
     least used ones closed. Safe to share between threads. `store` is the run folder that it belongs to, from which
     parts are brought where that is not on this machine."""
 
@@ -162,9 +261,11 @@ class Assignment:
         self.folder = Path(folder)
         self._store = store if store is not None and store.is_remote else None
         self._ids: dict[int, dict[str, str]] = {}
+        self._checked: set[tuple[int, int]] = set()
         document = read_json(self.folder / "index.json", INDEX_FORMAT)
         self.id: str = document["id"]
         self.plan_id: str = document["parents"]["bucket_plan"]
+        self._notes: list[str] = document["body"]["notes"]
         counts: list[list[int]] = document["body"]["buckets"]
         self._ends = [list(accumulate(rows)) for rows in counts]
         self.rows_per_bucket: tuple[int, ...] = tuple(sum(rows) for rows in counts)
@@ -181,7 +282,8 @@ class Assignment:
         self._lock = threading.Lock()
 
     def row(self, bucket: int, number: int) -> Row:
-        """Row `number` of a bucket. Raises `IndexError` out of range and `ArtifactError` for a lost part."""
+        """Row `number` of a bucket. Raises `IndexError` out of range and `DamagedPartError` for a lost or changed
+        part."""
         return self.rows(bucket, [number])[0]
 
     def rows(self, bucket: int, numbers: Sequence[int] | np.ndarray) -> list[Row]:
@@ -230,30 +332,72 @@ class Assignment:
         return part
 
     def _open(self, bucket: int, chunk: int, attempts: int = 5) -> _Part:
-        path = self.folder / part_name(bucket, chunk)
-        for left in reversed(range(attempts)):
-            try:
-                return _Part(self._brought(bucket, chunk) if self._store else path)
-            except (OSError, pa.ArrowInvalid) as error:
-                if self._store and left and isinstance(error, FileNotFoundError):
-                    continue  # it made way for another part before it was opened
-                raise ArtifactError(f"{path} can't be read", why=str(error), remedy="rerun assign") from error
-        raise AssertionError
-
-    def _brought(self, bucket: int, chunk: int) -> Path:
-        if chunk not in self._ids:
-            note = self._store.look(f"{self.folder.name}/{note_name(chunk)}")
-            self._ids[chunk] = orjson.loads(note.read_bytes())["files"]
         name = part_name(bucket, chunk)
-        return self._store.part(f"{self.folder.name}/{name}", self._ids[chunk][name])
+        path = self.folder / name
+        try:
+            identity = self._identity(chunk, name)
+            for left in reversed(range(attempts)):
+                try:
+                    if self._store:
+                        path = self._store.part(f"{self.folder.name}/{name}", identity)
+                    part = _Part(path, None if (bucket, chunk) in self._checked else identity)
+                    self._checked.add((bucket, chunk))
+                    return part
+                except FileNotFoundError:  # it made way for another part before it was opened
+                    if not (self._store and left):
+                        raise
+                except _ChangedError:  # this machine's copy; the part itself may be whole
+                    if not (self._store and left):
+                        raise
+                    path.unlink(missing_ok=True)
+            raise AssertionError
+        except (FileNotFoundError, DamagedFileError, _ChangedError, pa.ArrowInvalid) as error:
+            self._void(chunk)
+            why = f"{path} is missing" if isinstance(error, FileNotFoundError) else str(error)
+            raise DamagedPartError(
+                f"assigned rows of bucket {bucket}, chunk {chunk} were changed after they were written",
+                why=why,
+                remedy="run the same command again, or `raytrain assign`: these rows are assigned anew",
+            ) from error
+        except OSError as error:
+            raise ArtifactError(
+                f"{path} can't be read", why=str(error), remedy="check the disk, then run the same command again"
+            ) from error
+
+    def _identity(self, chunk: int, name: str) -> str:
+        if chunk not in self._ids:
+            note = f"{self.folder.name}/{note_name(chunk)}"
+            path = self._store.look(note) if self._store else self.folder / note_name(chunk)
+            try:
+                document = read_json(path, NOTE_FORMAT)
+            except ArtifactError as error:
+                raise _ChangedError(str(error)) from error
+            if document["id"] != self._notes[chunk]:
+                raise _ChangedError(f"{path} is not the note that index.json names")
+            self._ids[chunk] = document["body"]["files"]
+        return self._ids[chunk][name]
+
+    def _void(self, chunk: int) -> None:
+        with contextlib.suppress(OSError, RaytrainError):  # whoever can't write there can still tell
+            if self._store:
+                self._store.discard(f"{self.folder.name}/{note_name(chunk)}")
+            else:
+                (self.folder / note_name(chunk)).unlink(missing_ok=True)
+
+
+class _ChangedError(Exception):
+    """A file has another content than its id says."""
 
 
 class _Part:
     """One memory-mapped part. Single rows are read from Arrow's buffers: a batch takes one row here and one there, and
-    Arrow's own ways to a row cost ten times as much."""
+    Arrow's own ways to a row cost ten times as much. Raises `_ChangedError` where the content id is not `identity`."""
 
-    def __init__(self, path: Path) -> None:
-        reader = pa.ipc.open_file(pa.memory_map(str(path)))
+    def __init__(self, path: Path, identity: str | None) -> None:
+        mapped = pa.memory_map(str(path))
+        if identity is not None and content_id(memoryview(mapped.read_buffer())) != identity:
+            raise _ChangedError(f"{path} has another content than its chunk's note says")
+        reader = pa.ipc.open_file(mapped)
         self.batches = [reader.get_batch(number) for number in range(reader.num_record_batches)]
         self._ends = list(accumulate(batch.num_rows for batch in self.batches))
         self._views = [_views(batch) for batch in self.batches]

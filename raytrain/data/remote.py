@@ -54,6 +54,10 @@ def local_folder(location: str) -> Path:
     return cache_folder() / "runs" / f"{name}-{content_id(location.rstrip('/'))}"
 
 
+class DamagedFileError(StorageError):
+    """A file at a URI is not what was written there."""
+
+
 class RunStore:
     """The files of the run folder at `location`, a path or a URI; names are relative, with slashes.
 
@@ -148,11 +152,17 @@ class RunStore:
             path.unlink(missing_ok=True)
         return path
 
+    def names(self, folder: str, pattern: str) -> set[str]:
+        """Names of the files in a folder, where the run is."""
+        if self.is_remote:
+            return {Path(one).name for one in self._below(folder, pattern, depth=0)}
+        return {path.name for path in self._file(folder).glob(pattern)}
+
     def look_at_all(self, folder: str, pattern: str) -> None:
         """`look` for all files of a folder whose names match; those that are here already are not brought again."""
         if not self.is_remote:
             return
-        there = {Path(one).name for one in self._below(folder, pattern, depth=0)}
+        there = self.names(folder, pattern)
         here = {path.name for path in self._file(folder).glob(pattern)}
         for name in here - there:
             self._file(f"{folder}/{name}").unlink(missing_ok=True)
@@ -214,17 +224,15 @@ class RunStore:
 
     # --- parts of the assignment
 
-    def put_part(self, name: str, keep: bool = True) -> str:
-        """Put a part that this process wrote over there, and with `keep` into the cache; returns its id."""
+    def put_part(self, name: str, identity: str, keep: bool = True) -> None:
+        """Put a part that this process wrote over there, and with `keep` into the cache under its content id."""
         path = self._file(name)
-        identity = file_id(path)
         upload(path, self.place(name))
         if keep:
             os.replace(path, self._part(name, identity))
             self._evict()
         else:
             path.unlink()
-        return identity
 
     def part(self, name: str, identity: str) -> Path:
         """A part in this machine's cache, brought and checked where it is not there yet. Least used ones make way."""
@@ -288,4 +296,6 @@ class RunStore:
 def _check(path: Path, identity: str, place: str) -> None:
     found = file_id(path)
     if found != identity:
-        raise StorageError(f"{place} is damaged", got=f"content id {found}", allowed=identity, remedy="rerun assign")
+        raise DamagedFileError(
+            f"{place} is damaged", got=f"content id {found}", allowed=identity, remedy="rerun assign"
+        )

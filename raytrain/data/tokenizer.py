@@ -79,10 +79,7 @@ class CanaryTokenizer:
     @cached_property
     def id(self) -> str:
         """Content id of all models."""
-        digest = hashlib.blake2b(digest_size=8)
-        for name, proto in self._models.items():
-            digest.update(name.encode() + b"\0" + len(proto).to_bytes(8, "big") + proto)
-        return digest.hexdigest()
+        return _models_id(self._models)
 
     @cached_property
     def _special_ids(self) -> dict[str, int]:
@@ -187,12 +184,21 @@ class CanaryTokenizer:
         body = read_json(Path(folder) / "tokenizer.json", FORMAT)["body"]
         try:
             names = (SPECIALS, *_check_languages(body["languages"]))
-            tokenizer = cls({name: (Path(folder) / f"{name}.model").read_bytes() for name in names})
+            models = {name: (Path(folder) / f"{name}.model").read_bytes() for name in names}
+            if _models_id(models) != body["tokenizer_id"]:  # before SentencePiece has to make sense of it
+                raise ArtifactError(f"tokenizer {folder} was changed after it was written", remedy="rerun statistics")
+            return cls(models)
         except (OSError, RuntimeError) as error:
-            raise ArtifactError(f"tokenizer {folder} can't be read", why=str(error)) from error
-        if tokenizer.id != body["tokenizer_id"]:
-            raise ArtifactError(f"tokenizer {folder} was changed after it was written", remedy="rerun statistics")
-        return tokenizer
+            raise ArtifactError(
+                f"tokenizer {folder} can't be read", why=str(error), remedy="rerun statistics"
+            ) from error
+
+
+def _models_id(models: dict[str, bytes]) -> str:
+    digest = hashlib.blake2b(digest_size=8)
+    for name, proto in models.items():
+        digest.update(name.encode() + b"\0" + len(proto).to_bytes(8, "big") + proto)
+    return digest.hexdigest()
 
 
 def train_tokenizer(
