@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 
 from raytrain.cluster import statistics as job
 from raytrain.cluster.assign import ChunkAssigner
+from raytrain.data.assignment import Assignment
 from raytrain.data.corpus import Chunk, Corpus, plan_chunks, read_blocks
 from raytrain.data.encoder import BlockEncoder
 from raytrain.data.probe import MISSING, SHORT, UNREADABLE, AudioListing, HeaderSample, plan_samples
@@ -200,3 +201,12 @@ def test_training_gives_up_and_statistics_names_what_is_gone(corpus, tmp_path, l
     manifest.write_text(manifest.read_text() + "\n")  # so that statistics run again
     with pytest.raises(ManifestError, match=MISSING):
         run_pipeline(config, Console(quiet=True), ("statistics",))
+    shutil.copytree(corpus / "audio", tmp_path / "corpus" / "audio", dirs_exist_ok=True)
+    files[0].unlink()
+    config = tiny_config(tmp_path / "corpus", tmp_path, data={"max_bad_fraction": 0.02}, tracking={"enabled": False})
+    counted = ("statistics", "buckets", "assign")
+    assert run_pipeline(config, Console(quiet=True), counted) == list(counted)
+    assert run_pipeline(config, Console(quiet=True), counted) == []
+    shutil.copytree(corpus / "audio", tmp_path / "corpus" / "audio", dirs_exist_ok=True)
+    assert run_pipeline(config, Console(quiet=True), counted) == list(counted)
+    assert sum(Assignment(config.run_dir / "assignment").rows_per_bucket) == len(rows)

@@ -34,7 +34,7 @@ from raytrain.data.audio import PARQUET_ROW
 from raytrain.data.corpus import BadRow, Chunk, read_blocks
 from raytrain.data.encoder import BlockEncoder
 from raytrain.data.materialize import AudioFinder, make_flacs
-from raytrain.data.probe import AudioListing
+from raytrain.data.probe import MISSING, AudioListing
 from raytrain.data.rejected import NUM_EXAMPLES
 from raytrain.data.remote import DEFAULT_CACHE_BYTES, RunStore
 from raytrain.data.rows import Block
@@ -200,6 +200,8 @@ def assign_all(
 
     _clear_other_inputs(store, key)
     done = [read_note(store.local / FOLDER / note_name(chunk.index)) for chunk in chunks]
+    # Audio that was not there may have come since.
+    done = [note if note and MISSING not in note["rejected"] else None for note in done]
     yield from (note for note in done if note)
     missing = [chunk for chunk, note in zip(chunks, done, strict=True) if not note]
     if not missing:

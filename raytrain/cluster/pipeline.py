@@ -34,7 +34,7 @@ _STATE = "stages.json"
 @dataclass(frozen=True)
 class Stage:
     """`key` names what the stage depends on (JSON values), with `key_names_gpus` also the cluster's GPUs; `run` does
-    it; `outputs` are files it writes, by name or pattern. `is_whole` tells whether what these only name is there."""
+    it; `outputs` are files it writes, by name or pattern; `is_whole` tells whether what these name is as it was."""
 
     name: str
     needs: tuple[str, ...]
@@ -52,7 +52,7 @@ STAGES: tuple[Stage, ...] = (
     Stage(
         "statistics", (),
         ("tokenizer/tokenizer.json", "tokenizer/*.model", "histogram.parquet", "statistics.json", "chunks.json"),
-        stages.statistics_key, stages.run_statistics,
+        stages.statistics_key, stages.run_statistics, is_whole=stages.statistics_are_whole,
     ),
     Stage("buckets", ("statistics",), ("bucket_plan.json",), stages.buckets_key, stages.run_buckets, uses_ray=False),
     Stage("assign", ("statistics", "buckets"), ("assignment/index.json",), stages.assign_key, stages.run_assign,

@@ -38,7 +38,7 @@ from raytrain.config import Config
 from raytrain.console import Console
 from raytrain.convert import model_stamp
 from raytrain.data.assignment import INDEX_FORMAT, note_name, write_index
-from raytrain.data.probe import SHORT
+from raytrain.data.probe import SHORT, came_back
 from raytrain.data.storage import fingerprints, is_uri
 from raytrain.data.tokenizer import FORMAT as TOKENIZER_FORMAT
 from raytrain.errors import ArtifactError, ConfigError, DataError, TrainingError
@@ -119,6 +119,11 @@ def statistics_key(workspace: Workspace) -> Any:
         model_stamp(Path(config.tokenizer.path)) if config.tokenizer.path else None,
         config.model.prompt_format,
     ]
+
+
+def statistics_are_whole(workspace: Workspace) -> bool:
+    """Whether audio that was not there is still missing."""
+    return not came_back(_statistics(workspace)["body"]["rejected_examples"])
 
 
 def run_statistics(context: Context) -> str:
@@ -290,10 +295,12 @@ def run_assign(context: Context) -> str:
 
 
 def assign_is_whole(workspace: Workspace) -> bool:
-    """Whether every chunk's note stands: who finds a part changed removes its note."""
-    notes = read_json(workspace.path("assignment", "index.json"), INDEX_FORMAT)["body"]["notes"]
+    """Whether every chunk's note stands (who finds a part changed removes its note), and audio that was not there is
+    still missing."""
+    body = read_json(workspace.path("assignment", "index.json"), INDEX_FORMAT)["body"]
     standing = workspace.store.names("assignment/parts", "*.json")
-    return all(Path(note_name(chunk)).name in standing for chunk in range(len(notes)))
+    stand = all(Path(note_name(chunk)).name in standing for chunk in range(len(body["notes"])))
+    return stand and not came_back(body["rejected_examples"])
 
 
 # --- oomptimize

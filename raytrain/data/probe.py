@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import os
 from collections import Counter, OrderedDict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -23,6 +23,7 @@ from raytrain.data.storage import StorageReadError, is_uri
 from raytrain.errors import DataError
 
 MISSING = "missing_audio"
+_NO_FILE = "there is no file "
 UNREADABLE, SHORT = "unreadable_audio", "short_audio"
 TOLERANCE = 0.1  # of a row's duration that its audio may lack
 _LIST_FROM = 16  # rows in a folder from which on listing it costs less than asking for each
@@ -49,7 +50,7 @@ class AudioListing:
         if not missing.any():
             return block
         bad = [
-            BadRow(block.chunk.path, int(block.numbers[row]), MISSING, f"there is no file {files[row]}")
+            BadRow(block.chunk.path, int(block.numbers[row]), MISSING, f"{_NO_FILE}{files[row]}")
             for row in np.flatnonzero(missing).tolist()
         ]
         kept = block.select(~missing)
@@ -86,6 +87,17 @@ class AudioListing:
         while self._num_names > _MAX_NAMES and len(self._folders) > 1:
             self._num_names -= len(self._folders.popitem(last=False)[1])
         return names
+
+
+def came_back(rejected_examples: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether a file is there now that a row was rejected for. `rejected_examples` are those of `statistics.json` or of
+    an assignment's index; the few files that they name stand for all."""
+    return any(
+        os.path.isfile(row["detail"].removeprefix(_NO_FILE))
+        for example in rejected_examples
+        if example["reason"] == MISSING
+        for row in example["first"]
+    )
 
 
 class _Candidate(NamedTuple):
