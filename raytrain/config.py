@@ -19,7 +19,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
 
 from raytrain.data.augment import AugmentSettings
@@ -33,10 +32,12 @@ from raytrain.model.config import ModelConfig
 from raytrain.nodes import check_labels, check_resources
 from raytrain.redaction import MLFLOW_VARIABLE, TRACKING_VARIABLE, holds_credentials, redacted, without_credentials
 from raytrain.training.settings import TrainSettings
+from raytrain.yaml_loading import load_yaml, read_yaml
 
 DATA_ROOT_VARIABLE = "RAYTRAIN_DATA_ROOT"
 RUN_ROOT_VARIABLE = "RAYTRAIN_RUN_ROOT"
 _SIZE = re.compile(r"^\s*([\d.]+)\s*(B|KB|MB|GB|TB|KiB|MiB|GiB|TiB)?\s*$", re.IGNORECASE)
+_LONGEST_SHOWN = 200  # characters of a value in a message
 _POWERS = {"k": 1, "m": 2, "g": 3, "t": 4}
 _WRITTEN = "paths are written to artefacts"
 _ELSEWHERE = "give them to the environment (AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, …) and leave them out of the path"
@@ -413,13 +414,23 @@ def load_config(path: Path | None, overrides: list[str] | None = None, base: dic
     values = dict(base or {})
     if path is not None:
         try:
-            values = yaml.safe_load(Path(path).read_text()) or {}
+            values = read_yaml(path)
         except OSError as error:
-            raise ConfigError(f"can't read the configuration {path}", why=str(error.strerror).lower()) from error
-        except yaml.YAMLError as error:
-            raise ConfigError(f"{path} is not valid YAML", why=" ".join(str(error).split())) from error
+            raise ConfigError(
+                f"can't read the configuration {path}",
+                why=(error.strerror or str(error)).lower(),
+                remedy="check the path after --config",
+            ) from error
+        except ValueError as error:
+            raise ConfigError(f"{path} is not valid YAML", why=str(error), remedy="correct the file") from error
+        values = {} if values is None else values
         if not isinstance(values, dict):
-            raise ConfigError(f"{path} must hold sections", got=type(values).__name__, allowed="a mapping")
+            raise ConfigError(
+                f"{path} must hold sections",
+                got=type(values).__name__,
+                allowed="a mapping",
+                remedy="begin the file with name: and data:",
+            )
     for override in overrides or []:
         values = _override(values, override)
     return check_config(values, source=str(path) if path else "configuration")
@@ -446,19 +457,38 @@ def _texts(value: Any, place: str = "") -> Iterator[tuple[str, str]]:
 
 def _override(values: dict, text: str) -> dict:
     key, equals, raw = text.partition("=")
-    if not equals or not key:
-        raise ConfigError("an override must look like section.key=value", got=repr(text))
+    *parents, last = key.split(".")
+    if not equals or not all(part and part == part.strip() for part in (*parents, last)):
+        raise ConfigError(
+            "an override must look like section.key=value",
+            got=_shown(text),
+            remedy="name the section and the key, as in --set train.max_steps=100",
+        )
     values = dict(values)
     node = values
-    *parents, last = key.split(".")
     for part in parents:
         child = node.get(part)
         if child is not None and not isinstance(child, dict):
-            raise ConfigError(f"{key} can't be set", why=f"{part} is a value, not a section")
+            kind = "a list, which is set as a whole" if isinstance(child, list) else "a value, not a section"
+            raise ConfigError(f"{key} can't be set", why=f"{part} is {kind}", remedy=f"set {part}, or edit the file")
         node[part] = dict(child or {})
         node = node[part]
-    node[last] = yaml.safe_load(raw)
+    try:
+        node[last] = load_yaml(raw)
+    except ValueError as error:
+        raise ConfigError(
+            f"{key} can't be set",
+            got=_shown(raw),
+            why=str(error),
+            remedy="write the value as in YAML; quote what is text",
+        ) from error
     return values
+
+
+def _shown(value: Any) -> str:
+    """A value for a message, long ones cut."""
+    text = repr(value)
+    return text if len(text) <= _LONGEST_SHOWN else f"{text[:_LONGEST_SHOWN]}…"
 
 
 def _describe(item: Any) -> str:
@@ -473,7 +503,7 @@ def _describe(item: Any) -> str:
         return f"{dotted}: missing"
     message = item["msg"].removeprefix("Value error, ")
     given = item.get("input")
-    shown = "" if isinstance(given, dict) or "got" in message else f"; got {given!r}"
+    shown = "" if isinstance(given, dict) or "got" in message else f"; got {_shown(given)}"
     return f"{dotted}: {message[0].lower() + message[1:]}{shown}"
 
 
