@@ -94,7 +94,7 @@ PLAIN = st.recursive(
 @settings(max_examples=150, deadline=2000)
 @given(PLAIN)
 def test_what_is_written_is_read(values):
-    assert load_yaml(yaml.safe_dump(values, allow_unicode=True)) == values
+    assert load_yaml(yaml.safe_dump(values)) == values
 
 
 @settings(max_examples=200, deadline=5000)
