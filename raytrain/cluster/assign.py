@@ -19,13 +19,14 @@ import orjson
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from raytrain.artifacts import atomic_write, atomic_write_bytes, write_json
+from raytrain.artifacts import atomic_write, atomic_write_bytes, read_state, write_json
 from raytrain.cluster.placement import ANYWHERE, Placement
 from raytrain.cluster.session import map_on_workers
 from raytrain.cluster.statistics import NUM_EXAMPLES
 from raytrain.data.assignment import (
     INDEX_FORMAT,
     ROW_SCHEMA,
+    ChunkNote,
     PartsWriter,
     audio_name,
     note_name,
@@ -208,7 +209,7 @@ def assign_all(
     import ray
 
     _clear_other_inputs(store, key)
-    done = [_read_note(store.local / FOLDER / note_name(chunk.index)) for chunk in chunks]
+    done = [_read_note(store.local / FOLDER / note_name(chunk.index), chunk, plan) for chunk in chunks]
     yield from (note for note in done if note)
     missing = [chunk for chunk, note in zip(chunks, done, strict=True) if not note]
     if not missing:
@@ -280,7 +281,7 @@ def _clear_other_inputs(store: RunStore, key: str) -> None:
     job had half written goes."""
     name, folder = f"{FOLDER}/inputs.key", store.local / FOLDER
     marker = store.look(name)
-    if not marker.exists() or marker.read_text() != key:
+    if not marker.exists() or marker.read_bytes() != key.encode():
         store.clear(FOLDER)
         atomic_write_bytes(marker, key.encode())
         store.share(name)
@@ -291,8 +292,9 @@ def _clear_other_inputs(store: RunStore, key: str) -> None:
         half.unlink()
 
 
-def _read_note(path: Path) -> dict[str, Any] | None:
-    try:
-        return orjson.loads(path.read_bytes())
-    except (OSError, ValueError):
+def _read_note(path: Path, chunk: Chunk, plan: BucketPlan) -> dict[str, Any] | None:
+    """A chunk's note, None where there is none that is about it: the chunk is done again."""
+    note = read_state(path, ChunkNote)
+    if note is None or (note["chunk"], note["corpus"]) != (chunk.index, chunk.corpus):
         return None
+    return note if all(int(bucket) < len(plan.grid.buckets) for bucket in note["rows"]) else None

@@ -7,7 +7,6 @@ any training does, and one that is done is not done again.
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import queue
 import threading
@@ -25,6 +24,7 @@ from raytrain.config import Config, check_config
 from raytrain.console import Console
 from raytrain.data.storage import is_uri
 from raytrain.errors import ConfigError
+from raytrain.tracking import read_metrics
 
 SHARED = (
     "tokenizer", "chunks.json", "statistics.json", "bucket_plan.json", "batch_profile.json", "assignment",
@@ -86,8 +86,8 @@ class RunningTrial:
         self._said: dict[str, Any] = {"best_error": float("inf"), "folder": str(self.folder)}
         self._tracker, self._status, mlflow = None, "FINISHED", None
         if (self.folder / _DONE).exists():
-            for line in (self.folder / "metrics.jsonl").read_bytes().splitlines():
-                self._hear(json.loads(line))
+            for line in read_metrics(self.folder / "metrics.jsonl"):
+                self._hear(line)
             self._lines.put(None)
             return
         if config.tracking.enabled and job.get("parent_run_id"):
@@ -185,7 +185,7 @@ def _open_run(
     from raytrain.tracking.mlflow import MlflowTracker
 
     note = folder / "mlflow_run_id"
-    known = note.read_text() if note.exists() else None
+    known = note.read_bytes().decode(errors="replace") if note.exists() else None
     name, uri = job.get("label") or folder.name, job["tracking_uri"]
     tracker = MlflowTracker.open(
         uri, config.tracking.experiment, name, run_id=known, parent_run_id=job["parent_run_id"]

@@ -18,16 +18,16 @@ import threading
 from bisect import bisect_right
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from itertools import accumulate, count
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import orjson
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from raytrain.artifacts import atomic_write, read_json
+from raytrain.artifacts import atomic_write, read_json, read_state
 from raytrain.data.encoder import EncodedBlock
 from raytrain.data.materialize import AudioFinder
 from raytrain.data.remote import RunStore
@@ -153,6 +153,70 @@ class PartsWriter:
         return audio_name(bucket, self._chunk), starts, [len(flac) for flac in flacs]
 
 
+@dataclass(frozen=True)
+class ExampleRow:
+    """A rejected row that a note or an index names."""
+
+    file: str
+    line: int
+    detail: str
+
+
+@dataclass(frozen=True)
+class ChunkNote:
+    """What assign notes of a chunk: rows by bucket, rejections by reason with examples, ids of the parts by name where
+    the run folder is at a URI."""
+
+    chunk: int
+    corpus: str
+    rows: dict[str, int]
+    rejected: dict[str, int]
+    examples: dict[str, list[ExampleRow]]
+    files: dict[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if not all(bucket.isascii() and bucket.isdecimal() for bucket in self.rows):
+            raise ValueError("a bucket is not a number")
+        if min([0, *self.rows.values(), *self.rejected.values()]) < 0:
+            raise ValueError("there are less than 0 rows")
+        if not self.rejected.keys() <= self.examples.keys():
+            raise ValueError("a reason has no example")
+
+
+@dataclass(frozen=True)
+class RejectedRows:
+    """How many rows of a corpus were rejected for a reason, and the first of them."""
+
+    corpus: str
+    reason: str
+    rows: int
+    first: list[ExampleRow]
+
+    def __post_init__(self) -> None:
+        if not self.first:
+            raise ValueError("a reason has no example")
+
+
+@dataclass(frozen=True)
+class IndexBody:
+    """What the assignment's `index.json` holds: rows by bucket and chunk, (corpus, number of chunks) in order, and what
+    was rejected."""
+
+    buckets: list[list[int]]
+    corpora: list[tuple[str, int]]
+    rows: int
+    rejected: dict[str, int]
+    rejected_examples: list[RejectedRows]
+    grid: list[tuple[int, int]]
+
+    def __post_init__(self) -> None:
+        chunks = sum(number for _, number in self.corpora)
+        if len(self.buckets) != len(self.grid) or any(len(rows) != chunks for rows in self.buckets):
+            raise ValueError("its lists differ in length")
+        if min([0, *(number for rows in self.buckets for number in rows), *(n for _, n in self.corpora)]) < 0:
+            raise ValueError("there are less than 0 rows")
+
+
 class Assignment:
     """Random access to the rows of every bucket; parts are opened when first read, and the
     least used ones closed. Safe to share between threads. `store` is the run folder that it belongs to, from which
@@ -162,9 +226,9 @@ class Assignment:
         self.folder = Path(folder)
         self._store = store if store is not None and store.is_remote else None
         self._ids: dict[int, dict[str, str]] = {}
-        document = read_json(self.folder / "index.json", INDEX_FORMAT)
+        document = read_json(self.folder / "index.json", INDEX_FORMAT, IndexBody)
         self.id: str = document["id"]
-        self.plan_id: str = document["parents"]["bucket_plan"]
+        self.plan_id: str = document["parents"].get("bucket_plan", "")
         counts: list[list[int]] = document["body"]["buckets"]
         self._ends = [list(accumulate(rows)) for rows in counts]
         self.rows_per_bucket: tuple[int, ...] = tuple(sum(rows) for rows in counts)
@@ -242,9 +306,15 @@ class Assignment:
 
     def _brought(self, bucket: int, chunk: int) -> Path:
         if chunk not in self._ids:
-            note = self._store.look(f"{self.folder.name}/{note_name(chunk)}")
-            self._ids[chunk] = orjson.loads(note.read_bytes())["files"]
+            note = read_state(self._store.look(f"{self.folder.name}/{note_name(chunk)}"), ChunkNote) or {}
+            self._ids[chunk] = note.get("files", {})
         name = part_name(bucket, chunk)
+        if name not in self._ids[chunk]:
+            del self._ids[chunk]
+            raise ArtifactError(
+                f"the note of chunk {chunk} in {self._store.place(self.folder.name)} does not name {name}",
+                remedy="rerun assign",
+            )
         return self._store.part(f"{self.folder.name}/{name}", self._ids[chunk][name])
 
 

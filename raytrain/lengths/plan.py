@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from typing import Annotated, Any
 
 import numpy as np
@@ -82,6 +82,30 @@ class BucketSettings:
 
 
 @dataclass(frozen=True)
+class BucketPlanBody:
+    """What `BucketPlan.to_body` gives, and `from_body` needs."""
+
+    buckets: list[tuple[int, int]]
+    policy: str
+    min_duration_ms: int
+    max_tokens: int
+    tps_limits: list[float | None]
+    counts: list[int]
+    duration_padding: list[float]
+    token_padding: list[float]
+    rejected: dict[str, int]
+    histogram_id: str
+
+    def __post_init__(self) -> None:
+        lengths = {len(one) for one in (self.buckets, self.counts, self.duration_padding, self.token_padding)}
+        durations = {duration for duration, _ in self.buckets}
+        if len(lengths) != 1 or len(durations) != len(self.tps_limits):
+            raise ValueError("its lists differ in length")
+        if not self.buckets or min(min(edges) for edges in self.buckets) < 1:
+            raise ValueError("edges of buckets must be at least 1")
+
+
+@dataclass(frozen=True)
 class BucketPlan:
     """The grid with what is known about it. `tps_limits` has one entry per duration bucket (inf: no limit);
     `counts`, `duration_padding`, `token_padding` (fractions against the bucket's edge) one per bucket."""
@@ -136,6 +160,7 @@ class BucketPlan:
         values = {key: tuple(value) if isinstance(value, list) else value for key, value in body.items()}
         buckets = values.pop("buckets")
         values["tps_limits"] = tuple(math.inf if limit is None else limit for limit in body["tps_limits"])
+        values = {part.name: values[part.name] for part in fields(cls) if part.name in values}
         return cls(grid=BucketGrid(tuple(Bucket(*edges) for edges in buckets)), **values)
 
 

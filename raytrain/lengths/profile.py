@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from raytrain.errors import ProfileError
@@ -50,8 +50,12 @@ class BatchProfile:
     smallest_as_fast: tuple[int | None, ...] | None = None
 
     def __post_init__(self) -> None:
-        if any(size < 1 for size in self.batch_sizes):
-            raise ProfileError("every batch size must be at least 1", got=self.batch_sizes)
+        if not self.batch_sizes or any(size < 1 for size in self.batch_sizes):
+            raise ProfileError(
+                "every batch size must be at least 1", got=self.batch_sizes, remedy="delete the profile, run oomptimize"
+            )
+        if any(len(one) != len(self.batch_sizes) for one in vars(self).values() if isinstance(one, tuple)):
+            raise ProfileError("a profile's lists differ in length", remedy="delete the profile, run oomptimize")
 
     @property
     def confirmed(self) -> bool:
@@ -75,8 +79,8 @@ class BatchProfile:
     def from_body(cls, body: dict[str, Any]) -> BatchProfile:
         """The inverse of `to_body`."""
         values = {key: tuple(value) if isinstance(value, list) else value for key, value in body.items()}
-        del values["confirmed"], values["peak_gib"]
-        return cls(**{**values, "setting": ProbeSetting(**body["setting"])})
+        setting = ProbeSetting(**{part.name: body["setting"][part.name] for part in fields(ProbeSetting)})
+        return cls(**{part.name: values[part.name] for part in fields(cls)} | {"setting": setting})
 
     def check_matches(self, *, plan_id: str, model_id: str) -> None:
         """Raise `ProfileError` that names each difference where the profile is for another plan or model."""
