@@ -40,7 +40,7 @@ from raytrain.console import Console
 from raytrain.convert import model_stamp
 from raytrain.data.assignment import INDEX_FORMAT, IndexBody
 from raytrain.data.storage import fingerprints, is_uri
-from raytrain.errors import ArtifactError, ConfigError, ManifestError, TrainingError
+from raytrain.errors import ArtifactError, ConfigError, DataError, ManifestError, TrainingError
 from raytrain.lengths.compare import PolicyRow, compare_policies
 from raytrain.lengths.histogram import LengthHistogram
 from raytrain.lengths.plan import BucketPlan
@@ -172,14 +172,13 @@ def read_histogram(path: Path) -> LengthHistogram:
     try:
         table = pq.read_table(path, columns=["duration_ms", "tokens", "count"])
         columns = [column.cast(pa.int64()).to_numpy() for column in table.itercolumns()]
-        milliseconds = int((table.schema.metadata or {})[b"real_duration_ms"])
-    except (OSError, pa.ArrowException, KeyError, ValueError) as error:
+        if any(column.dtype.kind != "i" or (len(column) and column.min() < 0) for column in columns):
+            raise ValueError("it has lengths or counts below 0, or none")
+        return LengthHistogram.from_arrays(*columns, int((table.schema.metadata or {})[b"real_duration_ms"]))
+    except (OSError, pa.ArrowException, DataError, KeyError, OverflowError, ValueError) as error:
         raise ArtifactError(
             f"{path} can't be read", why=" ".join(str(error).split()), remedy="delete it and rerun statistics"
         ) from error
-    if any(column.dtype.kind != "i" or (len(column) and column.min() < 0) for column in columns):
-        raise ArtifactError(f"{path} has counts below 0, or none", remedy="delete it and rerun statistics")
-    return LengthHistogram.from_arrays(*columns, milliseconds)
 
 
 # --- buckets

@@ -109,11 +109,9 @@ class RunTracking:
         }
 
     def _open_parent(self) -> Any:
-        known = self._note()
-        if "run_id" in known:
-            return self._open(self._config.name, None, run_id=known["run_id"])
-        parent = self._open(self._config.name, None)
-        if parent.run_id:
+        known = self._note().get("run_id")
+        parent = self._open(self._config.name, None, run_id=known)
+        if parent.run_id and parent.run_id != known:
             body = {"uri": tracking_uri(self._config, self._run_dir), "run_id": parent.run_id}
             atomic_write_bytes(self._run_dir / RUN_NOTE, canonical_json(body))
             parent.log_params(_flat(self._config.model_dump(mode="json")))

@@ -79,8 +79,8 @@ class BatchProfile:
     def from_body(cls, body: dict[str, Any]) -> BatchProfile:
         """The inverse of `to_body`."""
         values = {key: tuple(value) if isinstance(value, list) else value for key, value in body.items()}
-        setting = ProbeSetting(**{part.name: body["setting"][part.name] for part in fields(ProbeSetting)})
-        return cls(**{part.name: values[part.name] for part in fields(cls)} | {"setting": setting})
+        setting = ProbeSetting(**_fields_of(ProbeSetting, body["setting"]))
+        return cls(**{**_fields_of(cls, values), "setting": setting})
 
     def check_matches(self, *, plan_id: str, model_id: str) -> None:
         """Raise `ProfileError` that names each difference where the profile is for another plan or model."""
@@ -99,6 +99,10 @@ class BatchProfile:
                 why="its batch sizes would waste memory or run out of it",
                 remedy="run oomptimize again",
             )
+
+
+def _fields_of(kind: type, values: dict[str, Any]) -> dict[str, Any]:
+    return {part.name: values[part.name] for part in fields(kind) if part.name in values}
 
 
 _NOMINAL = 1.03  # a GPU of "80 GB" tells 79.2 GiB

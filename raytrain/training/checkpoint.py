@@ -10,6 +10,7 @@ Everything loads with `weights_only=True`: a checkpoint from elsewhere can't run
 
 from __future__ import annotations
 
+import io
 import os
 import shutil
 import tempfile
@@ -86,7 +87,7 @@ def write_checkpoint(
     temporary = Path(tempfile.mkdtemp(prefix=".writing.", dir=final.parent))
     try:
         for name, state in parts.items():
-            torch.save(state, temporary / f"{name}.pt")
+            _save(state, temporary / f"{name}.pt")
         if extra is not None:
             extra(temporary)
         files = {f"{name}.pt": file_id(temporary / f"{name}.pt") for name in parts}
@@ -98,11 +99,37 @@ def write_checkpoint(
         os.replace(temporary, final)
     except OSError as error:
         raise storage_error(final, error) from error
-    except RuntimeError as error:  # how torch.save reports a full disk
-        raise storage_error(final, OSError(str(error))) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return Checkpoint(final, document)
+
+
+def _save(state: dict[str, Any], path: Path) -> None:
+    """Write a state dict. Raises `OSError` where the disk is full or a limit is reached."""
+    with _CheckedFile(path, "wb") as file:
+        try:
+            torch.save(state, file)
+        except Exception as error:
+            if file.refused is not None:  # of which torch's zip writer says "unexpected pos" alone
+                raise file.refused from error
+            raise
+
+
+class _CheckedFile(io.FileIO):
+    """A file that remembers why a write was refused, and writes all that it is given."""
+
+    refused: OSError | None = None
+
+    def write(self, data: Any) -> int:
+        """Write all of `data`. Raises `OSError`."""
+        view, written = memoryview(data).cast("B"), 0
+        try:
+            while written < len(view):
+                written += super().write(view[written:]) or 0
+        except OSError as error:
+            self.refused = error
+            raise
+        return written
 
 
 def read_checkpoint(folder: Path) -> Checkpoint | None:
