@@ -16,9 +16,11 @@ import contextlib
 import hashlib
 import io
 import json
+import math
 import os
 import tempfile
 from collections.abc import Iterator, Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -141,30 +143,107 @@ def write_json(path: Path, format: str, body: Any, parents: Mapping[str, str] | 
     return identity
 
 
-def read_json(path: Path, format: str) -> dict[str, Any]:
-    """Read an artefact: a dict with `format`, `id`, `parents`, `body`. Raises `ArtifactError`."""
+def read_json(path: Path, format: str, kind: Any = None) -> dict[str, Any]:
+    """Read an artefact: a dict with `format`, `id`, `parents`, `body`. The body fits `kind` (see `fitting`), if given.
+
+    Raises `ArtifactError`.
+    """
     try:
-        document = json.loads(Path(path).read_bytes())
+        document = parse_json(Path(path).read_bytes())
     except FileNotFoundError as error:
         raise ArtifactError(f"{path} is missing", remedy="run the stage that makes it") from error
-    except RecursionError as error:
-        raise ArtifactError(f"{path} can't be read", why="it is nested too deeply", remedy=_RERUN) from error
     except (OSError, ValueError) as error:
         raise ArtifactError(f"{path} can't be read", why=str(error), remedy=_RERUN) from error
     found = document.get("format") if isinstance(document, dict) else None
     if found != format:
-        raise ArtifactError(f"{path} has another format", got=found, allowed=format, remedy=_RERUN)
-    if not _is_unchanged(document):
-        raise ArtifactError(f"{path} was changed after it was written", remedy=_RERUN)
+        got = found if isinstance(found, str) else type(document).__name__
+        raise ArtifactError(f"{path} has another format", got=got, allowed=format, remedy=_RERUN)
+    parents, why = document.get("parents"), None
+    if not isinstance(parents, dict) or not all(isinstance(parent, str) for parent in parents.values()):
+        why = "it does not say what it was made from"
+    try:
+        if document.get("id") != content_id({"format": format, "body": document.get("body")}):
+            raise ArtifactError(f"{path} was changed after it was written", remedy=_RERUN)
+        if kind is not None:
+            fitting(document.get("body"), kind)
+    except (ValueError, RecursionError) as error:
+        why = str(error)
+    if why:
+        raise ArtifactError(f"{path} is not what its stage writes", why=why, remedy=_RERUN)
     return document
 
 
 _RERUN = "delete it and rerun its stage"
 
 
-def _is_unchanged(document: dict[str, Any]) -> bool:
+def read_state(path: Path, kind: Any) -> Any:
+    """The JSON values of a file of small state that fit `kind` (see `fitting`).
+
+    None where the file is missing, can't be read, or holds anything else: whoever asks goes on without it.
+    """
     try:
-        named = content_id({"format": document["format"], "body": document["body"]})
-    except (KeyError, ValueError, RecursionError):  # no body, or one that was never written so
-        return False
-    return document.get("id") == named and isinstance(document.get("parents"), dict)
+        return fitting(parse_json(Path(path).read_bytes()), kind)
+    except (OSError, ValueError):
+        return None
+
+
+def parse_json(data: bytes) -> Any:
+    """JSON whose numbers are finite and have at most 64 bits. Raises `ValueError`."""
+    try:
+        return json.loads(data, parse_constant=_refuse, parse_float=_finite, parse_int=_of_64_bits)
+    except RecursionError as error:
+        raise ValueError("it is nested too deeply") from error
+
+
+def fitting(value: Any, kind: Any) -> Any:
+    """The JSON value as it is, where it fits a type: of a dataclass the fields, beside which there may be more.
+
+    Nothing is converted. Raises `ValueError` that names the first place which does not fit.
+    """
+    # Where models alone run there is no pydantic; what they read is checked by hand.
+    from pydantic import ValidationError
+
+    try:
+        _adapter(kind).validate_json(canonical_json(value), strict=True)
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_input=False)[0]
+        place = ".".join(str(part) for part in first["loc"])
+        raise ValueError(f"{place or 'it'}: {first['msg'].removeprefix('Value error, ')}") from error
+    except RecursionError as error:
+        raise ValueError("it is nested too deeply") from error
+    return value
+
+
+@cache
+def _adapter(kind: Any) -> Any:
+    from pydantic import TypeAdapter
+
+    return TypeAdapter(kind)
+
+
+def is_count(value: Any, least: int = 0) -> bool:
+    """Whether a JSON value is a whole number from `least` on."""
+    return isinstance(value, int) and not isinstance(value, bool) and value >= least
+
+
+def is_number(value: Any) -> bool:
+    """Whether a JSON value is a finite number."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _refuse(name: str) -> Any:
+    raise ValueError(f"{name} is no number in JSON")
+
+
+def _finite(text: str) -> float:
+    number = float(text)
+    if not math.isfinite(number):
+        raise ValueError(f"{text[:40]} is too large a number")
+    return number
+
+
+def _of_64_bits(text: str) -> int:
+    number = int(text) if len(text) <= 20 else 1 << 64
+    if not -(1 << 63) <= number < 1 << 63:
+        raise ValueError(f"{text[:40]} is too large a number")
+    return number

@@ -17,9 +17,8 @@ import re
 import typing
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
 
 from raytrain.data.augment import AugmentSettings
@@ -31,15 +30,26 @@ from raytrain.lengths.plan import BucketSettings
 from raytrain.lengths.schemes import SCHEMES
 from raytrain.model.config import ModelConfig
 from raytrain.nodes import check_labels, check_resources
+from raytrain.ranges import Range
 from raytrain.redaction import MLFLOW_VARIABLE, TRACKING_VARIABLE, holds_credentials, redacted, without_credentials
-from raytrain.training.settings import TrainSettings
+from raytrain.training.settings import MAX_WORKERS, ErrorRate, LearningRate, Minutes, Steps, TrainSettings
+from raytrain.yaml_loading import load_yaml, read_yaml
 
 DATA_ROOT_VARIABLE = "RAYTRAIN_DATA_ROOT"
 RUN_ROOT_VARIABLE = "RAYTRAIN_RUN_ROOT"
-_SIZE = re.compile(r"^\s*([\d.]+)\s*(B|KB|MB|GB|TB|KiB|MiB|GiB|TiB)?\s*$", re.IGNORECASE)
+_SIZE = re.compile(r"^\s*(\d{1,18}(?:\.\d{1,18})?)\s*(B|KB|MB|GB|TB|KiB|MiB|GiB|TiB)?\s*$", re.IGNORECASE)
+_LONGEST_SHOWN = 200  # characters of a value in a message
 _POWERS = {"k": 1, "m": 2, "g": 3, "t": 4}
 _WRITTEN = "paths are written to artefacts"
 _ELSEWHERE = "give them to the environment (AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, …) and leave them out of the path"
+
+
+Count = Annotated[int, Range(1, 10**12)]
+Bytes = Annotated[int, Range(1 << 20, 1 << 60)]
+BatchSize = Annotated[int, Range(1, 1 << 24)]
+Share = Annotated[float, Range(0, 1)]
+Amount = Annotated[float, Range(0, 10**15)]
+End = Annotated[float, Range(-(10**15), 10**15)]
 
 
 def parse_bytes(value: Any) -> Any:
@@ -55,7 +65,7 @@ def parse_bytes(value: Any) -> Any:
 
 
 class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class RunSection(_Section):
@@ -67,7 +77,7 @@ class RunSection(_Section):
     """
 
     root: str | None = None
-    cache_size: int = Field(DEFAULT_CACHE_BYTES, ge=1 << 20)
+    cache_size: Bytes = DEFAULT_CACHE_BYTES
 
     _sizes = field_validator("cache_size", mode="before")(parse_bytes)
 
@@ -75,7 +85,7 @@ class RunSection(_Section):
 class StreamSection(_Section):
     """Training without assignment; see `raytrain.data.stream.StreamSampler`."""
 
-    buffer_size: int = Field(20_000, ge=1)
+    buffer_size: Annotated[int, Range(1, 10**9)] = 20_000
     concurrent: bool = False
 
 
@@ -97,11 +107,11 @@ class DataSection(_Section):
     dev: list[Corpus] = []
     test: list[Corpus] = []
     default_language: str | None = None
-    temperature: float = Field(1.0, gt=0)
+    temperature: Annotated[float, Range(0, 10**6, above=True)] = 1.0
     temperature_by: str = Field("corpus", pattern="^(corpus|language)$")
-    max_bad_fraction: float = Field(0.01, ge=0, le=1)
-    audio_sample: int = Field(256, ge=0)
-    chunk_bytes: int | None = Field(None, ge=1024)
+    max_bad_fraction: Share = 0.01
+    audio_sample: Annotated[int, Range(0, 10**6)] = 256
+    chunk_bytes: Annotated[int, Range(1024, 1 << 40)] | None = None
     stream: StreamSection | None = None
     workers: str = Field("threads", pattern="^(threads|ray)$")
 
@@ -157,10 +167,10 @@ class TokenizerSection(_Section):
     for what the tokenizer can't write are an error. `by_words` counts each distinct word once where that is exact."""
 
     path: str | None = None
-    vocab_size: int = Field(1024, ge=8)
+    vocab_size: Annotated[int, Range(8, 1 << 20)] = 1024
     model_type: str = Field("bpe", pattern="^(bpe|unigram)$")
-    max_sentences: int = Field(1_000_000, ge=1)
-    max_unknown_fraction: float = Field(0.01, ge=0, le=1)
+    max_sentences: Count = 1_000_000
+    max_unknown_fraction: Share = 0.01
     by_words: bool = True
 
 
@@ -179,14 +189,14 @@ class OomptimizeSection(_Section):
     smallest batch that is as fast per second of audio, which `time_smaller_batches` finds.
     """
 
-    device_memory: int | None = Field(None, ge=1 << 20)
-    memory_fraction: float = Field(0.9, gt=0, le=1)
-    max_batch_size: int = Field(4096, ge=1)
-    tolerance: float = Field(0.05, ge=0, lt=1)
+    device_memory: Bytes | None = None
+    memory_fraction: Annotated[float, Range(0, 1, above=True)] = 0.9
+    max_batch_size: BatchSize = 4096
+    tolerance: Annotated[float, Range(0, 1, below=True)] = 0.05
     objective: str = Field("memory", pattern="^(memory|throughput)$")
     time_smaller_batches: bool = True
-    steps_per_probe: int = Field(3, ge=1)
-    soak_steps: int = Field(200, ge=1)
+    steps_per_probe: Annotated[int, Range(1, 10**6)] = 3
+    soak_steps: Annotated[int, Range(1, 10**9)] = 200
 
     _sizes = field_validator("device_memory", mode="before")(parse_bytes)
 
@@ -201,8 +211,8 @@ class Distribution(_Section):
     """What `raytrain tune` draws a setting from: one of `choice` (a list), `uniform`, `log_uniform` ([low, high])."""
 
     choice: list[Any] | None = Field(None, min_length=1)
-    uniform: tuple[float, float] | None = None
-    log_uniform: tuple[float, float] | None = None
+    uniform: tuple[End, End] | None = None
+    log_uniform: tuple[End, End] | None = None
 
     @model_validator(mode="after")
     def _one_of(self) -> Distribution:
@@ -231,11 +241,11 @@ class TuneSection(_Section):
     run at a time as the cluster has room for, at most `max_concurrent`.
     """
 
-    num_trials: int = Field(16, ge=1)
-    max_steps: int | None = Field(None, ge=1)
-    grace_steps: int | None = Field(None, ge=1)
-    reduction_factor: int = Field(3, ge=2)
-    max_concurrent: int | None = Field(None, ge=1)
+    num_trials: Annotated[int, Range(1, 10**6)] = 16
+    max_steps: Steps | None = None
+    grace_steps: Steps | None = None
+    reduction_factor: Annotated[int, Range(2, 10**6)] = 3
+    max_concurrent: Annotated[int, Range(1, 10**6)] | None = None
     space: dict[str, Distribution] = {
         "train.learning_rate": Distribution(log_uniform=(1e-4, 5e-3)),
         "train.warmup_steps": Distribution(choice=[100, 300, 1000, 2500]),
@@ -254,14 +264,14 @@ class AblateSection(_Section):
     """
 
     schemes: list[str] = Field(["R", "A", "B", "C", "D", "D+"], min_length=1)
-    learning_rates: list[float] | None = Field(None, min_length=1)
-    target_wer: float = Field(0.2, gt=0)
-    stop_at_wer: float | None = Field(None, gt=0)
-    max_minutes: float | None = Field(None, gt=0)
-    max_steps: int | None = Field(None, ge=1)
-    validate_every_steps: int | None = Field(None, ge=1)
-    device_memory: int | None = Field(None, ge=1 << 20)
-    max_batch_size: int | None = Field(None, ge=1)
+    learning_rates: list[LearningRate] | None = Field(None, min_length=1)
+    target_wer: Annotated[float, Range(0, 100, above=True)] = 0.2
+    stop_at_wer: ErrorRate | None = None
+    max_minutes: Minutes | None = None
+    max_steps: Steps | None = None
+    validate_every_steps: Steps | None = None
+    device_memory: Bytes | None = None
+    max_batch_size: BatchSize | None = None
 
     _sizes = field_validator("device_memory", mode="before")(parse_bytes)
 
@@ -283,12 +293,12 @@ class EvaluateSection(_Section):
     `precision` (fp32, bf16, int8) is that of linear layers, see `raytrain.model.inference`.
     """
 
-    batch_size: int = Field(32, ge=1)
-    beam_size: int = Field(1, ge=1)
-    length_penalty: float = Field(0.0, ge=0)
-    ctc_weight: float = Field(0.0, ge=0, lt=1)
-    num_workers: int = Field(1, ge=1)
-    max_generation_delta: int = Field(50, ge=1)
+    batch_size: BatchSize = 32
+    beam_size: Annotated[int, Range(1, 4096)] = 1
+    length_penalty: Annotated[float, Range(0, 1000)] = 0.0
+    ctc_weight: Annotated[float, Range(0, 1, below=True)] = 0.0
+    num_workers: Annotated[int, Range(1, MAX_WORKERS)] = 1
+    max_generation_delta: Annotated[int, Range(1, 1 << 20)] = 50
     checkpoint: str = Field("best", pattern="^(best|last)$")
     normalizer: str = Field("none", pattern="^(none|whisper)$")
     precision: str = Field("fp32", pattern="^(fp32|bf16|int8)$")
@@ -325,11 +335,11 @@ class ClusterSection(_Section):
     """
 
     address: str | None = None
-    num_cpus: int | None = Field(None, ge=1)
+    num_cpus: Annotated[int, Range(1, MAX_WORKERS)] | None = None
     train_labels: dict[str, str] = {}
     data_labels: dict[str, str] = {}
-    train_resources: dict[str, float] = {}
-    data_resources: dict[str, float] = {}
+    train_resources: dict[str, Amount] = {}
+    data_resources: dict[str, Amount] = {}
     accelerator_type: str | None = Field(None, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
 
     @field_validator("train_labels", "data_labels")
@@ -354,7 +364,7 @@ class Config(_Section):
     """One run, whole: what to read, what to make of it, and how."""
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
-    seed: int = Field(1, ge=0)
+    seed: Annotated[int, Range(0, 2**63 - 1)] = 1
     run: RunSection = RunSection()
     data: DataSection
     tokenizer: TokenizerSection = TokenizerSection()
@@ -419,13 +429,23 @@ def load_config(path: Path | None, overrides: list[str] | None = None, base: dic
     values = dict(base or {})
     if path is not None:
         try:
-            values = yaml.safe_load(Path(path).read_text()) or {}
+            values = read_yaml(path)
         except OSError as error:
-            raise ConfigError(f"can't read the configuration {path}", why=str(error.strerror).lower()) from error
-        except yaml.YAMLError as error:
-            raise ConfigError(f"{path} is not valid YAML", why=" ".join(str(error).split())) from error
+            raise ConfigError(
+                f"can't read the configuration {path}",
+                why=(error.strerror or str(error)).lower(),
+                remedy="check the path after --config",
+            ) from error
+        except ValueError as error:
+            raise ConfigError(f"{path} is not valid YAML", why=str(error), remedy="correct the file") from error
+        values = {} if values is None else values
         if not isinstance(values, dict):
-            raise ConfigError(f"{path} must hold sections", got=type(values).__name__, allowed="a mapping")
+            raise ConfigError(
+                f"{path} must hold sections",
+                got=type(values).__name__,
+                allowed="a mapping",
+                remedy="begin the file with name: and data:",
+            )
     for override in overrides or []:
         values = _override(values, override)
     return check_config(values, source=str(path) if path else "configuration")
@@ -452,19 +472,38 @@ def _texts(value: Any, place: str = "") -> Iterator[tuple[str, str]]:
 
 def _override(values: dict, text: str) -> dict:
     key, equals, raw = text.partition("=")
-    if not equals or not key:
-        raise ConfigError("an override must look like section.key=value", got=repr(text))
+    *parents, last = key.split(".")
+    if not equals or not all(part and part == part.strip() for part in (*parents, last)):
+        raise ConfigError(
+            "an override must look like section.key=value",
+            got=_shown(text),
+            remedy="name the section and the key, as in --set train.max_steps=100",
+        )
     values = dict(values)
     node = values
-    *parents, last = key.split(".")
     for part in parents:
         child = node.get(part)
         if child is not None and not isinstance(child, dict):
-            raise ConfigError(f"{key} can't be set", why=f"{part} is a value, not a section")
+            kind = "a list, which is set as a whole" if isinstance(child, list) else "a value, not a section"
+            raise ConfigError(f"{key} can't be set", why=f"{part} is {kind}", remedy=f"set {part}, or edit the file")
         node[part] = dict(child or {})
         node = node[part]
-    node[last] = yaml.safe_load(raw)
+    try:
+        node[last] = load_yaml(raw)
+    except ValueError as error:
+        raise ConfigError(
+            f"{key} can't be set",
+            got=_shown(raw),
+            why=str(error),
+            remedy="write the value as in YAML; quote what is text",
+        ) from error
     return values
+
+
+def _shown(value: Any) -> str:
+    """A value for a message, long ones cut."""
+    text = repr(value)
+    return text if len(text) <= _LONGEST_SHOWN else f"{text[:_LONGEST_SHOWN]}…"
 
 
 def _describe(item: Any) -> str:
@@ -479,7 +518,7 @@ def _describe(item: Any) -> str:
         return f"{dotted}: missing"
     message = item["msg"].removeprefix("Value error, ")
     given = item.get("input")
-    shown = "" if isinstance(given, dict) or "got" in message else f"; got {given!r}"
+    shown = "" if isinstance(given, dict) or "got" in message else f"; got {_shown(given)}"
     return f"{dotted}: {message[0].lower() + message[1:]}{shown}"
 
 

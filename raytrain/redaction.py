@@ -52,13 +52,21 @@ _NAMES_A_PLACE = re.compile(
 
 def redacted(value: Any) -> Any:
     """The same text, or nested lists and dicts, with secrets replaced by `***`; other values as they are."""
+    return _redacted(value, _secret_values(), {})
+
+
+def _redacted(value: Any, secrets: list[str], done: dict[int, Any]) -> Any:
     if isinstance(value, str):
-        return _text(value)
-    if isinstance(value, dict):
-        return {key: redacted(one) for key, one in value.items()}
-    if isinstance(value, list | tuple):
-        return type(value)(map(redacted, value)) if type(value) in (list, tuple) else value
-    return value
+        return _text(value, secrets)
+    if not isinstance(value, dict) and type(value) not in (list, tuple):
+        return value
+    # What YAML's aliases stand for is one value that hangs in many places.
+    if id(value) not in done:
+        if isinstance(value, dict):
+            done[id(value)] = {key: _redacted(one, secrets, done) for key, one in value.items()}
+        else:
+            done[id(value)] = type(value)(_redacted(one, secrets, done) for one in value)
+    return done[id(value)]
 
 
 def without_credentials(text: str) -> str:
@@ -106,8 +114,8 @@ def guard_output() -> None:
     logging.setLogRecordFactory(make_record)
 
 
-def _text(text: str) -> str:
-    for value in _secret_values():
+def _text(text: str, secrets: list[str]) -> str:
+    for value in secrets:
         text = text.replace(value, HIDDEN)
     return _HEADER.sub(rf"\g<1>{HIDDEN}", without_credentials(text))
 

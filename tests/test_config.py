@@ -46,8 +46,8 @@ def test_wrong_values_are_named():
     with pytest.raises(ConfigError) as caught:
         check_config({**MINIMAL, "train": {"num_workers": 0, "ctc_weight": 1}, "oomptimize": {"device_memory": "x"}})
     text = str(caught.value)
-    assert "num_workers must be a number from 1 on, or [least, most], got 0" in text
-    assert "ctc_weight must be in [0, 1), got 1" in text
+    assert "train.num_workers: must be from 1 to 65536, got 0" in text
+    assert "train.ctc_weight: must be at least 0 and below 1, got 1" in text
     assert "'x' is not a size" in text
 
 
@@ -105,7 +105,7 @@ def test_corpora_are_paths_or_sections():
     [
         ({"name": "x", "path": "p", "lnguage": "de"}, "data.train.0.lnguage: unknown key; did you mean language"),
         ({"name": "x"}, "data.train.0.path: missing"),
-        ({"path": "q", "weight": 0}, "weight must be above 0"),
+        ({"path": "q", "weight": 0}, "data.train.0.weight: must be above 0"),
         ({"path": "q", "format": "kaldi"}, "format must be one of nemo, nemo_tarred"),
         ({"path": "q", "format": "nemo_tarred"}, "needs audio"),
     ],

@@ -150,8 +150,10 @@ def test_no_room_for_text_is_an_empty_text_in_a_batch_too(spoken):
 
 def test_bad_requests_are_refused(spoken):
     model, states, lengths = spoken
-    with pytest.raises(ValueError, match=r"beam_size must be at least 1.*n_best must be from 1 to beam_size"):
-        DecodeSettings(beam_size=0, n_best=2)
+    with pytest.raises(ValueError, match="beam_size must be from 1 to 4096, got 0"):
+        DecodeSettings(beam_size=0)
+    with pytest.raises(ValueError, match=r"n_best must be from 1 to beam_size \(1\), got 2"):
+        DecodeSettings(n_best=2)
     with pytest.raises(DataError, match="allowed: 1 to 23"):
         decode(model, states, lengths, torch.zeros(5, 24, dtype=torch.long), torch.full((5,), 24), EOS)
     with pytest.raises(DataError, match="larger than the vocabulary"):

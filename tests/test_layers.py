@@ -9,11 +9,12 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path(__file__).parents[1] / "raytrain"
-CORE = {"raytrain.errors", "raytrain.lengths"}
+CORE = {"raytrain.errors", "raytrain.ranges", "raytrain.lengths"}
 REDACTION = "raytrain.redaction"
 ALLOWED = {
     "lengths": {"numpy", *CORE},
-    "model": {"numpy", "torch", "sentencepiece", "safetensors", "yaml", "raytrain.model", "raytrain.artifacts", *CORE},
+    "model": {"numpy", "torch", "sentencepiece", "safetensors", "yaml", "raytrain.model", "raytrain.artifacts",
+              "raytrain.yaml_loading", *CORE},
     "data": {"numpy", "torch", "lhotse", "sentencepiece", "pyarrow", "fsspec", "orjson", "soundfile", "miniaudio",
              "soxr", "scipy", "raytrain.data", "raytrain.artifacts", *CORE},
     "training": {"numpy", "torch", "jiwer", "sacrebleu", "whisper_normalizer", "raytrain.training", "raytrain.model",

@@ -198,13 +198,13 @@ def test_one_limit_per_duration_bucket():
 
 
 def test_limits_that_mean_nothing_are_refused():
-    with pytest.raises(ValueError, match="max_tps must be above 0, got 0"):
+    with pytest.raises(ValueError, match="max_tps must be above 0 and at most 1000000, got 0"):
         BucketSettings(max_tps=0)
     with pytest.raises(ValueError, match="max_tps has 3 numbers for 2 duration buckets"):
         BucketSettings(2, max_tps=(1.0, 2.0, 3.0))
     with pytest.raises(ValueError, match="per duration bucket needs the policy equal_mass"):
         BucketSettings(2, policy="optimal", max_tps=(1.0, 2.0))
-    with pytest.raises(ValueError, match="tps_sigma must not be negative"):
+    with pytest.raises(ValueError, match="tps_sigma must be from 0 to 1000000, got -1.0"):
         BucketSettings(tps_sigma=-1.0)
 
 

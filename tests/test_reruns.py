@@ -228,7 +228,7 @@ SETTINGS = [
         "augment.noise_snr_db": [1.0, 2.0], "augment.impulse_responses": ["rooms/*.wav"],
         "augment.reverb_probability": 0.1,
         "model.spec_augment.freq_masks": 1, "model.spec_augment.freq_width": 9, "model.spec_augment.time_masks": 1,
-        "model.spec_augment.time_width": 0.1, "train.learning_rate": 0.1, "train.min_learning_rate": 0.1,
+        "model.spec_augment.time_width": 0.1, "train.learning_rate": 0.1, "train.min_learning_rate": 1e-4,
         "train.warmup_steps": 1, "train.schedule": "cosine", "train.beta1": 0.8, "train.beta2": 0.8,
         "train.weight_decay": 0.1, "train.clip_norm": 2.0, "train.mask_prompt": True, "train.ctc_weight": 0.3,
     }),

@@ -8,13 +8,12 @@ training run for each learning rate as a Ray Tune trial; all else is equal. Both
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from raytrain.artifacts import atomic_write_bytes, canonical_json, make_folder, read_json, write_json
-from raytrain.cluster.pipeline import run_pipeline
+from raytrain.cluster.pipeline import read_stages, run_pipeline
 from raytrain.cluster.session import ray_session
 from raytrain.cluster.stages import read_histogram
 from raytrain.cluster.tracking import RunTracking, tracking_uri
@@ -35,6 +34,7 @@ from raytrain.lengths.schemes import (
     title_of,
 )
 from raytrain.model.cost import cost_of, peak_flops
+from raytrain.tracking import read_metrics
 from raytrain.training.ablation import SchemePlan, fit_limits, plan_scheme, predict_schemes, trace_surface
 from raytrain.training.settings import TrainSettings
 
@@ -248,9 +248,8 @@ def _share_statistics(source: Path, target: Path) -> None:
         if not (target / name).exists():
             (target / name).symlink_to(source / name)
     note = target / "stages.json"
-    known = json.loads(note.read_bytes()) if note.exists() else {}
-    shared = json.loads((source / "stages.json").read_bytes())["statistics"]
-    atomic_write_bytes(note, canonical_json({**known, "statistics": shared}))
+    shared = {name: record for name, record in read_stages(source).items() if name == "statistics"}
+    atomic_write_bytes(note, canonical_json({**read_stages(target), **shared}))
 
 
 def _trial(trial: dict[str, Any], target: float) -> dict[str, Any]:
@@ -266,11 +265,11 @@ def _trial(trial: dict[str, Any], target: float) -> dict[str, Any]:
 def trial_metrics(trial: dict[str, Any], target: float) -> dict[str, Any]:
     """What a trial's metrics say: how far it came, when it was at the target WER, means over its steps, its curve."""
     path = Path(trial["folder"] or "") / "metrics.jsonl"
-    lines = [json.loads(line) for line in path.read_bytes().splitlines()] if path.is_file() else []
-    steps = [line for line in lines if "loss" in line]
-    checks = [line for line in lines if "wer" in line]
-    reached = next((line for line in checks if line["wer"] <= target), None)
+    lines = read_metrics(path)
     means = ("batch_size", "audio_padding", "token_padding", "audio_seconds_per_second", "steps_per_second")
+    steps = [line for line in lines if {"loss", "time_s", *means} <= line.keys()]
+    checks = [line for line in lines if {"wer", "val_loss", "time_s"} <= line.keys()]
+    reached = next((line for line in checks if line["wer"] <= target), None)
     return {
         "steps": steps[-1]["step"] if steps else 0,
         "seconds": checks[-1]["time_s"] if checks else None,

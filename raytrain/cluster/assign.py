@@ -199,9 +199,7 @@ def assign_all(
     import ray
 
     _clear_other_inputs(store, key)
-    done = [read_note(store.local / FOLDER / note_name(chunk.index)) for chunk in chunks]
-    # Audio that was not there may have come since.
-    done = [note if note and MISSING not in note["rejected"] else None for note in done]
+    done = [standing_note(store.local / FOLDER / note_name(chunk.index), chunk, plan) for chunk in chunks]
     yield from (note for note in done if note)
     missing = [chunk for chunk, note in zip(chunks, done, strict=True) if not note]
     if not missing:
@@ -232,7 +230,7 @@ def _clear_other_inputs(store: RunStore, key: str) -> None:
     job had half written goes."""
     name, folder = f"{FOLDER}/inputs.key", store.local / FOLDER
     marker = store.look(name)
-    if not marker.exists() or marker.read_text() != key:
+    if not marker.exists() or marker.read_bytes() != key.encode():
         store.clear(FOLDER)
         atomic_write_bytes(marker, key.encode())
         store.share(name)
@@ -241,3 +239,12 @@ def _clear_other_inputs(store: RunStore, key: str) -> None:
         store.look_at_all(f"{FOLDER}/parts", "*.json")
     for half in folder.glob("*/.*"):
         half.unlink()
+
+
+def standing_note(path: Path, chunk: Chunk, plan: BucketPlan) -> dict[str, Any] | None:
+    """A chunk's note, None where there is none that is about it: the chunk is done again. So it is where audio was not
+    there, which may have come since."""
+    note = read_note(path)
+    if note is None or (note["chunk"], note["corpus"]) != (chunk.index, chunk.corpus) or MISSING in note["rejected"]:
+        return None
+    return note if all(int(bucket) < len(plan.grid.buckets) for bucket in note["rows"]) else None

@@ -44,7 +44,7 @@ class RayBatches:
     ) -> None:  # fmt: skip
         self._workspace, self._batch_sizes = workspace, batch_sizes
         self._schedule = workspace.schedule(workspace.assignment(), batch_sizes)
-        self._state = ScheduleState.from_dict(state) if state else self._schedule.initial()
+        self._state = self._schedule.restored(state) if state else self._schedule.initial()
         self._shares, self._num_shares = shares, num_shares
         self._world_size, self._pin_memory = world_size, pin_memory
         self._quarantine = workspace.quarantine

@@ -7,7 +7,6 @@ Copying never ends training: what can't be copied is said once, and the next che
 from __future__ import annotations
 
 import contextlib
-import json
 import logging
 import shutil
 import tempfile
@@ -18,7 +17,7 @@ from raytrain.artifacts import file_id, make_folder
 from raytrain.data.remote import RunStore
 from raytrain.data.storage import download, list_files, locate, remove_file, upload
 from raytrain.errors import CheckpointError, RaytrainError, StorageError
-from raytrain.training.checkpoint import BEST, META, Checkpoint, CheckpointFolder, read_checkpoint
+from raytrain.training.checkpoint import BEST, META, Checkpoint, CheckpointFolder, parse_meta, read_checkpoint
 
 FOLDER = "checkpoints"
 _LOG = logging.getLogger("raytrain.checkpoints")
@@ -172,11 +171,9 @@ class SharedCheckpoints(CheckpointFolder):
         with tempfile.TemporaryDirectory() as folder:
             try:
                 download(f"{self._there.path}/{name}/{META}", Path(folder) / META)
-                meta = json.loads((Path(folder) / META).read_bytes())
-                whole = all(Path(file).name == file for file in meta["files"])
-            except (FileNotFoundError, ValueError, KeyError, TypeError):
+                return parse_meta((Path(folder) / META).read_bytes())
+            except FileNotFoundError:
                 return None
-        return meta if whole else None
 
     def _brought(self, name: str, only: tuple[str, ...] | None = None) -> Checkpoint | None:
         meta = self._meta(name)

@@ -8,7 +8,7 @@ to do; and a stage that runs again but writes what it wrote before leaves the st
 from __future__ import annotations
 
 import contextlib
-import json
+import fnmatch
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +16,7 @@ from typing import Any
 
 import yaml
 
-from raytrain.artifacts import atomic_write_bytes, canonical_json, content_id, file_id, make_folder
+from raytrain.artifacts import atomic_write_bytes, canonical_json, content_id, file_id, make_folder, read_state
 from raytrain.cluster import stages
 from raytrain.cluster.gpus import may_train_on_gpus
 from raytrain.cluster.session import ray_session
@@ -71,6 +71,14 @@ STAGES: tuple[Stage, ...] = (
 STAGE_NAMES = tuple(stage.name for stage in STAGES)
 
 
+@dataclass(frozen=True)
+class StageRecord:
+    """What `stages.json` keeps of a finished stage: its key, and the ids of its outputs by name."""
+
+    key: str
+    outputs: dict[str, str]
+
+
 def run_pipeline(config: Config, console: Console, names: tuple[str, ...] = STAGE_NAMES) -> list[str]:
     """Run the named stages that are not up to date; returns the names of those that ran.
 
@@ -82,7 +90,7 @@ def run_pipeline(config: Config, console: Console, names: tuple[str, ...] = STAG
     resolved = yaml.safe_dump(redacted(config.model_dump(mode="json")), sort_keys=False)
     atomic_write_bytes(run_dir / "config.yaml", resolved.encode())
     store.share("config.yaml")
-    done = _read_state(run_dir)
+    done = read_stages(run_dir)
     ran: list[str] = []
     # Ray starts with the first stage that needs it and stays until the last: each start costs seconds, and a shutdown
     # in mid-run can catch a thread of Ray Data or Tune that still asks for something, which ends the process.
@@ -98,7 +106,7 @@ def run_pipeline(config: Config, console: Console, names: tuple[str, ...] = STAG
             if stage.key_names_gpus and may_train_on_gpus(config):
                 ray.enter_context(ray_session(config.cluster))
             key = content_id({"stage": stage.name, "depends_on": stage.key(workspace)})
-            if _is_current(run_dir, done.get(stage.name), key) and stage.is_whole(workspace):
+            if _is_current(run_dir, stage, done.get(stage.name), key) and stage.is_whole(workspace):
                 console.skipped(stage.name)
                 continue
             # From here on the old result is void; a stage that is stopped half-way runs again.
@@ -130,13 +138,18 @@ def _check_needs(stage: Stage, config: Config, done: dict[str, Any]) -> None:
         )
 
 
-def _is_current(run_dir: Path, record: dict[str, Any] | None, key: str) -> bool:
-    if record is None or record["key"] != key:
+def _is_current(run_dir: Path, stage: Stage, record: dict[str, Any] | None, key: str) -> bool:
+    if record is None or record["key"] != key or not _has_all(record["outputs"], stage):
         return False
     try:
         return all(file_id(run_dir / name) == identity for name, identity in record["outputs"].items())
-    except OSError:
+    except (OSError, ValueError):  # ValueError: a name that no file can have
         return False
+
+
+def _has_all(outputs: dict[str, str], stage: Stage) -> bool:
+    """Whether a record names every file that the stage writes, and some file for each of its patterns."""
+    return all(fnmatch.filter(outputs, name) for name in stage.outputs)
 
 
 def _identities(run_dir: Path, stage: Stage) -> dict[str, str]:
@@ -145,11 +158,9 @@ def _identities(run_dir: Path, stage: Stage) -> dict[str, str]:
     return {path.relative_to(run_dir).as_posix(): file_id(path) for path in (*named, *found)}
 
 
-def _read_state(run_dir: Path) -> dict[str, Any]:
-    try:
-        return json.loads((run_dir / _STATE).read_bytes())
-    except (OSError, ValueError):
-        return {}
+def read_stages(run_dir: Path) -> dict[str, Any]:
+    """The finished stages' records (see `StageRecord`) by name; none where they can't be read, and all run again."""
+    return read_state(run_dir / _STATE, dict[str, StageRecord]) or {}
 
 
 def _write_state(store: RunStore, done: dict[str, Any]) -> None:

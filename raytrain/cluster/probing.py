@@ -8,16 +8,16 @@ by a group of as many: one trial then holds all of their GPUs.
 from __future__ import annotations
 
 import contextlib
-import json
 import secrets
 import socket
 import tempfile
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
-from raytrain.artifacts import atomic_write_bytes, canonical_json
+from raytrain.artifacts import atomic_write_bytes, canonical_json, read_state
 from raytrain.cluster.nodes import last_line
 from raytrain.cluster.placement import Placement
 from raytrain.cluster.repeating import repeating
@@ -27,6 +27,7 @@ from raytrain.training.isolated import IsolatedMeter, make_step_meter
 from raytrain.training.meter import Edges, Meter, Probe, ProbeGroup, joint_probe
 from raytrain.training.probing import (
     Answer,
+    AnswerNote,
     ProbeCoordinator,
     ProbeJob,
     ProbeOutcome,
@@ -266,16 +267,30 @@ def _run_trials(space: dict[str, Any], resources: Sequence[Any], make_meter: Mak
 # --- answers on disk
 
 
+@dataclass(frozen=True)
+class ProbesNote:
+    """What `batch_probes.json` keeps: the answers of each job, by the job's id."""
+
+    jobs: dict[str, list[AnswerNote]]
+
+
 def read_answers(path: Path, job: ProbeJob) -> list[Answer]:
     """The answers that a stopped process left for an equal job, none where there are none that can be read."""
+    notes = _read_jobs(path).get(job.id, [])
     try:
-        return answers_from_json(json.loads(path.read_bytes())["jobs"][job.id])
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        answers = answers_from_json(notes)
+        ProbeCoordinator(job, answers)  # which learns from them, where they are answers to this job
+    except (ArithmeticError, AssertionError, LookupError, TypeError, ValueError):
         return []
+    return answers
 
 
 def _write_answers(path: Path, job: ProbeJob, answers: list[Answer]) -> None:
-    jobs = {}
-    with contextlib.suppress(OSError, ValueError, KeyError):
-        jobs = json.loads(path.read_bytes())["jobs"]
-    atomic_write_bytes(path, canonical_json({"jobs": {**jobs, job.id: answers_to_json(answers)}}))
+    jobs = {**_read_jobs(path), job.id: answers_to_json(answers)}
+    atomic_write_bytes(path, canonical_json({"jobs": jobs}))
+
+
+def _read_jobs(path: Path) -> dict[str, Any]:
+    """Answers by job, none where they can't be read."""
+    note = read_state(path, ProbesNote)
+    return note["jobs"] if note else {}

@@ -10,7 +10,7 @@ import contextlib
 import json
 import time
 
-from raytrain.artifacts import atomic_write_bytes
+from raytrain.artifacts import atomic_write_bytes, read_state
 from raytrain.data.remote import RunStore
 
 _NOTE = "faults/placement-group"
@@ -31,8 +31,10 @@ def free_noted(store: RunStore) -> None:
     """Give back what the last attempt's workers had."""
     import ray
 
-    with contextlib.suppress(OSError, ValueError, ray.exceptions.RayError):
-        _remove(bytes.fromhex(json.loads(store.look(_NOTE).read_bytes())))
+    group = read_state(store.look(_NOTE), str)
+    with contextlib.suppress(ValueError, ray.exceptions.RayError):
+        if group is not None:
+            _remove(bytes.fromhex(group))
     store.discard(_NOTE)
 
 

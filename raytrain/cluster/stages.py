@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
@@ -20,6 +19,7 @@ from raytrain.artifacts import (
     file_id,
     make_folder,
     read_json,
+    read_state,
     write_json,
 )
 from raytrain.cluster.gpus import device_names
@@ -32,12 +32,13 @@ from raytrain.cluster.workspace import (
     PROFILE_FORMAT,
     SCORES_FORMAT,
     STATISTICS_FORMAT,
+    StatisticsBody,
     Workspace,
 )
 from raytrain.config import Config
 from raytrain.console import Console
 from raytrain.convert import model_stamp
-from raytrain.data.assignment import INDEX_FORMAT, note_name, write_index
+from raytrain.data.assignment import INDEX_FORMAT, IndexBody, note_name, write_index
 from raytrain.data.probe import SHORT, came_back
 from raytrain.data.storage import fingerprints, is_uri
 from raytrain.data.tokenizer import FORMAT as TOKENIZER_FORMAT
@@ -197,19 +198,27 @@ def write_histogram(path: Path, histogram: LengthHistogram) -> None:
 
 
 def read_histogram(path: Path) -> LengthHistogram:
-    """The inverse of `write_histogram`."""
+    """The inverse of `write_histogram`. Raises `ArtifactError`."""
+    import pyarrow as pa
     import pyarrow.parquet as pq
 
-    table = pq.read_table(path)
-    columns = [table[name].to_numpy() for name in ("duration_ms", "tokens", "count")]
-    return LengthHistogram.from_arrays(*columns, int(table.schema.metadata[b"real_duration_ms"]))
+    try:
+        table = pq.read_table(path, columns=["duration_ms", "tokens", "count"])
+        columns = [column.cast(pa.int64()).to_numpy() for column in table.itercolumns()]
+        if any(column.dtype.kind != "i" or (len(column) and column.min() < 0) for column in columns):
+            raise ValueError("it has lengths or counts below 0, or none")
+        return LengthHistogram.from_arrays(*columns, int((table.schema.metadata or {})[b"real_duration_ms"]))
+    except (OSError, pa.ArrowException, DataError, KeyError, OverflowError, ValueError) as error:
+        raise ArtifactError(
+            f"{path} can't be read", why=" ".join(str(error).split()), remedy="delete it and rerun statistics"
+        ) from error
 
 
 # --- buckets
 
 
 def _statistics(workspace: Workspace) -> dict[str, Any]:
-    return read_json(workspace.path("statistics.json"), STATISTICS_FORMAT)
+    return read_json(workspace.path("statistics.json"), STATISTICS_FORMAT, StatisticsBody)
 
 
 def buckets_key(workspace: Workspace) -> Any:
@@ -286,7 +295,7 @@ def run_assign(context: Context) -> str:
     parents = {"bucket_plan": workspace.plan_id, "tokenizer": workspace.tokenizer.id}
     grid = [(bucket.max_duration_ms, bucket.max_tokens) for bucket in workspace.plan.grid.buckets]
     write_index(folder, notes, grid, _statistics(workspace)["body"]["rows"], parents)
-    body = read_json(folder / "index.json", INDEX_FORMAT)["body"]
+    body = read_json(folder / "index.json", INDEX_FORMAT, IndexBody)["body"]
     rejected = sum(body["rejected"].values())
     context.tracking.current.log_metrics({"assigned": body["rows"], "rejected": rejected}, 0, 0.0)
     _show_rejected(context, body["rejected_examples"])
@@ -297,7 +306,7 @@ def run_assign(context: Context) -> str:
 def assign_is_whole(workspace: Workspace) -> bool:
     """Whether every chunk's note stands (who finds a part changed removes its note), and audio that was not there is
     still missing."""
-    body = read_json(workspace.path("assignment", "index.json"), INDEX_FORMAT)["body"]
+    body = read_json(workspace.path("assignment", "index.json"), INDEX_FORMAT, IndexBody)["body"]
     standing = workspace.store.names("assignment/parts", "*.json")
     stand = all(Path(note_name(chunk)).name in standing for chunk in range(len(body["notes"])))
     return stand and not came_back(body["rejected_examples"])
@@ -483,7 +492,7 @@ def _lineage(workspace: Workspace) -> str:
         settings["max_steps"] = workspace.config.train.max_steps
     data = workspace.config.data
     if data.stream is None:
-        heard_rows = read_json(workspace.path("assignment", "index.json"), INDEX_FORMAT)["body"]["rows_id"]
+        heard_rows = read_json(workspace.path("assignment", "index.json"), INDEX_FORMAT, IndexBody)["body"]["rows_id"]
     else:
         heard_rows = content_id([workspace.plan_id, _reading(workspace.config, "train"), data.stream.model_dump()])
     heard = asdict(workspace.config.augment)
@@ -507,7 +516,7 @@ def train_key(workspace: Workspace) -> Any:
 def train_goes_on(workspace: Workspace) -> bool:
     """Whether training has checkpoints of these settings to go on from."""
     last = workspace.checkpoints().about("newest")
-    return last is not None and last.meta["ids"].get("lineage") == _lineage(workspace)
+    return last is not None and last.meta.get("ids", {}).get("lineage") == _lineage(workspace)
 
 
 def training_meta(workspace: Workspace) -> dict[str, Any]:
@@ -565,7 +574,7 @@ def run_train(context: Context) -> str:
         "best_step": best.step, "files": best.meta["files"],
     }  # fmt: skip
     atomic_write_bytes(context.path("checkpoints", "last.json"), canonical_json(note))
-    return f"{last.step} steps, {last.meta['seconds'] / 60:.1f} min; best checkpoint at step {best.step}"
+    return f"{last.step} steps, {last.meta.get('seconds', 0.0) / 60:.1f} min; best checkpoint at step {best.step}"
 
 
 def _quarantined(path: Path) -> int:
@@ -604,11 +613,8 @@ def _set_aside_other_lineage(context: Context, lineage: str) -> None:
     if store.is_remote:
         _set_aside_remote(context, lineage, marker)
     elif context.path("checkpoints").exists():
-        try:
-            if json.loads(marker.read_bytes())["lineage"] == lineage:
-                return
-        except (OSError, ValueError, KeyError):
-            pass
+        if _noted_lineage(marker) == lineage:
+            return
         previous = context.path("previous")
         if any(context.path("checkpoints").glob("step_*")):  # else there is nothing that could replace the older ones
             shutil.rmtree(previous, ignore_errors=True)
@@ -624,11 +630,22 @@ def _set_aside_other_lineage(context: Context, lineage: str) -> None:
     store.share("checkpoints/lineage.json")
 
 
+@dataclass(frozen=True)
+class LineageNote:
+    """What `checkpoints/lineage.json` keeps."""
+
+    lineage: str
+
+
+def _noted_lineage(marker: Path) -> str | None:
+    note = read_state(marker, LineageNote)
+    return note and note["lineage"]
+
+
 def _set_aside_remote(context: Context, lineage: str, marker: Path) -> None:
     store = context.workspace.store
-    with contextlib.suppress(OSError, ValueError, KeyError):
-        if json.loads(marker.read_bytes())["lineage"] == lineage:
-            return
+    if _noted_lineage(marker) == lineage:
+        return
     if context.workspace.checkpoints().about("newest") is None:
         store.clear("checkpoints")
         store.discard("metrics.jsonl")

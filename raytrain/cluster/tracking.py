@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 from collections.abc import Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from raytrain.artifacts import atomic_write_bytes, canonical_json
+from raytrain.artifacts import atomic_write_bytes, canonical_json, read_state
 from raytrain.config import Config
 from raytrain.redaction import MLFLOW_VARIABLE, without_credentials
 from raytrain.tracking import NullTracker, Tracker
@@ -28,6 +28,15 @@ def tracking_uri(config: Config, run_dir: Path) -> str:
 
 def _server(config: Config) -> str:
     return config.tracking.uri or without_credentials(os.environ.get(MLFLOW_VARIABLE, ""))
+
+
+@dataclass(frozen=True)
+class RunNote:
+    """What `mlflow_run.json` keeps: the server, the run's id there, and those of its stages."""
+
+    uri: str
+    run_id: str
+    stages: dict[str, str] = field(default_factory=dict)
 
 
 class RunTracking:
@@ -100,11 +109,9 @@ class RunTracking:
         }
 
     def _open_parent(self) -> Any:
-        known = self._note()
-        if "run_id" in known:
-            return self._open(self._config.name, None, run_id=known["run_id"])
-        parent = self._open(self._config.name, None)
-        if parent.run_id:
+        known = self._note().get("run_id")
+        parent = self._open(self._config.name, None, run_id=known)
+        if parent.run_id and parent.run_id != known:
             body = {"uri": tracking_uri(self._config, self._run_dir), "run_id": parent.run_id}
             atomic_write_bytes(self._run_dir / RUN_NOTE, canonical_json(body))
             parent.log_params(_flat(self._config.model_dump(mode="json")))
@@ -112,11 +119,8 @@ class RunTracking:
 
     def _note(self) -> dict[str, Any]:
         """Ids of this run folder's runs on the configured server, by which they are gone on with."""
-        try:
-            note = json.loads((self._run_dir / RUN_NOTE).read_bytes())
-            return note if note["uri"] == tracking_uri(self._config, self._run_dir) else {}
-        except (OSError, ValueError, KeyError):
-            return {}
+        note = read_state(self._run_dir / RUN_NOTE, RunNote)
+        return note if note and note["uri"] == tracking_uri(self._config, self._run_dir) else {}
 
     def _open(self, name: str, parent: str | None, run_id: str | None = None) -> Any:
         from raytrain.tracking.mlflow import MlflowTracker

@@ -11,10 +11,11 @@ import json
 import os
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from raytrain.artifacts import atomic_write_bytes, file_id
+from raytrain.artifacts import atomic_write_bytes, file_id, read_state
 from raytrain.cluster.failures import GiveUp, decide, killed_for_memory, readable, stalled, wrapped
 from raytrain.cluster.gpus import backend
 from raytrain.cluster.placement import Placement, total
@@ -26,6 +27,7 @@ from raytrain.data.remote import RunStore
 from raytrain.data.storage import absolute
 from raytrain.device import Device, worker_device
 from raytrain.errors import RaytrainError, TrainingError
+from raytrain.tracking import metrics_of, read_metrics
 
 
 def train_worker(job: dict[str, Any]) -> None:
@@ -292,7 +294,7 @@ def _tracker(workspace: Any, job: dict[str, Any], rank: int, step: int) -> Itera
 
         trackers.append(MlflowTracker.open(**job["mlflow"]))
         if path.exists():
-            trackers[-1].catch_up(map(json.loads, path.read_bytes().splitlines()))
+            trackers[-1].catch_up(read_metrics(path))
     tracker = MultiTracker(*trackers)
     with store.sharing(METRICS, path):
         try:
@@ -308,9 +310,9 @@ def keep_metrics_until(path: Path, step: int) -> None:
         return
     kept = []
     for line in path.read_bytes().splitlines(keepends=True):
-        with contextlib.suppress(ValueError, KeyError):  # a killed writer leaves half a line
-            if json.loads(line)["step"] <= step:
-                kept.append(line)
+        metrics = metrics_of(line)  # a killed writer leaves half a line
+        if metrics is not None and metrics["step"] <= step:
+            kept.append(line)
     atomic_write_bytes(path, b"".join(kept))
 
 
@@ -367,7 +369,29 @@ def run_training(
                 say(f"  training starts again: {decision.because}")
     store.look(_LOWERED)
     if (gave_up := store.look(_GAVE_UP)).exists():
-        raise TrainingError(**json.loads(gave_up.read_bytes()))
+        raise _gave_up(gave_up)
+
+
+@dataclass(frozen=True)
+class GaveUpNote:
+    """The parts of the error with which training gave up, see `RaytrainError.to_dict`."""
+
+    what: str
+    got: str | None = None
+    allowed: str | None = None
+    why: str | None = None
+    remedy: str | None = None
+
+
+def _gave_up(path: Path) -> TrainingError:
+    note = read_state(path, GaveUpNote)
+    if note is None:
+        return TrainingError(
+            "training gave up",
+            why=f"its reason in {path} can't be read",
+            remedy="see the messages above, and train again",
+        )
+    return TrainingError(**{part.name: note.get(part.name) for part in fields(GaveUpNote)})
 
 
 METRICS = "metrics.jsonl"
@@ -479,12 +503,13 @@ def follow(store: RunStore, name: str, on_line: Callable[[dict[str, Any]], None]
         with contextlib.suppress(RaytrainError):  # there again the next time
             path = store.look(name)
         for line in path.read_bytes().splitlines() if path.exists() else []:
-            with contextlib.suppress(ValueError, KeyError):
-                item = json.loads(line)
-                position = (item["step"], "val_loss" in item)
-                if position > seen:
-                    on_line(item)
-                    seen = position
+            item = metrics_of(line)
+            if item is None:
+                continue
+            position = (item["step"], "val_loss" in item)
+            if position > seen:
+                on_line(item)
+                seen = position
 
     with repeating(look, 3.0 if store.is_remote else 0.5):
         yield

@@ -7,7 +7,6 @@ any training does, and one that is done is not done again.
 from __future__ import annotations
 
 import contextlib
-import json
 import math
 import os
 import queue
@@ -16,7 +15,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from raytrain.artifacts import atomic_write_bytes, canonical_json, content_id, file_id, make_folder
+from raytrain.artifacts import atomic_write_bytes, canonical_json, content_id, file_id, make_folder, read_state
 from raytrain.cluster.nodes import last_line
 from raytrain.cluster.repeating import repeating
 from raytrain.cluster.room import find_room, trains_on_gpus
@@ -26,6 +25,7 @@ from raytrain.config import Config, check_config
 from raytrain.console import Console
 from raytrain.data.storage import is_uri
 from raytrain.errors import ConfigError
+from raytrain.tracking import read_metrics
 
 SHARED = (
     "tokenizer", "chunks.json", "statistics.json", "bucket_plan.json", "batch_profile.json", "assignment",
@@ -97,8 +97,8 @@ class RunningTrial:
         self._said: dict[str, Any] = {"error": math.inf, "best_error": math.inf, "folder": str(self.folder)}
         self._tracker, self._status, mlflow = None, "FINISHED", None
         if self._is_done():
-            for line in (self.folder / "metrics.jsonl").read_bytes().splitlines():
-                self._hear(json.loads(line))
+            for line in read_metrics(self.folder / "metrics.jsonl"):
+                self._hear(line)
             self._lines.put(None)
             return
         if config.tracking.enabled and job.get("parent_run_id"):
@@ -137,10 +137,8 @@ class RunningTrial:
             atomic_write_bytes(self.folder / _DONE, canonical_json({**said, "key": self._key}))
 
     def _is_done(self) -> bool:
-        try:
-            return json.loads((self.folder / _DONE).read_bytes())["key"] == self._key
-        except (OSError, ValueError, KeyError, TypeError):
-            return False
+        done = read_state(self.folder / _DONE, dict[str, Any])
+        return done is not None and done.get("key") == self._key
 
     def _train(self, config: Config, meta: dict[str, Any], mlflow: dict[str, Any] | None) -> None:
         from raytrain.cluster.train import run_training
@@ -204,7 +202,7 @@ def _open_run(
     from raytrain.tracking.mlflow import MlflowTracker
 
     note = folder / "mlflow_run_id"
-    known = note.read_text() if note.exists() else None
+    known = note.read_bytes().decode(errors="replace") if note.exists() else None
     name, uri = job.get("label") or folder.name, job["tracking_uri"]
     tracker = MlflowTracker.open(
         uri, config.tracking.experiment, name, run_id=known, parent_run_id=job["parent_run_id"]

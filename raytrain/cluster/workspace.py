@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import socket
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, fields, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -39,12 +39,12 @@ from raytrain.data.rejected import RejectedRows
 from raytrain.data.remote import RunStore
 from raytrain.data.storage import is_uri
 from raytrain.data.tokenizer import CanaryTokenizer
-from raytrain.errors import ConfigError
+from raytrain.errors import ArtifactError, ConfigError
 from raytrain.lengths.mixture import Mixture, repeats_of
-from raytrain.lengths.plan import BucketPlan
+from raytrain.lengths.plan import BucketPlan, BucketPlanBody
 from raytrain.lengths.profile import BatchProfile
 from raytrain.lengths.sampling import sampling_shares
-from raytrain.lengths.schedule import BatchSchedule, ScheduleState
+from raytrain.lengths.schedule import BatchSchedule
 from raytrain.model.config import ModelConfig
 from raytrain.model.decoding import DecodeSettings
 
@@ -58,6 +58,49 @@ PROFILE_FORMAT = "raytrain.batch_profile/2"
 STATISTICS_FORMAT = "raytrain.statistics/3"
 CHUNKS_FORMAT = "raytrain.chunks/2"
 SCORES_FORMAT = "raytrain.scores/2"
+
+
+@dataclass(frozen=True)
+class CorpusStatistics:
+    """What `statistics.json` says of a corpus, as far as it is read again."""
+
+    hours: float
+    languages: list[str]
+
+
+@dataclass(frozen=True)
+class StatisticsBody:
+    """What `statistics.json` holds, as far as it is read again."""
+
+    rows: int
+    histogram_id: str
+    by_corpus: dict[str, CorpusStatistics]
+
+
+@dataclass(frozen=True)
+class PlanBody:
+    """What `bucket_plan.json` holds."""
+
+    plan: BucketPlanBody
+
+
+@dataclass(frozen=True)
+class ProfileBody:
+    """What `batch_profile.json` holds."""
+
+    profiles: list[BatchProfile]
+
+    def __post_init__(self) -> None:
+        if not self.profiles:
+            raise ValueError("it holds no profile")
+
+
+_KINDS = {
+    PLAN_FORMAT: PlanBody,
+    PROFILE_FORMAT: ProfileBody,
+    STATISTICS_FORMAT: StatisticsBody,
+    CHUNKS_FORMAT: list[Chunk],
+}
 
 
 class Workspace:
@@ -76,7 +119,7 @@ class Workspace:
 
     def _read(self, name: str, format: str) -> dict[str, Any]:
         self.store.bring(name)
-        return read_json(self.path(name), format)
+        return read_json(self.path(name), format, _KINDS.get(format))
 
     @cached_property
     def tokenizer(self) -> CanaryTokenizer:
@@ -105,8 +148,10 @@ class Workspace:
 
     def numbered(self, chunks: list[Chunk]) -> list[Chunk]:
         """The chunks with the `first_line` that statistics counted; as they are if those were cut otherwise."""
-        known = [Chunk(**one) for one in self._read("chunks.json", CHUNKS_FORMAT)["body"]]
-        places = [[replace(one, first_line=0) for one in some] for some in (known, chunks)]
+        names = [part.name for part in fields(Chunk)]
+        body = self._read("chunks.json", CHUNKS_FORMAT)["body"]
+        known = [Chunk(**{name: one[name] for name in names if name in one}) for one in body]
+        places = [[replace(chunk, first_line=0) for chunk in some] for some in (known, chunks)]
         return known if places[0] == places[1] else chunks
 
     def model_config(self) -> ModelConfig:
@@ -172,6 +217,12 @@ class Workspace:
         if data.temperature == 1 and len(set(found)) <= 1:
             return (1.0,) * len(found)
         by_corpus = self._read("statistics.json", STATISTICS_FORMAT)["body"]["by_corpus"]
+        if unknown := [name for name in corpora if name not in by_corpus]:
+            raise ArtifactError(
+                f"statistics.json does not know the corpus {unknown[0]}",
+                got=", ".join(sorted(by_corpus)),
+                remedy="run statistics again",
+            )
         languages = None
         if data.temperature_by == "language":
             mixed = [name for name in corpora if len(by_corpus[name]["languages"]) > 1]
@@ -213,7 +264,7 @@ class Workspace:
         if work is None:
             assignment = self.assignment()
             schedule = self.schedule(assignment, batch_sizes)
-            start = ScheduleState.from_dict(state) if state else schedule.initial()
+            start = schedule.restored(state) if state else schedule.initial()
             work = scheduled_work(assignment, schedule, start, shares, num_shares)
         train = self.config.train
         num_threads = loader_threads(train.num_loader_threads, available_cpus(), local_workers)

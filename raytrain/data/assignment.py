@@ -23,6 +23,7 @@ import threading
 from bisect import bisect_right
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from itertools import accumulate, count
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -184,6 +185,74 @@ class PartsWriter:
         return self._files[name]
 
 
+@dataclass(frozen=True)
+class ExampleRow:
+    """A rejected row that a note or an index names."""
+
+    file: str
+    line: int
+    detail: str
+
+
+@dataclass(frozen=True)
+class ChunkNote:
+    """What assign notes of a chunk: rows by bucket, rejections by reason with examples, content ids of the files by
+    name."""
+
+    chunk: int
+    corpus: str
+    rows: dict[str, int]
+    rejected: dict[str, int]
+    examples: dict[str, list[ExampleRow]]
+    files: dict[str, str]
+
+    def __post_init__(self) -> None:
+        if not all(bucket.isascii() and bucket.isdecimal() for bucket in self.rows):
+            raise ValueError("a bucket is not a number")
+        if min([0, *self.rows.values(), *self.rejected.values()]) < 0:
+            raise ValueError("there are less than 0 rows")
+        if not self.rejected.keys() <= self.examples.keys():
+            raise ValueError("a reason has no example")
+        if not {part_name(int(bucket), self.chunk) for bucket in self.rows} <= self.files.keys():
+            raise ValueError("a part has no id")
+
+
+@dataclass(frozen=True)
+class RejectedExamples:
+    """How many rows of a corpus were rejected for a reason, and the first of them."""
+
+    corpus: str
+    reason: str
+    rows: int
+    first: list[ExampleRow]
+
+    def __post_init__(self) -> None:
+        if not self.first:
+            raise ValueError("a reason has no example")
+
+
+@dataclass(frozen=True)
+class IndexBody:
+    """What the assignment's `index.json` holds: rows by bucket and chunk, (corpus, number of chunks) in order, what was
+    rejected, and the ids of the chunks' notes; `rows_id` covers all rows of all buckets."""
+
+    buckets: list[list[int]]
+    corpora: list[tuple[str, int]]
+    rows: int
+    rows_id: str
+    notes: list[str]
+    rejected: dict[str, int]
+    rejected_examples: list[RejectedExamples]
+    grid: list[tuple[int, int]]
+
+    def __post_init__(self) -> None:
+        chunks = sum(number for _, number in self.corpora)
+        if len(self.buckets) != len(self.grid) or {len(self.notes), *map(len, self.buckets)} != {chunks}:
+            raise ValueError("its lists differ in length")
+        if min([0, *(number for rows in self.buckets for number in rows), *(n for _, n in self.corpora)]) < 0:
+            raise ValueError("there are less than 0 rows")
+
+
 def write_note(place: str | Path, note: dict[str, Any]) -> None:
     """Write a chunk's note to a path or URI, after its files: a chunk without one is made again."""
     write_bytes(str(place), json_artefact(NOTE_FORMAT, note)[1])
@@ -192,7 +261,7 @@ def write_note(place: str | Path, note: dict[str, Any]) -> None:
 def read_note(path: Path) -> dict[str, Any] | None:
     """A chunk's note, None where there is none or it is damaged."""
     try:
-        return read_json(path, NOTE_FORMAT)["body"]
+        return read_json(path, NOTE_FORMAT, ChunkNote)["body"]
     except ArtifactError:
         return None
 
@@ -262,9 +331,9 @@ class Assignment:
         self._store = store if store is not None and store.is_remote else None
         self._ids: dict[int, dict[str, str]] = {}
         self._checked: set[tuple[int, int]] = set()
-        document = read_json(self.folder / "index.json", INDEX_FORMAT)
+        document = read_json(self.folder / "index.json", INDEX_FORMAT, IndexBody)
         self.id: str = document["id"]
-        self.plan_id: str = document["parents"]["bucket_plan"]
+        self.plan_id: str = document["parents"].get("bucket_plan", "")
         self._notes: list[str] = document["body"]["notes"]
         counts: list[list[int]] = document["body"]["buckets"]
         self._ends = [list(accumulate(rows)) for rows in counts]
@@ -369,7 +438,7 @@ class Assignment:
             note = f"{self.folder.name}/{note_name(chunk)}"
             path = self._store.look(note) if self._store else self.folder / note_name(chunk)
             try:
-                document = read_json(path, NOTE_FORMAT)
+                document = read_json(path, NOTE_FORMAT, ChunkNote)
             except ArtifactError as error:
                 raise _ChangedError(str(error)) from error
             if document["id"] != self._notes[chunk]:

@@ -9,12 +9,17 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from functools import lru_cache
+from typing import Annotated
 
 import numpy as np
 
 from raytrain.data.audio import AudioError, read_audio
 from raytrain.data.storage import expand
 from raytrain.errors import DataError
+from raytrain.ranges import Range, range_problems, refuse
+
+Probability = Annotated[float, Range(0, 1)]
+Decibels = Annotated[float, Range(-200, 200)]
 
 
 @dataclass(frozen=True)
@@ -27,25 +32,22 @@ class AugmentSettings:
 
     __pydantic_config__ = {"extra": "forbid"}
 
-    speeds: tuple[float, ...] = ()
+    speeds: tuple[Annotated[float, Range(0.5, 2)], ...] = ()
     noise: tuple[str, ...] = ()
-    noise_probability: float = 0.5
-    noise_snr_db: tuple[float, float] = (10.0, 30.0)
+    noise_probability: Probability = 0.5
+    noise_snr_db: tuple[Decibels, Decibels] = (10.0, 30.0)
     impulse_responses: tuple[str, ...] = ()
-    reverb_probability: float = 0.3
-    gain_db: tuple[float, float] | None = None
+    reverb_probability: Probability = 0.3
+    gain_db: tuple[Decibels, Decibels] | None = None
 
     def __post_init__(self) -> None:
-        problems = [f"speeds must be from 0.5 to 2, got {one}" for one in self.speeds if not 0.5 <= one <= 2]
-        for name in ("noise_probability", "reverb_probability"):
-            if not 0 <= getattr(self, name) <= 1:
-                problems.append(f"{name} must be from 0 to 1, got {getattr(self, name)}")
+        refuse(range_problems(self))
+        problems = []
         for name in ("noise_snr_db", "gain_db"):
             values = getattr(self, name)
             if values is not None and values[0] > values[1]:
                 problems.append(f"{name} must be [low, high], got {list(values)}")
-        if problems:
-            raise ValueError("; ".join(problems))
+        refuse(problems)
 
     @property
     def is_on(self) -> bool:

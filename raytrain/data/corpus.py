@@ -19,12 +19,13 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from importlib import import_module
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import numpy as np
 
 from raytrain.data.storage import StorageReadError, absolute, bare_name, expand, is_folder, list_files, open_stream
 from raytrain.errors import ManifestError
+from raytrain.ranges import Range, range_problems
 
 if TYPE_CHECKING:
     from raytrain.data.rows import Block, RawRow
@@ -62,16 +63,14 @@ class Corpus:
     audio: str | tuple[str, ...] | None = None
     language: str | None = None
     target_language: str | None = None
-    weight: float = 1.0
+    weight: Annotated[float, Range(0, 10**9, above=True)] = 1.0
 
     def __post_init__(self) -> None:
-        problems = []
+        problems = range_problems(self)
         if not self.name:
             problems.append("a corpus needs a name")
         if self.format is not None and self.format not in FORMATS:
             problems.append(f"format must be one of {', '.join(FORMATS)}, got {self.format!r}")
-        if not self.weight > 0:
-            problems.append(f"weight must be above 0, got {self.weight}")
         if not self.path:
             problems.append(f"corpus {self.name} names no path")
         if self.format == "nemo_tarred" and not self.audio:

@@ -13,12 +13,21 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
 import orjson
 
-from raytrain.artifacts import atomic_write, atomic_write_bytes, content_id, make_folder, storage_error
+from raytrain.artifacts import (
+    atomic_write,
+    atomic_write_bytes,
+    content_id,
+    fitting,
+    make_folder,
+    parse_json,
+    storage_error,
+)
 
 _FORMAT = "raytrain.transcript_part/1"
 
@@ -26,6 +35,18 @@ _FORMAT = "raytrain.transcript_part/1"
 class Finished(NamedTuple):
     """A part that is done: its rows, and how many of them have an error."""
 
+    num_rows: int
+    num_failed: int
+
+
+@dataclass(frozen=True)
+class PartNote:
+    """The first line of a part."""
+
+    format: str
+    key: str
+    rows_id: str
+    body_id: str
     num_rows: int
     num_failed: int
 
@@ -41,13 +62,13 @@ class FinishedParts:
         """What is known of a part; None where it is missing, damaged, or of another model, setting or row."""
         try:
             head, _, body = self._path(number).read_bytes().partition(b"\n")
-            note = orjson.loads(head)
-            known = (note["format"], note["key"], note["rows_id"], note["body_id"])
-            if known == (_FORMAT, self._key, rows_id, content_id(body)):
-                return Finished(note["num_rows"], note["num_failed"])
-        except (OSError, ValueError, KeyError, TypeError):
-            pass
-        return None
+            note = fitting(parse_json(head), PartNote)
+        except (OSError, ValueError):
+            return None
+        known = (note["format"], note["key"], note["rows_id"], note["body_id"])
+        if known != (_FORMAT, self._key, rows_id, content_id(body)):
+            return None
+        return Finished(note["num_rows"], note["num_failed"])
 
     def write(self, number: int, rows_id: str, lines: Sequence[bytes], num_failed: int) -> Finished:
         """Write a part: its rows as JSON in order. Raises `StorageError`."""

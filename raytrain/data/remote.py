@@ -21,11 +21,11 @@ import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 from raytrain.artifacts import content_id, file_id, make_folder, read_json, write_json
 from raytrain.data.storage import download, is_uri, list_files, move_files, remove_file, upload
-from raytrain.errors import StorageError
+from raytrain.errors import ArtifactError, StorageError
 
 CACHE_VARIABLE = "RAYTRAIN_CACHE"
 DEFAULT_CACHE_BYTES = 50 << 30
@@ -279,7 +279,14 @@ class RunStore:
     def _published(self) -> dict[str, str]:
         if self._ids is None:
             path = self.look(_INDEX)
-            self._ids = read_json(path, _INDEX_FORMAT)["body"] if path.exists() else {}
+            ids = read_json(path, _INDEX_FORMAT, dict[str, str])["body"] if path.exists() else {}
+            for name in ids:
+                parts = PurePosixPath(name).parts
+                if not parts or parts[0] == "/" or ".." in parts or "\0" in name:
+                    raise ArtifactError(
+                        f"{self.place(_INDEX)} names a file outside of its folder", got=repr(name), remedy="delete it"
+                    )
+            self._ids = ids
         return self._ids
 
     def _brought(self, name: str, identity: str) -> bool:

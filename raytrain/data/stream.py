@@ -32,7 +32,7 @@ from raytrain.data.probe import AudioListing
 from raytrain.data.rejected import RejectedRows
 from raytrain.data.rows import Block, audio_places
 from raytrain.data.storage import StorageReadError
-from raytrain.errors import ManifestError
+from raytrain.errors import ManifestError, PlanError
 from raytrain.lengths.permutation import key_of
 from raytrain.lengths.plan import BucketPlan
 from raytrain.lengths.schedule import StepPlan
@@ -57,7 +57,14 @@ class StreamState:
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> StreamState:
         """The inverse of `to_dict`."""
-        return cls(int(values["epoch"]), tuple((tuple(sizes), int(steps)) for sizes, steps in values["segments"]))
+        try:
+            return cls(int(values["epoch"]), tuple((tuple(sizes), int(steps)) for sizes, steps in values["segments"]))
+        except KeyError as error:
+            raise PlanError(
+                "a checkpoint does not say how far its stream had come",
+                why="it was made by training on an assignment",
+                remedy="unset data.stream, or give the run another name",
+            ) from error
 
     def after_step(self, sizes: tuple[int, ...]) -> StreamState:
         """The state one step later."""

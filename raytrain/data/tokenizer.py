@@ -15,6 +15,7 @@ import re
 import unicodedata
 from bisect import bisect_right
 from collections.abc import Iterable
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
@@ -44,6 +45,15 @@ _SPECIALS_OF = {
 _FURTHER = {"canary": (), "canary2": ("<|emo:happy|>", "<|emo:sad|>", "<|emo:angry|>")}
 # A language's token is <|name|>, so a language called pnc would be taken for a slot's value.
 _TAKEN = {SPECIALS, *(token[2:-2] for tokens in _SPECIALS_OF.values() for token in tokens if token.startswith("<|"))}
+
+
+@dataclass(frozen=True)
+class TokenizerBody:
+    """What `tokenizer.json` holds."""
+
+    languages: list[str]
+    vocab_size: int
+    tokenizer_id: str
 
 
 class CanaryTokenizer:
@@ -181,7 +191,7 @@ class CanaryTokenizer:
     @classmethod
     def load(cls, folder: Path) -> CanaryTokenizer:
         """Read a folder written by `save`. Raises `ArtifactError` where it is missing or damaged."""
-        body = read_json(Path(folder) / "tokenizer.json", FORMAT)["body"]
+        body = read_json(Path(folder) / "tokenizer.json", FORMAT, TokenizerBody)["body"]
         try:
             names = (SPECIALS, *_check_languages(body["languages"]))
             models = {name: (Path(folder) / f"{name}.model").read_bytes() for name in names}

@@ -7,13 +7,13 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import yaml
 from rich.table import Table
 
 from raytrain.cluster.pipeline import run_pipeline
 from raytrain.config import Config, load_config
 from raytrain.console import Console
 from raytrain.demo.speech import make_corpus
+from raytrain.yaml_loading import read_yaml
 
 UTTERANCES = {"train": 2400, "dev": 80, "test": 160}
 MAX_WER = 0.20
@@ -40,7 +40,7 @@ def run_demo(root: Path, overrides: list[str], utterances: dict[str, int] | None
 
 def demo_config(root: Path, corpus: Path, overrides: list[str]) -> Config:
     """The embedded configuration with the demo's folders."""
-    values = yaml.safe_load(Path(__file__).with_name("demo.yaml").read_text())
+    values = read_yaml(Path(__file__).with_name("demo.yaml"))
     values["data"]["root"] = str(corpus)
     values["run"] = {"root": str(root.absolute())}
     return load_config(None, overrides, base=values)

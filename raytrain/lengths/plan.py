@@ -15,8 +15,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
-from typing import Any
+from dataclasses import asdict, dataclass, field, fields
+from typing import Annotated, Any
 
 import numpy as np
 
@@ -25,8 +25,10 @@ from raytrain.lengths.cost import CANARY_1B, CostModel
 from raytrain.lengths.grid import Bucket, BucketGrid
 from raytrain.lengths.histogram import LengthHistogram
 from raytrain.lengths.optimal import GridRow, optimal_rows, optimal_token_edges
+from raytrain.ranges import Range, range_problems, refuse
 
 POLICIES = ("equal_mass", "optimal")
+Rate = Annotated[float, Range(0, 10**6, above=True)]  # tokens per second
 REASONS = ("", "too_short", "too_long", "too_many_tokens", "tps_outlier")
 
 
@@ -44,45 +46,63 @@ class BucketSettings:
 
     __pydantic_config__ = {"extra": "forbid"}
 
-    num_duration_buckets: int = 30
-    num_token_buckets: int = 2
+    num_duration_buckets: Annotated[int, Range(1, 100_000)] = 30
+    num_token_buckets: Annotated[int, Range(1, 100_000)] = 2
     policy: str = "equal_mass"
-    num_cells: int | None = None
-    min_duration_ms: int = 100
-    max_duration_ms: int = 40_000
-    max_tokens: int = 1024
-    tps_sigma: float | None = 4.0
-    max_tps: float | tuple[float, ...] | None = None
+    num_cells: Annotated[int, Range(1, 100_000)] | None = None
+    min_duration_ms: Annotated[int, Range(1, 10**9)] = 100
+    max_duration_ms: Annotated[int, Range(2, 10**9)] = 40_000
+    max_tokens: Annotated[int, Range(1, 1 << 40)] = 1024
+    tps_sigma: Annotated[float, Range(0, 10**6)] | None = 4.0
+    max_tps: Rate | tuple[Rate, ...] | None = None
 
     def __post_init__(self) -> None:
+        refuse(range_problems(self))
         problems = []
-        for name in ("num_duration_buckets", "num_token_buckets", "min_duration_ms", "max_tokens"):
-            if getattr(self, name) < 1:
-                problems.append(f"{name} must be at least 1, got {getattr(self, name)}")
         if self.max_duration_ms <= self.min_duration_ms:
             problems.append(f"max_duration_ms {self.max_duration_ms} must exceed min_duration_ms")
         if self.policy not in POLICIES:
             problems.append(f"policy must be one of {', '.join(POLICIES)}, got {self.policy!r}")
-        if self.num_cells is not None and (self.num_cells < 1 or self.policy != "optimal"):
-            problems.append(f"num_cells must be at least 1 and needs the policy optimal, got {self.num_cells}")
-        if self.tps_sigma is not None and self.tps_sigma < 0:
-            problems.append(f"tps_sigma must not be negative, got {self.tps_sigma}")
-        problems += self._max_tps_problems()
-        if problems:
-            raise ValueError("; ".join(problems))
+        if self.num_cells is not None and self.policy != "optimal":
+            problems.append(f"num_cells needs the policy optimal, got {self.policy!r}")
+        refuse(problems + self._max_tps_problems())
 
     def _max_tps_problems(self) -> list[str]:
         problems = []
         if self.max_tps is None:
             return problems
         limits = self.max_tps if isinstance(self.max_tps, tuple) else (self.max_tps,)
-        if not limits or min(limits) <= 0:
-            problems.append(f"max_tps must be above 0, got {self.max_tps}")
+        if not limits:
+            problems.append("max_tps must be a number, or one per duration bucket, got an empty list")
         if isinstance(self.max_tps, tuple) and self.policy != "equal_mass":
             problems.append(f"max_tps per duration bucket needs the policy equal_mass, got {self.policy!r}")
         if isinstance(self.max_tps, tuple) and len(limits) > self.num_duration_buckets:
             problems.append(f"max_tps has {len(limits)} numbers for {self.num_duration_buckets} duration buckets")
         return problems
+
+
+@dataclass(frozen=True)
+class BucketPlanBody:
+    """What `BucketPlan.to_body` gives, and `from_body` needs."""
+
+    buckets: list[tuple[int, int]]
+    policy: str
+    min_duration_ms: int
+    max_tokens: int
+    tps_limits: list[float | None]
+    counts: list[int]
+    duration_padding: list[float]
+    token_padding: list[float]
+    rejected: dict[str, int]
+    histogram_id: str
+
+    def __post_init__(self) -> None:
+        lengths = {len(one) for one in (self.buckets, self.counts, self.duration_padding, self.token_padding)}
+        durations = {duration for duration, _ in self.buckets}
+        if len(lengths) != 1 or len(durations) != len(self.tps_limits):
+            raise ValueError("its lists differ in length")
+        if not self.buckets or min(min(edges) for edges in self.buckets) < 1:
+            raise ValueError("edges of buckets must be at least 1")
 
 
 @dataclass(frozen=True)
@@ -140,6 +160,7 @@ class BucketPlan:
         values = {key: tuple(value) if isinstance(value, list) else value for key, value in body.items()}
         buckets = values.pop("buckets")
         values["tps_limits"] = tuple(math.inf if limit is None else limit for limit in body["tps_limits"])
+        values = {part.name: values[part.name] for part in fields(cls) if part.name in values}
         return cls(grid=BucketGrid(tuple(Bucket(*edges) for edges in buckets)), **values)
 
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from raytrain.errors import ProfileError
+
+_MADE_ANEW = "delete batch_profile.json and run oomptimize again"
 
 
 @dataclass(frozen=True)
@@ -50,12 +52,10 @@ class BatchProfile:
     smallest_as_fast: tuple[int | None, ...] | None = None
 
     def __post_init__(self) -> None:
-        if any(size < 1 for size in self.batch_sizes):
-            raise ProfileError(
-                "every batch size must be at least 1",
-                got=self.batch_sizes,
-                remedy="delete batch_profile.json and run oomptimize again",
-            )
+        if not self.batch_sizes or any(size < 1 for size in self.batch_sizes):
+            raise ProfileError("every batch size must be at least 1", got=self.batch_sizes, remedy=_MADE_ANEW)
+        if any(len(one) != len(self.batch_sizes) for one in vars(self).values() if isinstance(one, tuple)):
+            raise ProfileError("a profile's lists differ in length", remedy=_MADE_ANEW)
 
     @property
     def confirmed(self) -> bool:
@@ -79,8 +79,8 @@ class BatchProfile:
     def from_body(cls, body: dict[str, Any]) -> BatchProfile:
         """The inverse of `to_body`."""
         values = {key: tuple(value) if isinstance(value, list) else value for key, value in body.items()}
-        del values["confirmed"], values["peak_gib"]
-        return cls(**{**values, "setting": ProbeSetting(**body["setting"])})
+        setting = ProbeSetting(**_fields_of(ProbeSetting, body["setting"]))
+        return cls(**{**_fields_of(cls, values), "setting": setting})
 
     def check_matches(self, *, plan_id: str, model_id: str) -> None:
         """Raise `ProfileError` that names each difference where the profile is for another plan or model."""
@@ -99,6 +99,10 @@ class BatchProfile:
                 why="its batch sizes would waste memory or run out of it",
                 remedy="run oomptimize again",
             )
+
+
+def _fields_of(kind: type, values: dict[str, Any]) -> dict[str, Any]:
+    return {part.name: values[part.name] for part in fields(kind) if part.name in values}
 
 
 _NOMINAL = 1.03  # a GPU of "80 GB" tells 79.2 GiB

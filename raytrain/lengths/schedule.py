@@ -41,7 +41,14 @@ class ScheduleState:
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> ScheduleState:
         """The inverse of `to_dict`."""
-        return cls(int(values["epoch"]), tuple(int(position) for position in values["positions"]))
+        try:
+            return cls(int(values["epoch"]), tuple(int(position) for position in values["positions"]))
+        except KeyError as error:
+            raise PlanError(
+                "a checkpoint does not say how far its schedule had come",
+                why="it was made by training on a stream",
+                remedy="set data.stream as it was, or give the run another name",
+            ) from error
 
 
 @dataclass(frozen=True)
@@ -73,6 +80,17 @@ class BatchSchedule:
                 got=f"{len(self.draws_per_bucket)} and {len(self.batch_sizes)}",
                 remedy="run assign and oomptimize again",
             )
+
+    def restored(self, values: dict[str, Any]) -> ScheduleState:
+        """The state of a checkpoint. Raises `PlanError` where it is of other buckets."""
+        state = ScheduleState.from_dict(values)
+        if len(state.positions) != len(self.draws_per_bucket):
+            raise PlanError(
+                "the checkpoint and the assignment differ in buckets",
+                got=f"{len(state.positions)} and {len(self.draws_per_bucket)}",
+                remedy="remove the checkpoints of another assignment, and train anew",
+            )
+        return state
 
     def initial(self) -> ScheduleState:
         """The state before the first step."""

@@ -3,6 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Annotated
+
+from raytrain.ranges import Range, range_problems, refuse
+
+Width = Annotated[int, Range(1, 65_536)]
+Layers = Annotated[int, Range(1, 512)]
 
 
 @dataclass(frozen=True)
@@ -12,10 +18,13 @@ class SpecAugmentSettings:
 
     __pydantic_config__ = {"extra": "forbid"}
 
-    freq_masks: int = 2
-    freq_width: int = 27
-    time_masks: int = 10
-    time_width: float = 0.05
+    freq_masks: Annotated[int, Range(0, 1000)] = 2
+    freq_width: Annotated[int, Range(0, 65_536)] = 27
+    time_masks: Annotated[int, Range(0, 1000)] = 10
+    time_width: Annotated[float, Range(0, 1)] = 0.05
+
+    def __post_init__(self) -> None:
+        refuse(range_problems(self))
 
 
 @dataclass(frozen=True)
@@ -28,31 +37,32 @@ class ModelConfig:
 
     __pydantic_config__ = {"extra": "forbid"}
 
-    encoder_layers: int = 17
-    encoder_width: int = 512
-    encoder_heads: int = 8
-    encoder_ff_factor: int = 4
-    subsampling_channels: int = 256
-    conv_kernel: int = 9
-    decoder_layers: int = 4
-    decoder_width: int = 1024
-    decoder_heads: int = 8
-    decoder_ff_factor: int = 4
-    max_positions: int = 1024
-    dropout: float = 0.1
-    vocab_size: int = 5248
+    encoder_layers: Layers = 17
+    encoder_width: Width = 512
+    encoder_heads: Width = 8
+    encoder_ff_factor: Annotated[int, Range(1, 64)] = 4
+    subsampling_channels: Width = 256
+    conv_kernel: Annotated[int, Range(1, 1023)] = 9
+    decoder_layers: Layers = 4
+    decoder_width: Width = 1024
+    decoder_heads: Width = 8
+    decoder_ff_factor: Annotated[int, Range(1, 64)] = 4
+    max_positions: Annotated[int, Range(1, 1 << 20)] = 1024
+    dropout: Annotated[float, Range(0, 1, below=True)] = 0.1
+    vocab_size: Annotated[int, Range(1, 1 << 24)] = 5248
     prompt_format: str = "canary2"
-    label_smoothing: float = 0.0
-    sample_rate: int = 16000
-    mel_bins: int = 128
+    label_smoothing: Annotated[float, Range(0, 1, below=True)] = 0.0
+    sample_rate: Annotated[int, Range(4000, 192_000)] = 16000
+    mel_bins: Annotated[int, Range(8, 1024)] = 128
     spec_augment: SpecAugmentSettings = field(default_factory=SpecAugmentSettings)
     ctc_head: bool = False
 
     def __post_init__(self) -> None:
+        refuse(range_problems(self))
         problems = []
         for side in ("encoder", "decoder"):
             width, heads = getattr(self, f"{side}_width"), getattr(self, f"{side}_heads")
-            if heads < 1 or width % heads:
+            if width % heads:
                 problems.append(f"{side}_width {width} must be a multiple of {side}_heads {heads}")
             if width % 2:
                 problems.append(f"{side}_width {width} must be even")
@@ -62,10 +72,7 @@ class ModelConfig:
             problems.append(f"mel_bins must be a multiple of 8, got {self.mel_bins}")
         if self.prompt_format not in ("canary", "canary2"):
             problems.append(f"prompt_format must be canary or canary2, got {self.prompt_format!r}")
-        if not 0 <= self.dropout < 1:
-            problems.append(f"dropout must be in [0, 1), got {self.dropout}")
-        if problems:
-            raise ValueError("; ".join(problems))
+        refuse(problems)
 
     @property
     def padded_vocab_size(self) -> int:

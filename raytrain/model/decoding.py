@@ -13,7 +13,7 @@ Shapes: B utterances, K beams, T encoder frames, V vocabulary.
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 import torch.nn.functional as F
@@ -25,6 +25,7 @@ from raytrain.model.decoder import LayerCache
 from raytrain.model.graphs import Programs, StaticSteps, programs_for
 from raytrain.model.linear import affine_of
 from raytrain.model.steps import EagerSteps
+from raytrain.ranges import Range, range_problems, refuse
 
 # Steps between two looks of the host at a GPU. A wait costs about as much as a step; so does a step after the end.
 LOOK_EVERY = 8
@@ -44,26 +45,20 @@ class DecodeSettings:
 
     __pydantic_config__ = {"extra": "forbid"}
 
-    beam_size: int = 1
-    length_penalty: float = 0.0
-    n_best: int = 1
-    max_generation_delta: int = 50
-    ctc_weight: float = 0.0
+    beam_size: Annotated[int, Range(1, 4096)] = 1
+    length_penalty: Annotated[float, Range(0, 1000)] = 0.0
+    n_best: Annotated[int, Range(1, 4096)] = 1
+    max_generation_delta: Annotated[int, Range(1, 1 << 20)] = 50
+    ctc_weight: Annotated[float, Range(0, 1, below=True)] = 0.0
 
     def __post_init__(self) -> None:
+        refuse(range_problems(self))
         problems = []
-        if self.beam_size < 1:
-            problems.append(f"beam_size must be at least 1, got {self.beam_size}")
-        if not 1 <= self.n_best <= max(self.beam_size, 1):
+        if self.n_best > self.beam_size:
             problems.append(f"n_best must be from 1 to beam_size ({self.beam_size}), got {self.n_best}")
-        if self.length_penalty < 0:
-            problems.append(f"length_penalty must be at least 0, got {self.length_penalty}")
-        if not 0 <= self.ctc_weight < 1 or (self.ctc_weight and self.beam_size == 1):
-            problems.append(f"ctc_weight must be in [0, 1), and needs a beam, got {self.ctc_weight}")
-        if self.max_generation_delta < 1:
-            problems.append(f"max_generation_delta must be at least 1, got {self.max_generation_delta}")
-        if problems:
-            raise ValueError("; ".join(problems))
+        if self.ctc_weight and self.beam_size == 1:
+            problems.append(f"ctc_weight needs a beam_size above 1, got ctc_weight {self.ctc_weight}")
+        refuse(problems)
 
 
 @dataclass(frozen=True)

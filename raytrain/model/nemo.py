@@ -31,6 +31,7 @@ from raytrain.errors import CheckpointError
 from raytrain.model.config import ModelConfig
 from raytrain.model.nemo_config import model_config_of, nemo_config_of
 from raytrain.model.portable import ModelParts, check_state
+from raytrain.yaml_loading import load_yaml
 
 MAX_BYTES = 16 << 30
 _MAX_MEMBERS, _MAX_YAML, _MAX_TOKENIZER = 10_000, 4 << 20, 64 << 20
@@ -166,22 +167,12 @@ def _read(archive: tarfile.TarFile, members: dict[str, tarfile.TarInfo], name: s
 
 
 def _yaml(data: bytes, path: Path) -> dict[str, Any]:
-    import yaml
-
-    class Loader(yaml.SafeLoader):
-        """Without aliases, by which a few lines can stand for more than fits into memory."""
-
-        def compose_node(self, parent: Any, index: Any) -> Any:
-            if self.check_event(yaml.AliasEvent):
-                raise yaml.YAMLError("it has aliases")
-            return super().compose_node(parent, index)
-
     try:
-        raw = yaml.load(data, Loader)
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raw = load_yaml(data, _MAX_YAML)
+    except ValueError as error:
         raise CheckpointError(
             f"model_config.yaml in {path} is not valid YAML",
-            why=" ".join(str(error).split()),
+            why=str(error),
             remedy="save the model again with NeMo's save_to",
         ) from error
     if not isinstance(raw, dict):

@@ -126,16 +126,16 @@ def model_config_of(raw: dict[str, Any], *, vocab_size: int, source: str) -> Mod
     if rest or not factor:
         read.problems.append(f"{decoder}.inner_size {inner} is no multiple of hidden_size {values['decoder_width']}")
     values["decoder_ff_factor"] = max(factor, 1)
-    values["spec_augment"] = SpecAugmentSettings(
-        freq_masks=read.whole("spec_augment.freq_masks", 0),
-        freq_width=read.whole("spec_augment.freq_width", 27),
-        time_masks=read.whole("spec_augment.time_masks", 0),
-        time_width=read.fraction("spec_augment.time_width", 0.05),
-    )
+    masks = {
+        "freq_masks": read.whole("spec_augment.freq_masks", 0),
+        "freq_width": read.whole("spec_augment.freq_width", 27),
+        "time_masks": read.whole("spec_augment.time_masks", 0),
+        "time_width": read.fraction("spec_augment.time_width", 0.05),
+    }
     _check_agreement(read, values)
     config = None
     try:
-        config = ModelConfig(**values)
+        config = ModelConfig(**values, spec_augment=SpecAugmentSettings(**masks))
     except ValueError as error:
         read.problems.append(str(error))
     if read.problems:

@@ -12,6 +12,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from jinja2 import TemplateError
+
+from raytrain.artifacts import is_count, parse_json
 from raytrain.report import figures
 from raytrain.report.ablation import ablation_figures, ablation_tables
 from raytrain.report.rendering import write_page
@@ -25,35 +28,63 @@ def write_report(run_dir: Path, out: Path, *, title: str) -> Path:
     names = ("statistics", "bucket_plan", "batch_profile", "scores", "ablation_predicted", "ablation")
     files = {name: _body(run_dir / f"{name}.json", notes) for name in names}
     files["assignment"] = _body(run_dir / "assignment" / "index.json", notes)
-    metrics = _lines(run_dir / "metrics.jsonl", notes)
+    metrics = [row for row in _lines(run_dir / "metrics.jsonl", notes) if is_count(row.get("step"))]
     hypotheses = _lines(run_dir / "hypotheses.jsonl", notes)
     drawn, missing = _figures(run_dir, files, metrics)
-    return write_page(
-        out,
-        "report.html",
-        title=title,
-        facts=_facts(files, metrics),
-        figures=drawn,
-        missing=notes + missing,
-        samples=_samples(hypotheses),
-        scores=files["scores"],
-        tables=ablation_tables(files["ablation_predicted"], files["ablation"]),
-        has_errors=out.with_name("errors.html").exists(),
-        rejected=(files["assignment"] or {}).get("rejected_examples", []),
-        audio=(files["statistics"] or {}).get("audio_examples", []),
-        probed={name: corpus["probed"] for name, corpus in (files["statistics"] or {}).get("audio", {}).items()},
-        replaced=[row for row in _lines(run_dir / "quarantine.jsonl", notes) if "error" in row],
-    )
-
-
-def _body(path: Path, notes: list[str]) -> Any:
+    values: dict[str, Any] = {
+        "title": title,
+        "facts": _made("The summary", lambda: _facts(files, metrics), notes),
+        "figures": drawn,
+        "samples": _made("Transcripts", lambda: _samples(hypotheses), notes),
+        "tables": _made("The ablation", lambda: ablation_tables(files["ablation_predicted"], files["ablation"]), notes),
+        "has_errors": out.with_name("errors.html").exists(),
+        "scores": files["scores"],
+        "rejected": (files["assignment"] or {}).get("rejected_examples", []),
+        "replaced": [row for row in _lines(run_dir / "quarantine.jsonl", notes) if "error" in row],
+        "audio": (files["statistics"] or {}).get("audio_examples", []),
+        "probed": dict(_made("The audio that was looked at", lambda: _probed(files["statistics"]), notes)),
+    }
     try:
-        return json.loads(path.read_bytes())["body"]
+        return write_page(out, "report.html", **values, missing=notes + missing)
+    except (*_NONSENSE, TemplateError) as error:
+        notes.append(f"Scores and rejected rows can't be shown ({error}): rerun evaluate and assign.")
+    return write_page(out, "report.html", **values | _NOTHING, missing=notes + missing)
+
+
+# What comes of artefacts that hold something else than their stages write.
+_NONSENSE = (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError)
+
+
+_NOTHING = {"scores": None, "rejected": [], "audio": [], "probed": {}, "replaced": []}
+
+
+def _probed(statistics: Any) -> list[tuple[str, int]]:
+    """Recordings of each corpus whose headers were read."""
+    corpora = (statistics or {}).get("audio", {})
+    return [(name, corpus["probed"]) for name, corpus in corpora.items()]
+
+
+def _made(name: str, make: Callable[[], list[Any]], notes: list[str]) -> list[Any]:
+    """What `make` gives, nothing where its artefacts are damaged, which is noted."""
+    try:
+        return make()
+    except _NONSENSE as error:
+        notes.append(f"{name} can't be shown ({type(error).__name__}: {error}): rerun the stages.")
+        return []
+
+
+def _body(path: Path, notes: list[str]) -> dict[str, Any] | None:
+    try:
+        body = parse_json(path.read_bytes())["body"]
     except FileNotFoundError:
         return None
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, IndexError) as error:
         notes.append(f"{path.name} can't be read ({error}): rerun its stage.")
         return None
+    if not isinstance(body, dict):
+        notes.append(f"{path.name} holds something else than its stage writes: rerun its stage.")
+        return None
+    return body
 
 
 def _lines(path: Path, notes: list[str]) -> list[dict[str, Any]]:
@@ -63,7 +94,7 @@ def _lines(path: Path, notes: list[str]) -> list[dict[str, Any]]:
         try:
             row = json.loads(line)
             rows.append(row) if isinstance(row, dict) else None
-        except ValueError:
+        except (ValueError, RecursionError):
             broken += bool(line.strip())
     if broken:
         notes.append(f"{path.name} has {broken} broken lines, which are left out here.")
@@ -104,7 +135,7 @@ def _figures(
         # One bad file must not cost the other figures.
         try:
             drawn.extend(draw())
-        except (ArithmeticError, LookupError, OSError, TypeError, ValueError) as error:
+        except (*_NONSENSE, OSError) as error:
             missing.append(f"{name} can't be drawn ({type(error).__name__}: {error}).")
 
     plan, profile, statistics = files["bucket_plan"], files["batch_profile"], files["statistics"]
@@ -214,7 +245,7 @@ def _samples(hypotheses: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """The first transcripts of each language in turn, with the words that differ marked."""
     by_language: dict[str, list[dict]] = {}
     for item in hypotheses:
-        if item.get("hypothesis") is not None and "text" in item:
+        if isinstance(item.get("hypothesis"), str) and isinstance(item.get("text"), str):
             by_language.setdefault(str(item.get("lang", "")), []).append(item)
     chosen = []
     for place in range(_NUM_SAMPLES):

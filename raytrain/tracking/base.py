@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
-from raytrain.artifacts import make_folder, storage_error
+from raytrain.artifacts import is_count, is_number, make_folder, storage_error
 
 
 class Tracker(Protocol):
@@ -65,6 +65,30 @@ class JsonLinesTracker(NullTracker):
     def close(self, status: str = "FINISHED") -> None:
         """Close the file."""
         self._file.close()
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The lines of `JsonLinesTracker` that are whole, each with `step` and numbers; [] without the file.
+
+    A writer that was killed leaves half a line, and a damaged disk worse ones: these are left out.
+    """
+    try:
+        lines = path.read_bytes().splitlines()
+    except OSError:
+        return []
+    return [line for line in map(metrics_of, lines) if line is not None]
+
+
+def metrics_of(line: bytes) -> dict[str, Any] | None:
+    """One line of `JsonLinesTracker`, None where it is none."""
+    try:
+        values = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    if not isinstance(values, dict) or not is_count(values.get("step")) or not is_number(values.get("time_s", 0.0)):
+        return None
+    # A loss may be NaN.
+    return values if all(isinstance(value, int | float | None) for value in values.values()) else None
 
 
 class MultiTracker:

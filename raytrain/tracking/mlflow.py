@@ -16,6 +16,7 @@ import math
 import numbers
 import os
 import queue
+import sqlite3
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping
@@ -33,6 +34,7 @@ _LAST_TRIES_SECONDS = 8.0  # of those for a server that is away
 _MAX_QUEUED = 10_000
 _MAX_BATCH = 500  # metrics in one request; the server takes 1000
 _AWAY = "MLflow is away (%s); metrics.jsonl keeps everything"
+_DAMAGED = "MLflow's database is damaged (%s); move it away, and a new one is made; metrics.jsonl keeps everything"
 # The server is there and said no: the next item may well go through.
 _REFUSALS = {"INVALID_PARAMETER_VALUE", "BAD_REQUEST", "RESOURCE_DOES_NOT_EXIST", "RESOURCE_ALREADY_EXISTS"}
 
@@ -70,9 +72,10 @@ class MlflowTracker:
         system_metrics: bool = False,
         patience: float = 0.0,
     ) -> MlflowTracker:
-        """Start a run, or go on with `run_id`; metrics up to the steps already there are not sent again. With
-        `system_metrics` this machine's CPU, memory, disk, network and GPU load too, every ten seconds. A server that
-        does not answer is asked again for `patience` seconds; after that the run is opened in the background."""
+        """Start a run, or go on with `run_id` where it is on the server; metrics up to the steps already there are not
+        sent again. With `system_metrics` this machine's CPU, memory, disk, network and GPU load too, every ten seconds.
+        A server that does not answer is asked again for `patience` seconds; after that the run is opened in the
+        background."""
         os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
         os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "5")
         os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "ERROR")
@@ -83,9 +86,8 @@ class MlflowTracker:
             from mlflow.tracking import MlflowClient
 
             client = MlflowClient(tracking_uri=with_credentials(tracking_uri))
-            if run_id is None:
+            if run_id is None or not _goes_on(client, run_id):
                 return client, _start_run(client, experiment, run_name, parent_run_id, artifact_location), {}
-            client.update_run(run_id, status="RUNNING")
             return client, run_id, _last_steps(client, run_id)
 
         tracker = cls(connect, patience)
@@ -207,6 +209,10 @@ class MlflowTracker:
             if refused and self._client is not None:
                 self._warn(_short(error), "MLflow refused an entry (%s)")
                 return True
+            if (damage := _damage(error)) is not None:
+                self._warn(_short(damage), _DAMAGED)
+                self._given_up = True  # it will be no better later
+                return False
             self._warn(_short(error))
             return False
         return True
@@ -223,6 +229,33 @@ class _End:
 
 
 _NOTHING = object()
+
+
+def _damage(error: BaseException | None) -> sqlite3.DatabaseError | None:
+    """What SQLite says of a file that is no database, or a broken one; None where something else is wrong."""
+    seen: set[int] = set()
+    while error is not None and id(error) not in seen:
+        seen.add(id(error))
+        original = getattr(error, "orig", None)  # SQLAlchemy's errors hold the database's
+        for one in (error, original):
+            # Of its kinds, an OperationalError may pass: a lock, a full disk.
+            if type(one) is sqlite3.DatabaseError:
+                return one
+        error = error.__cause__ or error.__context__
+    return None
+
+
+def _goes_on(client: Any, run_id: str) -> bool:
+    """Whether a run is on the server, and runs again. It is not after the database was moved away."""
+    from mlflow.exceptions import MlflowException
+
+    try:
+        client.update_run(run_id, status="RUNNING")
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+            raise
+        return False
+    return True
 
 
 def _last_steps(client: Any, run_id: str) -> dict[str, int]:

@@ -10,7 +10,7 @@ Everything loads with `weights_only=True`: a checkpoint from elsewhere can't run
 
 from __future__ import annotations
 
-import json
+import io
 import os
 import shutil
 import tempfile
@@ -22,7 +22,16 @@ from typing import Any, Protocol
 
 import torch
 
-from raytrain.artifacts import atomic_write_bytes, canonical_json, file_id, make_folder, storage_error
+from raytrain.artifacts import (
+    atomic_write_bytes,
+    canonical_json,
+    file_id,
+    is_count,
+    is_number,
+    make_folder,
+    parse_json,
+    storage_error,
+)
 from raytrain.errors import CheckpointError
 
 META = "meta.json"
@@ -78,7 +87,7 @@ def write_checkpoint(
     temporary = Path(tempfile.mkdtemp(prefix=".writing.", dir=final.parent))
     try:
         for name, state in parts.items():
-            torch.save(state, temporary / f"{name}.pt")
+            _save(state, temporary / f"{name}.pt")
         if extra is not None:
             extra(temporary)
         files = {f"{name}.pt": file_id(temporary / f"{name}.pt") for name in parts}
@@ -90,23 +99,87 @@ def write_checkpoint(
         os.replace(temporary, final)
     except OSError as error:
         raise storage_error(final, error) from error
-    except RuntimeError as error:  # how torch.save reports a full disk
-        raise storage_error(final, OSError(str(error))) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return Checkpoint(final, document)
 
 
+def _save(state: dict[str, Any], path: Path) -> None:
+    """Write a state dict. Raises `OSError` where the disk is full or a limit is reached."""
+    with _CheckedFile(path, "wb") as file:
+        try:
+            torch.save(state, file)
+        except Exception as error:
+            if file.refused is not None:  # of which torch's zip writer says "unexpected pos" alone
+                raise file.refused from error
+            raise
+
+
+class _CheckedFile(io.FileIO):
+    """A file that remembers why a write was refused, and writes all that it is given."""
+
+    refused: OSError | None = None
+
+    def write(self, data: Any) -> int:
+        """Write all of `data`. Raises `OSError`."""
+        view, written = memoryview(data).cast("B"), 0
+        try:
+            while written < len(view):
+                written += super().write(view[written:]) or 0
+        except OSError as error:
+            self.refused = error
+            raise
+        return written
+
+
 def read_checkpoint(folder: Path) -> Checkpoint | None:
     """A checkpoint folder whose files are all there and unchanged, else None."""
     try:
-        meta = json.loads((folder / META).read_bytes())
-        whole = meta["format"] == _FORMAT and all(
-            Path(name).name == name and file_id(folder / name) == identity for name, identity in meta["files"].items()
-        )
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        meta = parse_meta((folder / META).read_bytes())
+        whole = meta is not None and all(file_id(folder / name) == known for name, known in meta["files"].items())
+    except (OSError, ValueError):
         return None
     return Checkpoint(folder, meta) if whole else None
+
+
+def parse_meta(data: bytes) -> dict[str, Any] | None:
+    """What a checkpoint's `meta.json` says; None where that is not what `write_checkpoint` writes."""
+    try:
+        meta = parse_json(data)
+    except ValueError:
+        return None
+    if not isinstance(meta, dict) or meta.get("format") != _FORMAT or not is_count(meta.get("step")):
+        return None
+    files, optional = meta.get("files"), {"ids": {}, "model": {}, "schedule": {}, **meta}
+    fits = (
+        isinstance(files, dict)
+        and "model.pt" in files
+        and all(Path(name).name == name and isinstance(known, str) for name, known in files.items())
+        and all(isinstance(optional[name], dict) for name in ("ids", "model"))
+        and all(isinstance(identity, str) for identity in optional["ids"].values())
+        and all(is_number(meta.get(name, 0.0)) for name in ("seconds", "audio_seconds"))
+        and _is_schedule(optional["schedule"])
+    )
+    return meta if fits else None
+
+
+def _is_schedule(state: Any) -> bool:
+    """Whether this is how far a `BatchSchedule` or a stream had come, or nothing."""
+    if not isinstance(state, dict) or not is_count(state.get("epoch", 0)):
+        return False
+    positions, segments = state.get("positions", []), state.get("segments", [])
+    return (
+        (not state or "epoch" in state and ("positions" in state or "segments" in state))
+        and _are_counts(positions)
+        and isinstance(segments, list)
+        and all(
+            isinstance(one, list) and len(one) == 2 and _are_counts(one[0]) and is_count(one[1]) for one in segments
+        )
+    )
+
+
+def _are_counts(values: Any) -> bool:
+    return isinstance(values, list) and all(map(is_count, values))
 
 
 class Mirror(Protocol):
@@ -182,10 +255,15 @@ class CheckpointFolder:
     def best_note(self) -> dict[str, Any] | None:
         """`step` and `error` of the best checkpoint, None before the first validation."""
         try:
-            note = json.loads((self.folder / BEST).read_bytes())
+            note = parse_json((self.folder / BEST).read_bytes())
         except (OSError, ValueError):
             return None
-        return {"kept": [{"step": note["step"], "error": note["error"]}], **note}
+        if not _is_score(note):
+            return None
+        kept = note.get("kept", [note])
+        if not isinstance(kept, list) or not kept or not all(map(_is_score, kept)):
+            return None
+        return {**note, "kept": [{"step": one["step"], "error": one["error"]} for one in kept]}
 
     def _prune(self) -> None:
         best = {f"step_{one['step']:08d}" for one in (self.best_note() or {}).get("kept", [])}
@@ -197,6 +275,10 @@ class CheckpointFolder:
 
     def _names(self) -> list[str]:
         return sorted(folder.name for folder in self.folder.glob("step_*"))
+
+
+def _is_score(note: Any) -> bool:
+    return isinstance(note, dict) and is_count(note.get("step")) and is_number(note.get("error"))
 
 
 class CheckpointWriter:

@@ -13,7 +13,6 @@ known by its error, and the kernel counts the processes that it kills for memory
 from __future__ import annotations
 
 import contextlib
-import json
 import mmap
 import os
 import socket
@@ -24,7 +23,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from raytrain.artifacts import atomic_write_bytes, canonical_json, make_folder
+from raytrain.artifacts import atomic_write_bytes, canonical_json, is_count, is_number, make_folder, parse_json
 
 _MARK = 256  # bytes
 # What a rank may be in the middle of beside a step, in the place of the step's bucket.
@@ -66,7 +65,7 @@ class FaultNotes:
     def lowered(self, sizes: Sequence[int]) -> tuple[int, ...]:
         """Batch sizes by bucket, lowered where notes say so."""
         result = list(sizes)
-        for note in self._notes("lowered-*.json"):
+        for note in self._notes("lowered-*.json", _LOWERED):
             if note["profile"] == self._profile_id and note["bucket"] < len(result):
                 result[note["bucket"]] = min(result[note["bucket"]], note["batch_size"])
         return tuple(result)
@@ -79,19 +78,19 @@ class FaultNotes:
 
     def validation_size(self, size: int) -> int:
         """The batch size of validation, lowered where notes say so."""
-        return min([size, *(note["batch_size"] for note in self._notes("validation-*.json"))])
+        return min([size, *(note["batch_size"] for note in self._notes("validation-*.json", _VALIDATION))])
 
     def reasons(self) -> list[str]:
         """Why batch sizes were lowered, oldest first."""
         return [
             f"bucket {note['bucket']} takes {note['batch_size']} utterances instead of {note['failed']}: {note['why']}"
-            for note in self._notes("lowered-*.json")
+            for note in self._notes("lowered-*.json", _LOWERED)
             if note["profile"] == self._profile_id
         ]
 
     def stalls(self, since: float) -> list[str]:
         """What ranks were doing that made no progress, from `since` (seconds of `time.time`) on."""
-        return [note["doing"] for note in self._notes("stalled-*.json") if note["time"] >= since]
+        return [note["doing"] for note in self._notes("stalled-*.json", _STALLED) if note["time"] >= since]
 
     def note_stall(self, doing: str) -> None:
         """Note that this rank makes no progress."""
@@ -148,23 +147,51 @@ class FaultNotes:
             killed.unlink()
             self._on_removed(killed)
         found = [
-            (int(step), int(bucket), int(size))
-            for _, step, bucket, size, before, machine in (mark for mark in map(str.split, marks) if len(mark) == 6)
-            if by_monitor or kills.get(machine, 0) > int(before)
+            (step, bucket, size)
+            for step, bucket, size, before, machine in _marks_of(marks)
+            if by_monitor or kills.get(machine, 0) > before
         ]
         if not found:
             return
         # Ranks go on together to what follows a step.
         _, bucket, size = max(found, key=lambda mark: (mark[0], -mark[1]))
         if bucket == VALIDATION:
-            self.lower_validation(size)
+            self.lower_validation(max(1, size))
         elif bucket >= 0 and size > 1:
             self.lower(bucket, size, "a worker was killed for its memory")
 
-    def _notes(self, pattern: str) -> Iterator[dict[str, Any]]:
+    def _notes(self, pattern: str, fields: Mapping[str, Callable[[Any], bool]]) -> Iterator[dict[str, Any]]:
+        """Notes with these fields; what can't be read or is anything else is passed over."""
         for path in sorted(self._folder.glob(pattern)):
-            with contextlib.suppress(OSError, ValueError):
-                yield json.loads(path.read_bytes())
+            try:
+                note = parse_json(path.read_bytes())
+            except (OSError, ValueError):
+                continue
+            if isinstance(note, dict) and all(fits(note.get(name)) for name, fits in fields.items()):
+                yield note
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str)
+
+
+def _is_size(value: Any) -> bool:
+    return is_count(value, least=1)
+
+
+_LOWERED = {"bucket": is_count, "failed": is_count, "batch_size": _is_size, "why": _is_text, "profile": _is_text}
+_VALIDATION = {"batch_size": _is_size}
+_STALLED = {"doing": _is_text, "time": is_number}
+
+
+def _marks_of(texts: Iterable[str]) -> Iterator[tuple[int, int, int, int, str]]:
+    """(step, bucket, batch size, kills before, machine) of each mark; a torn one is passed over."""
+    for text in texts:
+        parts = text.split()
+        if len(parts) == 6:
+            with contextlib.suppress(ValueError):
+                step, bucket, size, kills = map(int, parts[1:5])
+                yield step, bucket, size, kills, parts[5]
 
 
 class Watchdog:

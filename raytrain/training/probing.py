@@ -324,6 +324,24 @@ def answers_to_json(answers: Sequence[Answer]) -> list[dict[str, Any]]:
     return [asdict(answer) | {"peaks": [list(pair) for pair in answer.peaks.items()]} for answer in answers]
 
 
+@dataclass(frozen=True)
+class AnswerNote:
+    """An answer as a file keeps it, with peaks as (bucket, bytes)."""
+
+    task: Task
+    probes: list[Probe]
+    smallest_as_fast: int | None
+    sizes: list[int]
+    peaks: list[tuple[int, int]]
+    why: str | None
+    seconds: float
+    step_seconds: float
+
+    def __post_init__(self) -> None:
+        if self.task.kind not in _DOING:
+            raise ValueError("it answers no task")
+
+
 def answers_from_json(values: Sequence[dict[str, Any]]) -> list[Answer]:
     """The inverse of `answers_to_json`."""
     return [_answer(value) for value in values]

@@ -3,6 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Annotated
+
+from raytrain.ranges import Range, range_problems, refuse
+
+MAX_WORKERS = 65_536
+LearningRate = Annotated[float, Range(0, 100, above=True)]
+Steps = Annotated[int, Range(1, 10**12)]
+Minutes = Annotated[float, Range(0, 10**7, above=True)]
+ErrorRate = Annotated[float, Range(0, 100)]  # WER is above 1 where more is inserted than said
+Moment = Annotated[float, Range(0, 1, above=True, below=True)]
 
 
 @dataclass(frozen=True)
@@ -40,65 +50,56 @@ class TrainSettings:
     init_from: str | None = None
     activation_checkpointing: bool = False
     shard: bool = False
-    num_workers: int | tuple[int, int] = (1, 2)
-    accumulate: int = 1
+    num_workers: Annotated[int | tuple[int, int], Range(1, MAX_WORKERS)] = (1, 2)
+    accumulate: Annotated[int, Range(1, 65_536)] = 1
     device: str = "auto"
     precision: str = "auto"
-    max_steps: int = 1000
-    max_epochs: int | None = None
-    max_minutes: float | None = None
-    stop_at_wer: float | None = None
-    learning_rate: float = 3e-4
-    min_learning_rate: float = 1e-6
-    warmup_steps: int = 2500
+    max_steps: Steps = 1000
+    max_epochs: Annotated[int, Range(1, 10**9)] | None = None
+    max_minutes: Minutes | None = None
+    stop_at_wer: ErrorRate | None = None
+    learning_rate: LearningRate = 3e-4
+    min_learning_rate: Annotated[float, Range(0, 100)] = 1e-6
+    warmup_steps: Steps = 2500
     schedule: str = "inverse_sqrt"
-    beta1: float = 0.9
-    beta2: float = 0.98
-    weight_decay: float = 1e-3
-    clip_norm: float = 1.0
-    average_decay: float | None = None
-    max_skipped_steps: int = 10
-    ctc_weight: float = 0.0
+    beta1: Moment = 0.9
+    beta2: Moment = 0.98
+    weight_decay: Annotated[float, Range(0, 100)] = 1e-3
+    clip_norm: Annotated[float, Range(0, 10**9, above=True)] = 1.0
+    average_decay: Moment | None = None
+    max_skipped_steps: Steps = 10
+    ctc_weight: Annotated[float, Range(0, 1, below=True)] = 0.0
     mask_prompt: bool = False
-    validate_every_steps: int = 500
-    max_validation_utterances: int = 500
-    checkpoint_every_steps: int = 500
-    keep_checkpoints: int = 2
-    keep_best: int = 1
+    validate_every_steps: Steps = 500
+    max_validation_utterances: Annotated[int, Range(1, 10**9)] = 500
+    checkpoint_every_steps: Steps = 500
+    keep_checkpoints: Annotated[int, Range(1, 10**6)] = 2
+    keep_best: Annotated[int, Range(1, 10**6)] = 1
     storage_path: str | None = None
-    patience: int | None = None
-    log_every_steps: int = 10
-    num_loader_threads: int | str = "auto"
-    prefetch_batches: int = 4
-    max_failures: int = 3
-    stall_minutes: float = 30.0
+    patience: Annotated[int, Range(1, 10**9)] | None = None
+    log_every_steps: Steps = 10
+    num_loader_threads: Annotated[int | str, Range(1, 4096)] = "auto"
+    prefetch_batches: Annotated[int, Range(1, 4096)] = 4
+    max_failures: Annotated[int, Range(0, 10**6)] = 3
+    stall_minutes: Minutes = 30.0
 
     def __post_init__(self) -> None:
-        problems = [
-            f"{name} must be at least {low}, got {getattr(self, name)}"
-            for name, low in _AT_LEAST.items()
-            if getattr(self, name) < low
-        ]
-        if self.least_workers < 1 or self.least_workers > self.most_workers:
-            problems.append(f"num_workers must be a number from 1 on, or [least, most], got {self.num_workers}")
-        threads = self.num_loader_threads
-        if threads != "auto" and (not isinstance(threads, int) or threads < 1):
-            problems.append(f"num_loader_threads must be auto or a number from 1 on, got {threads!r}")
-        if self.stall_minutes <= 0:
-            problems.append(f"stall_minutes must be above 0, got {self.stall_minutes}")
+        problems = range_problems(self)
         for name, allowed in _ONE_OF.items():
             if getattr(self, name) not in allowed:
                 problems.append(f"{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}")
-        for name in ("max_epochs", "patience"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                problems.append(f"{name} must be at least 1, got {value}")
-        if self.average_decay is not None and not 0 < self.average_decay < 1:
-            problems.append(f"average_decay must be between 0 and 1, got {self.average_decay}")
-        if not 0 <= self.ctc_weight < 1:
-            problems.append(f"ctc_weight must be in [0, 1), got {self.ctc_weight}")
-        if problems:
-            raise ValueError("; ".join(problems))
+        threads = self.num_loader_threads
+        if isinstance(threads, str) and threads != "auto":
+            problems.append(f"num_loader_threads must be auto or a number from 1 on, got {threads!r}")
+        refuse(problems)
+        if self.least_workers > self.most_workers:
+            problems.append(f"num_workers must be a number, or [least, most], got {list(self.num_workers)}")
+        if self.min_learning_rate > self.learning_rate:
+            problems.append(
+                f"min_learning_rate must be at most learning_rate ({self.learning_rate:g}), "
+                f"got {self.min_learning_rate:g}"
+            )
+        refuse(problems)
 
     @property
     def least_workers(self) -> int:
@@ -111,19 +112,6 @@ class TrainSettings:
         return self.num_workers if isinstance(self.num_workers, int) else self.num_workers[1]
 
 
-_AT_LEAST = {
-    "accumulate": 1,
-    "max_skipped_steps": 1,
-    "max_steps": 1,
-    "warmup_steps": 1,
-    "validate_every_steps": 1,
-    "checkpoint_every_steps": 1,
-    "keep_checkpoints": 1,
-    "keep_best": 1,
-    "log_every_steps": 1,
-    "prefetch_batches": 1,
-    "max_failures": 0,
-}
 _ONE_OF = {
     "device": ("auto", "cpu", "cuda"),
     "precision": ("auto", "fp32", "bf16"),
