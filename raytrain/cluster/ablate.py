@@ -18,7 +18,7 @@ from raytrain.cluster.session import ray_session
 from raytrain.cluster.stages import read_histogram
 from raytrain.cluster.tracking import RunTracking, tracking_uri
 from raytrain.cluster.trials import check_on_disk, run_grid
-from raytrain.cluster.workspace import PROFILE_FORMAT, Workspace
+from raytrain.cluster.workspace import PROFILE_FORMAT, ProfileBody, Workspace
 from raytrain.config import Config
 from raytrain.console import Console
 from raytrain.data.remote import RunStore
@@ -225,7 +225,7 @@ def _prepare(config: Config, console: Console, one: SchemePlan) -> list[dict[str
     scheme = prepare_folder(config, console, name, {"buckets": scheme_settings(one.scheme, config.buckets)})
     folder = scheme.run_dir
     sized = folder / "batch_profile_sized.json"
-    document = read_json(folder / "batch_profile.json", PROFILE_FORMAT)
+    document = read_json(folder / "batch_profile.json", PROFILE_FORMAT, ProfileBody)
     document["body"]["profiles"][0]["batch_sizes"] = list(one.sizes)
     write_json(sized, PROFILE_FORMAT, document["body"], document["parents"])
     return [
