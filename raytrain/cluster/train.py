@@ -25,7 +25,7 @@ from raytrain.config import Config, check_config
 from raytrain.data.remote import RunStore
 from raytrain.data.storage import absolute
 from raytrain.device import Device, worker_device
-from raytrain.errors import RaytrainError, TrainingError
+from raytrain.errors import CheckpointError, RaytrainError, TrainingError
 
 
 def train_worker(job: dict[str, Any]) -> None:
@@ -65,7 +65,12 @@ def train_worker(job: dict[str, Any]) -> None:
         _look_at_faults(store)
         notes.learn_from_deaths(dict(kills for kills, _ in deaths), [mark for _, marks in deaths for mark in marks])
         note_reservation(store)
-    resume = _agreed_checkpoint(checkpoints, rank)
+    try:
+        resume = _agreed_checkpoint(checkpoints, rank, job["meta"])
+    except GaveUp as error:
+        if rank == 0:
+            _tell(store, _GAVE_UP, {**error.to_dict(), "kind": CheckpointError.__name__})
+        return
     _look_at_faults(store)
     _load_weights(resume, model, workspace, device)
     sharded = is_sharded(config.train, world_size)
@@ -182,13 +187,28 @@ def _from_all_ranks(value: Any) -> list[Any]:
     return values
 
 
-def _agreed_checkpoint(checkpoints: Any, rank: int) -> Any:
-    """The newest whole checkpoint, the same one on all ranks."""
+def _agreed_checkpoint(checkpoints: Any, rank: int, meta: dict[str, Any]) -> Any:
+    """The newest whole checkpoint, the same one on all ranks. Raises `GaveUp` on all of them where it is of another
+    lineage than `meta` names: it would be the same after a restart."""
     from ray.train.collective import broadcast_from_rank_zero
 
-    found = checkpoints.newest() if rank == 0 else None
-    step = broadcast_from_rank_zero(found.step if found else None)
-    return found if rank == 0 or step is None else checkpoints.at(step)
+    from raytrain.training.loop import GaveUp
+
+    lineage = meta.get("ids", {}).get("lineage")
+    found, refusal = checkpoints.newest() if rank == 0 else None, None
+    try:
+        if found is not None:
+            found.check_lineage(lineage)
+    except CheckpointError as error:
+        refusal = error.to_dict()
+    step, refusal = broadcast_from_rank_zero((found.step if found else None, refusal))
+    if refusal is not None:
+        raise GaveUp(**refusal)
+    if rank == 0 or step is None:
+        return found
+    checkpoint = checkpoints.at(step)
+    checkpoint.check_lineage(lineage)
+    return checkpoint
 
 
 def _load_weights(resume: Any, model: Any, workspace: Any, device: Any) -> None:
@@ -343,10 +363,12 @@ def run_training(
                 say(f"  training starts again: {decision.because}")
     store.look(_LOWERED)
     if (gave_up := store.look(_GAVE_UP)).exists():
-        raise TrainingError(**json.loads(gave_up.read_bytes()))
+        body = json.loads(gave_up.read_bytes())
+        raise (CheckpointError if body.pop("kind", None) == CheckpointError.__name__ else TrainingError)(**body)
 
 
 METRICS = "metrics.jsonl"
+
 
 @contextlib.contextmanager
 def _health_check(config: Config) -> Iterator[None]:
