@@ -10,6 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from raytrain import jobs_commands
+from raytrain.clean_command import clean
 from raytrain.doctor_command import doctor
 from raytrain.errors import RaytrainError
 from raytrain.options import ConfigOption, SetOption, StagesArgument, TakeOverOption
@@ -368,7 +369,7 @@ def convert(
 
 
 for _command in (
-    transcribe, doctor, jobs_commands.submit, jobs_commands.status, jobs_commands.logs, jobs_commands.stop,
+    transcribe, doctor, clean, jobs_commands.submit, jobs_commands.status, jobs_commands.logs, jobs_commands.stop,
 ):  # fmt: skip
     app.command()(_command)
 

@@ -17,6 +17,7 @@ from typing import Any
 from raytrain.artifacts import atomic_write_bytes, file_id
 from raytrain.cluster.failures import GiveUp, decide, killed_for_memory, readable, stalled
 from raytrain.cluster.gpus import backend
+from raytrain.cluster.leftovers import RAY_FOLDER
 from raytrain.cluster.placement import Placement, total
 from raytrain.cluster.repeating import repeating
 from raytrain.cluster.reservations import free_noted, free_orphans, note_reservation
@@ -340,7 +341,7 @@ def run_training(
     workers = choose_workers(config.train.num_workers, room, each)
     if line := waiting_for(workers, room, each):
         say(f"  {line}; for {config.train.stall_minutes:g} minutes at most")
-    with follow(store, METRICS, on_metrics):
+    with _without_ray_folder(store), follow(store, METRICS, on_metrics):
         while True:
             _look_at_faults(store)
             known, started = len(notes.reasons()), time.time()
@@ -368,6 +369,17 @@ def run_training(
 
 
 METRICS = "metrics.jsonl"
+
+
+@contextlib.contextmanager
+def _without_ray_folder(store: RunStore) -> Iterator[None]:
+    """Ray Train keeps notes of each training, of which nothing goes on; they are gone before and after it."""
+    store.clear(RAY_FOLDER)
+    try:
+        yield
+    finally:
+        with contextlib.suppress(RaytrainError):
+            store.clear(RAY_FOLDER)
 
 
 @contextlib.contextmanager
@@ -439,7 +451,7 @@ def _trainer(config: Config, store: RunStore, job: dict[str, Any], workers: Work
         run_config=RunConfig(
             # A finished name would resume past its end; our own checkpoints say where to go on.
             name=f"train-{time.time_ns()}",
-            storage_path=store.place("ray"),
+            storage_path=store.place(RAY_FOLDER),
             # Ray Train waits a minute for room for its workers, and without a limit for ever.
             failure_config=FailureConfig(
                 max_failures=max_failures, controller_failure_limit=max(1, round(config.train.stall_minutes))
