@@ -32,7 +32,7 @@ def clean(
     """List what killed commands left behind and is no run's, and remove it with --yes.
 
     These are files that were never finished, Ray Train's notes of trainings that are over, and folders of Ray's
-    sessions that raytrain started on this machine and that have ended. A run that a process owns is left alone.
+    sessions that raytrain started on this machine and that did not end well. A run that a process owns is left alone.
     """
     import contextlib
 

@@ -98,12 +98,23 @@ def status(
 
     import orjson
 
+    from raytrain.cluster.jobs import DEFAULT_ADDRESS, server_address
+    from raytrain.config import load_config
     from raytrain.console import Console
+    from raytrain.errors import ClusterError
 
     console = Console()
-    if config is not None:
-        _tell_owner(console, config)
-    server = _server(config, address, console)
+    loaded = load_config(config) if config is not None else None
+    if loaded is not None:
+        _tell_owner(console, loaded)
+    try:
+        server = _server(config, address, console)
+    except ClusterError as error:
+        is_named = loaded is None or server_address(address, loaded.cluster.address) != DEFAULT_ADDRESS
+        if is_named or job is not None:
+            raise
+        console.say(f"no jobs are listed: {error}")
+        return
     found = server.list() if job is None else [server.get(job)]
     if json:
         for one in found:
@@ -189,11 +200,10 @@ def _tell(console: Any, given: Any) -> None:
         console.say(f"secret and not passed: {', '.join(given.kept)} (the nodes have their own, or name it with --env)")
 
 
-def _tell_owner(console: Any, config: Path) -> None:
+def _tell_owner(console: Any, config: Any) -> None:
     from raytrain.cluster.ownership import describe_owner
-    from raytrain.config import load_config
 
-    found = describe_owner(load_config(config).run_location)
+    found = describe_owner(config.run_location)
     console.say(found[0] if found else "nobody owns the run folder")
 
 

@@ -214,6 +214,7 @@ def test_processes_of_a_session_end_with_it_and_no_others(tells, ends, tmp_path,
             driver.kill()
             driver.wait()
         wait_for(lambda: not _lives(agent), "the agent has ended", 10)
+        wait_for(lambda: ends != any(tmp_path.glob("session_*")), "logs stay where something went wrong", 10)
         assert all(map(_lives, others))
     finally:
         for pid in children:

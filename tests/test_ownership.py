@@ -298,3 +298,21 @@ def test_take_over_goes_along_with_a_job():
     from raytrain.cluster.submission import entrypoint
 
     assert entrypoint(["train"], "python", take_over=True).endswith("--config config.yaml --take-over train")
+
+
+def test_status_tells_the_owner_also_where_there_are_no_jobs(config, tmp_path, monkeypatch):
+    from conftest import free_port
+    from typer.testing import CliRunner
+
+    from raytrain.cli import app
+
+    for name in ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS"):
+        monkeypatch.delenv(name, raising=False)
+    nowhere = f"http://127.0.0.1:{free_port()}"
+    monkeypatch.setattr("raytrain.cluster.jobs.DEFAULT_ADDRESS", nowhere)
+    path = tmp_path / "mine.yaml"
+    path.write_text(f"name: mine\nrun: {{root: {tmp_path}}}\ndata: {{train: [a.jsonl]}}\n")
+    with owned(config.run_location):
+        told = CliRunner().invoke(app, ["status", "--config", str(path)])
+        assert told.exit_code == 0 and f"process {os.getpid()}" in told.output
+        assert CliRunner().invoke(app, ["status", "--address", nowhere]).exit_code == 1

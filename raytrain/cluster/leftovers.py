@@ -21,7 +21,7 @@ from raytrain.data.storage import file_sizes, is_uri, list_files, remove_file
 from raytrain.errors import StorageError
 
 RAY_FOLDER = "ray"
-_TEMPORARY = re.compile(r"\..+\.[a-z0-9_]{8}")
+_TEMPORARY = re.compile(r"\..+\.[a-z0-9_]{8}", re.DOTALL)
 _TRAINING = re.compile(r"train-\d+")
 _PROBE = ".doctor-*"
 _PROBE_SECONDS = 3600.0

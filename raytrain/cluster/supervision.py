@@ -21,7 +21,8 @@ _STARTED: list[subprocess.Popen] = []  # so that one which still looks is not ta
 
 @contextlib.contextmanager
 def supervised(is_local: bool) -> Iterator[Callable[[str], None]]:
-    """Around a Ray that starts here (`is_local`): what is left of it when the body or this process ends, is ended.
+    """Around a Ray that starts here (`is_local`): what is left of it when the body or this process ends, is ended; and
+    where the body ends well, the session's folder is removed.
 
     The body gives the session's folder to what is yielded. A Ray that was joined is left alone.
     """
@@ -35,15 +36,19 @@ def supervised(is_local: bool) -> Iterator[Callable[[str], None]]:
     )  # fmt: skip
     _STARTED.append(process)
 
-    def tell(session: str) -> None:
+    def say(line: str) -> None:
         with contextlib.suppress(OSError):  # the supervisor was ended: Ray then is as without it
-            process.stdin.write(session.encode())
+            process.stdin.write(f"{line}\n".encode())
             process.stdin.flush()
+
+    def tell(session: str) -> None:
+        say(session)
         with contextlib.suppress(OSError):
             (Path(session) / NOTE).write_bytes(write_owner(Owner.here()))
 
     try:
         yield tell
+        say(supervisor.DONE)
     finally:
         with contextlib.suppress(OSError):
             process.stdin.close()

@@ -2,8 +2,9 @@
 
 The kernel ends what the driver has started itself, Ray's servers. What those have started, agents and workers, may go
 on for ever. Standard input is a pipe that only the driver writes to: first the session's folder, once that is known,
-and its end is the driver's or the session's. A process is the session's where it writes to a file of that folder; the
-driver, and drivers that joined, write there too, to files of their own names.
+at last `done` where all went well, so that nobody will look into that folder; its end is the driver's or the session's.
+A process is the session's where it writes to a file of that folder; the driver, and drivers that joined, write there
+too, to files of their own names.
 """
 
 from __future__ import annotations
@@ -11,11 +12,13 @@ from __future__ import annotations
 import os
 import re
 import select
+import shutil
 import sys
 import time
 from collections.abc import Iterator
 from typing import Any
 
+DONE = "done"
 _LOOK_SECONDS = 1.0
 _GRACE_SECONDS = 3.0  # in which the processes of a session that was shut down end by themselves
 _ROUNDS = 20
@@ -23,8 +26,8 @@ _ROUND_SECONDS = 0.25
 _DRIVERS_LOG = "python-core-driver"
 
 
-def wait_for_end(driver: int) -> tuple[str, bool]:
-    """The session's folder, "" where it was never said, and whether the driver is dead; returns when it is over."""
+def wait_for_end(driver: int) -> tuple[list[str], bool]:
+    """The lines that the driver said, and whether it is dead; returns when the session is over."""
     said = b""
     while os.getppid() == driver:
         if select.select([0], [], [], _LOOK_SECONDS)[0]:
@@ -33,7 +36,7 @@ def wait_for_end(driver: int) -> tuple[str, bool]:
                 time.sleep(0.1)  # a killed process closes its files before it is gone
                 break
             said += data
-    return said.decode().strip(), os.getppid() != driver
+    return said.decode().splitlines(), os.getppid() != driver
 
 
 def written(folder: str, since: float = 0.0) -> Iterator[tuple[Any, str]]:
@@ -57,7 +60,8 @@ def written(folder: str, since: float = 0.0) -> Iterator[tuple[Any, str]]:
 def main() -> None:
     """See the module's docstring."""
     driver, began = int(sys.argv[1]), time.time() - 2
-    session, is_dead = wait_for_end(driver)
+    said, is_dead = wait_for_end(driver)
+    session = said[0] if said else ""
     if not session and not is_dead:
         return  # Ray did not start
     if not is_dead:
@@ -66,13 +70,15 @@ def main() -> None:
     for _ in range(_ROUNDS):
         alive = {process for process, _ in written(folder, began)}
         if not alive:
-            return
+            break
         for process in alive:
             try:
                 process.kill()
             except Exception:  # noqa: S112, BLE001
                 continue
         time.sleep(_ROUND_SECONDS)
+    if said[1:] == [DONE]:
+        shutil.rmtree(session, ignore_errors=True)
 
 
 if __name__ == "__main__":
