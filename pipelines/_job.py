@@ -22,6 +22,7 @@ def main(*stages: str, description: str, choose: bool = False) -> None:
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--config", "-c", type=Path, required=True, help="YAML configuration of the run")
     parser.add_argument("--set", "-s", action="append", default=[], metavar="SECTION.KEY=VALUE", help="override")
+    parser.add_argument("--take-over", action="store_true", help="take the run folder from the process that owns it")
     if choose:
         parser.add_argument("stages", nargs="*", metavar="STAGE", help=f"run these only: {', '.join(stages)}")
     arguments = parser.parse_args()
@@ -30,7 +31,8 @@ def main(*stages: str, description: str, choose: bool = False) -> None:
     if unknown:
         parser.error(f"{unknown[0]!r} is not one of {', '.join(stages)}")
     try:
-        run_pipeline(load_config(arguments.config, arguments.set), Console(), named or stages)
+        config = load_config(arguments.config, arguments.set)
+        run_pipeline(config, Console(), named or stages, take_over=arguments.take_over)
     except RaytrainError as error:
         print(f"error: {redacted(str(error))}", file=sys.stderr)
         raise SystemExit(1) from None

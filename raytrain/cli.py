@@ -10,9 +10,10 @@ from typing import Annotated, Any
 import typer
 
 from raytrain import jobs_commands
+from raytrain.clean_command import clean
 from raytrain.doctor_command import doctor
 from raytrain.errors import RaytrainError
-from raytrain.options import ConfigOption, SetOption, StagesArgument
+from raytrain.options import ConfigOption, SetOption, StagesArgument, TakeOverOption
 from raytrain.redaction import guard_output, redacted, with_credentials
 from raytrain.transcribe_command import transcribe
 
@@ -35,26 +36,30 @@ _STAGE_HELP = {
 }
 
 
-def _run(config: Path, overrides: list[str] | None, names: tuple[str, ...] | None = None) -> None:
+def _run(
+    config: Path, overrides: list[str] | None, names: tuple[str, ...] | None = None, take_over: bool = False
+) -> None:
     from raytrain.cluster.pipeline import STAGE_NAMES, run_pipeline
     from raytrain.config import load_config
     from raytrain.console import Console
 
-    run_pipeline(load_config(config, overrides), Console(), names or STAGE_NAMES)
+    run_pipeline(load_config(config, overrides), Console(), names or STAGE_NAMES, take_over=take_over)
 
 
 @app.command()
-def run(config: ConfigOption, stages: StagesArgument = None, set: SetOption = None) -> None:
+def run(
+    config: ConfigOption, stages: StagesArgument = None, set: SetOption = None, take_over: TakeOverOption = False
+) -> None:
     """Run all stages, or those named; what did not change in settings and inputs is left as it is."""
     unknown = [one for one in stages or [] if one not in _STAGE_HELP]
     if unknown:
         raise typer.BadParameter(f"{unknown[0]!r} is not one of {', '.join(_STAGE_HELP)}", param_hint="STAGE")
-    _run(config, set, tuple(stages or ()))
+    _run(config, set, tuple(stages or ()), take_over)
 
 
 def _add_stage(name: str) -> None:
-    def command(config: ConfigOption, set: SetOption = None) -> None:
-        _run(config, set, (name,))
+    def command(config: ConfigOption, set: SetOption = None, take_over: TakeOverOption = False) -> None:
+        _run(config, set, (name,), take_over)
 
     app.command(name, help=_STAGE_HELP[name])(command)
 
@@ -71,9 +76,10 @@ def buckets(
     compare: Annotated[
         bool, typer.Option("--compare", help="Print all policies side by side and write nothing.")
     ] = False,
+    take_over: TakeOverOption = False,
 ) -> None:
     if not compare:
-        _run(config, set, ("buckets",))
+        _run(config, set, ("buckets",), take_over)
         return
     from raytrain.cluster.stages import compare_plans
     from raytrain.config import load_config
@@ -102,6 +108,7 @@ def oomptimize(
         str | None, typer.Option(help="Memory of the GPU to plan for, as 80GiB; sets oomptimize.device_memory.")
     ] = None,
     json: Annotated[bool, typer.Option("--json", help="With --dry: one JSON object per bucket.")] = False,
+    take_over: TakeOverOption = False,
 ) -> None:
     overrides = list(set or [])
     if device_memory is not None:
@@ -109,7 +116,7 @@ def oomptimize(
     if not dry:
         if json:
             raise typer.BadParameter("goes with --dry", param_hint="--json")
-        _run(config, overrides, ("oomptimize",))
+        _run(config, overrides, ("oomptimize",), take_over)
         return
     from raytrain.cluster.stages import plan_dry
     from raytrain.config import load_config
@@ -148,6 +155,7 @@ def tune(
     config: ConfigOption,
     set: SetOption = None,
     json: Annotated[bool, typer.Option("--json", help="One JSON object per trial.")] = False,
+    take_over: TakeOverOption = False,
 ) -> None:
     """Search settings of training with whole runs, of which the worse ones end early (ASHA).
 
@@ -160,7 +168,7 @@ def tune(
     from raytrain.console import Console
 
     loaded, console = load_config(config, set), Console(quiet=json)
-    trials = run_tune(loaded, console)
+    trials = run_tune(loaded, console, take_over)
     if json:
         for trial in trials:
             typer.echo(orjson.dumps(trial).decode())
@@ -208,6 +216,7 @@ def ablate(
         str | None, typer.Option(metavar="N,N,…", help="With --decoder-depths: the encoders' depths, one or as many.")
     ] = None,
     json: Annotated[bool, typer.Option("--json", help="One JSON object.")] = False,
+    take_over: TakeOverOption = False,
 ) -> None:
     """Compare batching schemes, or decoder depths, on your corpus: by training each, or by prediction.
 
@@ -226,7 +235,7 @@ def ablate(
 
     loaded, console = load_config(config, set), Console(quiet=json)
     if decoder_depths is not None:
-        _compare_depths(loaded, console, decoder_depths, encoder_depths, model, predict, json)
+        _compare_depths(loaded, console, decoder_depths, encoder_depths, model, predict, json, take_over)
         return
     if encoder_depths is not None:
         raise typer.BadParameter("goes with --decoder-depths", param_hint="--encoder-depths")
@@ -238,9 +247,9 @@ def ablate(
         names = model or ["canary-1b", "canary-1b-flash"]
         models = {name: loaded.model if name == "own" else published(name) for name in names}
         options = PredictOptions(gpu, gib, utilisation, overhead_seconds, gpus, steps)
-        found = predict_ablation(loaded, console, models, options)
+        found = predict_ablation(loaded, console, models, options, take_over=take_over)
     else:
-        found = run_ablation(loaded, console)
+        found = run_ablation(loaded, console, take_over)
     if json:
         typer.echo(orjson.dumps(found).decode())
         return
@@ -254,8 +263,9 @@ def ablate(
 
 
 def _compare_depths(
-    config: Any, console: Any, decoders: str, encoders: str | None, models: list[str] | None, predict: bool, json: bool
-) -> None:
+    config: Any, console: Any, decoders: str, encoders: str | None, models: list[str] | None, predict: bool, json: bool,
+    take_over: bool,
+) -> None:  # fmt: skip
     import orjson
 
     from raytrain.cluster.depths import depths_table, run_depths
@@ -271,7 +281,7 @@ def _compare_depths(
         raise typer.BadParameter("one model, and with --predict", param_hint="--model")
     shape = published(models[0]) if models and models[0] != "own" else None
     chosen = depths(decoders, "--decoder-depths"), depths(encoders, "--encoder-depths")
-    found = run_depths(config, console, *chosen, shape, train=not predict)
+    found = run_depths(config, console, *chosen, shape, train=not predict, take_over=take_over)
     if json:
         typer.echo(orjson.dumps(found).decode())
     else:
@@ -332,11 +342,12 @@ def schedule(
 def demo(
     root: Annotated[Path, typer.Option(help="Folder for the corpus and the run.")] = Path("runs"),
     set: SetOption = None,
+    take_over: TakeOverOption = False,
 ) -> None:
     """Make a small spoken corpus in four languages, train a Canary on it, and show what came out."""
     from raytrain.demo.run import run_demo
 
-    raise typer.Exit(run_demo(root, set or []))
+    raise typer.Exit(run_demo(root, set or [], take_over=take_over))
 
 
 @app.command()
@@ -358,7 +369,7 @@ def convert(
 
 
 for _command in (
-    transcribe, doctor, jobs_commands.submit, jobs_commands.status, jobs_commands.logs, jobs_commands.stop,
+    transcribe, doctor, clean, jobs_commands.submit, jobs_commands.status, jobs_commands.logs, jobs_commands.stop,
 ):  # fmt: skip
     app.command()(_command)
 

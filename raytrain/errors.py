@@ -9,6 +9,7 @@
     │   ├── PlanError        a bucket plan can't be made
     │   └── ProfileError     a batch profile was made for another plan, model or device
     ├── StorageError         the run folder can't be written (full, read-only, not a folder)
+    ├── OwnedError           another process owns the run folder
     ├── ClusterError         a cluster or its Jobs server can't be reached, or refuses
     └── TrainingError        training can't start or go on
         └── CheckpointError  no checkpoint can be read
@@ -90,6 +91,10 @@ class ProfileError(ArtifactError):
 
 class StorageError(RaytrainError):
     """The run folder can't be written."""
+
+
+class OwnedError(RaytrainError):
+    """Another process owns the run folder, or has taken it over."""
 
 
 class ClusterError(RaytrainError):

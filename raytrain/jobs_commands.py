@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
-from raytrain.options import ConfigOption, SetOption, StagesArgument
+from raytrain.options import ConfigOption, SetOption, StagesArgument, TakeOverOption
 
 Address = Annotated[
     str | None,
@@ -51,6 +51,7 @@ def submit(
     env: Env = None,
     with_source: WithSource = None,
     python: Annotated[str, typer.Option(help="The interpreter on the cluster's head.")] = "python",
+    take_over: TakeOverOption = False,
 ) -> None:
     """Run all stages, or those named, as a job on a cluster.
 
@@ -77,7 +78,7 @@ def submit(
     about = {"run": loaded.name, "stages": " ".join(names) or "all", "raytrain": submission.version()}
     with tempfile.TemporaryDirectory(prefix="raytrain-job-") as folder:
         submission.pack(Path(folder), submission.job_settings(loaded, given.values), with_source)
-        command = submission.entrypoint(names, python)
+        command = submission.entrypoint(names, python, take_over)
         job = server.submit(Order(loaded.name, command, Path(folder), given.values, about))
     if not follow:
         typer.echo(job)
@@ -92,15 +93,28 @@ def status(
     address: Address = None,
     json: Annotated[bool, typer.Option("--json", help="One JSON object per job.")] = False,
 ) -> None:
-    """List a cluster's jobs, the newest first, or show one."""
+    """List a cluster's jobs, the newest first, or show one; with a configuration also who owns its run folder."""
     from dataclasses import asdict
 
     import orjson
 
+    from raytrain.cluster.jobs import DEFAULT_ADDRESS, server_address
+    from raytrain.config import load_config
     from raytrain.console import Console
+    from raytrain.errors import ClusterError
 
     console = Console()
-    server = _server(config, address, console)
+    loaded = load_config(config) if config is not None else None
+    if loaded is not None:
+        _tell_owner(console, loaded)
+    try:
+        server = _server(config, address, console)
+    except ClusterError as error:
+        is_named = loaded is None or server_address(address, loaded.cluster.address) != DEFAULT_ADDRESS
+        if is_named or job is not None:
+            raise
+        console.say(f"no jobs are listed: {error}")
+        return
     found = server.list() if job is None else [server.get(job)]
     if json:
         for one in found:
@@ -184,6 +198,13 @@ def _tell(console: Any, given: Any) -> None:
         )
     if given.kept:
         console.say(f"secret and not passed: {', '.join(given.kept)} (the nodes have their own, or name it with --env)")
+
+
+def _tell_owner(console: Any, config: Any) -> None:
+    from raytrain.cluster.ownership import describe_owner
+
+    found = describe_owner(config.run_location)
+    console.say(found[0] if found else "nobody owns the run folder")
 
 
 def _local(when: Any) -> str:

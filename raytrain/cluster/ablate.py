@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from raytrain.artifacts import atomic_write_bytes, canonical_json, make_folder, read_json, write_json
+from raytrain.cluster.ownership import owned, owning
 from raytrain.cluster.pipeline import read_stages, run_pipeline
 from raytrain.cluster.session import ray_session
 from raytrain.cluster.stages import read_histogram
@@ -75,6 +76,7 @@ def histogram_of(config: Config, console: Console) -> LengthHistogram:
     return read_histogram(config.run_dir / "histogram.parquet")
 
 
+@owning
 def predict_ablation(
     config: Config, console: Console, models: dict[str, Any], options: PredictOptions
 ) -> dict[str, Any]:
@@ -120,7 +122,7 @@ def _report(config: Config, console: Console) -> None:
 # --- by training
 
 
-def run_ablation(config: Config, console: Console) -> dict[str, Any]:
+def run_ablation(config: Config, console: Console, take_over: bool = False) -> dict[str, Any]:
     """Train every scheme at every learning rate; returns what `ablation.json` keeps.
 
     Raises `ConfigError` without dev manifests and without a memory budget that binds.
@@ -136,7 +138,11 @@ def run_ablation(config: Config, console: Console) -> dict[str, Any]:
         raise ConfigError("an ablation needs an assignment", remedy="unset data.stream")
     section = config.ablate
     config = _with_limits(config)
-    with RunTracking(config, config.run_dir) as tracking, ray_session(config.cluster):
+    with (
+        owned(config.run_location, console.say, take_over),
+        RunTracking(config, config.run_dir) as tracking,
+        ray_session(config.cluster),
+    ):
         histogram = histogram_of(config, console)
         workspace = Workspace(config, config.run_dir)
         model = workspace.model_config()
@@ -171,7 +177,7 @@ def run_ablation(config: Config, console: Console) -> dict[str, Any]:
             write_json(config.run_dir / "ablation.json", ABLATION_FORMAT, body)
             tracking.current.log_artifact(config.run_dir / "ablation.json")
             finish(_summary(body))
-    _report(config, console)
+        _report(config, console)
     return body
 
 

@@ -270,6 +270,15 @@ def check_room(workers: int, room: int, each: str) -> list[Check]:
     return [Check("room", WARN, "", f"{room} of the {workers} workers of training fit ({each} each)", remedy)]
 
 
+def check_owner(location: str, described: tuple[str, bool] | None) -> list[Check]:
+    """Whether a command may write to the run folder; `described` is what `describe_owner` says of it."""
+    if described is None:
+        return [Check("owner", OK, "", f"nobody owns {location}")]
+    text, may_live = described
+    remedy = "wait until it has ended, stop it, or take the folder from it with --take-over"
+    return [Check("owner", WARN, "", text, remedy) if may_live else Check("owner", OK, "", text)]
+
+
 def check_storage(nodes: Sequence[NodeFacts], root: str, shared: bool) -> list[Check]:
     """Speed at `run.root` from each node, and whether they all see the same folder there. `shared` says that it has to
     be: it is a local path and there are several nodes."""

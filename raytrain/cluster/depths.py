@@ -14,6 +14,7 @@ from typing import Any
 
 from raytrain.artifacts import write_json
 from raytrain.cluster.ablate import histogram_of, prepare_folder, training_limits, trial_metrics
+from raytrain.cluster.ownership import owned
 from raytrain.cluster.placement import Placement
 from raytrain.cluster.room import trains_on_gpus
 from raytrain.cluster.session import ray_session
@@ -63,7 +64,7 @@ def num_parameters(model: ModelConfig) -> int:
 
 def run_depths(
     config: Config, console: Console, decoders: Sequence[int], encoders: Sequence[int],
-    model: ModelConfig | None = None, *, train: bool,
+    model: ModelConfig | None = None, *, train: bool, take_over: bool = False,
 ) -> dict[str, Any]:  # fmt: skip
     """What `decoder_depths.json` keeps: a row for each depth; without `train` the columns that need none, which may be
     of another `model` than the configuration's."""
@@ -72,7 +73,10 @@ def run_depths(
         check_on_disk(config, "raytrain ablate --decoder-depths")
     if train and not config.data.dev:
         raise ConfigError("comparing depths needs data.dev", remedy="name dev manifests, or use --predict")
-    with ray_session(config.cluster) if train else contextlib.nullcontext():  # counting alone may need no Ray
+    with (
+        owned(config.run_location, console.say, take_over),
+        ray_session(config.cluster) if train else contextlib.nullcontext(),  # counting alone may need no Ray
+    ):
         histogram = histogram_of(config, console)
         models = depth_models(model or Workspace(config, config.run_dir).model_config(), decoders, encoders)
         rows = [_counted(one, histogram) for one in models]
@@ -80,9 +84,9 @@ def run_depths(
             row["training_compute"] = row["macs_per_epoch"] / rows[0]["macs_per_epoch"]
         if train:
             _train(config, console, models, rows, target)
-    body = {"rows": rows, "trained": train, "target_wer": target}
-    write_json(config.run_dir / "decoder_depths.json", DEPTHS_FORMAT, body)
-    RunStore(config.run_location).publish()
+        body = {"rows": rows, "trained": train, "target_wer": target}
+        write_json(config.run_dir / "decoder_depths.json", DEPTHS_FORMAT, body)
+        RunStore(config.run_location).publish()
     return body
 
 

@@ -23,6 +23,7 @@ from raytrain.cluster import checks
 from raytrain.cluster.checks import Check, NodeFacts
 from raytrain.cluster.node_facts import ask_mlflow, auth_mode, has_token, measure_node, measure_storage, versions
 from raytrain.cluster.nodes import ask_nodes
+from raytrain.cluster.ownership import describe_owner
 from raytrain.cluster.room import describe_worker, find_room, trains_on_gpus
 from raytrain.cluster.session import ray_session
 from raytrain.cluster.tracking import tracking_uri
@@ -108,6 +109,9 @@ def judge(nodes: list[NodeFacts], driver: dict[str, str], config: Config | None,
     found += _check_room(config)
     root, uri = run_root(config), _mlflow_uri(config)
     found += checks.check_storage(alive, root, shared=len(nodes) > 1 and not is_uri(root))
+    if not any(node.storage.get("error") for node in alive):
+        with contextlib.suppress(RaytrainError):  # the check of the storage says what is wrong
+            found += checks.check_owner(config.run_location, describe_owner(config.run_location))
     found += checks.check_manifests(alive)
     return found + checks.check_mlflow(alive, without_credentials(uri or ""), ask_mlflow(uri) if uri else None)
 

@@ -20,6 +20,7 @@ from raytrain.errors import CheckpointError, RaytrainError, StorageError
 from raytrain.training.checkpoint import BEST, META, Checkpoint, CheckpointFolder, parse_meta, read_checkpoint
 
 FOLDER = "checkpoints"
+_WEIGHTS = ("model.pt", "average.pt")
 _LOG = logging.getLogger("raytrain.checkpoints")
 
 
@@ -76,7 +77,7 @@ class CheckpointMirror:
                             with filesystem.open_input_stream(one.path) as data, open(target, "wb") as out:
                                 shutil.copyfileobj(data, out, 8 << 20)
                     checkpoint = read_checkpoint(copy)
-                    if checkpoint is None or checkpoint.meta.get("ids", {}).get("lineage") != lineage:
+                    if checkpoint is None or checkpoint.lineage != lineage:
                         continue
                     copy.rename(into / name)
                 return read_checkpoint(into / name)
@@ -123,10 +124,7 @@ class SharedCheckpoints(CheckpointFolder):
 
     def at(self, step: int) -> Checkpoint:
         """The checkpoint of a step, brought here. Raises `CheckpointError` where it is not whole."""
-        checkpoint = self._brought(f"step_{step:08d}")
-        if checkpoint is None:
-            raise CheckpointError(f"{self._there.path}/step_{step:08d} is not a whole checkpoint")
-        return checkpoint
+        return self._whole(step)
 
     def best(self) -> Checkpoint | None:
         """The checkpoint with the lowest validation error, else the newest, brought here."""
@@ -148,7 +146,11 @@ class SharedCheckpoints(CheckpointFolder):
     def to_decode(self, which: str) -> Checkpoint | None:
         """The `last` or the `best` checkpoint with its weights here, not with the rest of it."""
         found = self.about("best" if which == "best" else "newest")
-        return self._brought(found.folder.name, ("model.pt", "average.pt")) if found else None
+        return self._brought(found.folder.name, _WEIGHTS) if found else None
+
+    def weights_of(self, step: int) -> Checkpoint:
+        """As `at`, without the rest of it."""
+        return self._whole(step, _WEIGHTS)
 
     def settle(self) -> None:
         """Put what could not be put when it was written. Raises `StorageError`."""
@@ -158,6 +160,15 @@ class SharedCheckpoints(CheckpointFolder):
                 self._there.copy(folder)
         if (self.folder / BEST).exists():
             self._there.copy(self.folder / BEST)
+
+    def _whole(self, step: int, only: tuple[str, ...] | None = None) -> Checkpoint:
+        checkpoint = self._brought(f"step_{step:08d}", only)
+        if checkpoint is None:
+            raise CheckpointError(
+                f"{self._there.path}/step_{step:08d} is not a whole checkpoint",
+                remedy="run `raytrain train` again, which goes on from the newest whole one",
+            )
+        return checkpoint
 
     def _names(self) -> list[str]:
         metas = list_files(self._there.path, META, recursive=True, missing_ok=True)

@@ -19,6 +19,7 @@ import yaml
 from raytrain.artifacts import atomic_write_bytes, canonical_json, content_id, file_id, make_folder, read_state
 from raytrain.cluster import stages
 from raytrain.cluster.gpus import may_train_on_gpus
+from raytrain.cluster.ownership import owning
 from raytrain.cluster.session import ray_session
 from raytrain.cluster.tracking import RUN_NOTE, RunTracking
 from raytrain.cluster.workspace import Workspace
@@ -79,10 +80,12 @@ class StageRecord:
     outputs: dict[str, str]
 
 
+@owning
 def run_pipeline(config: Config, console: Console, names: tuple[str, ...] = STAGE_NAMES) -> list[str]:
     """Run the named stages that are not up to date; returns the names of those that ran.
 
-    Raises `ArtifactError` where a stage that is not among `names` has not run before.
+    Raises `ArtifactError` where a stage that is not among `names` has not run before, and `OwnedError` where another
+    process owns the run folder, unless it is told to `take_over`.
     """
     store = RunStore(config.run_location, config.run.cache_size)
     store.adopt()

@@ -17,6 +17,7 @@ from typing import Any
 
 from raytrain.cluster.authentication import PLACES, token_authentication, warn_once
 from raytrain.cluster.placement import ANYWHERE, Placement, total
+from raytrain.cluster.supervision import supervised
 from raytrain.config import ClusterSection
 from raytrain.errors import ClusterError, RaytrainError
 from raytrain.redaction import without_credentials
@@ -60,9 +61,10 @@ def ray_session(settings: ClusterSection) -> Iterator[None]:
             "include_dashboard": False,
             "_node_ip_address": "127.0.0.1",
         }
-    with token_authentication(local=not address) as with_token:
+    with token_authentication(local=not address) as with_token, supervised(is_local=not address) as tell_session:
         with _no_native_stderr(), _on_loopback(not address), _readable(address, with_token):
             ray.init(address=address or "local", **common)
+        tell_session(ray._private.worker.global_worker.node.get_session_dir_path())
         if address and not with_token:
             warn_once(f"the cluster at {address}")
         try:

@@ -546,6 +546,7 @@ def run_train(context: Context) -> str:
         if start is not None:
             context.console.say(f"  found the checkpoint of step {start.step} in {mirror.path}")
     if start is not None:
+        start.check_lineage(lineage)
         context.console.say(f"  training goes on from step {start.step}")
     with _training_progress(context, start.step if start else 0) as on_metrics:
         run_training(
@@ -569,8 +570,10 @@ def run_train(context: Context) -> str:
     if last is None:
         raise TrainingError("training ended without a checkpoint", remedy="see the messages above")
     best = folder.about("best") or last
+    for checkpoint in (last, best):
+        checkpoint.check_lineage(lineage)
     note = {
-        "last_step": last.step, "last_files": last.meta["files"],
+        "lineage": lineage, "last_step": last.step, "last_files": last.meta["files"],
         "best_step": best.step, "files": best.meta["files"],
     }  # fmt: skip
     atomic_write_bytes(context.path("checkpoints", "last.json"), canonical_json(note))

@@ -108,9 +108,10 @@ def version() -> str:
         return ""
 
 
-def entrypoint(stages: Sequence[str], python: str) -> str:
+def entrypoint(stages: Sequence[str], python: str, take_over: bool = False) -> str:
     """The job's shell command."""
-    return shlex.join([python, "-m", "pipelines.run", "--config", CONFIG_FILE, *stages])
+    options = ["--take-over"] if take_over else []
+    return shlex.join([python, "-m", "pipelines.run", "--config", CONFIG_FILE, *options, *stages])
 
 
 def _source_root() -> Path:

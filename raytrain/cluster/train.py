@@ -11,13 +11,14 @@ import json
 import os
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from raytrain.artifacts import atomic_write_bytes, file_id, read_state
 from raytrain.cluster.failures import GiveUp, decide, killed_for_memory, readable, stalled, wrapped
 from raytrain.cluster.gpus import backend
+from raytrain.cluster.leftovers import RAY_FOLDER
 from raytrain.cluster.placement import Placement, total
 from raytrain.cluster.repeating import repeating
 from raytrain.cluster.reservations import free_noted, free_orphans, note_reservation
@@ -26,7 +27,7 @@ from raytrain.config import Config, check_config
 from raytrain.data.remote import RunStore
 from raytrain.data.storage import absolute
 from raytrain.device import Device, worker_device
-from raytrain.errors import RaytrainError, TrainingError
+from raytrain.errors import CheckpointError, RaytrainError, TrainingError
 from raytrain.tracking import metrics_of, read_metrics
 
 
@@ -85,7 +86,12 @@ def _train(job: dict[str, Any]) -> None:
         _look_at_faults(store)
         notes.learn_from_deaths(dict(kills for kills, _ in deaths), [mark for _, marks in deaths for mark in marks])
         note_reservation(store)
-    resume = _agreed_checkpoint(checkpoints, rank)
+    try:
+        resume = _agreed_checkpoint(checkpoints, rank, job["meta"])
+    except GaveUp as error:
+        if rank == 0:
+            _tell(store, _GAVE_UP, {**error.to_dict(), "kind": CheckpointError.__name__})
+        return
     _look_at_faults(store)
     _load_weights(resume, model, workspace, device)
     sharded = is_sharded(config.train, world_size)
@@ -203,13 +209,28 @@ def _from_all_ranks(value: Any) -> list[Any]:
     return values
 
 
-def _agreed_checkpoint(checkpoints: Any, rank: int) -> Any:
-    """The newest whole checkpoint, the same one on all ranks."""
+def _agreed_checkpoint(checkpoints: Any, rank: int, meta: dict[str, Any]) -> Any:
+    """The newest whole checkpoint, the same one on all ranks. Raises `GaveUp` on all of them where it is of another
+    lineage than `meta` names: it would be the same after a restart."""
     from ray.train.collective import broadcast_from_rank_zero
 
-    found = checkpoints.newest() if rank == 0 else None
-    step = broadcast_from_rank_zero(found.step if found else None)
-    return found if rank == 0 or step is None else checkpoints.at(step)
+    from raytrain.training.loop import GaveUp
+
+    lineage = meta.get("ids", {}).get("lineage")
+    found, refusal = checkpoints.newest() if rank == 0 else None, None
+    try:
+        if found is not None:
+            found.check_lineage(lineage)
+    except CheckpointError as error:
+        refusal = error.to_dict()
+    step, refusal = broadcast_from_rank_zero((found.step if found else None, refusal))
+    if refusal is not None:
+        raise GaveUp(**refusal)
+    if rank == 0 or step is None:
+        return found
+    checkpoint = checkpoints.at(step)
+    checkpoint.check_lineage(lineage)
+    return checkpoint
 
 
 def _load_weights(resume: Any, model: Any, workspace: Any, device: Any) -> None:
@@ -346,7 +367,7 @@ def run_training(
     workers = choose_workers(config.train.num_workers, room, each)
     if line := waiting_for(workers, room, each):
         say(f"  {line}; for {config.train.stall_minutes:g} minutes at most")
-    with follow(store, METRICS, on_metrics):
+    with _without_ray_folder(store), follow(store, METRICS, on_metrics):
         while True:
             _look_at_faults(store)
             known, started = len(notes.reasons()), time.time()
@@ -381,6 +402,7 @@ class GaveUpNote:
     allowed: str | None = None
     why: str | None = None
     remedy: str | None = None
+    kind: str = TrainingError.__name__
 
 
 def _gave_up(path: Path) -> TrainingError:
@@ -391,10 +413,22 @@ def _gave_up(path: Path) -> TrainingError:
             why=f"its reason in {path} can't be read",
             remedy="see the messages above, and train again",
         )
-    return TrainingError(**{part.name: note.get(part.name) for part in fields(GaveUpNote)})
+    kind = CheckpointError if note.get("kind") == CheckpointError.__name__ else TrainingError
+    return kind(**{name: note.get(name) for name in ("what", "got", "allowed", "why", "remedy")})
 
 
 METRICS = "metrics.jsonl"
+
+
+@contextlib.contextmanager
+def _without_ray_folder(store: RunStore) -> Iterator[None]:
+    """Ray Train keeps notes of each training, of which nothing goes on; they are gone before and after it."""
+    store.clear(RAY_FOLDER)
+    try:
+        yield
+    finally:
+        with contextlib.suppress(RaytrainError):
+            store.clear(RAY_FOLDER)
 
 
 @contextlib.contextmanager
@@ -466,7 +500,7 @@ def _trainer(config: Config, store: RunStore, job: dict[str, Any], workers: Work
         run_config=RunConfig(
             # A finished name would resume past its end; our own checkpoints say where to go on.
             name=f"train-{time.time_ns()}",
-            storage_path=store.place("ray"),
+            storage_path=store.place(RAY_FOLDER),
             # Ray Train waits a minute for room for its workers, and without a limit for ever.
             failure_config=FailureConfig(
                 max_failures=max_failures, controller_failure_limit=max(1, round(config.train.stall_minutes))

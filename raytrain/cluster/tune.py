@@ -15,6 +15,7 @@ import yaml
 
 from raytrain.artifacts import atomic_write_bytes, content_id, make_folder, write_json
 from raytrain.cluster.nodes import last_line
+from raytrain.cluster.ownership import owned
 from raytrain.cluster.session import ray_session
 from raytrain.cluster.tracking import RunTracking, tracking_uri
 from raytrain.cluster.trials import (
@@ -33,7 +34,7 @@ from raytrain.errors import ArtifactError, ConfigError, TrainingError
 TUNE_FORMAT = "raytrain.tune/1"
 
 
-def run_tune(config: Config, console: Console) -> list[dict[str, Any]]:
+def run_tune(config: Config, console: Console, take_over: bool = False) -> list[dict[str, Any]]:
     """Search as `config.tune` says; returns the trials, best first, as `tune.json` keeps them.
 
     Raises `ConfigError` where the space names what can't be set, `ArtifactError` before the stages up to oomptimize
@@ -52,6 +53,7 @@ def run_tune(config: Config, console: Console) -> list[dict[str, Any]]:
     for number in range(2):  # both ends of every range: what can't be set is found before Ray starts
         with_settings(config, {name: one.ends()[number] for name, one in config.tune.space.items()}, "tune.space")
     with (
+        owned(config.run_location, console.say, take_over),
         RunTracking(config, config.run_dir) as tracking,
         console.stage("tune") as finish,
         tracking.stage("tune", goes_on=(config.run_dir / "tune").exists()),

@@ -24,7 +24,9 @@ ARTEFACTS = (
 )  # fmt: skip
 
 
-def run_demo(root: Path, overrides: list[str], utterances: dict[str, int] | None = None) -> int:
+def run_demo(
+    root: Path, overrides: list[str], utterances: dict[str, int] | None = None, take_over: bool = False
+) -> int:
     """Run the demo below `root`; returns 0 only if every artefact is there and the WER is low enough."""
     console = Console()
     corpus = (root / "demo-corpus").absolute()
@@ -34,7 +36,7 @@ def run_demo(root: Path, overrides: list[str], utterances: dict[str, int] | None
         with console.progress("speaking", sum(sizes.values())) as update:
             make_corpus(corpus, sizes, seed=config.seed, on_utterance=lambda: update(advance=1))
         finish(f"{sum(sizes.values())} spoken number strings in English, German, Spanish and French")
-    run_pipeline(config, console)
+    run_pipeline(config, console, take_over=take_over)
     return _show(config, console)
 
 

@@ -59,6 +59,22 @@ class Checkpoint:
         except Exception as error:
             raise CheckpointError(f"{path} can't be read", why=str(error).splitlines()[0]) from error
 
+    @property
+    def lineage(self) -> str | None:
+        """Names what it was learnt from; None where it does not say."""
+        return self.meta.get("ids", {}).get("lineage")
+
+    def check_lineage(self, lineage: str | None) -> None:
+        """Raises `CheckpointError` where it was learnt from something else than `lineage` names."""
+        if self.lineage != lineage:
+            raise CheckpointError(
+                f"{self.folder} is a checkpoint of another training",
+                got=f"lineage {self.lineage}",
+                allowed=f"lineage {lineage}",
+                why="its settings or its data were others; another process may have written to the run folder",
+                remedy="end what else writes there, remove the folder `checkpoints`, and train again",
+            )
+
     def has(self, name: str) -> bool:
         """Whether there is such a part."""
         return f"{name}.pt" in self.meta["files"]
@@ -248,6 +264,10 @@ class CheckpointFolder:
     def to_decode(self, which: str) -> Checkpoint | None:
         """The `last` or the `best` checkpoint with what `load_weights` reads."""
         return self.best() if which == "best" else self.newest()
+
+    def weights_of(self, step: int) -> Checkpoint:
+        """The checkpoint of a step with what `load_weights` reads. Raises `CheckpointError` where it is not whole."""
+        return self.at(step)
 
     def settle(self) -> None:
         """Come back when what was saved is where it is to stay."""

@@ -1,0 +1,131 @@
+"""What commands that were killed leave behind, and is no run's.
+
+Everything raytrain writes appears under its name when it is whole; until then its name begins with a dot and ends with
+eight random characters. Ray Train keeps notes of each training in `ray/train-*`, which nothing reads once it is over. A
+local Ray leaves its session's folder, in which a note says whose it was.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import shutil
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from raytrain.data.storage import file_sizes, is_uri, list_files, remove_file
+from raytrain.errors import StorageError
+
+RAY_FOLDER = "ray"
+_TEMPORARY = re.compile(r"\..+\.[a-z0-9_]{8}", re.DOTALL)
+_TRAINING = re.compile(r"train-\d+")
+_PROBE = ".doctor-*"
+_PROBE_SECONDS = 3600.0
+
+
+@dataclass(frozen=True)
+class Leftover:
+    """A file or a folder, what it is, and its size in bytes. `path` may be a URI of a folder."""
+
+    path: str
+    what: str
+    bytes: int
+
+    def remove(self) -> None:
+        """Remove it; what is gone already is fine. Raises `StorageError`."""
+        if is_uri(self.path):
+            remove_remote_folder(self.path)
+            return
+        path = Path(self.path)
+        try:
+            shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink(missing_ok=True)
+        except FileNotFoundError:
+            pass
+        except OSError as error:
+            raise StorageError(
+                f"can't remove {path}", why=(error.strerror or str(error)).lower(),
+                remedy="remove it by hand, as a user who may",
+            ) from error  # fmt: skip
+
+
+def temporaries(folder: Path, before: float) -> Iterator[Leftover]:
+    """Files and folders below `folder` that were never finished, last changed before a time in seconds; links are not
+    followed."""
+    for parent, folders, files in os.walk(folder):
+        for name in [name for name in [*folders, *files] if _TEMPORARY.fullmatch(name)]:
+            path = Path(parent, name)
+            with contextlib.suppress(FileNotFoundError):
+                if path.lstat().st_mtime < before:
+                    yield Leftover(str(path), "never finished", size_of(path))
+            if name in folders:
+                folders.remove(name)
+
+
+def remove_temporaries(folder: Path, before: float) -> None:
+    """Remove what `temporaries` lists, as far as that can be done."""
+    for leftover in temporaries(folder, before):
+        with contextlib.suppress(StorageError):
+            leftover.remove()
+
+
+def trainings(location: str) -> Iterator[Leftover]:
+    """Ray Train's folders of trainings of the run at `location`, a path or a URI, and of its trials."""
+    what = "Ray Train's notes of a training that is over"
+    if is_uri(location):
+        files: dict[str, list[str]] = {}
+        base = f"{location.rstrip('/')}/{RAY_FOLDER}"
+        for path in list_files(base, recursive=True, missing_ok=True):
+            name = path.removeprefix(f"{base}/").partition("/")[0]
+            if _TRAINING.fullmatch(name):
+                files.setdefault(name, []).append(path)
+        for name, paths in files.items():
+            yield Leftover(f"{base}/{name}", what, sum(file_sizes(paths)))
+        return
+    for parent, folders, _ in os.walk(location):
+        if Path(parent).name == RAY_FOLDER:
+            for name in filter(_TRAINING.fullmatch, folders):
+                yield Leftover(f"{parent}/{name}", what, size_of(Path(parent, name)))
+            folders.clear()
+
+
+def probes(root: str) -> Iterator[Leftover]:
+    """Files that a `raytrain doctor` that was killed left in a local `run.root`."""
+    for path in [] if is_uri(root) else Path(root).glob(_PROBE):
+        with contextlib.suppress(FileNotFoundError):
+            if path.stat().st_mtime < time.time() - _PROBE_SECONDS:
+                yield Leftover(str(path), "of a doctor that was killed", size_of(path))
+
+
+def previous(folder: Path) -> Iterator[Leftover]:
+    """Checkpoints of other settings, which training set aside."""
+    path = folder / "previous"
+    if path.is_dir():
+        yield Leftover(str(path), "checkpoints of other settings", size_of(path))
+
+
+def ray_folders() -> list[Path]:
+    """Folders in which a Ray that starts on this machine puts its sessions."""
+    places = (os.environ.get("RAY_TMPDIR"), os.environ.get("TMPDIR"), tempfile.gettempdir(), "/tmp")
+    return sorted({Path(place).resolve() / "ray" for place in places if place})
+
+
+def remove_remote_folder(uri: str) -> None:
+    """Remove all files below a URI. Raises `StorageError` and `StorageReadError`."""
+    for path in list_files(uri, recursive=True, missing_ok=True):
+        remove_file(path)
+
+
+def size_of(path: Path) -> int:
+    """Bytes of a file, or of all files in a folder."""
+    if path.is_symlink() or not path.is_dir():
+        return path.lstat().st_size
+    total = 0
+    for parent, _, files in os.walk(path):
+        for name in files:
+            with contextlib.suppress(OSError):
+                total += Path(parent, name).lstat().st_size
+    return total

@@ -1,0 +1,76 @@
+"""A local Ray ends with its driver: starts the process that sees to it (`supervisor`), and knows what sessions left."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import socket
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from raytrain.cluster import supervisor
+from raytrain.cluster.leftovers import Leftover, ray_folders, size_of
+from raytrain.cluster.ownership import Owner, read_owner, this_machine, write_owner
+
+NOTE = "raytrain.json"
+_STARTED: list[subprocess.Popen] = []  # so that one which still looks is not taken for forgotten
+
+
+@contextlib.contextmanager
+def supervised(is_local: bool) -> Iterator[Callable[[str], None]]:
+    """Around a Ray that starts here (`is_local`): what is left of it when the body or this process ends, is ended; and
+    where the body ends well, the session's folder is removed.
+
+    The body gives the session's folder to what is yielded. A Ray that was joined is left alone.
+    """
+    if not is_local:
+        yield lambda session: None
+        return
+    _STARTED[:] = [process for process in _STARTED if process.poll() is None]
+    process = subprocess.Popen(
+        [sys.executable, "-P", supervisor.__file__, str(os.getpid())],
+        stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, cwd="/", start_new_session=True,
+    )  # fmt: skip
+    _STARTED.append(process)
+
+    def say(line: str) -> None:
+        with contextlib.suppress(OSError):  # the supervisor was ended: Ray then is as without it
+            process.stdin.write(f"{line}\n".encode())
+            process.stdin.flush()
+
+    def tell(session: str) -> None:
+        say(session)
+        with contextlib.suppress(OSError):
+            (Path(session) / NOTE).write_bytes(write_owner(Owner.here()))
+
+    try:
+        yield tell
+        say(supervisor.DONE)
+    finally:
+        with contextlib.suppress(OSError):
+            process.stdin.close()
+
+
+def dead_sessions() -> Iterator[Leftover]:
+    """Folders of local sessions that raytrain started on this machine and of which no process is left."""
+    over = {}
+    for folder in sorted(path for root in ray_folders() for path in root.glob("session_*") if not path.is_symlink()):
+        with contextlib.suppress(OSError):  # not raytrain's, or another user's
+            owner = read_owner((folder / NOTE).read_bytes())
+            if owner is not None and _is_over(owner):
+                over[str(folder)] = owner
+    in_use = {path for _, path in supervisor.written("|".join(map(re.escape, over)))} if over else set()
+    for folder, owner in over.items():
+        if folder not in in_use:
+            yield Leftover(folder, f"Ray's session of `{owner.command}`", size_of(Path(folder)))
+
+
+def _is_over(owner: Owner) -> bool:
+    """Whether a session's driver has ended; with the machine, at the latest."""
+    boot, now = owner.machine.partition(" ")[0], this_machine().partition(" ")[0]
+    if owner.pid == os.getpid():
+        return False
+    return owner.is_gone or (owner.host == socket.gethostname() and boot != now)

@@ -1,0 +1,85 @@
+"""Ends a local Ray with its driver, also where that was killed: `python -P supervisor.py DRIVER`, a process beside it.
+
+The kernel ends what the driver has started itself, Ray's servers. What those have started, agents and workers, may go
+on for ever. Standard input is a pipe that only the driver writes to: first the session's folder, once that is known,
+at last `done` where all went well, so that nobody will look into that folder; its end is the driver's or the session's.
+A process is the session's where it writes to a file of that folder; the driver, and drivers that joined, write there
+too, to files of their own names.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import select
+import shutil
+import sys
+import time
+from collections.abc import Iterator
+from typing import Any
+
+DONE = "done"
+_LOOK_SECONDS = 1.0
+_GRACE_SECONDS = 3.0  # in which the processes of a session that was shut down end by themselves
+_ROUNDS = 20
+_ROUND_SECONDS = 0.25
+_DRIVERS_LOG = "python-core-driver"
+
+
+def wait_for_end(driver: int) -> tuple[list[str], bool]:
+    """The lines that the driver said, and whether it is dead; returns when the session is over."""
+    said = b""
+    while os.getppid() == driver:
+        if select.select([0], [], [], _LOOK_SECONDS)[0]:
+            data = os.read(0, 4096)
+            if not data:
+                time.sleep(0.1)  # a killed process closes its files before it is gone
+                break
+            said += data
+    return said.decode().splitlines(), os.getppid() != driver
+
+
+def written(folder: str, since: float = 0.0) -> Iterator[tuple[Any, str]]:
+    """Processes begun after a time in seconds that write to a file in a folder whose path matches the expression
+    `folder`, and that path; more than once where there are several."""
+    import psutil
+
+    for process in psutil.process_iter(["create_time"]):
+        try:
+            if process.pid == os.getpid() or (process.info["create_time"] or 0.0) < since:
+                continue
+            for file in process.open_files():
+                match = re.match(f"({folder})/", file.path)
+                is_drivers = os.path.basename(file.path).startswith(_DRIVERS_LOG)
+                if match and getattr(file, "mode", "w") != "r" and not is_drivers:
+                    yield process, match[1]
+        except (psutil.Error, OSError):  # ended just now, or another user's
+            continue
+
+
+def main() -> None:
+    """See the module's docstring."""
+    driver, began = int(sys.argv[1]), time.time() - 2
+    said, is_dead = wait_for_end(driver)
+    session = said[0] if said else ""
+    if not session and not is_dead:
+        return  # Ray did not start
+    if not is_dead:
+        time.sleep(_GRACE_SECONDS)
+    folder = re.escape(os.path.realpath(session)) if session else rf".*/session_[\d_-]+_{driver}"
+    for _ in range(_ROUNDS):
+        alive = {process for process, _ in written(folder, began)}
+        if not alive:
+            break
+        for process in alive:
+            try:
+                process.kill()
+            except Exception:  # noqa: S112, BLE001
+                continue
+        time.sleep(_ROUND_SECONDS)
+    if said[1:] == [DONE]:
+        shutil.rmtree(session, ignore_errors=True)
+
+
+if __name__ == "__main__":
+    main()
