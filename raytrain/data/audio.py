@@ -64,6 +64,8 @@ def read_header(path: str, *, start: int = 0, size: int = 0, data: bytes | None 
     """
     try:
         if data is None and size:
+            if size > _FIRST_BYTES and (header := _flac_header(_read_bytes(path, start, _HEAD_BYTES))):
+                return _checked(path, header)
             data = _read_bytes(path, start, size)
         if data is not None:
             return _header(path, data[:_HEAD_BYTES], data)

@@ -218,7 +218,10 @@ def read_range(path: str, start: int, size: int, *, most: int = sys.maxsize) -> 
     with filesystem.open_input_file(name) as file:
         if (size or file.size()) > most:
             raise StorageReadError(
-                f"{path} is too large to be read at once", got=f"{size or file.size()} bytes", allowed=f"{most}"
+                f"{path} is too large to be read at once",
+                got=f"{size or file.size()} bytes",
+                allowed=f"{most}",
+                remedy="cut it, or put it on a local disk",
             )
         data = file.read_at(size or file.size(), start)
     if size and len(data) != size:
