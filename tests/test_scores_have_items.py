@@ -234,9 +234,9 @@ def test_an_empty_bucket_has_no_padding():
 
 
 def test_a_schedule_without_a_step_has_no_simulation():
-    schedule = BatchSchedule(1, Mixture(((0,),), (1.0,)), (4,), 1)
+    schedule = BatchSchedule(1, Mixture(((1,),), (1.0,)), (4,), 1)
     with pytest.raises(PlanError, match="no step for 2 worker"):
-        simulate(schedule, [(np.zeros(0, np.int64), np.zeros(0, np.int64))], 2, 5)
+        simulate(schedule, [(np.array([900]), np.array([9]))], 2, 5)
 
 
 @pytest.mark.usefixtures("local_ray")
