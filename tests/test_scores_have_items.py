@@ -1,25 +1,35 @@
 """A score has items: what nothing was compared for has no rate, no best checkpoint and no end of training, and too many
 recordings that can't be read are an error."""
 
+import json
 import math
+import shutil
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from conftest import tiny_config
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_training_loop import SETTINGS, make_loop, micro_batch
 
+from raytrain.cluster.pipeline import run_pipeline
 from raytrain.cluster.stages import check_unreadable
 from raytrain.cluster.tune import score_of
+from raytrain.console import Console
 from raytrain.data.assignment import Row
 from raytrain.data.audio import AudioError
 from raytrain.data.batch import SpeechBatch
 from raytrain.data.corpus import BadRow, Corpus
 from raytrain.data.rejected import RejectedRows
-from raytrain.errors import DataError, ManifestError
+from raytrain.errors import DataError, ManifestError, PlanError, TrainingError
+from raytrain.lengths.histogram import LengthHistogram
+from raytrain.lengths.mixture import Mixture
+from raytrain.lengths.plan import BucketSettings, make_plan
+from raytrain.lengths.schedule import BatchSchedule
+from raytrain.lengths.simulate import simulate
 from raytrain.model.decoding import DecodeSettings
 from raytrain.report.errors import write_errors
 from raytrain.training import validation
@@ -214,3 +224,35 @@ def test_an_error_about_rows_is_bounded():
     with pytest.raises(ManifestError) as error:
         rejected.check("data.dev", [Corpus(f"c{number}", str(Path("/m") / str(number))) for number in range(500)], 0, 1)
     assert len(str(error.value)) < 4000
+
+
+def test_an_empty_bucket_has_no_padding():
+    lengths = LengthHistogram.from_lengths(np.array([500, 500, 4000]), np.array([5, 5, 5]))
+    plan = make_plan(lengths, BucketSettings(2, 2, max_duration_ms=5000, tps_sigma=None), "", None)
+    found = [*zip(plan.counts, plan.duration_padding, strict=True), *zip(plan.counts, plan.token_padding, strict=True)]
+    assert all((padding is None) == (count == 0) for count, padding in found)
+
+
+def test_a_schedule_without_a_step_has_no_simulation():
+    schedule = BatchSchedule(1, Mixture(((1,),), (1.0,)), (4,), 1)
+    with pytest.raises(PlanError, match="no step for 2 worker"):
+        simulate(schedule, [(np.array([900]), np.array([9]))], 2, 5)
+
+
+@pytest.mark.usefixtures("local_ray")
+def test_training_does_not_validate_on_nothing(corpus, tmp_path):
+    copy = tmp_path / "corpus"
+    shutil.copytree(corpus, copy)
+    train = {"num_workers": 1, "max_steps": 4, "validate_every_steps": 2, "patience": 1, "max_failures": 3}
+    config = tiny_config(copy, tmp_path, train=train, tracking={"enabled": False})
+    run_pipeline(config, Console(quiet=True), ("statistics", "buckets", "assign", "oomptimize"))
+    dev = copy / "dev.jsonl"
+    for row in map(json.loads, dev.read_text().splitlines()):
+        (copy / row["audio_filepath"]).unlink()
+    with pytest.raises(TrainingError, match=r"(\d+) of \1 dev recordings can't be read.*(?s:.)*no such file"):
+        run_pipeline(config, Console(quiet=True), ("train",))
+    assert not (config.run_dir / "checkpoints" / "best.json").exists()
+    for text, expected in (("", "data.dev have no rows"), ("{oops\n", r"no usable row(?s:.)*dev.jsonl:1: bad_json")):
+        dev.write_text(text)
+        with pytest.raises(ManifestError, match=expected):
+            run_pipeline(config, Console(quiet=True), ("train",))

@@ -108,7 +108,8 @@ class BucketPlanBody:
 @dataclass(frozen=True)
 class BucketPlan:
     """The grid with what is known about it. `tps_limits` has one entry per duration bucket (inf: no limit);
-    `counts`, `duration_padding`, `token_padding` (fractions against the bucket's edge) one per bucket."""
+    `counts`, `duration_padding`, `token_padding` (fractions against the bucket's edge, None for an empty bucket) one
+    per bucket."""
 
     grid: BucketGrid
     policy: str
@@ -116,8 +117,8 @@ class BucketPlan:
     max_tokens: int
     tps_limits: tuple[float, ...]
     counts: tuple[int, ...] = ()
-    duration_padding: tuple[float, ...] = ()
-    token_padding: tuple[float, ...] = ()
+    duration_padding: tuple[float | None, ...] = ()
+    token_padding: tuple[float | None, ...] = ()
     rejected: dict[str, int] = field(default_factory=dict)
     histogram_id: str = ""
 
@@ -322,7 +323,7 @@ def _with_counts(plan: BucketPlan, histogram: LengthHistogram) -> BucketPlan:
             (histogram.tokens, bucket.max_tokens, tokens),
         ):
             real = int((values[members] * histogram.counts[members]).sum())
-            out.append(round(1 - real / (count * edge), 6) if count else 0.0)
+            out.append(round(1 - real / (count * edge), 6) if count else None)
     names = [reason for reason in np.unique(reasons).tolist() if reason]
     rejected = {name: int(histogram.counts[reasons == name].sum()) for name in names}
     values = {**asdict(plan), "grid": plan.grid}

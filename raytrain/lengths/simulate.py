@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from raytrain.errors import PlanError
 from raytrain.lengths.schedule import BatchSchedule, StepPlan
 
 _CHECKED_RANKS = 8
@@ -44,7 +45,10 @@ def simulate(
     steps: int,
     on_step: Callable[[int], None] = lambda done: None,
 ) -> Simulation:
-    """`lengths` are durations (ms) and tokens of each bucket's rows by row number. A finite schedule ends it early."""
+    """`lengths` are durations (ms) and tokens of each bucket's rows by row number. A finite schedule ends it early.
+
+    Raises `PlanError` for a schedule without a step.
+    """
     mixture = schedule.mixture
     others = [
         BatchSchedule(schedule.seed, mixture, schedule.batch_sizes, schedule.num_epochs) for _ in range(_CHECKED_RANKS)
@@ -74,6 +78,12 @@ def simulate(
         rows += len(numbers)
         done += 1
         on_step(done)
+    if not done:
+        raise PlanError(
+            f"the schedule has no step for {world_size} worker(s)",
+            got=f"{sum(schedule.draws_per_bucket)} rows in an epoch",
+            remedy="train with fewer workers or on more rows, or raise train.max_epochs",
+        )
     per_epoch = sum(schedule.draws_per_bucket)
     return Simulation(
         steps=done,

@@ -1,0 +1,56 @@
+"""Where no row of a stream or of a step can be used, the error says which and why."""
+
+import json
+
+import numpy as np
+import pytest
+
+from raytrain.data.assignment import Row
+from raytrain.data.corpus import Corpus, plan_chunks
+from raytrain.data.encoder import BlockEncoder
+from raytrain.data.loader import Quarantine, StepReader, StepWork
+from raytrain.data.stream import StreamSampler, StreamState
+from raytrain.data.tokenizer import train_tokenizer
+from raytrain.errors import DataError, ManifestError
+from raytrain.lengths.histogram import LengthHistogram
+from raytrain.lengths.plan import BucketSettings, make_plan
+from raytrain.lengths.schedule import StepPlan
+
+GOOD = {"audio_filepath": "/a.wav", "duration": 1.0, "text": "one two", "lang": "en"}
+
+
+@pytest.fixture(scope="module")
+def encoder():
+    return BlockEncoder(train_tokenizer({"en": ["one two three"] * 9}, 40), "canary2")
+
+
+def stream(path, encoder, rows) -> StreamSampler:
+    path.write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows))
+    lengths = LengthHistogram.from_lengths(np.array([500, 1000, 2000]), np.array([12, 13, 17]))
+    plan = make_plan(lengths, BucketSettings(2, 1, max_duration_ms=3000, tps_sigma=None), "", None)
+    return StreamSampler(plan_chunks([Corpus("talks", str(path))]), encoder, plan, [4, 3], 2, seed=1, num_epochs=1)
+
+
+def test_a_stream_without_a_usable_row_names_the_first_of_each_reason(tmp_path, encoder):
+    path = tmp_path / "m.jsonl"
+    rows = ["{oops", {**GOOD, "text": " "}, {**GOOD, "duration": 900}, {**GOOD, "lang": "fr"}]
+    with pytest.raises(ManifestError, match="no row that fits a bucket") as error:
+        list(stream(path, encoder, rows).steps(StreamState()))
+    for line, reason in enumerate(["bad_json", "empty_text", "too_long", "unknown_language"], 1):
+        assert f"corpus talks: {path}:{line}: {reason}: " in str(error.value)
+    assert "900000 ms" in error.value.remedy
+    with pytest.raises(ManifestError, match=f"no rows in {path}|no rows in no files"):
+        list(stream(path, encoder, []).steps(StreamState()))
+    assert len(list(stream(path, encoder, [*rows, GOOD]).steps(StreamState()))) == 1
+
+
+def test_a_step_without_a_readable_recording_says_what_is_wrong_with_it(tmp_path):
+    rows = [Row(f"{tmp_path}/{number}.wav", 0, 1200, "a", "en", 1, (1, 2)) for number in range(2)]
+    reader = StepReader([(2000, 20)], sample_rate=16000, pad_id=0, quarantine=Quarantine(None))
+    work = StepWork(StepPlan(0, 0, (2,), 0), StreamState(), False, rows, [1, 2])
+    try:
+        with pytest.raises(DataError, match="because can't read audio .*0.wav; because there is no such file") as error:
+            reader.finish(work, reader.start(work))
+    finally:
+        reader.close()
+    assert error.value.remedy
