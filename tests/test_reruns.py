@@ -1,6 +1,7 @@
 """Unchanged inputs ⇔ nothing reruns: for each input and setting exactly the stages that depend on it."""
 
 import dataclasses
+import itertools
 import json
 import os
 import shutil
@@ -15,6 +16,7 @@ from hypothesis import strategies as st
 from in_process import keys_of, pipeline_in_process
 from pydantic import BaseModel
 
+from raytrain.cluster.trials import training_inputs
 from raytrain.config import Config, check_config
 from raytrain.convert import model_stamp
 from raytrain.data.assignment import Assignment
@@ -184,6 +186,21 @@ def test_a_model_counts_wherever_it_lies(base, run, tmp_path):
     assert changes == {"train"}  # it goes on
     moved.write_bytes(b"another")
     assert changes_of(base, with_value(base, "train.init_from", str(moved))) == {"train", "anew"}
+
+
+def test_trials_are_of_the_rows_validation_and_batches_that_they_trained_on(base, run, changed, tmp_path):
+    config = copied(base, tmp_path)
+    found = [training_inputs(config, config.run_dir)]
+    assert training_inputs(config, config.run_dir) == found[0]
+    for manifest in ("train.jsonl", "dev.jsonl"):
+        rows = rows_of(changed(manifest))
+        reverse_words(rows)
+        write_rows(changed(manifest), rows)
+        run(config)
+        found.append(training_inputs(config, config.run_dir))
+    (config.run_dir / "batch_profile.json").write_text("other batches")
+    found.append(training_inputs(config, config.run_dir))
+    assert all(one != other for one, other in itertools.pairwise(found))
 
 
 # Stages whose key a setting changes, and values that change it. Stages after these run where what they read differs
