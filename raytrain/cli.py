@@ -8,16 +8,28 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
-from raytrain import jobs_commands
+from raytrain import jobs_commands, stopping
 from raytrain.doctor_command import doctor
 from raytrain.errors import RaytrainError
 from raytrain.options import ConfigOption, SetOption, StagesArgument
 from raytrain.redaction import guard_output, redacted, with_credentials
 from raytrain.transcribe_command import transcribe
 
+
+class _Commands(TyperGroup):
+    def invoke(self, ctx: Any) -> Any:
+        """Run the command. Raises `Stopped` for Ctrl-C, which Typer would turn into an exit without a word."""
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt as error:
+            raise stopping.Stopped from error
+
+
 app = typer.Typer(
     name="raytrain",
+    cls=_Commands,
     help="Train and tune encoder-decoder speech models on Ray: from manifests to word error rate.",
     no_args_is_help=True,
     add_completion=False,
@@ -40,6 +52,7 @@ def _run(config: Path, overrides: list[str] | None, names: tuple[str, ...] | Non
     from raytrain.config import load_config
     from raytrain.console import Console
 
+    stopping.say_at_stop(stopping.GOES_ON)
     run_pipeline(load_config(config, overrides), Console(), names or STAGE_NAMES)
 
 
@@ -159,6 +172,7 @@ def tune(
     from raytrain.config import load_config
     from raytrain.console import Console
 
+    stopping.say_at_stop(stopping.GOES_ON)
     loaded, console = load_config(config, set), Console(quiet=json)
     trials = run_tune(loaded, console)
     if json:
@@ -224,6 +238,7 @@ def ablate(
     from raytrain.model.published import published
     from raytrain.report.ablation import ablation_tables
 
+    stopping.say_at_stop(stopping.GOES_ON)
     loaded, console = load_config(config, set), Console(quiet=json)
     if decoder_depths is not None:
         _compare_depths(loaded, console, decoder_depths, encoder_depths, model, predict, json)
@@ -336,6 +351,7 @@ def demo(
     """Make a small spoken corpus in four languages, train a Canary on it, and show what came out."""
     from raytrain.demo.run import run_demo
 
+    stopping.say_at_stop(stopping.GOES_ON)
     raise typer.Exit(run_demo(root, set or []))
 
 
@@ -384,16 +400,16 @@ def ui(
 
 
 def main() -> None:
-    """Entry point: an expected error is one readable message and exit code 1; Ctrl-C is 130."""
+    """Entry point: an expected error is one readable message and exit code 1; Ctrl-C is 130, SIGTERM 143."""
     guard_output()
-    try:
-        app()
-    except RaytrainError as error:
-        print(f"error: {redacted(str(error))}", file=sys.stderr)
-        raise SystemExit(1) from None
-    except KeyboardInterrupt:
-        print("stopped; the same command goes on from here", file=sys.stderr)
-        raise SystemExit(130) from None
+    stopping.install()
+    with stopping.exit_codes():
+        try:
+            app()
+        except RaytrainError as error:
+            if not stopping.is_asked():
+                print(f"error: {redacted(str(error))}", file=sys.stderr)
+            raise SystemExit(1) from None
 
 
 if __name__ == "__main__":

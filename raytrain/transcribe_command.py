@@ -7,6 +7,8 @@ from typing import Annotated, Any
 
 import typer
 
+from raytrain import stopping
+
 _MANIFESTS = "Many recordings (on Ray)"
 
 
@@ -157,6 +159,7 @@ def _manifests(
     from raytrain.data.corpus import Corpus
     from raytrain.redaction import holds_credentials
 
+    stopping.say_at_stop(stopping.GOES_ON)
     if output is None:
         raise typer.BadParameter("goes with --manifest, for example --output texts.jsonl", param_hint="--output")
     if any(map(holds_credentials, [*manifests, *(audio or []), root])):

@@ -11,7 +11,9 @@ import gc
 import logging
 import os
 import pickle
+import signal
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -30,6 +32,8 @@ _QUIET = {
     "RAY_CHDIR_TO_TRIAL_DIR": "0",
     "RAY_TRAIN_V2_ENABLED": "1",
     "RAY_DISABLE_IMPORT_WARNING": "1",
+    # A thread that outlives a session and asks Ray for something would start another one.
+    "RAY_ENABLE_AUTO_CONNECT": "0",
     # Tune's handler lets the first Ctrl-C end a search as if it were complete, and stays when the search is over.
     "TUNE_DISABLE_SIGINT_HANDLER": "1",
     "PYTHONWARNINGS": "ignore",
@@ -61,8 +65,12 @@ def ray_session(settings: ClusterSection) -> Iterator[None]:
             "_node_ip_address": "127.0.0.1",
         }
     with token_authentication(local=not address) as with_token:
-        with _no_native_stderr(), _on_loopback(not address), _readable(address, with_token):
-            ray.init(address=address or "local", **common)
+        with _no_native_stderr(), _on_loopback(not address), _readable(address, with_token), _same_handlers():
+            try:
+                ray.init(address=address or "local", **common)
+            except BaseException:
+                ray.shutdown()  # what has started of it
+                raise
         if address and not with_token:
             warn_once(f"the cluster at {address}")
         try:
@@ -71,6 +79,17 @@ def ray_session(settings: ClusterSection) -> Iterator[None]:
         finally:
             gc.collect()  # what still refers to Ray's objects would ask for them after the shutdown: that ends us
             ray.shutdown()
+
+
+@contextlib.contextmanager
+def _same_handlers() -> Iterator[None]:
+    """Ray's handler of SIGTERM ends a driver as if all were well; let the one that there was stay."""
+    handler = signal.getsignal(signal.SIGTERM)
+    try:
+        yield
+    finally:
+        if callable(handler) and threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, handler)
 
 
 def _check_address(address: str | None) -> None:
