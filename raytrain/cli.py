@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import os
+import subprocess
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -362,14 +362,17 @@ def convert(
     to: Annotated[
         str | None, typer.Option(help="nemo, raytrain or huggingface; by default told from TARGET's ending.")
     ] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a .nemo file that is there already.")] = False,
 ) -> None:
     """Convert a model between NeMo, raytrain and Hugging Face."""
-    from raytrain.convert import Format, describe, format_of, load_model, save_model
+    from raytrain.convert import Format, check_target, describe, format_of, load_model, save_model
 
     if to is not None and to not in list(Format):
         raise typer.BadParameter(f"{to!r} is not one of {', '.join(Format)}", param_hint="--to")
+    format = Format(to) if to else format_of(target)
+    check_target(source, target, format, overwrite)
     parts = load_model(source)
-    save_model(parts, target, Format(to) if to else format_of(target))
+    save_model(parts, target, format)
     typer.echo(f"{target} written: {describe(parts)}")
 
 
@@ -396,7 +399,9 @@ def ui(
         return
     command = [sys.executable, "-m", "mlflow", "ui", "--backend-store-uri", with_credentials(uri)]
     typer.echo(f"MLflow at http://127.0.0.1:{port} (Ctrl-C ends it)")
-    os.execv(sys.executable, [*command, "--host", "127.0.0.1", "--port", str(port)])
+    # In a session of its own Ctrl-C reaches it through this process, which ends all that MLflow has started.
+    done = subprocess.run([*command, "--host", "127.0.0.1", "--port", str(port)], start_new_session=True, check=False)
+    raise typer.Exit(done.returncode)
 
 
 def main() -> None:

@@ -5,7 +5,7 @@
         command()
 
 The first signal is a `KeyboardInterrupt` in the main thread, so that what is open is closed in its own order. What is
-still busy seven seconds later, or when a second signal comes, is ended at once, together with all child processes.
+still busy eight seconds later, or when a second signal comes, is ended at once, together with all child processes.
 The process ends by `os._exit`: at an ordinary exit Ray's objects, which the exception's frames still hold, would ask
 for a Ray that has been shut down, and end the process with SIGSEGV.
 """
@@ -25,7 +25,7 @@ from typing import Any, NoReturn
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 GOES_ON = "stopped; the same command goes on from here"
-_GRACE_SECONDS = 7.0
+_GRACE_SECONDS = 8.0
 _ECHO_SECONDS = 1.0  # a terminal and what started this process may both pass on one Ctrl-C
 
 
@@ -38,6 +38,7 @@ class _State:
         self.signal: int | None = None  # the first one that was handled
         self.seen: int | None = None  # the first one that came; Ray has handlers of its own for moments
         self.since = 0.0
+        self.is_over = False  # nobody is left who would close anything
         self.sentence: str | None = "stopped"
         self.stderr: int | None = None
         self.ending = threading.Lock()
@@ -83,12 +84,14 @@ def exit_codes() -> Iterator[None]:
         if is_stop and not (isinstance(error, SystemExit) and error.code in (0, None)):
             _end()
         raise
+    finally:
+        _state.is_over = True
 
 
 def _handle(number: int, frame: Any) -> None:
+    if _state.is_over or (_state.signal is not None and time.monotonic() - _state.since > _ECHO_SECONDS):
+        _end_now()
     if _state.signal is not None:
-        if time.monotonic() - _state.since > _ECHO_SECONDS:
-            _end_now()
         return
     _state.signal, _state.since = number, time.monotonic()
     # What is cut off in the middle complains in logs, threads and finalizers; none of that is news.

@@ -440,7 +440,7 @@ def _fit(trainer: Any) -> None:
         raise
 
 
-_DEATH_SECONDS = 2.0
+_DEATH_SECONDS = 1.0
 _ABORT_SECONDS = 3.0  # a stop has ten for everything
 
 
