@@ -1,4 +1,4 @@
-"""What a manifest says is in the output of `transcribe` as it stood, and nothing that is there is overwritten unasked."""
+"""What a manifest says is in the output of `transcribe` as it stood; nothing that is there is overwritten unasked."""
 
 import json
 import os
@@ -41,7 +41,8 @@ def spelled(text: str):
 
 def written(chunk: Chunk) -> list[bytes]:
     # Without audio every row has an error, and no tokenizer is asked for a prompt.
-    return [line for part in cut_parts(read_requests([chunk], Prompts(None, "canary2", 96)), 2) for line in part.lines()[0]]
+    rows = read_requests([chunk], Prompts(None, "canary2", 96))
+    return [line for part in cut_parts(rows, 2) for line in part.lines()[0]]
 
 
 @given(ids=st.lists(values, min_size=1, max_size=5))

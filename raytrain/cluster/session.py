@@ -17,11 +17,14 @@ import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from raytrain.cluster.authentication import PLACES, token_authentication, warn_once
+from raytrain.cluster.authentication import PLACES, token, token_authentication, warn_once
 from raytrain.cluster.placement import ANYWHERE, Placement, total
+from raytrain.cluster.reach import check_cluster
+from raytrain.cluster.sockets import socket_folder
 from raytrain.config import ClusterSection
 from raytrain.errors import ClusterError, RaytrainError
 from raytrain.redaction import without_credentials
+from raytrain.telling import telling, told
 
 _QUIET = {
     "RAY_memory_monitor_refresh_ms": "0",
@@ -56,6 +59,8 @@ def ray_session(settings: ClusterSection) -> Iterator[None]:
         yield
         return
     address = settings.address or os.environ.get("RAY_ADDRESS")
+    if address == "local":
+        address = None
     _check_address(address)
     common = {"logging_level": logging.ERROR, "log_to_driver": False, "configure_logging": True}
     if not address:
@@ -63,9 +68,17 @@ def ray_session(settings: ClusterSection) -> Iterator[None]:
             "num_cpus": settings.num_cpus or max(2, os.cpu_count() or 2),
             "include_dashboard": False,
             "_node_ip_address": "127.0.0.1",
+            **socket_folder(),
         }
+    start = f"the cluster at {address}" if address else "a Ray to start on this machine"
     with token_authentication(local=not address) as with_token:
-        with _no_native_stderr(), _on_loopback(not address), _readable(address, with_token), _same_handlers():
+        if address:
+            with telling(start):
+                check_cluster(address, token() if with_token else None)
+        with (
+            telling(start), _no_native_stderr(), _on_loopback(not address), _readable(address, with_token),
+            _same_handlers(),
+        ):  # fmt: skip
             try:
                 ray.init(address=address or "local", **common)
             except BaseException:
@@ -154,11 +167,20 @@ def map_on_workers(
 
     tasks = min(len(items), tasks_per_cpu * max(1, int(total(placement.nodes(), "CPU"))))
     data = ray.data.from_items([{"item": pickle.dumps(item)} for item in items], override_num_blocks=tasks)
-    for row in data.map_batches(work, batch_size=None, **placement.remote_options()).iter_rows():
+    rows = data.map_batches(work, batch_size=None, **placement.remote_options()).iter_rows()
+    for row in told(rows, results_of_workers):
         result = pickle.loads(row["result"])  # made by our own workers a moment ago
         if isinstance(result, RaytrainError):
             raise result
         yield result
+
+
+def results_of_workers() -> str:
+    """What a job of Ray Data waits for, with what there is to work on."""
+    import ray
+
+    free, there = ray.available_resources().get("CPU", 0), ray.cluster_resources().get("CPU", 0)
+    return f"results of Ray's workers ({free:g} of {there:g} CPUs are free)"
 
 
 @contextlib.contextmanager
