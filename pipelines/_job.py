@@ -6,6 +6,7 @@ import argparse
 import sys
 from pathlib import Path
 
+from raytrain import stopping
 from raytrain.cluster.pipeline import run_pipeline
 from raytrain.config import load_config
 from raytrain.console import Console
@@ -30,9 +31,13 @@ def main(*stages: str, description: str, choose: bool = False) -> None:
     unknown = [one for one in named if one not in stages]
     if unknown:
         parser.error(f"{unknown[0]!r} is not one of {', '.join(stages)}")
-    try:
-        config = load_config(arguments.config, arguments.set)
-        run_pipeline(config, Console(), named or stages, take_over=arguments.take_over)
-    except RaytrainError as error:
-        print(f"error: {redacted(str(error))}", file=sys.stderr)
-        raise SystemExit(1) from None
+    stopping.install()
+    stopping.say_at_stop(stopping.GOES_ON)
+    with stopping.exit_codes():
+        try:
+            config = load_config(arguments.config, arguments.set)
+            run_pipeline(config, Console(), named or stages, take_over=arguments.take_over)
+        except RaytrainError as error:
+            if not stopping.is_asked():
+                print(f"error: {redacted(str(error))}", file=sys.stderr)
+            raise SystemExit(1) from None

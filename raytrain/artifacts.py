@@ -118,6 +118,14 @@ def atomic_write(path: Path) -> Iterator[BinaryIO]:
             os.unlink(temporary)
 
 
+def check_absent(path: Path, overwrite: bool) -> None:
+    """Raises `StorageError` where a command would write over something unasked."""
+    path = Path(path)
+    if path.is_dir() or (not overwrite and (path.exists() or path.is_symlink())):
+        remedy = "name a file" if path.is_dir() else "choose another name, or say --overwrite"
+        raise StorageError(f"{path} exists already", why="it would be overwritten", remedy=remedy)
+
+
 def _umask() -> int:
     current = os.umask(0)
     os.umask(current)

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import os
+import subprocess
 import sys
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
-from raytrain import jobs_commands
+from raytrain import jobs_commands, stopping
 from raytrain.clean_command import clean
 from raytrain.doctor_command import doctor
 from raytrain.errors import RaytrainError
@@ -17,8 +18,19 @@ from raytrain.options import ConfigOption, SetOption, StagesArgument, TakeOverOp
 from raytrain.redaction import guard_output, redacted, with_credentials
 from raytrain.transcribe_command import transcribe
 
+
+class _Commands(TyperGroup):
+    def invoke(self, ctx: Any) -> Any:
+        """Run the command. Raises `Stopped` for Ctrl-C, which Typer would turn into an exit without a word."""
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt as error:
+            raise stopping.Stopped from error
+
+
 app = typer.Typer(
     name="raytrain",
+    cls=_Commands,
     help="Train and tune encoder-decoder speech models on Ray: from manifests to word error rate.",
     no_args_is_help=True,
     add_completion=False,
@@ -43,6 +55,7 @@ def _run(
     from raytrain.config import load_config
     from raytrain.console import Console
 
+    stopping.say_at_stop(stopping.GOES_ON)
     run_pipeline(load_config(config, overrides), Console(), names or STAGE_NAMES, take_over=take_over)
 
 
@@ -167,6 +180,7 @@ def tune(
     from raytrain.config import load_config
     from raytrain.console import Console
 
+    stopping.say_at_stop(stopping.GOES_ON)
     loaded, console = load_config(config, set), Console(quiet=json)
     trials = run_tune(loaded, console, take_over)
     if json:
@@ -233,6 +247,7 @@ def ablate(
     from raytrain.model.published import published
     from raytrain.report.ablation import ablation_tables
 
+    stopping.say_at_stop(stopping.GOES_ON)
     loaded, console = load_config(config, set), Console(quiet=json)
     if decoder_depths is not None:
         _compare_depths(loaded, console, decoder_depths, encoder_depths, model, predict, json, take_over)
@@ -347,6 +362,7 @@ def demo(
     """Make a small spoken corpus in four languages, train a Canary on it, and show what came out."""
     from raytrain.demo.run import run_demo
 
+    stopping.say_at_stop(stopping.GOES_ON)
     raise typer.Exit(run_demo(root, set or [], take_over=take_over))
 
 
@@ -357,14 +373,17 @@ def convert(
     to: Annotated[
         str | None, typer.Option(help="nemo, raytrain or huggingface; by default told from TARGET's ending.")
     ] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a .nemo file that is there already.")] = False,
 ) -> None:
     """Convert a model between NeMo, raytrain and Hugging Face."""
-    from raytrain.convert import Format, describe, format_of, load_model, save_model
+    from raytrain.convert import Format, check_target, describe, format_of, load_model, save_model
 
     if to is not None and to not in list(Format):
         raise typer.BadParameter(f"{to!r} is not one of {', '.join(Format)}", param_hint="--to")
+    format = Format(to) if to else format_of(target)
+    check_target(source, target, format, overwrite)
     parts = load_model(source)
-    save_model(parts, target, Format(to) if to else format_of(target))
+    save_model(parts, target, format)
     typer.echo(f"{target} written: {describe(parts)}")
 
 
@@ -391,20 +410,22 @@ def ui(
         return
     command = [sys.executable, "-m", "mlflow", "ui", "--backend-store-uri", with_credentials(uri)]
     typer.echo(f"MLflow at http://127.0.0.1:{port} (Ctrl-C ends it)")
-    os.execv(sys.executable, [*command, "--host", "127.0.0.1", "--port", str(port)])
+    # In a session of its own Ctrl-C reaches it through this process, which ends all that MLflow has started.
+    done = subprocess.run([*command, "--host", "127.0.0.1", "--port", str(port)], start_new_session=True, check=False)
+    raise typer.Exit(done.returncode)
 
 
 def main() -> None:
-    """Entry point: an expected error is one readable message and exit code 1; Ctrl-C is 130."""
+    """Entry point: an expected error is one readable message and exit code 1; Ctrl-C is 130, SIGTERM 143."""
     guard_output()
-    try:
-        app()
-    except RaytrainError as error:
-        print(f"error: {redacted(str(error))}", file=sys.stderr)
-        raise SystemExit(1) from None
-    except KeyboardInterrupt:
-        print("stopped; the same command goes on from here", file=sys.stderr)
-        raise SystemExit(130) from None
+    stopping.install()
+    with stopping.exit_codes():
+        try:
+            app()
+        except RaytrainError as error:
+            if not stopping.is_asked():
+                print(f"error: {redacted(str(error))}", file=sys.stderr)
+            raise SystemExit(1) from None
 
 
 if __name__ == "__main__":

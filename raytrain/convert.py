@@ -7,15 +7,16 @@ save_model(parts, Path("digits.nemo"))
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import asdict
 from enum import StrEnum
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from raytrain.artifacts import file_id, storage_error
+from raytrain.artifacts import check_absent, file_id, storage_error
 from raytrain.data.tokenizer import CanaryTokenizer
-from raytrain.errors import CheckpointError
+from raytrain.errors import CheckpointError, StorageError
 from raytrain.model.config import ModelConfig, SpecAugmentSettings
 from raytrain.model.huggingface import read_huggingface, write_huggingface
 from raytrain.model.nemo import read_nemo, write_nemo
@@ -137,6 +138,15 @@ def _read_own(checkpoint: Checkpoint) -> ModelParts:
     parts = ModelParts.of_state(config, checkpoint.load_weights(), tokenizer.models)
     check_state(parts.config, parts.state)
     return parts
+
+
+def check_target(source: Path, target: Path, format: Format, overwrite: bool) -> None:
+    """Raises `StorageError` where there is a file at `target` that must not be replaced, above all the model itself."""
+    source, target = Path(source).expanduser(), Path(target)
+    if source.exists() and target.exists() and os.path.samefile(source, target):
+        raise StorageError(f"{target} is the model that is read", remedy="choose another name")
+    if format is Format.nemo:
+        check_absent(target, overwrite)
 
 
 def save_model(parts: ModelParts, path: Path, format: Format) -> None:

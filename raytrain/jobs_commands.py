@@ -10,6 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
+from raytrain import stopping
 from raytrain.options import ConfigOption, SetOption, StagesArgument, TakeOverOption
 
 Address = Annotated[
@@ -178,6 +179,7 @@ def _follow(server: Any, console: Any, job: str) -> None:
     try:
         done = server.follow(job, lambda line: (sys.stdout.write(f"{line}\n"), sys.stdout.flush()))
     except KeyboardInterrupt:
+        stopping.say_at_stop(None)
         console.say(
             f"{job} goes on. Look again with `raytrain logs --follow {job}`, end it with `raytrain stop {job}`"
             f" (--address {server.address})"

@@ -123,7 +123,8 @@ def _text(text: str, secrets: list[str]) -> str:
 def _secret_values() -> list[str]:
     """Values of secret variables, as they are and as a URL spells them; the longest first, for one may hold another."""
     found = set()
-    for name, value in os.environ.items():
+    for name in list(os.environ):  # another thread may take a variable away
+        value = os.environ.get(name, "")
         if len(value) >= _SHORTEST and is_secret(name, ""):
             found |= {value, quote(value, safe="")}
     return sorted(found, key=lambda value: (-len(value), value))

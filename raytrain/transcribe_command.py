@@ -7,6 +7,8 @@ from typing import Annotated, Any
 
 import typer
 
+from raytrain import stopping
+
 _MANIFESTS = "Many recordings (on Ray)"
 
 
@@ -69,6 +71,7 @@ DeviceMemory = Annotated[
         metavar="SIZE",
     ),
 ]
+Overwrite = Annotated[bool, _option("Replace OUT.jsonl where it is there already.")]
 PartRows = Annotated[int | None, _option("Rows of a part, 2000 if left out. Parts are written when done.", min=1)]
 
 
@@ -94,6 +97,7 @@ def transcribe(
     workers: Workers = None,
     device_memory: DeviceMemory = None,
     part_rows: PartRows = None,
+    overwrite: Overwrite = False,
 ) -> None:
     """Print the text of each recording, or write the texts of whole manifests to a file.
 
@@ -109,7 +113,7 @@ def transcribe(
               "window_s": window_seconds, "overlap_s": overlap_seconds, "device": device,
               "precision": precision}  # fmt: skip
     on_ray = {"output": output, "audio": audio, "root": root, "workers": workers, "device_memory": device_memory,
-              "part_rows": part_rows}  # fmt: skip
+              "part_rows": part_rows, "overwrite": overwrite}  # fmt: skip
     if bool(files) == bool(manifest):
         raise typer.BadParameter("name recordings, or lists of them with --manifest; not both", param_hint="FILES")
     if files:
@@ -157,6 +161,7 @@ def _manifests(
     from raytrain.data.corpus import Corpus
     from raytrain.redaction import holds_credentials
 
+    stopping.say_at_stop(stopping.GOES_ON)
     if output is None:
         raise typer.BadParameter("goes with --manifest, for example --output texts.jsonl", param_hint="--output")
     if any(map(holds_credentials, [*manifests, *(audio or []), root])):

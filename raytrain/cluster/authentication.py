@@ -62,13 +62,17 @@ def has_token() -> bool:
         ) from None
 
 
-def token_header() -> dict[str, str]:
-    """The HTTP header with the token; empty without one."""
+def token() -> str | None:
+    """The token, None where there is none."""
     from ray._raylet import AuthenticationTokenLoader
 
-    if not has_token():
-        return {}
-    return {"Authorization": f"Bearer {AuthenticationTokenLoader.instance().get_raw_token(ignore_auth_mode=True)}"}
+    return AuthenticationTokenLoader.instance().get_raw_token(ignore_auth_mode=True) if has_token() else None
+
+
+def token_header() -> dict[str, str]:
+    """The HTTP header with the token; empty without one."""
+    found = token()
+    return {"Authorization": f"Bearer {found}"} if found else {}
 
 
 def warn_once(place: str) -> None:

@@ -27,6 +27,7 @@ from raytrain.cluster.gpus import find_gpus, least_bytes, whole_gpus
 from raytrain.cluster.ingest import pack_batch, unpack
 from raytrain.cluster.nodes import last_line
 from raytrain.cluster.placement import ANYWHERE, Placement, total
+from raytrain.cluster.session import results_of_workers
 from raytrain.config import ClusterSection
 from raytrain.data.audio import AudioError, read_audio
 from raytrain.data.batch import SpeechBatch
@@ -39,6 +40,7 @@ from raytrain.model.canary import Canary
 from raytrain.model.config import ModelConfig
 from raytrain.model.decoding import DecodeSettings
 from raytrain.model.longform import most_windows, windows
+from raytrain.telling import told
 from raytrain.training.decode_memory import BatchSizes, DecodeTracer
 
 MAX_BATCH = 256
@@ -214,7 +216,7 @@ def _recognise(batches: list[Batch], job: Job, pool: Pool) -> Iterator[Recognise
             **pool.models.remote_options(pool.actor_cpus, 1 if pool.cuda else 0),
         )
     )
-    rows = iter(data.iter_rows())
+    rows = told(data.iter_rows(), results_of_workers)
     while True:
         try:
             row = next(rows, None)

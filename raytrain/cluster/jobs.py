@@ -18,16 +18,19 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from raytrain.cluster.authentication import NO_AUTHENTICATION, PLACES, token_header
 from raytrain.errors import ClusterError
 from raytrain.redaction import redacted, without_credentials
+from raytrain.telling import telling
 
 DEFAULT_ADDRESS = "http://127.0.0.1:8265"
 _ADDRESSES = ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS")
 _ANSWER_SECONDS = 10.0
+_SILENT_SECONDS = 120.0
 _AGENT_SECONDS = 60.0  # a head's job agent starts after its server
 _STOP_SECONDS = 20.0
 _TALKATIVE = (
@@ -104,6 +107,8 @@ class Jobs:
                 warn(NO_AUTHENTICATION % self._shown)
             with _without(*_ADDRESSES):  # they would win over the address
                 self._client = JobSubmissionClient(address, headers=headers)
+            # Without a limit a server that falls silent would be waited for for ever.
+            self._client._do_request = partial(self._client._do_request, timeout=_SILENT_SECONDS)
 
     def submit(self, order: Order) -> str:
         """Start a job; returns its id."""
@@ -112,7 +117,7 @@ class Jobs:
         environment = {"working_dir": str(order.folder), "env_vars": order.variables}
         while True:
             try:
-                with self._readable():
+                with self._readable(), telling(f"the Jobs server at {self._shown} to take the job"):
                     return self._client.submit_job(
                         entrypoint=order.command, submission_id=name, runtime_env=environment, metadata=order.metadata
                     )
@@ -141,8 +146,10 @@ class Jobs:
         """Give what a job prints to `write`, line by line and without secrets, until it is over; returns the job."""
         import aiohttp
 
-        job = self.get(name)
         printed = _Lines(write)
+        with telling(lambda: f"job {name} to begin: it is {self.get(name).state}"):
+            while (job := self.get(name)).state == "PENDING":
+                time.sleep(1.0)
         while True:
             with contextlib.suppress(RuntimeError, aiohttp.ClientError):  # a lost connection; `get` finds out more
                 asyncio.run(self._tail(name, printed))

@@ -11,16 +11,21 @@ import gc
 import logging
 import os
 import pickle
+import signal
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from raytrain.cluster.authentication import PLACES, token_authentication, warn_once
+from raytrain.cluster.authentication import PLACES, token, token_authentication, warn_once
 from raytrain.cluster.placement import ANYWHERE, Placement, total
+from raytrain.cluster.reach import check_cluster
+from raytrain.cluster.sockets import socket_folder
 from raytrain.cluster.supervision import supervised
 from raytrain.config import ClusterSection
 from raytrain.errors import ClusterError, RaytrainError
 from raytrain.redaction import without_credentials
+from raytrain.telling import telling, told
 
 _QUIET = {
     "RAY_memory_monitor_refresh_ms": "0",
@@ -31,6 +36,8 @@ _QUIET = {
     "RAY_CHDIR_TO_TRIAL_DIR": "0",
     "RAY_TRAIN_V2_ENABLED": "1",
     "RAY_DISABLE_IMPORT_WARNING": "1",
+    # A thread that outlives a session and asks Ray for something would start another one.
+    "RAY_ENABLE_AUTO_CONNECT": "0",
     # Tune's handler lets the first Ctrl-C end a search as if it were complete, and stays when the search is over.
     "TUNE_DISABLE_SIGINT_HANDLER": "1",
     "PYTHONWARNINGS": "ignore",
@@ -53,6 +60,8 @@ def ray_session(settings: ClusterSection) -> Iterator[None]:
         yield
         return
     address = settings.address or os.environ.get("RAY_ADDRESS")
+    if address == "local":
+        address = None
     _check_address(address)
     common = {"logging_level": logging.ERROR, "log_to_driver": False, "configure_logging": True}
     if not address:
@@ -60,10 +69,22 @@ def ray_session(settings: ClusterSection) -> Iterator[None]:
             "num_cpus": settings.num_cpus or max(2, os.cpu_count() or 2),
             "include_dashboard": False,
             "_node_ip_address": "127.0.0.1",
+            **socket_folder(),
         }
+    start = f"the cluster at {address}" if address else "a Ray to start on this machine"
     with token_authentication(local=not address) as with_token, supervised(is_local=not address) as tell_session:
-        with _no_native_stderr(), _on_loopback(not address), _readable(address, with_token):
-            ray.init(address=address or "local", **common)
+        if address:
+            with telling(start):
+                check_cluster(address, token() if with_token else None)
+        with (
+            telling(start), _no_native_stderr(), _on_loopback(not address), _readable(address, with_token),
+            _same_handlers(),
+        ):  # fmt: skip
+            try:
+                ray.init(address=address or "local", **common)
+            except BaseException:
+                ray.shutdown()  # what has started of it
+                raise
         tell_session(ray._private.worker.global_worker.node.get_session_dir_path())
         if address and not with_token:
             warn_once(f"the cluster at {address}")
@@ -73,6 +94,17 @@ def ray_session(settings: ClusterSection) -> Iterator[None]:
         finally:
             gc.collect()  # what still refers to Ray's objects would ask for them after the shutdown: that ends us
             ray.shutdown()
+
+
+@contextlib.contextmanager
+def _same_handlers() -> Iterator[None]:
+    """Ray's handler of SIGTERM ends a driver as if all were well; let the one that there was stay."""
+    handler = signal.getsignal(signal.SIGTERM)
+    try:
+        yield
+    finally:
+        if callable(handler) and threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, handler)
 
 
 def _check_address(address: str | None) -> None:
@@ -137,11 +169,20 @@ def map_on_workers(
 
     tasks = min(len(items), tasks_per_cpu * max(1, int(total(placement.nodes(), "CPU"))))
     data = ray.data.from_items([{"item": pickle.dumps(item)} for item in items], override_num_blocks=tasks)
-    for row in data.map_batches(work, batch_size=None, **placement.remote_options()).iter_rows():
+    rows = data.map_batches(work, batch_size=None, **placement.remote_options()).iter_rows()
+    for row in told(rows, results_of_workers):
         result = pickle.loads(row["result"])  # made by our own workers a moment ago
         if isinstance(result, RaytrainError):
             raise result
         yield result
+
+
+def results_of_workers() -> str:
+    """What a job of Ray Data waits for, with what there is to work on."""
+    import ray
+
+    free, there = ray.available_resources().get("CPU", 0), ray.cluster_resources().get("CPU", 0)
+    return f"results of Ray's workers ({free:g} of {there:g} CPUs are free)"
 
 
 @contextlib.contextmanager

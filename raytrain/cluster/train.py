@@ -519,11 +519,12 @@ def _fit(trainer: Any) -> None:
         with contextlib.suppress(ray.exceptions.RayError, AttributeError):  # without a controller nothing has begun
             ray.get(trainer.controller.abort.remote(), timeout=_ABORT_SECONDS)
         with contextlib.suppress(ray.exceptions.RayError):
-            free_orphans()
+            free_orphans(_DEATH_SECONDS)
         raise
 
 
-_ABORT_SECONDS = 10.0
+_DEATH_SECONDS = 1.0
+_ABORT_SECONDS = 3.0  # a stop has ten for everything
 
 
 @contextlib.contextmanager

@@ -8,6 +8,7 @@ become OUT.jsonl. The same command after a kill finds the parts that are done; s
 from __future__ import annotations
 
 import contextlib
+import os
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
@@ -18,13 +19,13 @@ from typing import Any
 
 import orjson
 
-from raytrain.artifacts import content_id
+from raytrain.artifacts import check_absent, content_id
 from raytrain.cluster.inference import MAX_BATCH, Job, Pool, batch_sizes, find_pool, make_batches, recognise
 from raytrain.cluster.session import ray_session
 from raytrain.config import ClusterSection
 from raytrain.console import Console
 from raytrain.convert import load_model, model_stamp
-from raytrain.data.corpus import Corpus, plan_chunks
+from raytrain.data.corpus import Chunk, Corpus, plan_chunks
 from raytrain.data.finished import FinishedParts
 from raytrain.data.requests import ManifestRow, Prompts, read_requests
 from raytrain.data.tokenizer import CanaryTokenizer
@@ -64,6 +65,7 @@ class Order:
     device_memory: int | None = None
     max_batch: int = MAX_BATCH
     part_rows: int = 2000
+    overwrite: bool = False
     cluster: ClusterSection = field(default_factory=ClusterSection)
 
 
@@ -108,10 +110,12 @@ def transcribe_manifests(order: Order, console: Console) -> Summary:
     """Write `order.output`. Raises `RaytrainError` for what no row is at fault for; a row's faults are in its line."""
     overlap_s = default_overlap(order.window_s) if order.overlap_s is None else order.overlap_s
     check_window(order.window_s, overlap_s)
+    chunks = plan_chunks(order.corpora, _WHOLE_FILES)
+    _check_output(order, chunks)
     config, tokenizer = _model(order)
     language = order.language or (tokenizer.languages[0] if len(tokenizer.languages) == 1 else None)
     languages = {"language": language, "target_language": order.target_language}
-    chunks = plan_chunks([replace(corpus, **languages) for corpus in order.corpora], _WHOLE_FILES)
+    chunks = [replace(chunk, **languages) for chunk in chunks]
     prompts = Prompts(tokenizer, config.prompt_format, config.max_positions, order.pnc)
     path = order.checkpoint.expanduser().absolute()
     job = Job(
@@ -124,7 +128,7 @@ def transcribe_manifests(order: Order, console: Console) -> Summary:
         sizes = batch_sizes(config, order.settings, pool, order.max_batch)
         if order.device_memory is not None:
             _check_memory(sizes)
-        store = FinishedParts(order.output, key)
+        store = FinishedParts(order.output, key, order.overwrite)
         run = _Run(store, job, pool, sizes, update)
         summary = run.go(read_requests(chunks, prompts), order.part_rows)
     if not summary.rows:
@@ -142,6 +146,19 @@ def _model(order: Order) -> tuple[ModelConfig, CanaryTokenizer]:
     if order.settings.beam_size > vocab:
         raise ConfigError("the beam is larger than the vocabulary", got=order.settings.beam_size, allowed=vocab)
     return parts.config, CanaryTokenizer(parts.tokenizers)
+
+
+def _check_output(order: Order, chunks: Sequence[Chunk]) -> None:
+    """Raises `ConfigError` where the output is what the command reads, `StorageError` where it is there and must not
+    be overwritten."""
+    inputs = {name.removeprefix("file://") for chunk in chunks for name in (chunk.path, chunk.audio) if name}
+    for name in sorted(inputs | {str(order.checkpoint.expanduser())}):
+        with contextlib.suppress(OSError):  # one of both is not there
+            if os.path.samefile(name, order.output):
+                raise ConfigError(
+                    "the output is a file that the command reads", got=order.output, remedy="name another --output"
+                )
+    check_absent(order.output, order.overwrite)
 
 
 def _check_memory(sizes: BatchSizes) -> None:

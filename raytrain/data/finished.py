@@ -6,11 +6,12 @@
     parts.join(1)                                                # out.jsonl; the folder is gone
 
 A part is one file that appears whole: a line about it, then its rows. It counts only for the same `key` (model and
-settings) and the same rows.
+settings) and the same rows. An output that is there already is left alone unless it may be overwritten.
 """
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -22,6 +23,7 @@ import orjson
 from raytrain.artifacts import (
     atomic_write,
     atomic_write_bytes,
+    check_absent,
     content_id,
     fitting,
     make_folder,
@@ -52,10 +54,12 @@ class PartNote:
 
 
 class FinishedParts:
-    """The parts of `output`, in a folder beside it. Raises `StorageError` where that can't be made."""
+    """The parts of `output`, in a folder beside it. Raises `StorageError` where that can't be made, or where there is
+    an output that it must not `overwrite`."""
 
-    def __init__(self, output: Path, key: str) -> None:
-        self.output, self._key = Path(output), key
+    def __init__(self, output: Path, key: str, overwrite: bool = False) -> None:
+        self.output, self._key, self._overwrite = Path(output), key, overwrite
+        check_absent(self.output, overwrite)
         self.folder = make_folder(self.output.with_name(self.output.name + ".parts"))
 
     def find(self, number: int, rows_id: str) -> Finished | None:
@@ -82,15 +86,19 @@ class FinishedParts:
 
     def join(self, num_parts: int) -> None:
         """Make the output of the first `num_parts` parts, and remove the folder. Raises `StorageError`."""
+        check_absent(self.output, self._overwrite)  # it may have come while the parts were made
         try:
             with atomic_write(self.output) as output:
                 for number in range(num_parts):
                     with open(self._path(number), "rb") as part:
                         part.readline()
                         shutil.copyfileobj(part, output)
-            shutil.rmtree(self.folder)
+            for part in self.folder.glob("*part-*.jsonl*"):
+                part.unlink(missing_ok=True)
         except OSError as error:
             raise storage_error(self.output, error) from error
+        with contextlib.suppress(OSError):  # not empty: there are files that are not ours
+            self.folder.rmdir()
 
     def _path(self, number: int) -> Path:
         return self.folder / f"part-{number:06d}.jsonl"

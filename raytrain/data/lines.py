@@ -5,6 +5,7 @@ A line belongs to the range in which its first byte lies. Compressed files can't
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -55,6 +56,43 @@ def _load(line: bytes) -> RawRow:
         return orjson.loads(line)
     except orjson.JSONDecodeError as error:
         return ("bad_json", str(error)) if line.strip() else None
+
+
+def spelled_numbers(chunk: Chunk) -> Iterator[dict[str, Any]]:
+    """For each line of a chunk the fields with a number that would be written otherwise than it stands there (more than
+    64 bits, 1.50), such that `orjson.dumps` writes it as it stands."""
+    for lines in _blocks(chunk):
+        yield from map(_spelled, lines)
+
+
+def _spelled(line: bytes) -> dict[str, Any]:
+    fragments: list[orjson.Fragment] = []
+
+    def keep(text: str) -> Any:
+        fragments.append(orjson.Fragment(text.encode()))
+        return fragments[-1]
+
+    def whole(text: str) -> Any:
+        number = int(text) if len(text) <= 20 else 1 << 64
+        return number if -(1 << 63) <= number < 1 << 64 and str(number) == text else keep(text)
+
+    def real(text: str) -> Any:
+        number = float(text)
+        return number if orjson.dumps(number) == text.encode() else keep(text)
+
+    try:
+        row = json.loads(line, parse_int=whole, parse_float=real)
+    except (ValueError, RecursionError):
+        return {}
+    if not fragments or row.__class__ is not dict:
+        return {}
+    return {name: value for name, value in row.items() if _has_fragment(value)}
+
+
+def _has_fragment(value: Any) -> bool:
+    if isinstance(value, list | dict):
+        return any(map(_has_fragment, value.values() if isinstance(value, dict) else value))
+    return isinstance(value, orjson.Fragment)
 
 
 def first_line(chunk: Chunk) -> int:

@@ -9,10 +9,12 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import islice, repeat
 from typing import Any, NamedTuple
 
 from raytrain.data.corpus import Chunk, Utterance, raw_rows
 from raytrain.data.durations import add_durations
+from raytrain.data.lines import spelled_numbers
 from raytrain.data.materialize import AudioFinder
 from raytrain.data.prompt import key_prompt
 from raytrain.data.rows import RawRow, RowParser, audio_places
@@ -34,7 +36,8 @@ class Request(NamedTuple):
 
 @dataclass(frozen=True)
 class ManifestRow:
-    """A row's own fields (NeMo's names), and its request, or what is wrong with it in `error`."""
+    """A row's own fields (NeMo's names) as `orjson.dumps` takes them, and its request, or what is wrong with it in
+    `error`."""
 
     fields: dict[str, Any]
     request: Request | None = None
@@ -67,12 +70,14 @@ def read_requests(chunks: Sequence[Chunk], prompts: Prompts) -> Iterator[Manifes
     """All rows of the chunks that are not blank, in order. Raises `StorageReadError` for an unreadable manifest."""
     for chunk in chunks:
         parser, finder = RowParser(chunk), AudioFinder(chunk)
+        spelled = repeat({}) if chunk.path.endswith((".parquet", ".csv")) else spelled_numbers(chunk)
         for place, rows in raw_rows(chunk):
             numbers = range(chunk.first_line + place, chunk.first_line + place + len(rows))
-            kept = [(number, row) for number, row in zip(numbers, rows, strict=True) if row is not None]
-            usable = _measured(chunk, [row for _, row in kept])
+            lines = zip(numbers, rows, islice(spelled, len(rows)), strict=True)
+            kept = [line for line in lines if line[1] is not None]
+            usable = _measured(chunk, [row for _, row, _ in kept])
             make = partial(_manifest_row, chunk, parser, finder, prompts)
-            yield from (make(number, row, use) for (number, row), use in zip(kept, usable, strict=True))
+            yield from (make(*line, use) for line, use in zip(kept, usable, strict=True))
 
 
 def _measured(chunk: Chunk, rows: list[RawRow]) -> list[RawRow]:
@@ -87,9 +92,12 @@ def _measured(chunk: Chunk, rows: list[RawRow]) -> list[RawRow]:
 
 
 def _manifest_row(
-    chunk: Chunk, parser: RowParser, finder: AudioFinder, prompts: Prompts, number: int, given: RawRow, row: RawRow
-) -> ManifestRow:
-    fields = dict(given) if given.__class__ is dict else {"manifest": chunk.path, "line": number}
+    chunk: Chunk, parser: RowParser, finder: AudioFinder, prompts: Prompts, number: int, given: RawRow,
+    spelled: dict[str, Any], row: RawRow,
+) -> ManifestRow:  # fmt: skip
+    fields = {"manifest": chunk.path, "line": number}
+    if given.__class__ is dict:
+        fields = {name: spelled.get(name, value) for name, value in given.items()}
     if row.__class__ is dict:
         # Neither is for decoding to look at: a text is not needed, and `_skipme` is about training.
         asked = {**row, "text": "-", "_skipme": None}

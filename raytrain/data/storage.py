@@ -31,6 +31,7 @@ from typing import Any
 
 from raytrain.artifacts import atomic_write_bytes, make_folder, storage_error
 from raytrain.errors import DataError, StorageError
+from raytrain.telling import AFTER_SECONDS, EVERY_SECONDS, tell
 
 _URI = re.compile(r"^[A-Za-z][A-Za-z0-9+.-]+://")
 _COMPRESSION = {".gz": "gzip", ".gzip": "gzip", ".zst": "zstd", ".zstd": "zstd"}
@@ -121,13 +122,16 @@ def is_away(error: BaseException) -> bool:
 def patiently(function: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
     """Call a function that may be called again, until no filesystem that it asks is away, or patience is at its end."""
     until = time.monotonic() + float(os.environ.get(PATIENCE_VARIABLE) or 120)
-    wait = 0.25
+    wait, told, start = 0.25, AFTER_SECONDS, time.monotonic()
     while True:
         try:
             return function(*arguments, **options)
         except (OSError, DataError, StorageError) as error:
             if not is_away(error) or time.monotonic() + wait > until:
                 raise
+            if time.monotonic() - start > told:
+                told += EVERY_SECONDS
+                tell(f"storage to answer ({' '.join(str(error).split())[:200]})", time.monotonic() - start)
         time.sleep(wait * random.uniform(0.5, 1.5))  # many workers ask at the same time
         wait = min(2 * wait, 8.0)
 

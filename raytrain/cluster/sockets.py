@@ -1,0 +1,47 @@
+"""Where the sockets of a Ray that is started here lie: a Unix socket's name has at most 107 bytes, and Ray's folders
+below TMPDIR take 64 of them."""
+
+from __future__ import annotations
+
+import logging
+import os
+import stat
+import tempfile
+from pathlib import Path
+
+from raytrain.errors import ClusterError
+
+LONGEST = 43  # bytes of the folder's name: 107 less /session_2026-01-31_23-59-59_999999_4194304/sockets/plasma_store
+_LOG = logging.getLogger("raytrain.cluster")
+
+
+def socket_folder() -> dict[str, str]:
+    """The option of `ray.init` for its folder: none where Ray's own choice is short enough. Raises `ClusterError` where
+    no folder is both short and writable."""
+    default = os.environ.get("RAY_TMPDIR") or os.path.join(tempfile.gettempdir(), "ray")
+    if len(os.fsencode(default)) <= LONGEST:
+        return {}
+    name = f"raytrain-{os.getuid()}"
+    parents = ["/tmp", "/var/tmp", os.environ.get("XDG_RUNTIME_DIR"), "/dev/shm"]
+    folders = [os.path.join(parent, name) for parent in parents if parent]
+    for folder in folders:
+        if len(os.fsencode(folder)) <= LONGEST and _is_mine(Path(folder)):
+            _LOG.warning("%s is too long a name for Ray's sockets: they are in %s", default, folder)
+            return {"_temp_dir": folder}
+    raise ClusterError(
+        "there is no folder for Ray's sockets",
+        got=f"{default}, a name of {len(os.fsencode(default))} bytes",
+        allowed=f"{LONGEST} bytes, as sockets have names of at most 107; none of {', '.join(folders)} can be used",
+        remedy="set TMPDIR to a folder with a shorter name, which this user can write to",
+    )
+
+
+def _is_mine(folder: Path) -> bool:
+    """Make the folder, for nobody else; false where that can't be, or somebody else could change what is in it."""
+    try:
+        folder.mkdir(mode=0o700, exist_ok=True)
+        found = folder.lstat()
+    except OSError:
+        return False
+    private = stat.S_ISDIR(found.st_mode) and found.st_uid == os.getuid() and not found.st_mode & 0o077
+    return private and os.access(folder, os.W_OK | os.X_OK)

@@ -1,0 +1,43 @@
+"""Ray's sockets have names that fit, whatever TMPDIR is."""
+
+import os
+import tempfile
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from raytrain.cluster import sockets
+from raytrain.errors import ClusterError
+
+SUFFIX = "/session_2026-01-31_23-59-59_999999_4194304/sockets/plasma_store"
+
+
+def test_the_limit_is_that_of_a_unix_socket():
+    assert sockets.LONGEST + len(SUFFIX) == 107
+
+
+@given(length=st.integers(1, 200))
+def test_names_fit(length):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tempfile, "tempdir", "/tmp/" + "x" * length)
+        patch.delenv("RAY_TMPDIR", raising=False)
+        folder = sockets.socket_folder().get("_temp_dir", os.path.join(tempfile.tempdir, "ray"))
+    assert len(folder + SUFFIX) <= 107
+
+
+def test_a_folder_of_somebody_else_is_not_taken(tmp_path):
+    mine = tmp_path / "mine"
+    assert sockets._is_mine(mine) and mine.stat().st_mode & 0o777 == 0o700
+    mine.chmod(0o770)
+    (tmp_path / "link").symlink_to(tmp_path)
+    (tmp_path / "file").touch()
+    for name in ("mine", "link", "file", "gone/deeper"):
+        assert not sockets._is_mine(tmp_path / name)
+
+
+def test_no_folder_is_an_error_that_says_so(monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", "/tmp/" + "x" * 60)
+    monkeypatch.setattr(sockets, "_is_mine", lambda folder: False)
+    with pytest.raises(ClusterError, match="no folder for Ray's sockets.*set TMPDIR"):
+        sockets.socket_folder()

@@ -1,0 +1,34 @@
+"""A wait that is long is told of, what is short is not."""
+
+import time
+
+from raytrain import telling
+
+
+def test_long_waits_say_what_for_and_short_ones_nothing(capfd):
+    with telling.telling("a train", after=0.1, every=0.1):
+        time.sleep(0.35)
+    said = capfd.readouterr().err
+    assert said.startswith("  waiting for a train; 0 s so far\n") and said.count("\n") >= 2
+    with telling.telling("nothing", after=5):
+        pass
+    time.sleep(0.05)
+    assert not capfd.readouterr().err
+
+
+def test_items_that_are_long_in_coming_are_told_of(capfd, monkeypatch):
+    monkeypatch.setattr(telling, "AFTER_SECONDS", 0.1)
+
+    def items():
+        yield 1
+        time.sleep(0.25)
+        yield 2
+
+    assert list(telling.told(items(), lambda: "the second")) == [1, 2]
+    assert capfd.readouterr().err.count("waiting for the second") == 1
+
+
+def test_a_question_that_fails_ends_nothing(capfd):
+    with telling.telling(lambda: 1 / 0, after=0.05):
+        time.sleep(0.15)
+    assert not capfd.readouterr().err
