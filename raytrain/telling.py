@@ -25,7 +25,7 @@ def telling(
     seconds (10 if left out), and `every` so many again."""
     stderr, ended, start = os.dup(2), threading.Event(), time.monotonic()  # the body may have fd 2 elsewhere
 
-    def tell() -> None:
+    def watch() -> None:
         pause = AFTER_SECONDS if after is None else after
         while not ended.wait(pause):
             with contextlib.suppress(Exception):  # to ask may fail while what is waited for is away
@@ -33,7 +33,7 @@ def telling(
                 tell(text, time.monotonic() - start, stderr)
             pause = every
 
-    thread = threading.Thread(target=tell, name="telling", daemon=True)
+    thread = threading.Thread(target=watch, name="telling", daemon=True)
     thread.start()
     try:
         yield
