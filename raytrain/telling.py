@@ -18,9 +18,7 @@ _END = object()
 
 
 @contextlib.contextmanager
-def telling(
-    what: str | Callable[[], str], after: float = AFTER_SECONDS, every: float = EVERY_SECONDS
-) -> Iterator[None]:
+def telling(what: str | Callable[[], str], after: float | None = None, every: float = EVERY_SECONDS) -> Iterator[None]:
     """Say on standard error what the body waits for (`what` may be asked anew each time) when it has taken `after`
     seconds (10 if left out), and `every` so many again."""
     stderr, ended, start = os.dup(2), threading.Event(), time.monotonic()  # the body may have fd 2 elsewhere

@@ -15,7 +15,7 @@ ALLOWED = {
     "lengths": {"numpy", *CORE},
     "model": {"numpy", "torch", "sentencepiece", "safetensors", "yaml", "raytrain.model", "raytrain.artifacts", *CORE},
     "data": {"numpy", "torch", "lhotse", "sentencepiece", "pyarrow", "fsspec", "orjson", "soundfile", "miniaudio",
-             "soxr", "scipy", "raytrain.data", "raytrain.artifacts", *CORE},
+             "soxr", "scipy", "raytrain.telling", "raytrain.data", "raytrain.artifacts", *CORE},
     "training": {"numpy", "torch", "jiwer", "sacrebleu", "whisper_normalizer", "raytrain.training", "raytrain.model",
                  "raytrain.data", "raytrain.artifacts", *CORE},
     "tracking": {"raytrain.tracking", "raytrain.artifacts", "raytrain.errors", REDACTION},
