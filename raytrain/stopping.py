@@ -149,3 +149,4 @@ def _kill(processes: list[Any]) -> None:
     for process in processes:
         with contextlib.suppress(psutil.Error):  # `kill` looks whether the id is still that process'
             process.kill()
+    psutil.wait_procs(processes, timeout=0.5)

@@ -18,14 +18,12 @@ _END = object()
 
 
 @contextlib.contextmanager
-def telling(
-    what: str | Callable[[], str], after: float = AFTER_SECONDS, every: float = EVERY_SECONDS
-) -> Iterator[None]:
+def telling(what: str | Callable[[], str], after: float | None = None, every: float = EVERY_SECONDS) -> Iterator[None]:
     """Say on standard error what the body waits for (`what` may be asked anew each time) when it has taken `after`
     seconds (10 if left out), and `every` so many again."""
     stderr, ended, start = os.dup(2), threading.Event(), time.monotonic()  # the body may have fd 2 elsewhere
 
-    def tell() -> None:
+    def watch() -> None:
         pause = AFTER_SECONDS if after is None else after
         while not ended.wait(pause):
             with contextlib.suppress(Exception):  # to ask may fail while what is waited for is away
@@ -33,7 +31,7 @@ def telling(
                 tell(text, time.monotonic() - start, stderr)
             pause = every
 
-    thread = threading.Thread(target=tell, name="telling", daemon=True)
+    thread = threading.Thread(target=watch, name="telling", daemon=True)
     thread.start()
     try:
         yield

@@ -16,7 +16,7 @@ ALLOWED = {
     "model": {"numpy", "torch", "sentencepiece", "safetensors", "yaml", "raytrain.model", "raytrain.artifacts",
               "raytrain.yaml_loading", *CORE},
     "data": {"numpy", "torch", "lhotse", "sentencepiece", "pyarrow", "fsspec", "orjson", "soundfile", "miniaudio",
-             "soxr", "scipy", "raytrain.data", "raytrain.artifacts", *CORE},
+             "soxr", "scipy", "raytrain.telling", "raytrain.data", "raytrain.artifacts", *CORE},
     "training": {"numpy", "torch", "jiwer", "sacrebleu", "whisper_normalizer", "raytrain.training", "raytrain.model",
                  "raytrain.data", "raytrain.artifacts", *CORE},
     "tracking": {"raytrain.tracking", "raytrain.artifacts", "raytrain.errors", REDACTION},

@@ -47,7 +47,7 @@ def lines(path) -> list[dict]:
 def test_every_artefact_is_there_and_says_what_it_should(finished, corpus):
     run_dir = finished.run_dir
     assert [name for name in ARTEFACTS if not (run_dir / name).exists()] == []
-    statistics = read_json(run_dir / "statistics.json", "raytrain.statistics/3")["body"]
+    statistics = read_json(run_dir / "statistics.json", "raytrain.statistics/4")["body"]
     manifest = lines(corpus / "train.jsonl")
     assert statistics["utterances"] == len(manifest) == 96
     assert statistics["hours"] == pytest.approx(sum(row["duration"] for row in manifest) / 3600, rel=1e-3)
@@ -195,7 +195,7 @@ def test_bad_rows_are_counted_up_to_the_limit_then_an_error(corpus, tmp_path):
     sections = {"root": str(tmp_path), "train": ["mixed.jsonl"]}
     config = tiny_config(corpus, tmp_path, data={**sections, "max_bad_fraction": 0.05})
     run(config, "statistics", "buckets", "assign")
-    statistics = read_json(config.run_dir / "statistics.json", "raytrain.statistics/3")["body"]
+    statistics = read_json(config.run_dir / "statistics.json", "raytrain.statistics/4")["body"]
     assert statistics["rejected"] == {"bad_duration": 1, "bad_json": 1, "empty_text": 1}
     first = {one["reason"]: one["first"][0]["line"] for one in statistics["rejected_examples"]}
     assert first == {"bad_duration": 7, "bad_json": 6, "empty_text": 8}
@@ -334,7 +334,7 @@ def test_training_starts_from_another_model_with_another_tokenizer(finished, cor
     }  # fmt: skip
     config = tiny_config(corpus, tmp_path, train=train, tracking={"enabled": False}, **changed)
     run(config, *STAGE_NAMES[: STAGE_NAMES.index("train") + 1])
-    assert read_json(config.run_dir / "statistics.json", "raytrain.statistics/3")["body"]["prompt_tokens_mean"] == 5
+    assert read_json(config.run_dir / "statistics.json", "raytrain.statistics/4")["body"]["prompt_tokens_mean"] == 5
     (line,) = [row for row in lines(config.run_dir / "metrics.jsonl") if "loss" in row]
     assert line["share_once"] + line["share_often"] == pytest.approx(1) and line["share_often"] > line["share_once"]
     found = load_model(config.run_dir)

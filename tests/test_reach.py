@@ -1,4 +1,4 @@
-"""A cluster that can't be joined is told of in bounded time, with the reason: no host, listener, Ray or token."""
+"""A cluster that can't be joined is told of in time, with the reason: no host, no listener, no Ray, no token."""
 
 import contextlib
 import socket

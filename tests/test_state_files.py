@@ -234,7 +234,7 @@ FILES = [
          True),
     File("batch_profile.json", {"profiles": [PROFILE.to_body()]}, read_workspace(read_profiles),
          "raytrain.batch_profile/2", True),
-    File("statistics.json", STATISTICS, read_workspace(lambda w: w.repeats(("train",))), "raytrain.statistics/3", True),
+    File("statistics.json", STATISTICS, read_workspace(lambda w: w.repeats(("train",))), "raytrain.statistics/4", True),
     File("chunks.json", [{"path": "/a", "start": 0, "end": 9}], read_workspace(lambda w: w.numbered([CHUNK])),
          CHUNKS_FORMAT, True),
     File("files.json", {"a/b.json": "i"}, read_files, "raytrain.run_files/1", True),

@@ -60,6 +60,7 @@ def start(command: list[str], **environment: str) -> subprocess.Popen:
 def test_every_command_ends(body, number):
     process = start([sys.executable, "-c", f"{BEGIN}    {BODIES[body].strip()}\n"])
     child = psutil.Process(int(process.stdout.readline().split()[1]))
+    time.sleep(0.3)  # until it is in its body
     process.send_signal(number)
     _, said = process.communicate(timeout=20)
     assert process.returncode == 128 + number
@@ -71,6 +72,7 @@ def test_a_second_signal_ends_at_once():
     process = start([sys.executable, "-c", BEGIN.replace("= 1.0, 0.2", "= 60.0, 0.2") + "    while True:\n        try: "
                      "time.sleep(60)\n        except KeyboardInterrupt: print('on', flush=True)\n"])  # fmt: skip
     process.stdout.readline()
+    time.sleep(0.3)  # until it is in its loop
     process.send_signal(signal.SIGINT)
     assert process.stdout.readline() == "on\n"
     time.sleep(0.3)

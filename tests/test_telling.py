@@ -17,11 +17,11 @@ def test_long_waits_say_what_for_and_short_ones_nothing(capfd):
 
 
 def test_items_that_are_long_in_coming_are_told_of(capfd, monkeypatch):
-    monkeypatch.setattr(telling, "AFTER_SECONDS", 0.1)
+    monkeypatch.setattr(telling, "AFTER_SECONDS", 0.3)
 
     def items():
         yield 1
-        time.sleep(0.25)
+        time.sleep(0.9)
         yield 2
 
     assert list(telling.told(items(), lambda: "the second")) == [1, 2]

@@ -23,9 +23,10 @@ def socket_folder() -> dict[str, str]:
         return {}
     name = f"raytrain-{os.getuid()}"
     parents = ["/tmp", "/var/tmp", os.environ.get("XDG_RUNTIME_DIR"), "/dev/shm"]
-    folders = [os.path.join(parent, name) for parent in parents if parent]
+    # Ray opens its folder to everybody, so that it lies in one that is not.
+    folders = [os.path.join(parent, name, "r") for parent in parents if parent]
     for folder in folders:
-        if len(os.fsencode(folder)) <= LONGEST and _is_mine(Path(folder)):
+        if len(os.fsencode(folder)) <= LONGEST and _is_mine(Path(folder).parent):
             _LOG.warning("%s is too long a name for Ray's sockets: they are in %s", default, folder)
             return {"_temp_dir": folder}
     raise ClusterError(

@@ -55,7 +55,7 @@ if TYPE_CHECKING:
 
 PLAN_FORMAT = "raytrain.bucket_plan/1"
 PROFILE_FORMAT = "raytrain.batch_profile/2"
-STATISTICS_FORMAT = "raytrain.statistics/3"
+STATISTICS_FORMAT = "raytrain.statistics/4"
 CHUNKS_FORMAT = "raytrain.chunks/2"
 SCORES_FORMAT = "raytrain.scores/2"
 
