@@ -43,8 +43,18 @@ def train_worker(job: dict[str, Any]) -> None:
         _train(job)
     except Exception as error:
         if (damage := wrapped(error, DamagedPartError)) is not None:
-            _tell(store, _GAVE_UP, damage.to_dict())
+            note_the_end(store, damage)
         raise
+
+
+def note_the_end(store: RunStore, error: RaytrainError) -> None:
+    """Leave a note that training is over with an error that another attempt would meet again."""
+    _tell(store, _GAVE_UP, error.to_dict())
+
+
+def _noted_end(store: RunStore) -> TrainingError | None:
+    path = store.look(_GAVE_UP)
+    return TrainingError(**json.loads(path.read_bytes())) if path.exists() else None
 
 
 def _train(job: dict[str, Any]) -> None:
@@ -141,7 +151,7 @@ def _train(job: dict[str, Any]) -> None:
         except GaveUp as error:
             # Ray Train would start again; coming back says that training is over, and `run_training` says why.
             if rank == 0:
-                _tell(store, _GAVE_UP, error.to_dict())
+                note_the_end(store, error)
         finally:
             workspace.share_quarantine()
         if rank == 0:
@@ -355,13 +365,15 @@ def run_training(
                 decision = decide(killed, lowered, left)
                 if isinstance(decision, GiveUp):
                     stalls = notes.stalls(started)
-                    raise stalled(stalls, config) if stalls else readable(error) from error
+                    if stalls:
+                        raise stalled(stalls, config) from error
+                    raise _noted_end(store) or readable(error) from error
                 free_noted(store)
                 left = decision.attempts_left
                 say(f"  training starts again: {decision.because}")
     store.look(_LOWERED)
-    if (gave_up := store.look(_GAVE_UP)).exists():
-        raise TrainingError(**json.loads(gave_up.read_bytes()))
+    if (end := _noted_end(store)) is not None:
+        raise end
 
 
 METRICS = "metrics.jsonl"
