@@ -68,7 +68,18 @@ REASONS = {
                       "add the field; for the language set data.default_language or the corpus' language"),
     "bad_duration": ("`duration` is not above 0, or it or `offset` is no number of seconds up to 1e9",
                      "write both in seconds, as numbers"),
-    "empty_text": ("`text` is empty or no text", "transcribe the recording or remove the row"),
+    "bad_text": ("`text` is no text, or holds characters that no text has (NUL, half a surrogate pair)",
+                 "write it as a string of valid Unicode"),
+    "empty_text": ("`text` has nothing to see: it is empty, white space or zero-width characters",
+                   "transcribe the recording or remove the row"),
+    "missing_audio": ("there is no such file on the node that counts",
+                      "correct the path or data.root, or bring the audio; the stages notice that it came"),
+    "unreadable_audio": ("the header of a sampled recording can't be read: no audio, cut short, an odd format",
+                         "mend the recording or remove its row"),
+    "short_audio": ("a sampled recording is more than a tenth shorter than its row says; the row is used all the same",
+                    "correct `duration` and `offset`, or the path: the row may name another recording"),
+    "wrong_shard": ("`shard_id` is another than the number of the row's tar",
+                    "pair each manifest with its own tar: look at the corpus' `path` and `audio`"),
     "unknown_language": ("the tokenizer has no model of the row's source or target language",
                          "correct `source_lang` or `target_lang`, or train a tokenizer with this language"),
     "bad_slot": ("a prompt field (`pnc`, `taskname`, `itn`, …) has a value that the prompt format lacks",
@@ -106,6 +117,20 @@ WARNINGS = {
         "GPUs are idle meanwhile; the warning names what helps ([schedule](schedule.md)).",
     "MLflow is away (…); metrics.jsonl keeps everything":
         "Training goes on, and what is missing is sent when the server answers. Check tracking.uri.",
+    "the tokenizer can't write all characters of the texts, nor will a model:‹listing›":
+        "Clean the texts of these characters, or take a tokenizer that has them; above tokenizer.max_unknown_fraction "
+        "it is an error.",
+    "‹rows› of the ‹probed› recordings of ‹corpus› that were looked at ‹what›: ‹file›:‹line›: ‹detail›":
+        "A sample of headers contradicts the manifest: see `short_audio` and `unreadable_audio` above.",
+    "‹broken› recording(s) can't be read (quarantine.jsonl names them); in training others take their place":
+        "Mend or remove them; above data.max_bad_fraction training ends.",
+    "‹references_changed› of … references are compared as the tokenizer's normaliser writes them; hypotheses.jsonl has "
+    "both": "Scores compare what a model can write: NFC, and what the tokenizer folds (full-width letters, ligatures).",
+    "nothing was scored; something is wrong": "The demo's test recordings can't be read: look at hypotheses.jsonl.",
+    "… is too long a name for Ray's sockets: they are in …":
+        "A socket's path ends at 107 bytes. Nothing is to do; a shorter TMPDIR keeps Ray's files there.",
+    "MLflow's database is damaged (…); move it away, and a new one is made; metrics.jsonl keeps everything":
+        "Move the file that it names away; the next run writes all that metrics.jsonl holds to the new one.",
     "MLflow refused an entry (…)": "Only MLflow lacks the entry; metrics.jsonl has it. Look at the server's own log.",
 }  # fmt: skip
 
@@ -114,6 +139,7 @@ INDIRECT_WARNINGS = {
     "raytrain/cluster/stages.py": ["training waits for data …% of its time: …"],
     "raytrain/tracking/mlflow.py": [
         "MLflow is away (…); metrics.jsonl keeps everything", "MLflow refused an entry (…)",
+        "MLflow's database is damaged (…); move it away, and a new one is made; metrics.jsonl keeps everything",
     ],
 }  # fmt: skip
 

@@ -458,7 +458,9 @@ def check_config(values: dict, source: str = "configuration") -> Config:
     except ValidationError as error:
         problems = [_describe(item) for item in error.errors()]
     listing = "\n  ".join(sorted(map(redacted, problems)))
-    raise ConfigError(f"{source} has {len(problems)} problem(s):\n  {listing}")
+    raise ConfigError(
+        f"{source} has {len(problems)} problem(s):\n  {listing}\n", remedy="mend these settings and run it again"
+    )
 
 
 def _texts(value: Any, place: str = "") -> Iterator[tuple[str, str]]:

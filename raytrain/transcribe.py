@@ -101,7 +101,12 @@ class Transcriber:
         if device == "auto":
             device = "cuda" if torch.cuda.is_available() else "cpu"
         if device not in ("cpu", "cuda") or (device == "cuda" and not torch.cuda.is_available()):
-            raise DataError("there is no such device", got=device, allowed="auto, cpu, and cuda where there is one")
+            raise DataError(
+                "there is no such device",
+                got=device,
+                allowed="auto, cpu, and cuda where there is one",
+                remedy="pass --device auto",
+            )
         self.recogniser = Recogniser(
             parts.build(), self.tokenizer, settings or DecodeSettings(), torch.device(device), precision
         )

@@ -199,8 +199,9 @@ def test_a_damaged_part_at_a_uri_voids_its_chunk(remote):
 
 
 @pytest.mark.timeout(300)
-def test_training_ends_at_once_and_the_next_run_mends_it(copy_of):
-    config = copy_of("damaged", train={"num_workers": 1, "max_failures": 3})
+@pytest.mark.parametrize("workers, max_failures", [("threads", 3), ("ray", 0)])
+def test_training_ends_at_once_and_the_next_run_mends_it(copy_of, workers, max_failures):
+    config = copy_of("damaged", train={"num_workers": 1, "max_failures": max_failures}, data={"workers": workers})
     rows = read_all(Assignment(config.run_dir / "assignment"))
     for path in config.run_dir.glob("assignment/bucket=*/*.arrow"):
         data = bytearray(path.read_bytes())

@@ -71,7 +71,12 @@ def readable(error: BaseException) -> Exception:
             why=next((line for line in lines if "timed out" in line), None),
             remedy="free CPUs or GPUs, add nodes, or lower train.num_workers; [least, most] takes what there is",
         )
-    return TrainingError("training failed", why=lines[-1] if lines else type(error).__name__)
+    return TrainingError(
+        "training failed",
+        why=lines[-1] if lines else type(error).__name__,
+        remedy="mend the cause, then run the same command, which goes on from the last checkpoint; `raytrain doctor` "
+        "looks at every node",
+    )
 
 
 def _causes(error: BaseException) -> list[BaseException]:

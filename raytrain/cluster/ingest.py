@@ -20,9 +20,10 @@ from raytrain.cluster.placement import Placement, total
 from raytrain.cluster.session import quiet_data
 from raytrain.cluster.workspace import Workspace
 from raytrain.config import Config, check_config
-from raytrain.data.assignment import Assignment
+from raytrain.data.assignment import Assignment, DamagedPartError
 from raytrain.data.batch import LoadedStep, SpeechBatch
 from raytrain.data.loader import Quarantine, StepReader, StepWork, work_of
+from raytrain.data.remote import RunStore
 from raytrain.errors import RaytrainError
 from raytrain.lengths.schedule import BatchSchedule, ScheduleState, StepPlan
 
@@ -94,7 +95,13 @@ class RayBatches:
         sizes = self._batch_sizes
 
         def decode(table: Any) -> Any:
-            return decode_step(table.to_pylist()[0], *job, sizes)
+            try:
+                return decode_step(table.to_pylist()[0], *job, sizes)
+            except DamagedPartError as error:  # which Ray Data would lose in its own
+                from raytrain.cluster.train import note_the_end
+
+                note_the_end(RunStore(job[1]), error)
+                raise
 
         shares = [
             {"bucket": plan.bucket, "start": plan.start + sum(plan.sizes[:share]), "size": plan.sizes[share],

@@ -93,7 +93,8 @@ class Jobs:
     def __init__(self, address: str, warn: Callable[[str], None] = lambda text: None) -> None:
         if not _is_http(address):
             raise ClusterError("a Jobs server's address begins with http", got=without_credentials(address),
-                               allowed=f"for example {DEFAULT_ADDRESS}")  # fmt: skip
+                               allowed=f"for example {DEFAULT_ADDRESS}",
+                               remedy="correct --address, or unset RAY_API_SERVER_ADDRESS")  # fmt: skip
         self.address = address
         self._shown = without_credentials(address)
         with self._readable():
@@ -204,14 +205,22 @@ class Jobs:
             ) from None
         except (requests.RequestException, KeyError, ValueError) as error:
             why = (str(error).splitlines() or [type(error).__name__])[0]
-            raise ClusterError(f"what answers at {self._shown} is no Jobs server", why=redacted(why)) from None
+            raise ClusterError(
+                f"what answers at {self._shown} is no Jobs server",
+                why=redacted(why),
+                remedy="name the address of the head's dashboard (port 8265 unless it was started with another)",
+            ) from None
         except RuntimeError as error:
             if "ray[default]" in str(error):
                 raise _needs_default() from None
             if job and "404" in str(error):
                 raise ClusterError(f"{self._shown} knows no job {job}", remedy="`raytrain status` lists them") from None
             lines = redacted(str(error)).strip().splitlines()
-            raise ClusterError(f"the Jobs server at {self._shown} refused", why=lines[-1] if lines else None) from None
+            raise ClusterError(
+                f"the Jobs server at {self._shown} refused",
+                why=lines[-1] if lines else None,
+                remedy="mend what it names; `raytrain doctor --address` looks at the server",
+            ) from None
 
     def _refused(self, wrong: bool) -> ClusterError:
         return ClusterError(

@@ -154,9 +154,8 @@ def run_statistics(context: Context) -> str:
     context.tracking.current.log_artifact(context.path("statistics.json"))
     _show_rejected(context, body["rejected_examples"])
     if body["unknown"]:
-        context.console.warn("the tokenizer can't write all characters of the texts; a model will not either:")
-        for one in body["unknown"]:
-            context.console.warn(f"  {job.unknown_line(one)}")
+        listing = "".join(f"\n  {job.unknown_line(group)}" for group in body["unknown"])
+        context.console.warn(f"the tokenizer can't write all characters of the texts, nor will a model:{listing}")
     _warn_of_audio(context, body)
     probed = sum(corpus["probed"] for corpus in body["audio"].values())
     checked = f", {probed} recordings checked" if probed else ""

@@ -46,8 +46,42 @@ def train_worker(job: dict[str, Any]) -> None:
         _train(job)
     except Exception as error:
         if (damage := wrapped(error, DamagedPartError)) is not None:
-            _tell(store, _GAVE_UP, damage.to_dict())
+            note_the_end(store, damage)
         raise
+
+
+def note_the_end(store: RunStore, error: RaytrainError) -> None:
+    """Leave a note that training is over with an error that another attempt would meet again."""
+    _tell(store, _GAVE_UP, error.to_dict())
+
+
+@dataclass(frozen=True)
+class GaveUpNote:
+    """The parts of the error with which training gave up, see `RaytrainError.to_dict`."""
+
+    what: str
+    got: str | None = None
+    allowed: str | None = None
+    why: str | None = None
+    remedy: str | None = None
+    kind: str = TrainingError.__name__
+
+
+def _noted_end(store: RunStore) -> TrainingError | None:
+    path = store.look(_GAVE_UP)
+    return _gave_up(path) if path.exists() else None
+
+
+def _gave_up(path: Path) -> TrainingError:
+    note = read_state(path, GaveUpNote)
+    if note is None:
+        return TrainingError(
+            "training gave up",
+            why=f"its reason in {path} can't be read",
+            remedy="see the messages above, and train again",
+        )
+    kind = CheckpointError if note.get("kind") == CheckpointError.__name__ else TrainingError
+    return kind(**{name: note.get(name) for name in ("what", "got", "allowed", "why", "remedy")})
 
 
 def _train(job: dict[str, Any]) -> None:
@@ -150,7 +184,7 @@ def _train(job: dict[str, Any]) -> None:
         except GaveUp as error:
             # Ray Train would start again; coming back says that training is over, and `run_training` says why.
             if rank == 0:
-                _tell(store, _GAVE_UP, error.to_dict())
+                note_the_end(store, error)
         finally:
             workspace.share_quarantine()
         if rank == 0:
@@ -384,37 +418,15 @@ def run_training(
                 decision = decide(killed, lowered, left)
                 if isinstance(decision, GiveUp):
                     stalls = notes.stalls(started)
-                    raise stalled(stalls, config) if stalls else readable(error) from error
+                    if stalls:
+                        raise stalled(stalls, config) from error
+                    raise _noted_end(store) or readable(error) from error
                 free_noted(store)
                 left = decision.attempts_left
                 say(f"  training starts again: {decision.because}")
     store.look(_LOWERED)
-    if (gave_up := store.look(_GAVE_UP)).exists():
-        raise _gave_up(gave_up)
-
-
-@dataclass(frozen=True)
-class GaveUpNote:
-    """The parts of the error with which training gave up, see `RaytrainError.to_dict`."""
-
-    what: str
-    got: str | None = None
-    allowed: str | None = None
-    why: str | None = None
-    remedy: str | None = None
-    kind: str = TrainingError.__name__
-
-
-def _gave_up(path: Path) -> TrainingError:
-    note = read_state(path, GaveUpNote)
-    if note is None:
-        return TrainingError(
-            "training gave up",
-            why=f"its reason in {path} can't be read",
-            remedy="see the messages above, and train again",
-        )
-    kind = CheckpointError if note.get("kind") == CheckpointError.__name__ else TrainingError
-    return kind(**{name: note.get(name) for name in ("what", "got", "allowed", "why", "remedy")})
+    if (end := _noted_end(store)) is not None:
+        raise end
 
 
 METRICS = "metrics.jsonl"

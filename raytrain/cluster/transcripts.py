@@ -134,7 +134,11 @@ def transcribe_manifests(order: Order, console: Console) -> Summary:
     if not summary.rows:
         with contextlib.suppress(OSError):  # not empty: parts of other rows, which are not ours to drop
             store.folder.rmdir()
-        raise ManifestError("the manifests have no rows", got=", ".join(chunk.path for chunk in chunks[:3]))
+        raise ManifestError(
+            "the manifests have no rows",
+            got=", ".join(chunk.path for chunk in chunks[:3]),
+            remedy="check that the command names the right files and that they are not empty",
+        )
     store.join(summary.parts)
     return summary
 
@@ -144,7 +148,12 @@ def _model(order: Order) -> tuple[ModelConfig, CanaryTokenizer]:
     parts = load_model(order.checkpoint)
     vocab = parts.config.padded_vocab_size
     if order.settings.beam_size > vocab:
-        raise ConfigError("the beam is larger than the vocabulary", got=order.settings.beam_size, allowed=vocab)
+        raise ConfigError(
+            "the beam is larger than the vocabulary",
+            got=order.settings.beam_size,
+            allowed=vocab,
+            remedy="lower --beam-size",
+        )
     return parts.config, CanaryTokenizer(parts.tokenizers)
 
 

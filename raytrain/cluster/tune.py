@@ -49,7 +49,11 @@ def run_tune(config: Config, console: Console, take_over: bool = False) -> list[
             remedy="run `raytrain statistics`, `buckets`, `assign` and `oomptimize` with this configuration first",
         )
     if not config.data.dev:
-        raise ConfigError("tuning needs data.dev", why="trials are compared by their validation error")
+        raise ConfigError(
+            "tuning needs data.dev",
+            why="trials are compared by their validation error",
+            remedy="list dev manifests under data.dev",
+        )
     for number in range(2):  # both ends of every range: what can't be set is found before Ray starts
         with_settings(config, {name: one.ends()[number] for name, one in config.tune.space.items()}, "tune.space")
     with (

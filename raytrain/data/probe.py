@@ -22,9 +22,9 @@ from raytrain.data.rows import Block, audio_places
 from raytrain.data.storage import StorageReadError, is_uri
 from raytrain.errors import DataError
 
-MISSING = "missing_audio"
+REASONS = ("missing_audio", "unreadable_audio", "short_audio")
+MISSING, UNREADABLE, SHORT = REASONS
 _NO_FILE = "there is no file "
-UNREADABLE, SHORT = "unreadable_audio", "short_audio"
 TOLERANCE = 0.1  # of a row's duration that its audio may lack
 _LIST_FROM = 16  # rows in a folder from which on listing it costs less than asking for each
 _MAX_NAMES = 4_000_000

@@ -52,6 +52,9 @@ _AWAY = re.compile(
 )
 
 
+_REACHED = "check the path, data.root and who may read it; `raytrain doctor` tries the storage on every node"
+
+
 class StorageReadError(DataError):
     """A file or folder can't be listed or read."""
 
@@ -87,14 +90,17 @@ def _filesystem(root: str) -> tuple[Any, str]:
     except (pyarrow.ArrowInvalid, pyarrow.ArrowNotImplementedError):
         pass  # not one of pyarrow's own
     except OSError as error:
-        raise StorageReadError(f"can't reach {root}", why=str(error)) from error
+        raise StorageReadError(f"can't reach {root}", why=str(error), remedy=_REACHED) from error
     import fsspec
 
     try:
         filesystem, base = fsspec.core.url_to_fs(root)
     except (ValueError, ImportError) as error:
         raise StorageReadError(
-            f"no filesystem for {root}", why=str(error), allowed="what pyarrow or fsspec knows"
+            f"no filesystem for {root}",
+            why=str(error),
+            allowed="what pyarrow or fsspec knows",
+            remedy="correct the address, or install the package that fsspec names for it",
         ) from error
     return pyarrow.fs.PyFileSystem(pyarrow.fs.FSSpecHandler(filesystem)), base
 
@@ -147,7 +153,7 @@ def _guarded(action: str):
             except OSError as error:
                 missing = isinstance(error, FileNotFoundError)
                 why = "no such file or directory" if missing else error.strerror or str(error)
-                raise StorageReadError(f"can't {action} {path}", why=why) from error
+                raise StorageReadError(f"can't {action} {path}", why=why, remedy=_REACHED) from error
 
         return call
 
@@ -229,7 +235,12 @@ def read_range(path: str, start: int, size: int, *, most: int = sys.maxsize) -> 
             )
         data = file.read_at(size or file.size(), start)
     if size and len(data) != size:
-        raise StorageReadError(f"{path} is cut short", got=f"{len(data)} bytes from {start} on", allowed=f"{size}")
+        raise StorageReadError(
+            f"{path} is cut short",
+            got=f"{len(data)} bytes from {start} on",
+            allowed=f"{size}",
+            remedy="copy the file again, then run `raytrain assign`",
+        )
     return data
 
 
@@ -240,7 +251,7 @@ def file_size(path: str) -> int:
     info = filesystem.get_file_info(name)
     if not info.is_file:
         kind = "is a directory" if info.type.name == "Directory" else "no such file or directory"
-        raise StorageReadError(f"can't read {path}", why=kind)
+        raise StorageReadError(f"can't read {path}", why=kind, remedy=_REACHED)
     if not is_uri(path):
         with open(path, "rb"):  # a forbidden file fails here, not on a worker
             pass
@@ -302,7 +313,7 @@ def fingerprint(path: str) -> list[Any] | None:
     filesystem, name = locate(path)
     info = filesystem.get_file_info(name)
     if info.type.name == "NotFound":
-        raise StorageReadError(f"can't read {path}", why="no such file or directory")
+        raise StorageReadError(f"can't read {path}", why="no such file or directory", remedy=_REACHED)
     return [info.size, info.mtime_ns] if info.is_file else None
 
 

@@ -61,7 +61,11 @@ class CanaryTokenizer:
 
     def __init__(self, models: dict[str, bytes]) -> None:
         if next(iter(models), None) != SPECIALS or len(models) < 2:
-            raise TokenizerError("an aggregate tokenizer needs special tokens first, then languages", got=list(models))
+            raise TokenizerError(
+                "an aggregate tokenizer needs special tokens first, then languages",
+                got=list(models),
+                remedy=f"pass {SPECIALS} as the first model and at least one language",
+            )
         _check_languages(name for name in models if name != SPECIALS)
         self._models = dict(models)
         self._processors = {}
@@ -101,7 +105,10 @@ class CanaryTokenizer:
         found = self._special_ids.get(token)
         if found is None:
             raise TokenizerError(
-                "the tokenizer lacks a special token", got=token, allowed=", ".join(sorted(self._special_ids))
+                "the tokenizer lacks a special token",
+                got=token,
+                allowed=", ".join(sorted(self._special_ids)),
+                remedy="set model.prompt_format to the one that the tokenizer was made for, or train another tokenizer",
             )
         return found
 
@@ -274,7 +281,9 @@ def _check_languages(languages: Iterable[str]) -> list[str]:
     bad = [name for name in names if not is_language(name)]
     if bad:
         allowed = "letters, digits, - and _, such as en or pt-BR, but no special token's name"
-        raise TokenizerError("not a language's name", got=bad, allowed=allowed)
+        raise TokenizerError(
+            "not a language's name", got=bad, allowed=allowed, remedy="write a language's code in rows and settings"
+        )
     return names
 
 
@@ -300,7 +309,11 @@ def _train(texts: list[str], vocab_size: int, model_type: str) -> bytes:
             )
         except RuntimeError as error:
             if "ocabulary size" not in str(error) or size <= characters:
-                raise TokenizerError("SentencePiece can't train a tokenizer", why=str(error)) from error
+                raise TokenizerError(
+                    "SentencePiece can't train a tokenizer",
+                    why=str(error),
+                    remedy="change tokenizer.vocab_size or tokenizer.model_type, or give it more texts",
+                ) from error
             size = max(characters, size * 3 // 4)
             continue
         return writer.getvalue()

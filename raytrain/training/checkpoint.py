@@ -57,7 +57,11 @@ class Checkpoint:
         try:
             return torch.load(path, map_location=device, weights_only=True)
         except Exception as error:
-            raise CheckpointError(f"{path} can't be read", why=str(error).splitlines()[0]) from error
+            raise CheckpointError(
+                f"{path} can't be read",
+                why=next(iter(str(error).splitlines()), type(error).__name__),
+                remedy="run the same command again: a damaged checkpoint is passed over for the one before it",
+            ) from error
 
     @property
     def lineage(self) -> str | None:
