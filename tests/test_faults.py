@@ -224,7 +224,7 @@ def test_a_hung_worker_ends_training_with_a_clear_error(faulty):
 
 
 def test_steps_that_are_no_numbers_are_skipped_and_too_many_end_training(faulty):
-    config = faulty("nan", learning_rate=1e30, max_skipped_steps=3, max_steps=40)
+    config = faulty("nan", learning_rate=100, weight_decay=100, max_skipped_steps=3, max_steps=40)
     started = time.monotonic()
     with pytest.raises(TrainingError, match="3 steps in a row were not finite.*max_skipped_steps.*bad_steps"):
         run(config, "train")
