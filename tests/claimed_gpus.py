@@ -14,6 +14,7 @@ import json
 import os
 import secrets
 import signal
+import subprocess
 import sys
 import threading
 import time
@@ -59,29 +60,48 @@ def busy_gpus(busy: bool) -> Iterator[None]:
             ray.kill(holder)
 
 
-def interrupt_when(output: io.StringIO, text: str, seconds: float = 120) -> None:
-    """Press Ctrl-C as soon as `output` has `text`."""
-    until = time.monotonic() + seconds
-    while text not in output.getvalue() and time.monotonic() < until:
-        time.sleep(0.2)
-    time.sleep(2)  # until it waits in Ray
-    os.kill(os.getpid(), signal.SIGINT)
+def interrupted(arguments: list[str], text: str, seconds: float = 120) -> tuple[int, str]:
+    """Exit code and output of a `raytrain` command at which Ctrl-C comes once it has said `text`: in a process of its
+    own, which then ends."""
+    lines: list[str] = []
+    with subprocess.Popen(
+        [sys.executable, "-u", "-m", "raytrain", *arguments],
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+    ) as process:  # fmt: skip
+        ended = threading.Timer(seconds, process.kill)
+        ended.start()
+        for line in process.stdout:
+            lines.append(line)
+            if text in line:
+                time.sleep(2)  # until it waits in Ray
+                process.send_signal(signal.SIGINT)
+        ended.cancel()
+    return process.returncode, "".join(lines)
 
 
-def run_command(command: dict[str, Any]) -> dict[str, Any]:
-    """One `raytrain` command in this process."""
+def here(arguments: list[str]) -> tuple[int, str]:
+    """Exit code and output of a `raytrain` command in this process, which is connected to Ray already."""
     from raytrain.cli import main
 
-    output, began, code = io.StringIO(), time.monotonic(), 0
-    sys.argv = ["raytrain", *command["arguments"]]
-    if "interrupt_at" in command:
-        threading.Thread(target=interrupt_when, args=(output, command["interrupt_at"]), daemon=True).start()
-    with busy_gpus(command.get("busy", False)), contextlib.redirect_stdout(output), contextlib.redirect_stderr(output):
+    output, code = io.StringIO(), 0
+    sys.argv = ["raytrain", *arguments]
+    with contextlib.redirect_stdout(output), contextlib.redirect_stderr(output):
         try:
             main()
         except SystemExit as end:
             code = end.code or 0
-    return {"code": code, "output": output.getvalue(), "seconds": round(time.monotonic() - began, 1)}
+    return code, output.getvalue()
+
+
+def run_command(command: dict[str, Any]) -> dict[str, Any]:
+    """One `raytrain` command."""
+    began, arguments = time.monotonic(), command["arguments"]
+    with busy_gpus(command.get("busy", False)):
+        if "interrupt_at" in command:
+            code, output = interrupted(arguments, command["interrupt_at"])
+        else:
+            code, output = here(arguments)
+    return {"code": code, "output": output, "seconds": round(time.monotonic() - began, 1)}
 
 
 def run_all(commands: list[dict[str, Any]], cluster: Any) -> dict[str, Any]:

@@ -174,7 +174,8 @@ def test_a_peak_bounds_what_fits_from_both_sides(device, bucket, size):
         return
     if device.base_factor == 1.0:  # the slope's deviation is one of the two that are assumed
         assert shared.ceiling(bucket) >= device.largest(bucket)
-        assert shared.start(bucket) <= max(1, device.largest(bucket) + 1)
+        # A peak is in whole bytes, and what it is rounded by counts as often as the size is in the largest.
+        assert shared.start(bucket) <= max(1, device.largest(bucket) + 1 + device.largest(bucket) // size)
     assert size <= shared.ceiling(bucket)
 
 
@@ -195,7 +196,7 @@ def test_answers_fit_and_are_near_the_largest(device, tolerance):
         # Where probes fail below the budget, what one bucket teaches another is not exact.
         assert is_within(answer.batch_size, largest, tolerance + (0.04 if device.reserved > 1 else 0.0))
         sizes = [probe.batch_size for probe in answer.probes]
-        assert len(sizes) == len(set(sizes)) == searches.num_probes[bucket] <= 24  # at a tolerance of 0
+        assert len(sizes) == len(set(sizes)) == searches.num_probes[bucket] <= 36  # at a tolerance of 0
         if answer.best is not None:
             assert answer.best.fits and answer.best.batch_size == answer.batch_size
 

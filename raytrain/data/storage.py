@@ -52,7 +52,10 @@ _AWAY = re.compile(
 )
 
 
-_REACHED = "check the path, data.root and who may read it; `raytrain doctor` tries the storage on every node"
+_REACHED = (
+    "check the path, data.root (or $RAYTRAIN_DATA_ROOT) and who may read it; `raytrain doctor` tries the storage on "
+    "every node"
+)
 
 
 class StorageReadError(DataError):
