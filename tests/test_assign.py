@@ -27,7 +27,7 @@ from raytrain.console import Console
 from raytrain.data.assignment import INDEX_FORMAT, Assignment, Row
 from raytrain.data.audio import read_audio
 from raytrain.data.loader import load_row
-from raytrain.errors import RaytrainError
+from raytrain.errors import ManifestError, RaytrainError
 from raytrain.lengths.histogram import LengthHistogram
 
 STAGES = ("statistics", "buckets", "assign")
@@ -164,7 +164,9 @@ def test_audio_is_copied_beside_the_rows(corpus, tmp_path):
     plain = run(tiny_config(corpus, tmp_path / "plain", **sections))
     config = tiny_config(corpus, tmp_path / "copied", assign={"materialize": True}, **sections)
     copied = run(config)
-    assert read_json(copied.folder / "index.json", INDEX_FORMAT)["body"]["rejected"] == {"bad_audio": 2}
+    assert read_json(copied.folder / "index.json", INDEX_FORMAT)["body"]["rejected"] == {
+        "bad_audio": 1, "missing_audio": 1
+    }  # fmt: skip
     readable = [row for rows in all_rows(plain) for row in rows if "broken" not in row.audio_path]
     readable = [row for row in readable if "none" not in row.audio_path]
     moved = config.run_dir.parent / "moved"
@@ -194,7 +196,10 @@ def test_a_tarred_set_is_read_by_range(corpus, tmp_path):
         named = [{**row, "audio_filepath": Path(row["audio_filepath"]).name, "shard_id": shard} for row in mine]
         write_lines(tmp_path / f"manifest_{shard}.json", [*named, {**named[0], "audio_filepath": "lost.wav"}])
     train = [{"name": "tarred", "path": "manifest__OP_0..1_CL_.json", "audio": "audio__OP_0..1_CL_.tar"}]
-    config = tiny_config(corpus, tmp_path, data={"root": str(tmp_path), "train": train})
+    data = {"root": str(tmp_path), "train": train}
+    with pytest.raises(ManifestError, match=r"(?s)2 of 22 manifest rows are bad .*has no member lost\.wav"):
+        run(tiny_config(corpus, tmp_path, data=data), "statistics")
+    config = tiny_config(corpus, tmp_path, data={**data, "max_bad_fraction": 0.1})
     assignment = run(config)
     index = read_json(assignment.folder / "index.json", INDEX_FORMAT)["body"]
     assert index["rejected"] == {"bad_audio": 2}

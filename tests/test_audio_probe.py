@@ -20,7 +20,7 @@ from raytrain.cluster.assign import ChunkAssigner
 from raytrain.data.assignment import Assignment
 from raytrain.data.corpus import Chunk, Corpus, plan_chunks, read_blocks
 from raytrain.data.encoder import BlockEncoder
-from raytrain.data.probe import MISSING, SHORT, UNREADABLE, AudioListing, HeaderSample, plan_samples
+from raytrain.data.probe import MISSING, SHORT, UNREADABLE, AudioListing, HeaderSample, least_share, plan_samples
 from raytrain.data.tokenizer import train_tokenizer
 from raytrain.errors import ManifestError, TrainingError
 from raytrain.lengths import BucketSettings, make_plan
@@ -132,8 +132,17 @@ def test_a_sample_stands_for_its_corpus(recordings, tmp_path):
     rows = [row | {"audio_filepath": __file__} for row in rows_of(recordings)]
     counts = counted(chunk_of(rows, tmp_path / "rows.jsonl"), size=10)
     assert counts.probed == {"digits": 10} and counts.wrong["digits", UNREADABLE] == 10
-    with pytest.raises(ManifestError, match="40 of 40 manifest rows are bad .* headers of 10 recordings"):
+    with pytest.raises(ManifestError, match="29 of 40 manifest rows are bad .* headers of 10 recordings"):
         check(counts, 0.5)
+
+
+@given(probed=st.integers(1, 300), more=st.integers(0, 10_000), data=st.data())
+def test_a_sample_makes_sure_of_less_than_it_shows(probed, more, data):
+    wrong = data.draw(st.integers(0, probed))
+    share = least_share(wrong, probed, probed + more)
+    assert 0 <= share <= wrong / probed
+    assert share == wrong / probed if not more or not wrong else share > 0
+    assert share >= least_share(max(0, wrong - 1), probed, probed + more)
 
 
 @given(size=st.integers(0, 60), cuts=st.integers(1, 7))

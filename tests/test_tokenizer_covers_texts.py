@@ -191,7 +191,8 @@ def test_statistics_train_on_all_languages_and_refuse_texts_that_are_not_covered
     tokenizers = [
         statistics(
             tiny_config(
-                corpus, tmp_path / f"{most}{len(order)}", data={"train": order}, tokenizer={"max_sentences": most}
+                corpus, tmp_path / f"{most}{len(order)}", data={"train": order, "audio_sample": 0},
+                tokenizer={"max_sentences": most},
             )
         )
         for most, order in ((20, files), (20, files[::-1]), (21, files))
@@ -201,7 +202,7 @@ def test_statistics_train_on_all_languages_and_refuse_texts_that_are_not_covered
     assert tokenizers[0][1].id == tokenizers[1][1].id
     upper = write_rows(tmp_path / "upper.jsonl", [{**row, "text": row["text"].upper()} for row in rows])
     section = {"path": str(next((tmp_path / "202").glob("*/tokenizer")))}
-    given = {"data": {"train": [upper]}, "tokenizer": section}
+    given = {"data": {"train": [upper], "audio_sample": 0}, "tokenizer": section}
     with pytest.raises(ManifestError, match="can't write the texts of corpus upper in de(?s:.)*'T'"):
         statistics(tiny_config(corpus, tmp_path / "upper", **given))
     given["tokenizer"] = {**section, "max_unknown_fraction": 1.0}
@@ -226,7 +227,8 @@ def test_where_all_rows_are_bad_the_first_are_named(corpus, tmp_path):
         for section in ({}, {"path": str(tmp_path / "tokenizer")}):
             if name == "french" and not section:
                 continue
-            config = tiny_config(corpus, tmp_path / f"{name}{len(section)}", data={"train": [path]}, tokenizer=section)
+            data = {"train": [path], "audio_sample": 0}
+            config = tiny_config(corpus, tmp_path / f"{name}{len(section)}", data=data, tokenizer=section)
             with pytest.raises(ManifestError, match=expected) as error:
                 statistics(config)
             assert error.value.remedy

@@ -19,7 +19,7 @@ from raytrain.cluster.session import map_on_workers
 from raytrain.config import Config, TokenizerSection
 from raytrain.data.corpus import DEFAULT_CHUNK_BYTES, BadRow, Chunk, plan_chunks, read_blocks
 from raytrain.data.encoder import BlockEncoder
-from raytrain.data.probe import UNREADABLE, AudioListing, HeaderSample, ProbeCounts, plan_samples
+from raytrain.data.probe import UNREADABLE, AudioListing, HeaderSample, ProbeCounts, least_share, plan_samples
 from raytrain.data.prompt import prompt_ids
 from raytrain.data.rejected import NUM_EXAMPLES, RejectedRows
 from raytrain.data.rows import Block
@@ -288,14 +288,15 @@ def check_bad_rows(counts: Counts, config: Config, usable: int) -> None:
     """Raise `ManifestError` that names the first bad lines where more than `data.max_bad_fraction` of all rows are bad
     or none is `usable`.
 
-    Rows whose audio can't be read count as bad, since training would replace them: as large a share of a corpus' usable
-    rows as of the sample whose headers were read.
+    Rows whose audio can't be read count as bad, since training would replace them: of a corpus' usable rows the least
+    share that the sample, whose headers were read, makes sure of.
     """
     expected: Counter[tuple[str, str]] = Counter()
     unreadable = {group: number for group, number in counts.wrong.items() if group[1] == UNREADABLE}
     for (corpus, reason), number in unreadable.items():
         rejected = sum(rows for (name, _), rows in counts.rejected.items() if name == corpus)
-        expected[corpus, reason] = round(number / counts.probed[corpus] * (counts.num_rows[corpus] - rejected))
+        usable_rows = counts.num_rows[corpus] - rejected
+        expected[corpus, reason] = round(least_share(number, counts.probed[corpus], usable_rows) * usable_rows)
     examples = {
         group: [BadRow(row["file"], row["line"], group[1], row["detail"]) for row in rows]
         for group, rows in (counts.examples | counts.wrong_examples).items()

@@ -7,6 +7,7 @@ be decoded and durations that are wrong, as they are where a manifest meets anot
 
 from __future__ import annotations
 
+import math
 import os
 from collections import Counter, OrderedDict
 from collections.abc import Mapping, Sequence
@@ -178,6 +179,16 @@ def _problem(candidate: _Candidate, path: str, start: int, size: int) -> tuple[s
     after = f" after {candidate.offset_ms / 1000:g} s" if candidate.offset_ms else ""
     claimed = f"{candidate.duration_ms / 1000:g} s"
     return SHORT, f"{path} has {max(0, there) / 1000:g} s{after}, the row says {claimed}"
+
+
+def least_share(wrong: int, probed: int, rows: int) -> float:
+    """The least share of all `rows` that are wrong where `wrong` of `probed` are: the share itself where all were
+    probed, else the lower end of Wilson's interval (1927) at two standard deviations."""
+    if probed >= rows:
+        return wrong / probed
+    share, deviations = wrong / probed, 2.0
+    spread = deviations * math.sqrt(share * (1 - share) / probed + (deviations / (2 * probed)) ** 2)
+    return max(0.0, (share + deviations**2 / (2 * probed) - spread) / (1 + deviations**2 / probed))
 
 
 def plan_samples(chunks: Sequence[Chunk], size: int) -> dict[int, int]:
