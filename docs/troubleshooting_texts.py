@@ -48,7 +48,7 @@ Exit code 2; `raytrain COMMAND --help` lists what there is. Beside the messages 
 PROBLEMS = """\
 ## What a message lists
 
-One error lists all that is wrong with a configuration (`FILE has 2 problem(s):`), each with its setting and, for an
+One error lists all that is wrong with a configuration (`FILE has 2 problem(s)`), each with its setting and, for an
 unknown key, the nearest known one. Errors about a model list what is wrong with it in the same way. The parts:
 """
 

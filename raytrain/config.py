@@ -458,9 +458,7 @@ def check_config(values: dict, source: str = "configuration") -> Config:
     except ValidationError as error:
         problems = [_describe(item) for item in error.errors()]
     listing = "\n  ".join(sorted(map(redacted, problems)))
-    raise ConfigError(
-        f"{source} has {len(problems)} problem(s):\n  {listing}\n", remedy="mend these settings and run it again"
-    )
+    raise ConfigError(f"{source} has {len(problems)} problem(s)", remedy=f"mend these settings:\n  {listing}")
 
 
 def _texts(value: Any, place: str = "") -> Iterator[tuple[str, str]]:

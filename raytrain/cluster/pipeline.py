@@ -105,6 +105,7 @@ def run_pipeline(config: Config, console: Console, names: tuple[str, ...] = STAG
                 console.say(f"  {stage.name} is left out: with data.stream training reads the corpora as they are")
                 continue
             _check_needs(stage, config, done)
+            _check_unchanged(stage, run_dir, {name: done[name] for name in done if name not in names})
             workspace = Workspace(config, run_dir)  # artefacts may have changed since the stage before
             if stage.key_names_gpus and may_train_on_gpus(config):
                 ray.enter_context(ray_session(config.cluster))
@@ -141,13 +142,30 @@ def _check_needs(stage: Stage, config: Config, done: dict[str, Any]) -> None:
         )
 
 
+def _check_unchanged(stage: Stage, run_dir: Path, records: dict[str, Any]) -> None:
+    """Raise `ArtifactError` where a file is no longer what a stage before this one wrote. `records` are those of stages
+    that do not run now; one that does writes its files anew."""
+    for before in STAGES[: STAGES.index(stage)]:
+        for name, identity in records.get(before.name, {"outputs": {}})["outputs"].items():
+            if not _is_same(run_dir / name, identity):
+                raise ArtifactError(
+                    f"{run_dir / name} is not what {before.name} wrote",
+                    why="it was changed, damaged or removed since",
+                    remedy=f"run `raytrain {before.name}` with this configuration, or `raytrain run` for all stages",
+                )
+
+
+def _is_same(path: Path, identity: str) -> bool:
+    try:
+        return file_id(path) == identity
+    except (OSError, ValueError):  # ValueError: a name that no file can have
+        return False
+
+
 def _is_current(run_dir: Path, stage: Stage, record: dict[str, Any] | None, key: str) -> bool:
     if record is None or record["key"] != key or not _has_all(record["outputs"], stage):
         return False
-    try:
-        return all(file_id(run_dir / name) == identity for name, identity in record["outputs"].items())
-    except (OSError, ValueError):  # ValueError: a name that no file can have
-        return False
+    return all(_is_same(run_dir / name, identity) for name, identity in record["outputs"].items())
 
 
 def _has_all(outputs: dict[str, str], stage: Stage) -> bool:
