@@ -17,6 +17,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from raytrain.cluster.sockets import short_folders
 from raytrain.data.storage import file_sizes, is_uri, list_files, remove_file
 from raytrain.errors import StorageError
 
@@ -110,7 +111,8 @@ def previous(folder: Path) -> Iterator[Leftover]:
 def ray_folders() -> list[Path]:
     """Folders in which a Ray that starts on this machine puts its sessions."""
     places = (os.environ.get("RAY_TMPDIR"), os.environ.get("TMPDIR"), tempfile.gettempdir(), "/tmp")
-    return sorted({Path(place).resolve() / "ray" for place in places if place})
+    folders = [Path(place) / "ray" for place in places if place]
+    return sorted({folder.resolve() for folder in (*folders, *map(Path, short_folders()))})
 
 
 def remove_remote_folder(uri: str) -> None:

@@ -21,10 +21,7 @@ def socket_folder() -> dict[str, str]:
     default = os.environ.get("RAY_TMPDIR") or os.path.join(tempfile.gettempdir(), "ray")
     if len(os.fsencode(default)) <= LONGEST:
         return {}
-    name = f"raytrain-{os.getuid()}"
-    parents = ["/tmp", "/var/tmp", os.environ.get("XDG_RUNTIME_DIR"), "/dev/shm"]
-    # Ray opens its folder to everybody, so that it lies in one that is not.
-    folders = [os.path.join(parent, name, "r") for parent in parents if parent]
+    folders = short_folders()
     for folder in folders:
         if len(os.fsencode(folder)) <= LONGEST and _is_mine(Path(folder).parent):
             _LOG.warning("%s is too long a name for Ray's sockets: they are in %s", default, folder)
@@ -35,6 +32,13 @@ def socket_folder() -> dict[str, str]:
         allowed=f"{LONGEST} bytes, as sockets have names of at most 107; none of {', '.join(folders)} can be used",
         remedy="set TMPDIR to a folder with a shorter name, which this user can write to",
     )
+
+
+def short_folders() -> list[str]:
+    """Folders with short names, in the order in which they are tried."""
+    parents = ["/tmp", "/var/tmp", os.environ.get("XDG_RUNTIME_DIR"), "/dev/shm"]
+    # Ray opens its folder to everybody, so that it lies in one that is not.
+    return [os.path.join(parent, f"raytrain-{os.getuid()}", "r") for parent in parents if parent]
 
 
 def _is_mine(folder: Path) -> bool:
