@@ -14,9 +14,11 @@ import soundfile
 from conftest import tiny_config
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from in_process import pipeline_in_process
 
 from raytrain.cluster import statistics as job
 from raytrain.cluster.assign import ChunkAssigner
+from raytrain.config import Config
 from raytrain.data.assignment import Assignment
 from raytrain.data.corpus import Chunk, Corpus, plan_chunks, read_blocks
 from raytrain.data.encoder import BlockEncoder
@@ -219,3 +221,32 @@ def test_training_gives_up_and_statistics_names_what_is_gone(corpus, tmp_path, l
     shutil.copytree(corpus / "audio", tmp_path / "corpus" / "audio", dirs_exist_ok=True)
     assert run_pipeline(config, Console(quiet=True), counted) == list(counted)
     assert sum(Assignment(config.run_dir / "assignment").rows_per_bucket) == len(rows)
+
+
+def test_assign_limits_what_can_not_be_decoded_and_reads_it_again(corpus, tmp_path):
+    """Headers may be whole where the samples are not, so that only copying tells."""
+    shutil.copytree(corpus, tmp_path / "corpus")
+    rows = [json.loads(line) for line in (tmp_path / "corpus" / "train.jsonl").read_text().splitlines()]
+    whole = {}
+    for number in (5, 50):
+        path = tmp_path / "corpus" / rows[number]["audio_filepath"]
+        whole[path] = path.read_bytes()
+        path.write_bytes(whole[path][:200])
+    sections = {"tracking": {"enabled": False}, "assign": {"materialize": True}}
+
+    def config(limit: float) -> Config:
+        data = {"root": str(tmp_path / "corpus"), "train": ["train.jsonl"], "max_bad_fraction": limit}
+        return tiny_config(tmp_path / "corpus", tmp_path, data=data, **sections)
+
+    with pipeline_in_process() as run:
+        with pytest.raises(ManifestError, match="2 of 96 manifest rows are bad") as raised:
+            run(config(0.02))
+        assert all(f"train.jsonl:{line}: bad_audio" in str(raised.value) for line in (6, 51))
+        assert "assign" in run(config(0.03))
+        with pytest.raises(ManifestError, match="2 of 96"):
+            run(config(0.02))
+        for path, data in whole.items():
+            path.write_bytes(data)
+        assert "assign" in run(config(0.02))
+    index = json.loads((config(0.02).run_dir / "assignment" / "index.json").read_text())["body"]
+    assert (index["rows"], index["rejected"]) == (96, {})

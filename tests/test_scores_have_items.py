@@ -53,12 +53,13 @@ def test_a_score_is_there_just_where_something_was_compared(items):
     found = score_decoded(items)
     heard = [one for one in items if not one.translated]
     assert ("wer" in found) == any(one.reference for one in heard)
-    assert ("bleu" in found) == any(one.translated for one in items)
+    assert ("bleu" in found) == any(one.translated and one.reference for one in items)
     assert ("error" in found) == ("wer" in found or "bleu" in found)
     assert all(math.isfinite(value) for value in found.values())
-    for language in ("en", "de"):
-        if f"wer_{language}" in found:
-            assert any(one.reference for one in heard if one.language == language)
+    for name, compared in (("wer", heard), ("bleu", [one for one in items if one.translated])):
+        for language in ("en", "de"):
+            if f"{name}_{language}" in found:
+                assert any(one.reference for one in compared if one.language == language)
 
 
 def test_nothing_has_no_score():
@@ -85,6 +86,15 @@ def test_scores_and_pages_of_references_without_words(tmp_path):
     for group in (body, body["by_language"]["en"], body["by_duration"][0]):
         assert group["utterances"] == 1 and group["wer"] is group["wer_ci"] is group["wer_normalized"] is None
     assert "none" in write_errors(tmp_path / "errors.html", title="t", scores=body, worst=worst(texts)).read_text()
+
+
+def test_translations_without_references_have_no_score(tmp_path):
+    result = {"text": "", "hypothesis": "a", "lang": "en", "translated": True, "duration_ms": 9, "audio_filepath": "a"}
+    texts = texts_of([result, {**result, "lang": "de", "text": "a"}])
+    body = score(texts)
+    assert body["translations"] == {"en": 1, "de": 1}
+    assert body["bleu"].keys() == body["chrf_ci"].keys() == {"de"}
+    assert "a" in write_errors(tmp_path / "errors.html", title="t", scores=body, worst=worst(texts)).read_text()
 
 
 # --- validation

@@ -374,3 +374,9 @@ def test_the_page_stays_small_for_many_rows_long_texts_and_many_languages(tmp_pa
 
 def test_equal_results_give_equal_pages(tmp_path):
     assert page_of(spoken(100), tmp_path) == page_of(spoken(100), tmp_path)
+
+
+@pytest.mark.parametrize("language", ["zh", "zh-CN", "zh_Hant", "yue", "ja-JP", "th-TH", "lo", "my"])
+def test_texts_without_spaces_are_not_one_long_word(language):
+    reference = "今日は天気がいいので公園に行きます"
+    assert bleu([Decoded(language, "c", True, reference, reference[:-1])]) > 50

@@ -70,7 +70,7 @@ class ChunkAssigner:
         self._chunk, self._encoder, self._plan, self._folder = chunk, encoder, plan, folder
         self._sample_rate, self._listing = sample_rate, listing
         self._audio = AudioFinder(chunk)
-        self._waiting: list[tuple[np.ndarray, pa.Table]] = []
+        self._waiting: list[tuple[np.ndarray, np.ndarray, pa.Table]] = []  # buckets, lines, rows
         self._rejected: Counter = Counter()
         self._examples: dict[str, list[dict[str, Any]]] = {}
 
@@ -87,7 +87,7 @@ class ChunkAssigner:
                     self._reject(row)
                 if len(block):
                     self._add(block)
-                if sum(table.num_rows for _, table in self._waiting) >= flush_at:
+                if sum(table.num_rows for _, _, table in self._waiting) >= flush_at:
                     self._flush()
             self._flush()
         if not self._rejected:
@@ -129,25 +129,26 @@ class ChunkAssigner:
             )  # fmt: skip
         buckets = np.where(wrong, -1, buckets)
         kept = buckets >= 0
-        self._waiting.append((buckets[kept], table.filter(pa.array(kept))))
+        self._waiting.append((buckets[kept], block.numbers[kept], table.filter(pa.array(kept))))
 
     def _flush(self) -> None:
         if not self._waiting:
             return
-        buckets = np.concatenate([one for one, _ in self._waiting])
-        table = pa.concat_tables([one for _, one in self._waiting])
+        buckets = np.concatenate([one for one, _, _ in self._waiting])
+        lines = np.concatenate([one for _, one, _ in self._waiting])
+        table = pa.concat_tables([one for _, _, one in self._waiting])
         self._waiting = []
         if self._sample_rate is not None:
             for start in range(0, len(buckets), _FLUSH_AUDIO_AT):
                 rows = slice(start, start + _FLUSH_AUDIO_AT)
-                self._flush_audio(buckets[rows], table.slice(start, _FLUSH_AUDIO_AT), self._sample_rate)
+                self._flush_audio(buckets[rows], lines[rows], table.slice(start, _FLUSH_AUDIO_AT), self._sample_rate)
             return
         order = np.argsort(buckets, kind="stable")  # rows of a bucket stay in the corpus' order
         table, buckets = table.take(pa.array(order)), buckets[order]
         for bucket, start, stop in _runs(buckets):
             self._parts.write(bucket, table.slice(start, stop - start))
 
-    def _flush_audio(self, buckets: np.ndarray, table: pa.Table, sample_rate: int) -> None:
+    def _flush_audio(self, buckets: np.ndarray, lines: np.ndarray, table: pa.Table, sample_rate: int) -> None:
         flacs = make_flacs(table, sample_rate)
         for bucket in np.unique(buckets).tolist():
             members = np.flatnonzero(buckets == bucket)
@@ -155,7 +156,7 @@ class ChunkAssigner:
             for index in sorted(set(members.tolist()) - set(good)):
                 row = table.slice(index, 1).to_pylist()[0]
                 place = {key: row[key] for key in ("audio_path", "offset_ms", "duration_ms", "text")}
-                self._reject(BadRow(self._chunk.path, 0, "bad_audio", str(flacs[index])), **place)
+                self._reject(BadRow(self._chunk.path, int(lines[index]), "bad_audio", str(flacs[index])), **place)
             if good:
                 path, starts, sizes = self._parts.write_audio(bucket, [flacs[index] for index in good])
                 rows = table.take(pa.array(good))
@@ -200,6 +201,8 @@ def assign_all(
 
     _clear_other_inputs(store, key)
     done = [standing_note(store.local / FOLDER / note_name(chunk.index), chunk, plan) for chunk in chunks]
+    if all(done):  # and yet the stage runs again: recordings that could not be read may have been mended since
+        done = [None if "bad_audio" in note["rejected"] else note for note in done if note]
     yield from (note for note in done if note)
     missing = [chunk for chunk, note in zip(chunks, done, strict=True) if not note]
     if not missing:

@@ -39,7 +39,10 @@ from raytrain.config import Config
 from raytrain.console import Console
 from raytrain.convert import model_stamp
 from raytrain.data.assignment import INDEX_FORMAT, IndexBody, note_name, write_index
-from raytrain.data.probe import SHORT, came_back
+from raytrain.data.corpus import BadRow
+from raytrain.data.probe import MISSING, SHORT, came_back
+from raytrain.data.rejected import RejectedRows
+from raytrain.data.rows import REASONS as ROW_REASONS
 from raytrain.data.storage import fingerprints, is_uri
 from raytrain.data.tokenizer import FORMAT as TOKENIZER_FORMAT
 from raytrain.errors import ArtifactError, ConfigError, DataError, TrainingError
@@ -296,19 +299,35 @@ def run_assign(context: Context) -> str:
     write_index(folder, notes, grid, _statistics(workspace)["body"]["rows"], parents)
     body = read_json(folder / "index.json", INDEX_FORMAT, IndexBody)["body"]
     rejected = sum(body["rejected"].values())
+    _rejected_rows(body).check("data.train", config.data.corpora("train"), body["rows"], config.data.max_bad_fraction)
     context.tracking.current.log_metrics({"assigned": body["rows"], "rejected": rejected}, 0, 0.0)
     _show_rejected(context, body["rejected_examples"])
     listing = ", ".join(f"{number} {reason}" for reason, number in body["rejected"].items())
     return f"{body['rows']} rows; rejected {rejected}" + (f" ({listing})" if listing else "")
 
 
+def _rejected_rows(body: dict[str, Any]) -> RejectedRows:
+    """The bad rows that an assignment's index names. What fits no bucket is not bad, unless nothing else is there."""
+    bad = (*ROW_REASONS, MISSING)
+    found = RejectedRows(num_rows=body["rows"] + sum(body["rejected"].values()))
+    for example in body["rejected_examples"]:
+        if example["reason"] in bad or not body["rows"]:
+            group = example["corpus"], example["reason"]
+            found.counts[group] = example["rows"]
+            found.examples[group] = [
+                BadRow(row["file"], row["line"], example["reason"], row["detail"]) for row in example["first"]
+            ]
+    return found
+
+
 def assign_is_whole(workspace: Workspace) -> bool:
-    """Whether every chunk's note stands (who finds a part changed removes its note), and audio that was not there is
-    still missing."""
+    """Whether every chunk's note stands (who finds a part changed removes its note), audio that was not there is still
+    missing, and no more rows are bad than may be now."""
     body = read_json(workspace.path("assignment", "index.json"), INDEX_FORMAT, IndexBody)["body"]
     standing = workspace.store.names("assignment/parts", "*.json")
     stand = all(Path(note_name(chunk)).name in standing for chunk in range(len(body["notes"])))
-    return stand and not came_back(body["rejected_examples"])
+    few = not _rejected_rows(body).too_many(workspace.config.data.max_bad_fraction)
+    return stand and few and not came_back(body["rejected_examples"])
 
 
 # --- oomptimize

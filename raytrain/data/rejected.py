@@ -50,12 +50,21 @@ class RejectedRows:
         ]
         return lines[:_SHOWN] + ([f"and {len(lines) - _SHOWN} more"] if len(lines) > _SHOWN else [])
 
+    @property
+    def bad(self) -> int:
+        """Rows that are left out, but not on purpose."""
+        return sum(number for (_, reason), number in self.counts.items() if reason not in _NOT_BAD)
+
+    def too_many(self, limit: float) -> bool:
+        """Whether more than `limit` of the rows are bad."""
+        return self.bad > limit * self.num_rows
+
     def check(self, setting: str, corpora: Sequence[Corpus], usable: int, limit: float) -> None:
         """Raise `ManifestError` where more than `limit` of the rows are bad or none is usable.
 
         `setting` is where the corpora are configured, such as `data.dev`.
         """
-        bad = sum(number for (_, reason), number in self.counts.items() if reason not in _NOT_BAD)
+        bad = self.bad
         reasons = ", ".join(f"{number} {reason}" for reason, number in self.by_reason().most_common())
         listing = "".join(f"\n  {line}" for line in self.lines())
         if not self.counts and not usable:
@@ -72,7 +81,7 @@ class RejectedRows:
                 got=f"{self.num_rows} rows, none usable ({reasons})",
                 remedy=f"mend these rows, or name other files in {setting}:{listing}",
             )
-        if bad > limit * self.num_rows:
+        if self.too_many(limit):
             raise ManifestError(
                 f"{bad} of {self.num_rows} manifest rows are bad in {setting} ({reasons})",
                 got=f"{bad / self.num_rows:.2%}",

@@ -6,6 +6,8 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+from raytrain.training.normalize import WITHOUT_SPACES, base_language
+
 
 @dataclass(frozen=True)
 class ErrorCounts:
@@ -65,19 +67,21 @@ class Decoded(NamedTuple):
     hypothesis: str
 
 
-# Languages that sacrebleu's usual tokenizer would take for a single long word.
-_BLEU_TOKENIZERS = {"zh": "zh", "ja": "char", "th": "char", "ko": "char"}
+# Texts without spaces are a single long word to sacrebleu's usual tokenizer.
+_BLEU_TOKENIZERS = {**dict.fromkeys((*WITHOUT_SPACES, "ko"), "char"), "zh": "zh", "yue": "zh"}
 
 
 def bleu_metric(language: str, *, sentences: bool = False) -> Any:
     """sacrebleu's BLEU with its tokenizer for texts of a language; for `sentences` that may lack long n-grams."""
     from sacrebleu.metrics import BLEU
 
-    return BLEU(tokenize=_BLEU_TOKENIZERS.get(language, "13a"), effective_order=sentences)
+    return BLEU(tokenize=_BLEU_TOKENIZERS.get(base_language(language), "13a"), effective_order=sentences)
 
 
-def bleu(items: Sequence[Decoded]) -> float:
-    """Corpus BLEU of translations into one language, 0 to 100."""
+def bleu(items: Sequence[Decoded]) -> float | None:
+    """Corpus BLEU of translations into one language, 0 to 100; None where no reference has a text."""
+    if not any(one.reference for one in items):
+        return None
     metric = bleu_metric(items[0].language)
     return metric.corpus_score([one.hypothesis for one in items], [[one.reference for one in items]]).score
 
@@ -87,16 +91,16 @@ def score_decoded(items: Sequence[Decoded]) -> dict[str, float]:
 
     `wer` of transcriptions (a fraction) and `bleu` of translations (0 to 100, the mean over target languages), each
     where there are any; the same as `wer_LANGUAGE`, `wer_CORPUS`, `bleu_LANGUAGE` and `bleu_CORPUS` where there are
-    several. `error` is what checkpoints are compared by: WER and 1 − BLEU / 100, weighted by utterances. What has no
-    reference to be compared with has no score, and without any score there is no `error`.
+    several. `error` is what checkpoints are compared by: WER and 1 − BLEU / 100, weighted by their references.
+    What has no reference to be compared with has no score, and without any score there is no `error`.
     """
     heard = [one for one in items if not one.translated]
     translated = [one for one in items if one.translated]
     found: dict[str, float] = {}
     found |= _by_group("wer", heard, _wer, _wer)
     found |= _by_group("bleu", translated, bleu, _mean_bleu)
-    errors = [(found["wer"], len(heard))] if "wer" in found else []
-    errors += [(1 - found["bleu"] / 100, len(translated))] if "bleu" in found else []
+    errors = [(found["wer"], _num_compared(heard))] if "wer" in found else []
+    errors += [(1 - found["bleu"] / 100, _num_compared(translated))] if "bleu" in found else []
     if not errors:
         return {}
     return {**found, "error": sum(error * number for error, number in errors) / sum(number for _, number in errors)}
@@ -124,6 +128,12 @@ def _wer(items: Sequence[Decoded]) -> float | None:
     return count_errors([one.reference for one in items], [one.hypothesis for one in items]).rate
 
 
-def _mean_bleu(items: Sequence[Decoded]) -> float:
+def _mean_bleu(items: Sequence[Decoded]) -> float | None:
     languages = sorted({one.language for one in items})
-    return sum(bleu([one for one in items if one.language == language]) for language in languages) / len(languages)
+    found = [bleu([one for one in items if one.language == language]) for language in languages]
+    scores = [score for score in found if score is not None]
+    return sum(scores) / len(scores) if scores else None
+
+
+def _num_compared(items: Sequence[Decoded]) -> int:
+    return sum(bool(one.reference) for one in items)

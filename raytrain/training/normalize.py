@@ -13,16 +13,21 @@ from collections.abc import Callable
 from functools import cache
 
 NORMALIZERS = ("none", "whisper")
-_WITHOUT_SPACES = frozenset({"zh", "ja", "th", "lo", "my", "yue"})
+WITHOUT_SPACES = frozenset({"zh", "ja", "th", "lo", "my", "yue"})
 
 
 def normalizer(name: str, language: str) -> Callable[[str], str]:
     """What brings texts of a language (`en`, `en-GB`) into the form that is compared; `none` leaves them alone."""
     if name == "none":
         return lambda text: text
-    base = language.replace("_", "-").partition("-")[0].lower()
-    clean = _english() if base == "en" else _basic(base in _WITHOUT_SPACES)
+    base = base_language(language)
+    clean = _english() if base == "en" else _basic(base in WITHOUT_SPACES)
     return lambda text: clean(text).strip()
+
+
+def base_language(language: str) -> str:
+    """A language without its region or script: `zh` of `zh-CN`."""
+    return language.replace("_", "-").partition("-")[0].lower()
 
 
 @cache

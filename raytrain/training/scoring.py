@@ -158,6 +158,8 @@ def _translations(items: Sequence[Result]) -> dict[str, Any]:
         some = [item for item in items if item["lang"] == language]
         pair = [item["hypothesis"] for item in some], [reference_of(item) for item in some]
         found["translations"][language] = len(some)
+        if not any(pair[1]):  # nothing to compare with
+            continue
         for name, metric in (("bleu", bleu_metric(language)), ("chrf", CHRF())):
             found[name][language], found[f"{name}_ci"][language] = corpus_score(metric, *pair)
     return found
