@@ -1,15 +1,19 @@
 """Unchanged inputs ⇔ nothing reruns: for each input and setting exactly the stages that depend on it."""
 
 import dataclasses
+import io
 import itertools
 import json
 import os
 import shutil
+import tarfile
 import types
 import typing
 from pathlib import Path
 
+import numpy as np
 import pytest
+import soundfile
 from conftest import copied, tiny_config
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -123,6 +127,35 @@ def test_a_millisecond_is_noticed(base, run, changed, tmp_path):
     shorten_by_a_millisecond(rows)
     write_rows(path, rows)
     assert {"statistics", "assign", *LEARNT} <= set(run(config))
+
+
+@pytest.mark.parametrize("materialize", [False, True])
+def test_a_tar_counts_by_its_audio_where_members_lie_where_they_lay(base, run, tmp_path, materialize):
+    samples = np.random.default_rng(0).integers(-9999, 9999, (24, 8000), np.int16)
+    given = rows_of(Path(base.data.root) / "train.jsonl")[:24]
+    rows = [{**row, "audio_filepath": f"{number}.wav", "duration": 1.0} for number, row in enumerate(given)]
+    write_rows(tmp_path / "rows_0.json", rows)
+
+    def write_tar(samples: np.ndarray) -> None:
+        with tarfile.open(tmp_path / "audio_0.tar", "w") as tar:
+            for number, sound in enumerate(samples):
+                file = io.BytesIO()
+                soundfile.write(file, sound, 8000, format="WAV")
+                member = tarfile.TarInfo(f"{number}.wav")
+                member.size = file.tell()
+                file.seek(0)
+                tar.addfile(member, file)
+
+    tarred = {"name": "tarred", "path": str(tmp_path / "rows_0.json"), "audio": str(tmp_path / "audio_0.tar")}
+    write_tar(samples)
+    data = {**base.model_dump(mode="json")["data"], "train": [tarred]}
+    config = copied(base, tmp_path / "runs", data=data, assign={"materialize": materialize})
+    run(config)
+    os.utime(tmp_path / "audio_0.tar")
+    assert run(config) == ["statistics", "assign"]  # a time is no content
+    write_tar(samples[::-1])
+    assert run(config) == ["statistics", "assign", *LEARNT]
+    assert run(config) == []
 
 
 EDITS = st.lists(

@@ -69,7 +69,7 @@ class ChunkAssigner:
     ) -> None:  # fmt: skip
         self._chunk, self._encoder, self._plan, self._folder = chunk, encoder, plan, folder
         self._sample_rate, self._listing = sample_rate, listing
-        self._audio = AudioFinder(chunk)
+        self._audio = AudioFinder(chunk, sampled=sample_rate is None)  # copies have ids of their own
         self._waiting: list[tuple[np.ndarray, np.ndarray, pa.Table]] = []  # buckets, lines, rows
         self._rejected: Counter = Counter()
         self._examples: dict[str, list[dict[str, Any]]] = {}
@@ -92,7 +92,8 @@ class ChunkAssigner:
             self._flush()
         if not self._rejected:
             path.unlink()
-        return self._parts.note(self._chunk.corpus, self._rejected, self._examples)
+        sources = self._audio.sample_ids if self._sample_rate is None else {}
+        return self._parts.note(self._chunk.corpus, self._rejected, self._examples, sources)
 
     def share(self, note: dict[str, Any], store: RunStore) -> None:
         """Put the chunk's files where the run folder is."""

@@ -309,8 +309,11 @@ class Workspace:
                 left_out.num_rows += len(block) + len(block.bad)
                 for row in block.bad:
                     left_out.add(chunk.corpus, row)
-                table, _ = row_table(block, encoder.encode(block), finder)
-                rows += [row._replace(tokens=row.tokens[:longest]) for row in rows_of(table)]
+                table, problems = row_table(block, encoder.encode(block), finder)
+                for row, member, problem in zip(rows_of(table), block.paths, problems, strict=True):
+                    # Without a place in the tar the reader would take all of it for the recording.
+                    path = row.audio_path if problem is None else f"{row.audio_path}/{member}"
+                    rows.append(row._replace(audio_path=path, tokens=row.tokens[:longest]))
                 if limit is not None and len(rows) >= limit:
                     return rows[:limit]
         return rows

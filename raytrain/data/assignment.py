@@ -9,9 +9,9 @@
 Row i of a bucket is the i-th over its parts in chunk order, so the order is that of the corpora and depends neither on
 how they were cut nor on which machine wrote which part.
 
-The index names each note by its id, and its `rows_id` covers the bytes of every part: what follows from the rows
-depends on that. A process checks a part against its note when it opens it first; where they differ it removes the note,
-so that `assign` makes the chunk anew.
+The index names each note by its id, and its `rows_id` covers the bytes of every part, and some of each tar that rows
+point into: what follows from the rows depends on that. A process checks a part against its note when it opens it first;
+where they differ it removes the note, so that `assign` makes the chunk anew.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ import threading
 from bisect import bisect_right
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import accumulate, count
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -168,9 +168,11 @@ class PartsWriter:
         return audio_name(bucket, self._chunk), starts, [len(flac) for flac in flacs]
 
     def note(
-        self, corpus: str, rejected: Mapping[str, int] | None = None, examples: Mapping[str, Any] | None = None
-    ) -> dict[str, Any]:
-        """The chunk's note: rows of each bucket, the files' content ids, and rejections by reason with examples."""
+        self, corpus: str, rejected: Mapping[str, int] | None = None, examples: Mapping[str, Any] | None = None,
+        sources: Mapping[str, str] | None = None,
+    ) -> dict[str, Any]:  # fmt: skip
+        """The chunk's note: rows of each bucket, the files' content ids, rejections by reason with examples, and ids of
+        the `sources` that audio is read from where it is."""
         return {
             "chunk": self._chunk,
             "corpus": corpus,
@@ -178,6 +180,7 @@ class PartsWriter:
             "files": {name: file.id for name, file in sorted(self._files.items())},
             "rejected": dict(sorted((rejected or {}).items())),
             "examples": dict(examples or {}),
+            "sources": dict(sorted((sources or {}).items())),
         }
 
     def _open(self, name: str) -> HashingFile:
@@ -197,7 +200,7 @@ class ExampleRow:
 @dataclass(frozen=True)
 class ChunkNote:
     """What assign notes of a chunk: rows by bucket, rejections by reason with examples, content ids of the files by
-    name."""
+    name, and `TarIndex.sample_id` of the tars that it reads."""
 
     chunk: int
     corpus: str
@@ -205,6 +208,7 @@ class ChunkNote:
     rejected: dict[str, int]
     examples: dict[str, list[ExampleRow]]
     files: dict[str, str]
+    sources: dict[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if not all(bucket.isascii() and bucket.isdecimal() for bucket in self.rows):
@@ -280,6 +284,7 @@ def write_index(
     corpora: list[list[Any]] = []
     buckets = [[0] * len(notes) for _ in grid]
     parts: list[list[str]] = [[] for _ in grid]
+    sources: list[str] = []
     notes = sorted(notes, key=lambda note: note["chunk"])
     for note in notes:
         chunk = note["chunk"]
@@ -287,6 +292,7 @@ def write_index(
             corpora.append([note["corpus"], 0])
         corpora[-1][1] += 1
         rejected.update(note["rejected"])
+        sources += note.get("sources", {}).values()
         for reason, number in note["rejected"].items():
             place = (note["corpus"], reason)
             by_corpus[place] += number
@@ -309,7 +315,7 @@ def write_index(
         "buckets": buckets,
         "corpora": corpora,  # names and numbers of chunks, in the order of chunks
         "rows": assigned,
-        "rows_id": content_id([grid, parts]),
+        "rows_id": content_id([grid, parts, sources] if sources else [grid, parts]),
         "notes": [json_artefact(NOTE_FORMAT, note)[0] for note in notes],
         "rejected": dict(sorted(rejected.items())),
         "rejected_examples": [

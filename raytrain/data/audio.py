@@ -13,6 +13,7 @@ from __future__ import annotations
 import io
 import math
 import os
+import re
 import stat
 import time
 from contextlib import closing
@@ -36,6 +37,7 @@ _BYTES_PER_SECOND = 200_000  # a file with more than this is not worth decoding 
 _FRAMES_BEYOND = 2  # nor is one with more than so many times the wanted frames
 _BLOCK_SAMPLES = 1 << 22  # of all channels, decoded at a time
 _UNKNOWN = 1 << 62  # frames or more: libsndfile's word for a file that does not say how many
+_OBJECT = re.compile(r"<[\w.]+ object at 0x\w+>")  # in messages of libsndfile, other ones in every run
 _MOST_STREAMED = 1 << 28  # samples that are held at the file's own rate
 
 
@@ -124,7 +126,7 @@ def _audio_error(path: str, error: Exception) -> AudioError:
     elif isinstance(error, FileNotFoundError):
         why = "there is no such file"
     else:
-        why = getattr(error, "strerror", None) or str(error) or repr(error)
+        why = getattr(error, "strerror", None) or _OBJECT.sub("its bytes", str(error)) or repr(error)
     remedy = "check that the file is there and whole, or leave its row out"
     return AudioError(f"can't read audio {_shown(path)}", why=why, remedy=remedy)
 

@@ -15,10 +15,11 @@ from raytrain.data.tarred import TarIndex
 
 
 class AudioFinder:
-    """Finds the bytes of one chunk's recordings; a tar's headers are read when first asked for."""
+    """Finds the bytes of one chunk's recordings; a tar's headers are read when first asked for, and `sampled` as
+    `TarIndex` says."""
 
-    def __init__(self, chunk: Chunk) -> None:
-        self._chunk = chunk
+    def __init__(self, chunk: Chunk, *, sampled: bool = False) -> None:
+        self._chunk, self._sampled = chunk, sampled
         self._tars: dict[str, TarIndex] = {}
 
     def places(self, paths: Sequence[str]) -> tuple[list[str], list[int], list[int], list[str | None]]:
@@ -36,13 +37,18 @@ class AudioFinder:
                 starts[index], sizes[index] = int(member), PARQUET_ROW
                 continue
             if file not in self._tars:
-                self._tars[file] = TarIndex(file)
+                self._tars[file] = TarIndex(file, sampled=self._sampled)
             found = self._tars[file].find(member)
             if found is None:
                 problems[index] = f"{file} has no member {member}"
             else:
                 starts[index], sizes[index] = found
         return files, starts, sizes, problems
+
+    @property
+    def sample_ids(self) -> dict[str, str]:
+        """The `sample_id` of each tar that was looked at."""
+        return {path: index.sample_id for path, index in self._tars.items()}
 
 
 def make_flacs(rows: pa.Table, sample_rate: int) -> list[bytes | AudioError]:

@@ -9,12 +9,14 @@ Several rows may be spans of one member; NeMo then calls them `name-sub1.wav`, `
 
 from __future__ import annotations
 
+import hashlib
 import io
 import posixpath
 import re
 import tarfile
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 from raytrain.data.corpus import Chunk, Corpus
 from raytrain.data.lines import WHOLE, read_lines
@@ -27,6 +29,7 @@ _WORD = re.compile(r"[^\W_]+")
 _SPAN = re.compile(r"-sub\d+(?=(\.\w+)?$)")
 _NO_AUDIO = (".json", ".nodata", ".nometa")  # what Lhotse puts beside its audio
 _BUFFER = 4 << 20
+_SAMPLED_BYTES = 4096
 
 
 def make_chunks(corpus: Corpus, paths: Sequence[str], chunk_bytes: int) -> Iterator[Chunk]:
@@ -142,10 +145,22 @@ def _ambiguous(what: str, got: str) -> ManifestError:
     )
 
 
-class TarIndex:
-    """Where each member's bytes lie in an uncompressed tar, by its headers. Raises `StorageReadError`."""
+def _middle(file: Any, member: tarfile.TarInfo) -> bytes:
+    """Bytes of a member that are audio: those at its ends may be a header, a tag or silence."""
+    size = min(member.size, _SAMPLED_BYTES)
+    file.seek(member.offset_data + (member.size - size) // 2)
+    return file.read(size)
 
-    def __init__(self, path: str) -> None:
+
+class TarIndex:
+    """Where each member's bytes lie in an uncompressed tar, by its headers. Raises `StorageReadError`.
+
+    With `sampled`, its `sample_id` covers names, sizes and some bytes of each member: a tar whose audio was exchanged
+    has another one, which its members' places do not tell, and one that was only copied has the same.
+    """
+
+    def __init__(self, path: str, *, sampled: bool = False) -> None:
+        digest = hashlib.blake2b(digest_size=8)
         self._places: dict[str, tuple[int, int]] = {}
         self._stems: dict[str, tuple[int, int]] = {}
         try:
@@ -156,12 +171,16 @@ class TarIndex:
                     for member in tar:
                         if member.isfile() and not member.issparse():
                             self._add(member.name.removeprefix("./"), (member.offset_data, member.size))
+                            if sampled:
+                                digest.update(f"{member.name}\0{member.size}\0".encode(errors="surrogateescape"))
+                                digest.update(_middle(buffered, member))
         except (tarfile.TarError, OSError) as error:
             raise StorageReadError(
                 f"{path} is no tar that can be read by range",
                 why=str(error),
                 remedy="unpack it, or make an uncompressed tar",
             ) from error
+        self.sample_id = digest.hexdigest() if sampled else ""
 
     def _add(self, name: str, place: tuple[int, int]) -> None:
         self._places[name] = place
