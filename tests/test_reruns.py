@@ -20,7 +20,9 @@ from hypothesis import strategies as st
 from in_process import keys_of, pipeline_in_process
 from pydantic import BaseModel
 
+from raytrain.cluster.stages import training_meta
 from raytrain.cluster.trials import training_inputs
+from raytrain.cluster.workspace import Workspace
 from raytrain.config import Config, check_config
 from raytrain.convert import model_stamp
 from raytrain.data.assignment import Assignment
@@ -119,6 +121,19 @@ def test_an_edited_manifest_reruns_what_depends_on_it(base, run, changed, tmp_pa
         write_rows(path, rows)
     assert run(config) == expected
     assert run(config) == []
+
+
+def test_checkpoints_name_what_they_are_validated_on(base, changed):
+    def named(**train) -> str:
+        config = check_config({**base.model_dump(mode="json"), "train": {**dataclasses.asdict(base.train), **train}})
+        return training_meta(Workspace(config, base.run_dir))["ids"]["validation"]
+
+    first = named()
+    assert named(max_steps=10**6) == first != named(max_validation_utterances=3)
+    rows = rows_of(changed("dev.jsonl"))
+    reverse_words(rows)
+    write_rows(changed("dev.jsonl"), rows)
+    assert named() != first
 
 
 def test_a_millisecond_is_noticed(base, run, changed, tmp_path):

@@ -124,6 +124,26 @@ def test_a_step_that_does_not_fit_is_noted_and_named(tmp_path):
     assert FaultNotes(tmp_path / "faults", "another profile").lowered((8, 8, 8)) == (8, 8, 8)
 
 
+def test_errors_on_another_dev_set_do_not_compare(tmp_path):
+    """A best checkpoint of a dev set that was wrong would stay the best for good, and patience end training."""
+    settings = replace(SETTINGS, max_steps=2, patience=2, keep_checkpoints=3)
+
+    def go_on(validation: str, error: float) -> dict:
+        folder = CheckpointFolder(tmp_path / "checkpoints")
+        step = newest.step if (newest := folder.newest()) else 0
+        validate = lambda model, device: {"wer": error, "error": error, "val_loss": 1.0}  # noqa: E731
+        longer = replace(settings, max_steps=step + 6)
+        loop, _ = make_loop(tmp_path, (micro_batch(number) for number in range(100)), longer, validate=validate)
+        loop.checkpoint_meta, loop.step = {"ids": {"validation": validation}}, step
+        loop.run()
+        return loop.checkpoints.best_note()
+
+    assert go_on("wrong", 0.0)["error"] == 0.0
+    assert go_on("right", 0.7) == {"error": 0.7, "kept": [{"error": 0.7, "step": 8}], "step": 8, "validation": "right"}
+    assert go_on("right", 0.9)["step"] == 8
+    assert go_on("right", 0.5)["step"] > 8
+
+
 def test_training_ends_when_patience_does_and_keeps_the_best(tmp_path):
     errors = iter([0.9, 0.5, 0.4, 0.6, 0.7, 0.8, 0.9, 0.1])
     settings = replace(SETTINGS, max_steps=100, patience=3, keep_checkpoints=1, keep_best=2)

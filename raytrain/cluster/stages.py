@@ -526,9 +526,13 @@ def _lineage(workspace: Workspace) -> str:
 
 
 def train_key(workspace: Workspace) -> Any:
-    config = workspace.config
-    dev = _reading(config, "dev") if config.data.dev else None
-    return [_lineage(workspace), config.section("train"), dev, dev and asdict(workspace.search())]
+    return [_lineage(workspace), workspace.config.section("train"), *_validation(workspace)]
+
+
+def _validation(workspace: Workspace) -> list[Any]:
+    """What a checkpoint is validated on, and how."""
+    dev = _reading(workspace.config, "dev") if workspace.config.data.dev else None
+    return [dev, dev and asdict(workspace.search())]
 
 
 def train_goes_on(workspace: Workspace) -> bool:
@@ -546,6 +550,7 @@ def training_meta(workspace: Workspace) -> dict[str, Any]:
             "tokenizer": workspace.tokenizer.id,
             "model": workspace.model_id(),
             "batch_profile": file_id(workspace.path("batch_profile.json")),
+            "validation": content_id([*_validation(workspace), workspace.config.train.max_validation_utterances]),
         },
         "model": asdict(workspace.model_config()),
     }

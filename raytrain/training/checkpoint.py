@@ -227,12 +227,14 @@ class CheckpointFolder:
         self._prune()
         return checkpoint
 
-    def mark_best(self, step: int, error: float) -> bool:
-        """Note a checkpoint's validation error; True if it is the lowest so far."""
-        best = self.best_note()
+    def mark_best(self, step: int, error: float, validation: str | None = None) -> bool:
+        """Note a checkpoint's validation error; True if it is the lowest so far. `validation` names what was validated
+        on and how: errors on something else do not compare, and give way."""
+        best = self.best_note(validation)
         known = [one for one in (best or {}).get("kept", []) if one["step"] != step]
         kept = sorted([*known, {"step": step, "error": error}], key=lambda one: (one["error"], one["step"]))
-        atomic_write_bytes(self.folder / BEST, canonical_json({**kept[0], "kept": kept[: self.keep_best]}))
+        note = {**kept[0], "kept": kept[: self.keep_best], **({"validation": validation} if validation else {})}
+        atomic_write_bytes(self.folder / BEST, canonical_json(note))
         if self._mirror is not None:
             self._mirror.put(self.folder / BEST)
         return kept[0]["step"] == step
@@ -276,13 +278,16 @@ class CheckpointFolder:
     def settle(self) -> None:
         """Come back when what was saved is where it is to stay."""
 
-    def best_note(self) -> dict[str, Any] | None:
-        """`step` and `error` of the best checkpoint, None before the first validation."""
+    def best_note(self, validation: str | None = None) -> dict[str, Any] | None:
+        """`step` and `error` of the best checkpoint, None before the first validation, or before the first that
+        `validation` names (see `mark_best`)."""
         try:
             note = parse_json((self.folder / BEST).read_bytes())
         except (OSError, ValueError):
             return None
         if not _is_score(note):
+            return None
+        if validation is not None and note.get("validation", validation) != validation:
             return None
         kept = note.get("kept", [note])
         if not isinstance(kept, list) or not kept or not all(map(_is_score, kept)):
@@ -303,6 +308,11 @@ class CheckpointFolder:
 
 def _is_score(note: Any) -> bool:
     return isinstance(note, dict) and is_count(note.get("step")) and is_number(note.get("error"))
+
+
+def validation_of(meta: dict[str, Any]) -> str | None:
+    """What a checkpoint of this `meta` is validated on; see `CheckpointFolder.mark_best`."""
+    return meta.get("ids", {}).get("validation")
 
 
 class CheckpointWriter:
@@ -341,7 +351,7 @@ class CheckpointWriter:
     def _write(self, step: int, parts: dict[str, dict], meta: dict[str, Any], error: float | None) -> None:
         self._folder.save(step, parts, meta)
         if error is not None:
-            self._folder.mark_best(step, error)
+            self._folder.mark_best(step, error, validation_of(meta))
 
 
 def _on_host(value: Any) -> Any:

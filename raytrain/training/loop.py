@@ -24,7 +24,7 @@ from raytrain.artifacts import atomic_write_bytes, canonical_json, make_folder
 from raytrain.data.batch import LoadedStep, SpeechBatch
 from raytrain.errors import TrainingError
 from raytrain.training.average import WeightAverage
-from raytrain.training.checkpoint import CheckpointFolder, CheckpointWriter
+from raytrain.training.checkpoint import CheckpointFolder, CheckpointWriter, validation_of
 from raytrain.training.optim import learning_rate, set_learning_rate
 from raytrain.training.settings import TrainSettings
 from raytrain.training.step import StepResult, resolve_precision, running_statistics, train_step
@@ -168,7 +168,7 @@ class TrainingLoop:
         self._heard: Counter[str] = Counter()
         self._skipped_in_a_row = self._skipped = self._peak = 0
         self._rows = self._replaced = 0.0
-        note = self.checkpoints.best_note()
+        note = self.checkpoints.best_note(validation_of(self.checkpoint_meta))
         self._best = (note["error"], note["step"]) if note else (math.inf, self.step)
         self._stop = self.step >= self.settings.max_steps
         self._precision = self.precision or resolve_precision(self.settings.precision, self.device.type)
