@@ -120,6 +120,9 @@ WARNINGS = {
     "the tokenizer can't write all characters of the texts, nor will a model:‹listing›":
         "Clean the texts of these characters, or take a tokenizer that has them; above tokenizer.max_unknown_fraction "
         "it is an error.",
+    "corpus ‹name› has no row that training can use: ‹files›":
+        "The file is empty, or all of its rows are left out, see the table. Mend it, or leave the corpus out of "
+        "data.train.",
     "‹rows› of the ‹probed› recordings of ‹corpus› that were looked at ‹what›: ‹file›:‹line›: ‹detail›":
         "A sample of headers contradicts the manifest: see `short_audio` and `unreadable_audio` above.",
     "‹broken› recording(s) can't be read (quarantine.jsonl names them); in training others take their place":

@@ -176,3 +176,13 @@ def test_damaged_bytes_are_audio_or_an_error(encoded, container, flips, header_f
         assert read_header("a.x", data=damaged).frames >= 0
     except AudioError as error:
         assert "a.x" in str(error)
+
+
+def test_what_a_decoder_says_is_the_same_in_every_run():
+    """Errors are kept in artefacts, whose ids would change with an object's address."""
+    said = set()
+    for _ in range(2):
+        with pytest.raises(AudioError) as raised:
+            read_header("a.parquet", data=bytes(100))
+        said.add(str(raised.value))
+    assert len(said) == 1 and " object at " not in said.pop()

@@ -1,10 +1,16 @@
 """Where no row of a stream or of a step can be used, the error says which and why."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
+from conftest import tiny_config
+from in_process import pipeline_in_process
 
+from raytrain.cluster import pipeline
+from raytrain.cluster.workspace import Workspace
+from raytrain.console import Console
 from raytrain.data.assignment import Row
 from raytrain.data.corpus import Corpus, plan_chunks
 from raytrain.data.encoder import BlockEncoder
@@ -54,3 +60,24 @@ def test_a_step_without_a_readable_recording_says_what_is_wrong_with_it(tmp_path
     finally:
         reader.close()
     assert error.value.remedy
+
+
+@pytest.mark.parametrize("change", [None, {"duration": 50.0}, {"_skipme": True}])
+def test_a_corpus_that_gives_nothing_is_told(corpus, tmp_path, capfd, change):
+    shutil.copytree(corpus, tmp_path / "corpus")
+    rows = [] if change is None else [json.loads(line) | change for line in (corpus / "dev.jsonl").open()]
+    (tmp_path / "corpus" / "void.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    splits = {"train": ["train.jsonl", "void.jsonl"], "dev": ["dev.jsonl", "void.jsonl"]}
+    data = {"root": str(tmp_path / "corpus"), **splits}
+    config = tiny_config(tmp_path / "corpus", tmp_path, data=data, tracking={"enabled": False})
+    with pipeline_in_process():
+        pipeline.run_pipeline(config, Console(), ("statistics", "buckets", "assign"))
+    told = " ".join("".join(capfd.readouterr()).split())
+    assert told.count("corpus void has no row that training can use") == 1
+    workspace = Workspace(config, config.run_dir)
+    if change == {"duration": 50.0}:  # too long for a bucket, not for validation
+        assert {row.corpus for row in workspace.checked_rows("dev")} == {"dev", "void"}
+    else:
+        with pytest.raises(ManifestError, match="corpus void of data.dev has no usable row"):
+            workspace.checked_rows("dev")
+    assert {row.corpus for row in workspace.checked_rows("dev", limit=8)} == {"dev"}

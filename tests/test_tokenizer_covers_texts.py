@@ -232,3 +232,11 @@ def test_where_all_rows_are_bad_the_first_are_named(corpus, tmp_path):
             with pytest.raises(ManifestError, match=expected) as error:
                 statistics(config)
             assert error.value.remedy
+
+
+@pytest.mark.parametrize("model_type", ["bpe", "unigram"])
+def test_texts_longer_than_sentencepiece_takes_by_itself_count(model_type):
+    texts = ["สวัสดี" * 800, "ครับ"]
+    tokenizer = train_tokenizer({"th": texts}, 64, model_type=model_type)
+    for text in texts:
+        assert tokenizer.decode(tokenizer.encode_text(text, "th")) == tokenizer.normalize(text, "th")

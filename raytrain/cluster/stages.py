@@ -156,6 +156,7 @@ def run_statistics(context: Context) -> str:
     )
     context.tracking.current.log_artifact(context.path("statistics.json"))
     _show_rejected(context, body["rejected_examples"])
+    _warn_of_unused(context, {name for name, corpus in body["by_corpus"].items() if not corpus["utterances"]})
     if body["unknown"]:
         listing = "".join(f"\n  {job.unknown_line(group)}" for group in body["unknown"])
         context.console.warn(f"the tokenizer can't write all characters of the texts, nor will a model:{listing}")
@@ -163,6 +164,14 @@ def run_statistics(context: Context) -> str:
     probed = sum(corpus["probed"] for corpus in body["audio"].values())
     checked = f", {probed} recordings checked" if probed else ""
     return f"{body['utterances']} utterances, {body['hours']:.2f} h{checked}, vocabulary {tokenizer.vocab_size}"
+
+
+def _warn_of_unused(context: Context, names: set[str]) -> None:
+    """Corpora that nothing is learnt from, which their weights and the report do not tell."""
+    for corpus in context.config.data.corpora("train"):
+        if corpus.name in names:
+            files = ", ".join(corpus.paths[:_NUM_EXAMPLES])
+            context.console.warn(f"corpus {corpus.name} has no row that training can use: {files}")
 
 
 def _warn_of_audio(context: Context, body: dict[str, Any]) -> None:
@@ -302,6 +311,9 @@ def run_assign(context: Context) -> str:
     _rejected_rows(body).check("data.train", config.data.corpora("train"), body["rows"], config.data.max_bad_fraction)
     context.tracking.current.log_metrics({"assigned": body["rows"], "rejected": rejected}, 0, 0.0)
     _show_rejected(context, body["rejected_examples"])
+    used = {note["corpus"] for note in notes if any(note["rows"].values())}
+    counted = _statistics(workspace)["body"]["by_corpus"]
+    _warn_of_unused(context, {name for name, corpus in counted.items() if corpus["utterances"]} - used)
     listing = ", ".join(f"{number} {reason}" for reason, number in body["rejected"].items())
     return f"{body['rows']} rows; rejected {rejected}" + (f" ({listing})" if listing else "")
 

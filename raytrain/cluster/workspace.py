@@ -39,7 +39,7 @@ from raytrain.data.rejected import RejectedRows
 from raytrain.data.remote import RunStore
 from raytrain.data.storage import is_uri
 from raytrain.data.tokenizer import CanaryTokenizer
-from raytrain.errors import ArtifactError, ConfigError
+from raytrain.errors import ArtifactError, ConfigError, ManifestError
 from raytrain.lengths.mixture import Mixture, repeats_of
 from raytrain.lengths.plan import BucketPlan, BucketPlanBody
 from raytrain.lengths.profile import BatchProfile
@@ -321,10 +321,22 @@ class Workspace:
     def checked_rows(self, split: str, limit: int | None = None) -> list[Row]:
         """`rows` of a split that something is to be scored on.
 
-        Raises `ManifestError` where it has no usable row, or more bad ones than `data.max_bad_fraction`.
+        Raises `ManifestError` where it or one of its corpora has no usable row, or where it has more bad ones than
+        `data.max_bad_fraction`.
         """
         rows, data = self.rows(split, limit), self.config.data
-        self.left_out[split].check(f"data.{split}", data.corpora(split), len(rows), data.max_bad_fraction)
+        left_out, corpora = self.left_out[split], data.corpora(split)
+        left_out.check(f"data.{split}", corpora, len(rows), data.max_bad_fraction)
+        used = {row.corpus for row in rows}
+        unused = [corpus for corpus in corpora if corpus.name not in used]
+        if unused and (limit is None or len(rows) < limit):
+            raise ManifestError(
+                f"corpus {unused[0].name} of data.{split} has no usable row",
+                got=", ".join(unused[0].paths),
+                why="a score of the other corpora would not be that of all",
+                remedy=f"check the file, or leave the corpus out of data.{split}"
+                + "".join(f"\n  {line}" for line in left_out.lines() if line.startswith(f"corpus {unused[0].name}: ")),
+            )
         return rows
 
     def is_translation(self, row: Row) -> bool:

@@ -32,6 +32,7 @@ EOS, BOS, PAD, NOSPEECH = "<|endoftext|>", "<|startoftranscript|>", "<pad>", "<|
 # A language names a file and a special token; manifests may hold anything.
 _LANGUAGE = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
 _MOST_ROUNDS = 16
+_SENTENCE_BYTES = 4192  # SentencePiece's own limit of a sentence
 _COMMON = (NOSPEECH, PAD, EOS, BOS, "<|pnc|>", "<|nopnc|>")
 # NeMo's order of the special tokens after <unk>; the languages follow.
 _SPECIALS_OF = {
@@ -290,6 +291,7 @@ def _check_languages(languages: Iterable[str]) -> list[str]:
 def _train(texts: list[str], vocab_size: int, model_type: str) -> bytes:
     characters = len(set("".join(texts))) + 2
     size = max(vocab_size, characters + 1)
+    longest = max((len(text.encode()) for text in texts), default=0)
     while True:
         writer = io.BytesIO()
         try:
@@ -304,6 +306,7 @@ def _train(texts: list[str], vocab_size: int, model_type: str) -> bytes:
                 pad_id=-1,
                 unk_id=0,
                 hard_vocab_limit=False,
+                max_sentence_length=max(_SENTENCE_BYTES, longest + 1),  # longer ones would be left out unmentioned
                 num_threads=1,  # threads would make the result depend on the machine
                 minloglevel=2,
             )
