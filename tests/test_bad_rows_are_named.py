@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -80,4 +81,21 @@ def test_a_corpus_that_gives_nothing_is_told(corpus, tmp_path, capfd, change):
     else:
         with pytest.raises(ManifestError, match="corpus void of data.dev has no usable row"):
             workspace.checked_rows("dev")
-    assert {row.corpus for row in workspace.checked_rows("dev", limit=8)} == {"dev"}
+
+
+@pytest.mark.parametrize(
+    "limit, expected", [(1, (1, 1, 1)), (6, (2, 2, 1)), (9, (4, 4, 1)), (100, (8, 8, 1)), (None, (8, 8, 1))]
+)
+def test_a_limit_on_rows_leaves_no_corpus_out(corpus, tmp_path, limit, expected):
+    """The first rows of a list of corpora would be those of the first."""
+    shutil.copytree(corpus, tmp_path / "corpus")
+    lines = (corpus / "dev.jsonl").read_text().splitlines(keepends=True)
+    for name, some in (("other", lines[::-1]), ("small", lines[:1])):
+        (tmp_path / "corpus" / f"{name}.jsonl").write_text("".join(some))
+    splits = {"train": ["train.jsonl"], "dev": ["dev.jsonl", "other.jsonl", "small.jsonl"]}
+    data = {"root": str(tmp_path / "corpus"), **splits}
+    config = tiny_config(tmp_path / "corpus", tmp_path, data=data, tracking={"enabled": False})
+    with pipeline_in_process():
+        pipeline.run_pipeline(config, Console(quiet=True), ("statistics",))
+    rows = Workspace(config, config.run_dir).checked_rows("dev", limit)
+    assert tuple(Counter(row.corpus for row in rows)[name] for name in ("dev", "other", "small")) == expected

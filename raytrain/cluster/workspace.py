@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import socket
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from functools import cached_property
@@ -37,6 +38,7 @@ from raytrain.data.probe import AudioListing
 from raytrain.data.prompt import prompt_languages
 from raytrain.data.rejected import RejectedRows
 from raytrain.data.remote import RunStore
+from raytrain.data.sentences import places_of_each
 from raytrain.data.storage import is_uri
 from raytrain.data.tokenizer import CanaryTokenizer
 from raytrain.errors import ArtifactError, ConfigError, ManifestError
@@ -296,15 +298,16 @@ class Workspace:
         )
 
     def rows(self, split: str, limit: int | None = None) -> list[Row]:
-        """Encoded rows of a small split (dev), at most `limit`; `left_out` then has its bad rows."""
-        rows: list[Row] = []
+        """Encoded rows of a small split (dev), at most `limit`, as many of each corpus as of the others where it has
+        them; `left_out` then has its bad rows."""
+        by_corpus: dict[str, list[Row]] = {}
         left_out = self.left_out[split] = RejectedRows()
         encoder = BlockEncoder(self.tokenizer, self.config.model.prompt_format, by_words=self.config.tokenizer.by_words)
         # What the decoder has no position for stays out of the validation loss, not of the WER.
         longest = self.config.model.max_positions + 1
         for chunk in chunks_of(self.config, split):
-            finder = AudioFinder(chunk)
-            for block in read_blocks(chunk):
+            rows, finder = by_corpus.setdefault(chunk.corpus, []), AudioFinder(chunk)
+            for block in () if limit is not None and len(rows) >= limit else read_blocks(chunk):
                 block = encoder.check(block)
                 left_out.num_rows += len(block) + len(block.bad)
                 for row in block.bad:
@@ -315,8 +318,12 @@ class Workspace:
                     path = row.audio_path if problem is None else f"{row.audio_path}/{member}"
                     rows.append(row._replace(audio_path=path, tokens=row.tokens[:longest]))
                 if limit is not None and len(rows) >= limit:
-                    return rows[:limit]
-        return rows
+                    break
+        if limit is None:
+            places = None
+        else:
+            places = places_of_each(Counter({name: len(rows) for name, rows in by_corpus.items()}), limit)
+        return [row for rows in by_corpus.values() for row in rows[:places]]
 
     def checked_rows(self, split: str, limit: int | None = None) -> list[Row]:
         """`rows` of a split that something is to be scored on.
@@ -329,7 +336,7 @@ class Workspace:
         left_out.check(f"data.{split}", corpora, len(rows), data.max_bad_fraction)
         used = {row.corpus for row in rows}
         unused = [corpus for corpus in corpora if corpus.name not in used]
-        if unused and (limit is None or len(rows) < limit):
+        if unused:
             raise ManifestError(
                 f"corpus {unused[0].name} of data.{split} has no usable row",
                 got=", ".join(unused[0].paths),
