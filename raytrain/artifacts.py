@@ -18,6 +18,7 @@ import io
 import json
 import math
 import os
+import stat
 import tempfile
 from collections.abc import Iterator, Mapping
 from functools import cache
@@ -121,8 +122,16 @@ def atomic_write(path: Path) -> Iterator[BinaryIO]:
 def check_absent(path: Path, overwrite: bool) -> None:
     """Raises `StorageError` where a command would write over something unasked."""
     path = Path(path)
-    if path.is_dir() or (not overwrite and (path.exists() or path.is_symlink())):
-        remedy = "name a file" if path.is_dir() else "choose another name, or say --overwrite"
+    try:
+        kind = stat.S_IFMT(os.stat(path).st_mode)
+    except FileNotFoundError:
+        kind = stat.S_IFREG if path.is_symlink() else None
+    except OSError as error:
+        raise storage_error(path, error) from error
+    if kind not in (None, stat.S_IFREG):  # a device would be replaced, for everybody
+        raise StorageError(f"{path} exists already", why="it is no file", remedy="name a file")
+    if kind is not None and not overwrite:
+        remedy = "choose another name, or say --overwrite"
         raise StorageError(f"{path} exists already", why="it would be overwritten", remedy=remedy)
 
 
