@@ -130,8 +130,8 @@ WARNINGS = {
     "‹references_changed› of … references are compared as the tokenizer's normaliser writes them; hypotheses.jsonl has "
     "both": "Scores compare what a model can write: NFC, and what the tokenizer folds (full-width letters, ligatures).",
     "nothing was scored; something is wrong": "The demo's test recordings can't be read: look at hypotheses.jsonl.",
-    "… is too long a name for Ray's sockets: they are in …":
-        "A socket's path ends at 107 bytes. Nothing is to do; a shorter TMPDIR keeps Ray's files there.",
+    "… has … for Ray's sockets: they are in …":
+        "A socket's path ends at 107 bytes, all ASCII. Nothing is to do; a shorter TMPDIR keeps Ray's files there.",
     "MLflow's database is damaged (…); move it away, and a new one is made; metrics.jsonl keeps everything":
         "Move the file that it names away; the next run writes all that metrics.jsonl holds to the new one.",
     "MLflow refused an entry (…)": "Only MLflow lacks the entry; metrics.jsonl has it. Look at the server's own log.",

@@ -1,6 +1,12 @@
 """`python -m raytrain`, and the program `raytrain`."""
 
-from raytrain import stopping
+import os
+
+try:
+    from raytrain import stopping
+except KeyboardInterrupt:  # too early for its own handler
+    os.write(2, b"stopped\n")
+    os._exit(130)
 
 
 def main() -> None:

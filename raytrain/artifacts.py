@@ -18,6 +18,7 @@ import io
 import json
 import math
 import os
+import stat
 import tempfile
 from collections.abc import Iterator, Mapping
 from functools import cache
@@ -42,10 +43,29 @@ def content_id(value: Any) -> str:
 def file_id(path: Path) -> str:
     """The content id of a file's bytes, read in blocks."""
     digest = hashlib.blake2b(digest_size=8)
-    with open(path, "rb") as file:
+    with open(path, "rb", opener=_without_waiting) as file:
         while block := file.read(1 << 20):
             digest.update(block)
     return digest.hexdigest()
+
+
+def _without_waiting(name: str, flags: int) -> int:
+    """Opens a file for reading: what is a pipe that nobody writes to has no bytes."""
+    return os.open(name, flags | os.O_NONBLOCK)
+
+
+def read_at_once(path: Path) -> bytes:
+    """A file's bytes. Raises `OSError`."""
+    with open(path, "rb", opener=_without_waiting) as file:
+        return file.read() or b""
+
+
+def lines_of(path: Path) -> list[bytes]:
+    """The lines of a file of notes, with their ends; none where it is missing or can't be read."""
+    try:
+        return read_at_once(path).splitlines(keepends=True)
+    except OSError:
+        return []
 
 
 class HashingFile(io.RawIOBase):
@@ -121,8 +141,16 @@ def atomic_write(path: Path) -> Iterator[BinaryIO]:
 def check_absent(path: Path, overwrite: bool) -> None:
     """Raises `StorageError` where a command would write over something unasked."""
     path = Path(path)
-    if path.is_dir() or (not overwrite and (path.exists() or path.is_symlink())):
-        remedy = "name a file" if path.is_dir() else "choose another name, or say --overwrite"
+    try:
+        kind = stat.S_IFMT(os.stat(path).st_mode)
+    except FileNotFoundError:
+        kind = stat.S_IFREG if path.is_symlink() else None
+    except OSError as error:
+        raise storage_error(path, error) from error
+    if kind not in (None, stat.S_IFREG):  # a device would be replaced, for everybody
+        raise StorageError(f"{path} exists already", why="it is no file", remedy="name a file")
+    if kind is not None and not overwrite:
+        remedy = "choose another name, or say --overwrite"
         raise StorageError(f"{path} exists already", why="it would be overwritten", remedy=remedy)
 
 
@@ -157,7 +185,7 @@ def read_json(path: Path, format: str, kind: Any = None) -> dict[str, Any]:
     Raises `ArtifactError`.
     """
     try:
-        document = parse_json(Path(path).read_bytes())
+        document = parse_json(read_at_once(path))
     except FileNotFoundError as error:
         raise ArtifactError(f"{path} is missing", remedy="run the stage that makes it") from error
     except (OSError, ValueError) as error:
@@ -190,7 +218,7 @@ def read_state(path: Path, kind: Any) -> Any:
     None where the file is missing, can't be read, or holds anything else: whoever asks goes on without it.
     """
     try:
-        return fitting(parse_json(Path(path).read_bytes()), kind)
+        return fitting(parse_json(read_at_once(path)), kind)
     except (OSError, ValueError):
         return None
 

@@ -10,6 +10,7 @@ known one. Settings of an algorithm live beside the class that they configure; t
 from __future__ import annotations
 
 import dataclasses
+import datetime
 import difflib
 import itertools
 import os
@@ -39,6 +40,8 @@ DATA_ROOT_VARIABLE = "RAYTRAIN_DATA_ROOT"
 RUN_ROOT_VARIABLE = "RAYTRAIN_RUN_ROOT"
 _SIZE = re.compile(r"^\s*(\d{1,18}(?:\.\d{1,18})?)\s*(B|KB|MB|GB|TB|KiB|MiB|GiB|TiB)?\s*$", re.IGNORECASE)
 _LONGEST_SHOWN = 200  # characters of a value in a message
+_MOST_PROBLEMS = 50
+_NOT_TEXT = "without quotes YAML takes it (like no, on, 1:30, 2024-01-01) for something else than text: quote it"
 _POWERS = {"k": 1, "m": 2, "g": 3, "t": 4}
 _WRITTEN = "paths are written to artefacts"
 _ELSEWHERE = "give them to the environment (AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, …) and leave them out of the path"
@@ -387,6 +390,8 @@ class Config(_Section):
             for place, text in _texts(self.model_dump(mode="json"))
             if holds_credentials(text)
         ]
+        texts = _texts(self.model_dump(mode="json"))
+        problems += [f"{place} holds a NUL character, which no name can" for place, text in texts if "\0" in text]
         longest = self.model.max_positions + 1  # the decoder does not read the last token
         if self.buckets.max_tokens > longest:
             problems.append(f"buckets.max_tokens is {self.buckets.max_tokens}, but the model ends at {longest} tokens "
@@ -456,9 +461,12 @@ def check_config(values: dict, source: str = "configuration") -> Config:
     try:
         return Config.model_validate(values)
     except ValidationError as error:
-        problems = [_describe(item) for item in error.errors()]
+        problems = [_describe(item) for item in error.errors()[:_MOST_PROBLEMS]]
+        number = error.error_count()
     listing = "\n  ".join(sorted(map(redacted, problems)))
-    raise ConfigError(f"{source} has {len(problems)} problem(s)", remedy=f"mend these settings:\n  {listing}")
+    if number > len(problems):
+        listing += f"\n  … and {number - len(problems)} more"
+    raise ConfigError(f"{source} has {number} problem(s)", remedy=f"mend these settings:\n  {listing}")
 
 
 def _texts(value: Any, place: str = "") -> Iterator[tuple[str, str]]:
@@ -518,6 +526,8 @@ def _describe(item: Any) -> str:
         return f"{dotted}: missing"
     message = item["msg"].removeprefix("Value error, ")
     given = item.get("input")
+    if item["type"] == "string_type" and isinstance(given, bool | int | float | datetime.date):
+        message += f"; {_NOT_TEXT}"
     shown = "" if isinstance(given, dict) or "got" in message else f"; got {_shown(given)}"
     return f"{dotted}: {message[0].lower() + message[1:]}{shown}"
 

@@ -164,6 +164,8 @@ def _manifests(
     stopping.say_at_stop(stopping.GOES_ON)
     if output is None:
         raise typer.BadParameter("goes with --manifest, for example --output texts.jsonl", param_hint="--output")
+    if str(output) == "-":
+        raise typer.BadParameter("texts go to a file; name it", param_hint="--output")
     if any(map(holds_credentials, [*manifests, *(audio or []), root])):
         raise typer.BadParameter("holds credentials; give them to the environment", param_hint="--manifest")
     if audio and len(audio) != len(manifests):
@@ -176,7 +178,7 @@ def _manifests(
     corpora = tuple(Corpus(path, path, audio=own).below(root) for path, own in places)
     chosen = {name: value for name, value in options.items() if value is not None}
     console = Console()
-    done = transcribe_manifests(Order(corpora, output, **chosen), console)
+    done = transcribe_manifests(Order(corpora, output.expanduser(), **chosen), console)
     found = done.to_dict()
     if json:
         typer.echo(orjson.dumps(found).decode())

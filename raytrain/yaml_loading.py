@@ -9,6 +9,8 @@ them; so they count as often as they are used.
 
 from __future__ import annotations
 
+import os
+import re
 import typing
 from pathlib import Path
 from typing import Any
@@ -18,12 +20,17 @@ if typing.TYPE_CHECKING:
 
 MAX_BYTES = 1 << 20
 MAX_DEPTH = 64
+MAX_VALUES = 50_000
 MAX_REPEATED = 10_000  # values that aliases stand for
+_MAX_NUMBER = 100  # characters; those to base 60 (1:30) take time that grows with their square
+_NUMBER = re.compile(r"[-+0-9][-+0-9_:.]*")
 
 
 def read_yaml(path: Path, max_bytes: int = MAX_BYTES) -> Any:
     """The values of a file. Raises `OSError` where it can't be read, and otherwise as `load_yaml` does."""
-    with open(path, "rb") as file:
+    # Opened without waiting, a pipe that nobody writes to is an empty file.
+    with open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)) as file:
+        os.set_blocking(file.fileno(), True)
         return load_yaml(file.read(max_bytes + 1), max_bytes)
 
 
@@ -43,9 +50,11 @@ def load_yaml(data: bytes | str, max_bytes: int = MAX_BYTES) -> Any:
         _check_size(yaml.parse(text, loader))
         _check_keys(yaml.compose(text, loader))
         return yaml.load(text, loader)
-    # Tags with a text that does not fit them (!!bool x) end in whatever PyYAML trips over.
-    except (yaml.YAMLError, ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+    except (yaml.YAMLError, ValueError) as error:
         raise ValueError(" ".join(str(error).split())) from error
+    # Tags with a text that does not fit them (!!bool x) end in whatever PyYAML trips over.
+    except (ArithmeticError, AttributeError, LookupError, TypeError) as error:
+        raise ValueError("a value does not fit its tag (!!…)") from error
 
 
 def _check_size(events: typing.Iterable[yaml.Event]) -> None:
@@ -57,8 +66,11 @@ def _check_size(events: typing.Iterable[yaml.Event]) -> None:
 
     measured: dict[str, tuple[int, int]] = {}  # values and depth of what has an anchor
     open_collections: list[list[Any]] = []  # anchor, values and depth so far
-    repeated = 0
+    repeated = number = 0
     for event in events:
+        number += isinstance(event, yaml.NodeEvent)
+        if number > MAX_VALUES:
+            raise ValueError(f"it has more than {MAX_VALUES} values")
         if isinstance(event, yaml.CollectionStartEvent):
             open_collections.append([event.anchor, 1, 1])
             measured.pop(event.anchor, None)
@@ -68,6 +80,8 @@ def _check_size(events: typing.Iterable[yaml.Event]) -> None:
             if anchor is not None:
                 measured[anchor] = values, depth
         elif isinstance(event, yaml.ScalarEvent):
+            if len(event.value) > _MAX_NUMBER and _NUMBER.fullmatch(event.value) and event.implicit[0]:
+                raise ValueError(f"line {event.start_mark.line + 1}: the number has more than {_MAX_NUMBER} characters")
             values, depth = 1, 0
             if event.anchor is not None:
                 measured[event.anchor] = values, depth

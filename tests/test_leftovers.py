@@ -94,6 +94,16 @@ def test_only_what_was_never_finished_goes(run):
     assert files(run.parents[1] / "outside") == set(LEFT)
 
 
+def test_what_is_a_users_or_another_runs_stays(run):
+    kept = (".env.template", "notes/.vimrc.original", *(f"inside/{name}" for name in (*LEFT, *TRAININGS, "owner.json")))
+    fill(run, kept)
+    os.chmod(run / ".env.template", 0o644)
+    os.chmod(run / "notes/.vimrc.original", 0o644)
+    time.sleep(0.01)
+    assert clean(run, "--yes").exit_code == 0
+    assert files(run) - {"link"} == {*RUN, *kept}
+
+
 def test_trainings_of_the_run_and_its_trials_are_named(run):
     assert {leftover.path for leftover in trainings(str(run))} == {str((run / name).parent) for name in TRAININGS}
 

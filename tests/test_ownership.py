@@ -16,6 +16,7 @@ import pytest
 
 from raytrain.cluster import ownership
 from raytrain.cluster.ownership import FILE, Owner, describe_owner, look_at, owned, read_owner, write_owner
+from raytrain.data.storage import StorageReadError
 from raytrain.errors import OwnedError
 
 
@@ -33,6 +34,7 @@ def elsewhere() -> Owner:
 HOLD = """
 import sys, time
 from raytrain.cluster.ownership import owned
+from raytrain.data.storage import StorageReadError
 from raytrain.errors import OwnedError
 try:
     with owned({folder!r}, take_over={take_over}):
@@ -316,3 +318,31 @@ def test_status_tells_the_owner_also_where_there_are_no_jobs(config, tmp_path, m
         told = CliRunner().invoke(app, ["status", "--config", str(path)])
         assert told.exit_code == 0 and f"process {os.getpid()}" in told.output
         assert CliRunner().invoke(app, ["status", "--address", nowhere]).exit_code == 1
+
+
+def test_what_is_no_file_is_no_record(tmp_path):
+    kinds = {
+        "folder": lambda path: path.mkdir(),
+        "nowhere": lambda path: path.symlink_to("nowhere"),
+        "device": lambda path: path.symlink_to("/dev/zero"),
+        "pipe": os.mkfifo,
+    }
+    for name, make in kinds.items():
+        folder = tmp_path / name
+        folder.mkdir()
+        make(folder / FILE)
+        for take_over in (False, True):
+            with pytest.raises(StorageReadError, match=f"{FILE} is no file.*remove it"), owned(
+                str(folder), take_over=take_over
+            ):
+                pass
+        assert [path.name for path in folder.iterdir()] == [FILE] and os.path.lexists(folder / FILE)
+
+
+def test_a_record_that_no_process_wrote_names_nobody():
+    owner = Owner.here()
+    assert read_owner(write_owner(owner)) == owner
+    assert read_owner(write_owner(replace(owner, pid=-1))) is None
+    late = write_owner(owner).replace(f"{owner.since:%Y-%m-%dT%H:%M:%S}Z".encode(), b"9999-12-31T23:59:59-12:00")
+    assert b"9999" in late and read_owner(late) is None
+    assert "\x1b" not in str(replace(owner, command="\x1b[2J\n")) and "\n" not in str(replace(owner, command="\n"))

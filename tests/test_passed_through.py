@@ -4,6 +4,7 @@ import json
 import os
 import re
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 from hypothesis import example, given
@@ -11,14 +12,14 @@ from hypothesis import strategies as st
 from typer.testing import CliRunner
 
 from raytrain.cli import app
-from raytrain.cluster.transcripts import Order, cut_parts, transcribe_manifests
+from raytrain.cluster.transcripts import Order, _Part, _Run, cut_parts, transcribe_manifests
 from raytrain.console import Console
 from raytrain.convert import Format, check_target
 from raytrain.data.corpus import Chunk, Corpus
 from raytrain.data.finished import FinishedParts
 from raytrain.data.lines import WHOLE
-from raytrain.data.requests import Prompts, read_requests
-from raytrain.errors import RaytrainError, StorageError
+from raytrain.data.requests import ManifestRow, Prompts, Request, read_requests
+from raytrain.errors import ConfigError, RaytrainError, StorageError
 
 NUMBER = re.compile(r"-?(0|[1-9][0-9]*)(\.[0-9]+)?([eE][+-]?[0-9]+)?")
 numbers = st.from_regex(NUMBER, fullmatch=True).filter(lambda text: abs(float(text)) < 1e308)
@@ -108,6 +109,31 @@ def test_a_file_that_is_there_is_overwritten_only_when_asked(order, tmp_path):
     order.output.symlink_to(tmp_path / "nowhere")
     assert "exists already" in refusal(order)
     assert "exists already" in refusal(replace(order, output=tmp_path, overwrite=True))
+
+
+def test_what_is_no_file_is_never_replaced(order, tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "null").symlink_to("/dev/null")
+    for name in ("pipe", "null"):
+        for overwrite in (False, True):
+            said = refusal(replace(order, output=tmp_path / name, overwrite=overwrite))
+            assert "exists already; because it is no file" in said
+    assert "can't write" in refusal(replace(order, output=tmp_path / ("x" * 300)))
+
+
+def test_what_the_command_reads_is_never_replaced(order, tmp_path):
+    model = tmp_path / "model"
+    model.mkdir()
+    (model / "model.pt").write_text("weights")
+    said = refusal(replace(order, checkpoint=model, output=model / "model.pt", overwrite=True))
+    assert "the output is a file that the command reads" in said
+    output = tmp_path / "a.wav"
+    output.write_text("audio")
+    parts = FinishedParts(output, "key", overwrite=True)
+    run = _Run(parts, None, SimpleNamespace(workers=1, cuda=False), None, lambda **options: None)
+    row = ManifestRow({}, Request(str(tmp_path / "." / "a.wav"), 0, 0, 0, 1000, ()))
+    with pytest.raises(ConfigError, match="the output is a file that the command reads"):
+        next(run._batches([_Part(0, [row], 0)]))
 
 
 def test_a_file_that_came_meanwhile_is_kept_and_so_are_the_parts(tmp_path):

@@ -41,3 +41,20 @@ def test_no_folder_is_an_error_that_says_so(monkeypatch):
     monkeypatch.setattr(sockets, "_is_mine", lambda folder: False)
     with pytest.raises(ClusterError, match="no folder for Ray's sockets.*set TMPDIR"):
         sockets.socket_folder()
+
+
+@pytest.mark.parametrize("folder", ["ünï", "file"])
+def test_a_folder_that_ray_can_not_use_is_replaced(folder, tmp_path, monkeypatch, caplog):
+    (tmp_path / "file").touch()
+    monkeypatch.setattr(sockets, "LONGEST", 200)
+    monkeypatch.setenv("RAY_TMPDIR", str(tmp_path / folder))
+    chosen = sockets.socket_folder()["_temp_dir"]
+    assert chosen in sockets.short_folders() and "for Ray's sockets: they are in" in caplog.text
+
+
+def test_a_tmpdir_that_is_not_there_is_not_made(tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", None)
+    monkeypatch.delenv("RAY_TMPDIR", raising=False)
+    monkeypatch.setenv("TMPDIR", str(tmp_path / "gone"))
+    assert sockets.socket_folder()["_temp_dir"] == os.path.join(tempfile.gettempdir(), "ray")
+    assert not (tmp_path / "gone").exists()

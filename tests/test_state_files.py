@@ -3,6 +3,7 @@
 import contextlib
 import copy
 import json
+import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,7 +16,7 @@ from conftest import tiny_values
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from raytrain.artifacts import content_id, parse_json, read_json, read_state
+from raytrain.artifacts import content_id, lines_of, parse_json, read_json, read_state
 from raytrain.cluster import pipeline, stages
 from raytrain.cluster.assign import standing_note
 from raytrain.cluster.probing import read_answers
@@ -27,10 +28,11 @@ from raytrain.convert import model_config_of
 from raytrain.data.assignment import INDEX_FORMAT, NOTE_FORMAT, Assignment, part_name
 from raytrain.data.corpus import Chunk
 from raytrain.data.finished import FinishedParts
+from raytrain.data.loader import Quarantine
 from raytrain.data.remote import RunStore
 from raytrain.data.stream import StreamState
 from raytrain.data.tokenizer import CanaryTokenizer, train_tokenizer
-from raytrain.errors import ArtifactError, CheckpointError, ProfileError, RaytrainError, TrainingError
+from raytrain.errors import ArtifactError, CheckpointError, ProfileError, RaytrainError, StorageError, TrainingError
 from raytrain.lengths.histogram import LengthHistogram
 from raytrain.lengths.plan import BucketSettings, make_plan
 from raytrain.lengths.profile import BatchProfile, ProbeSetting
@@ -466,3 +468,20 @@ def test_an_artefact_that_is_none_is_refused(tmp_path, data, message):
 def test_a_profile_needs_as_many_numbers_of_each_kind():
     with pytest.raises(ProfileError, match="differ in length"):
         replace(PROFILE, num_probes=(1,))
+
+
+def test_pipes_and_folders_are_no_state_and_nobody_waits(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "folder").mkdir()
+    for path in (tmp_path / "pipe", tmp_path / "folder"):
+        assert read_state(path, dict[str, int]) is None
+        assert lines_of(path) == [] and read_metrics(path) == []
+        with pytest.raises(ArtifactError, match="can't be read"):
+            read_json(path, "example/1")
+    (tmp_path / "pipe").rename(tmp_path / "ablation.json")
+    assert write_report(tmp_path, tmp_path / "report.html", title="t").exists()
+
+
+def test_a_quarantine_that_can_not_be_written_says_so(tmp_path):
+    with pytest.raises(StorageError, match="can't write.*is a directory"):
+        Quarantine(tmp_path).add_lines([{"audio_path": "a", "audio_start": 0, "offset_ms": 0, "error": "x"}])

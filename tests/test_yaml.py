@@ -1,5 +1,7 @@
 """YAML is read as plain values or refused with a sentence, whatever is in the file, in little time and memory."""
 
+import os
+
 import pytest
 import yaml
 from hypothesis import given, settings
@@ -114,3 +116,43 @@ def test_a_list_that_is_shared_is_redacted_once():
     while isinstance(clean, list):
         clean = clean[-1]
     assert clean == "https://***@host/x"
+
+
+def test_a_pipe_that_nobody_writes_to_is_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(ConfigError, match="data: missing"):
+        load_config(tmp_path / "pipe")
+
+
+@pytest.mark.parametrize(
+    ("data", "why"),
+    [
+        (b"a: [" + b"1," * 60_000 + b"]", "more than 50000 values"),
+        (b"a: 1" + b":5" * 100_000, "line 1: the number has more than 100 characters"),
+        (b"!!bool x", "does not fit its tag"),
+        (b"!!timestamp x", "does not fit its tag"),
+    ],
+)
+def test_what_would_take_long_or_can_not_be_is_said_at_once(data, why):
+    with pytest.raises(ValueError, match=why):
+        load_yaml(data)
+
+
+@pytest.mark.parametrize("value", ["no", "on", "1:30", "2024-01-01", "7"])
+def test_what_yaml_takes_for_something_else_is_to_be_quoted(tmp_path, value):
+    path = tmp_path / "c.yaml"
+    path.write_text(f"name: a\ndata: {{default_language: {value}, train: [a.jsonl]}}\n")
+    with pytest.raises(ConfigError, match="default_language.*quote it"):
+        load_config(path)
+    assert load_config(path, [f"data.default_language='{value}'"]).data.default_language == value
+
+
+def test_names_have_no_nul_and_thousands_of_problems_are_counted(tmp_path):
+    path = tmp_path / "c.yaml"
+    path.write_text('name: a\nrun: {root: "a\\0b"}\ndata: {train: [a.jsonl]}\n')
+    with pytest.raises(ConfigError, match="run.root holds a NUL"):
+        load_config(path)
+    path.write_text("".join(f"key{number}: 1\n" for number in range(5000)))
+    with pytest.raises(ConfigError, match=r"(?s)5002 problem.*\n  … and 4952 more") as caught:
+        load_config(path)
+    assert len(str(caught.value)) < 20_000

@@ -22,7 +22,8 @@ from raytrain.data.storage import file_sizes, is_uri, list_files, remove_file
 from raytrain.errors import StorageError
 
 RAY_FOLDER = "ray"
-_TEMPORARY = re.compile(r"\..+\.[a-z0-9_]{8}", re.DOTALL)
+OWNER_FILE = "owner.json"
+_TEMPORARY = re.compile(r"\.(.+)\.[a-z0-9_]{8}", re.DOTALL)
 _TRAINING = re.compile(r"train-\d+")
 _PROBE = ".doctor-*"
 _PROBE_SECONDS = 3600.0
@@ -55,15 +56,28 @@ class Leftover:
 
 def temporaries(folder: Path, before: float) -> Iterator[Leftover]:
     """Files and folders below `folder` that were never finished, last changed before a time in seconds; links are not
-    followed."""
+    followed, and run folders of others left alone."""
     for parent, folders, files in os.walk(folder):
+        _leave_other_runs(parent, folders)
         for name in [name for name in [*folders, *files] if _TEMPORARY.fullmatch(name)]:
             path = Path(parent, name)
             with contextlib.suppress(FileNotFoundError):
-                if path.lstat().st_mtime < before:
+                if path.lstat().st_mtime < before and _is_unfinished(path):
                     yield Leftover(str(path), "never finished", size_of(path))
             if name in folders:
                 folders.remove(name)
+
+
+def _is_unfinished(path: Path) -> bool:
+    """Whether a file or folder with a temporary's name is one. Artefacts have an ending before that of the temporary,
+    and until they are whole nobody else may read them; `.env.template` is a user's."""
+    name = path.name[1:].rpartition(".")[0]
+    return "." in name or name in ("writing", "fetching") or not path.lstat().st_mode & 0o077
+
+
+def _leave_other_runs(parent: str, folders: list[str]) -> None:
+    """Take folders that have an owner of their own out of a walk: that one may be at work."""
+    folders[:] = [name for name in folders if not os.path.lexists(os.path.join(parent, name, OWNER_FILE))]
 
 
 def remove_temporaries(folder: Path, before: float) -> None:
@@ -87,6 +101,7 @@ def trainings(location: str) -> Iterator[Leftover]:
             yield Leftover(f"{base}/{name}", what, sum(file_sizes(paths)))
         return
     for parent, folders, _ in os.walk(location):
+        _leave_other_runs(parent, folders)
         if Path(parent).name == RAY_FOLDER:
             for name in filter(_TRAINING.fullmatch, folders):
                 yield Leftover(f"{parent}/{name}", what, size_of(Path(parent, name)))

@@ -23,6 +23,7 @@ import secrets
 import shlex
 import signal
 import socket
+import stat
 import sys
 import threading
 import time
@@ -36,18 +37,19 @@ import psutil
 import pydantic
 
 from raytrain.artifacts import atomic_write_bytes, canonical_json, make_folder, storage_error
+from raytrain.cluster.leftovers import OWNER_FILE as FILE
 from raytrain.cluster.leftovers import remove_temporaries
-from raytrain.data.storage import exists, fingerprint, is_uri, read_range, remove_file, write_bytes
+from raytrain.data.storage import StorageReadError, exists, fingerprint, is_uri, read_range, remove_file, write_bytes
 from raytrain.errors import OwnedError, RaytrainError
 from raytrain.redaction import redacted
 
-FILE = "owner.json"
 LEASE_SECONDS = 120.0
 RENEW_SECONDS = 20.0
 STOP_SECONDS = 30.0  # what a displaced owner gets to notice and to end its workers
 _LOOK_SECONDS = 2.0
 _SETTLE_SECONDS = 1.0
 _COMMAND_CHARACTERS = 200
+_MOST_BYTES = 1 << 20
 _DISPLACED = signal.SIGUSR2  # Ctrl-C may be ignored: shells start background jobs so
 
 Say = Callable[[str], None]
@@ -87,7 +89,8 @@ class Owner:
 
     def __str__(self) -> str:
         since = self.since.astimezone().strftime("%Y-%m-%d %H:%M:%S")
-        return f"process {self.pid} on {self.host} (`{self.command}`, since {since})"
+        shown = f"process {self.pid} on {self.host} (`{self.command}`, since {since})"
+        return "".join(one if one.isprintable() else "?" for one in shown)  # a terminal obeys some characters
 
 
 _RECORD = pydantic.TypeAdapter(Owner)
@@ -101,9 +104,11 @@ def write_owner(owner: Owner) -> bytes:
 def read_owner(data: bytes) -> Owner | None:
     """The owner in a record's bytes, None where they are no record."""
     try:
-        return _RECORD.validate_json(data)
-    except ValueError:
+        owner = _RECORD.validate_json(data)
+        owner.since.astimezone()  # years at either end of the calendar have no local time
+    except (ValueError, OverflowError, OSError):
         return None
+    return owner if owner.pid > 0 else None
 
 
 def this_machine() -> str:
@@ -355,9 +360,10 @@ def look_at(location: str) -> Record | None:
     path = f"{location.rstrip('/')}/{FILE}"
     for attempt in range(3):
         try:
-            if not exists(path):
+            if not _is_there(path):
                 return None
-            record = Record(read_range(path, 0, 0), fingerprint(path))
+            stamp = fingerprint(path)
+            record = Record(read_range(path, 0, min(stamp[0], _MOST_BYTES)), stamp)
         except RaytrainError:  # it may have gone between two calls
             if attempt == 2:
                 raise
@@ -366,6 +372,28 @@ def look_at(location: str) -> Record | None:
             return record
         time.sleep(0.05)  # a record is seen while it is written
     return record
+
+
+def _is_there(path: str) -> bool:
+    """Whether there is a record. Raises `StorageReadError` where something else has its name: no record could ever
+    stand there, or it would be written where a link leads."""
+    if is_uri(path):
+        return exists(path)
+    try:
+        is_file = stat.S_ISREG(os.lstat(path).st_mode)
+    except FileNotFoundError:
+        return False
+    except OSError as error:
+        raise StorageReadError(
+            f"can't read {path}", why=(error.strerror or str(error)).lower(), remedy="choose another folder (run.root)"
+        ) from error
+    if not is_file:
+        raise StorageReadError(
+            f"{path} is no file",
+            why="raytrain notes there who owns the run folder",
+            remedy="remove it, or choose another folder (run.root)",
+        )
+    return True
 
 
 _HELD: dict[str, RunLock] = {}

@@ -27,8 +27,13 @@ def check_cluster(address: str, token: str | None) -> None:
         address = _running()
     match = _ADDRESS.fullmatch(address)
     if match is None:
-        raise ClusterError("this is no address of a cluster", got=without_credentials(address), allowed=_ALLOWED,
-                           remedy=_REMEDY)  # fmt: skip
+        shown = without_credentials(address)
+        raise ClusterError(
+            "this is no address of a cluster",
+            got=repr(shown if "://" in shown else re.sub(r".*@", "***@", shown, flags=re.DOTALL)),
+            allowed=_ALLOWED,
+            remedy=_REMEDY,
+        )
     _check_port(address, match[1], int(match[2]))
     _check_answer(address, token)
 

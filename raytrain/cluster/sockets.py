@@ -16,22 +16,33 @@ _LOG = logging.getLogger("raytrain.cluster")
 
 
 def socket_folder() -> dict[str, str]:
-    """The option of `ray.init` for its folder: none where Ray's own choice is short enough. Raises `ClusterError` where
-    no folder is both short and writable."""
-    default = os.environ.get("RAY_TMPDIR") or os.path.join(tempfile.gettempdir(), "ray")
-    if len(os.fsencode(default)) <= LONGEST:
-        return {}
+    """The option of `ray.init` for its folder, which it takes from TMPDIR as that is: also where it is not there, or
+    has a name that its native parts can't read. Raises `ClusterError` where no folder is both short and writable."""
+    default = os.path.join(os.environ.get("RAY_TMPDIR") or tempfile.gettempdir(), "ray")
+    problem = "too long a name" if len(os.fsencode(default)) > LONGEST else _problem(default)
+    if problem is None:
+        return {"_temp_dir": default}
     folders = short_folders()
     for folder in folders:
-        if len(os.fsencode(folder)) <= LONGEST and _is_mine(Path(folder).parent):
-            _LOG.warning("%s is too long a name for Ray's sockets: they are in %s", default, folder)
+        if len(os.fsencode(folder)) <= LONGEST and folder.isascii() and _is_mine(Path(folder).parent):
+            _LOG.warning("%s has %s for Ray's sockets: they are in %s", default, problem, folder)
             return {"_temp_dir": folder}
     raise ClusterError(
         "there is no folder for Ray's sockets",
         got=f"{default}, a name of {len(os.fsencode(default))} bytes",
-        allowed=f"{LONGEST} bytes, as sockets have names of at most 107; none of {', '.join(folders)} can be used",
+        allowed=f"{LONGEST} bytes of ASCII, as sockets have names of at most 107",
+        why=f"none of {', '.join(folders)} can be used either",
         remedy="set TMPDIR to a folder with a shorter name, which this user can write to",
     )
+
+
+def _problem(folder: str) -> str | None:
+    """What Ray would trip over, None where it would not."""
+    if not folder.isascii():
+        return "other characters than ASCII"
+    place = next(path for path in (folder, *map(str, Path(folder).absolute().parents)) if os.path.exists(path))
+    usable = os.path.isdir(place) and os.access(place, os.W_OK | os.X_OK)
+    return None if usable else "no place that this user can write to"
 
 
 def short_folders() -> list[str]:

@@ -17,6 +17,7 @@ from raytrain.artifacts import (
     canonical_json,
     content_id,
     file_id,
+    lines_of,
     make_folder,
     read_json,
     read_state,
@@ -617,7 +618,7 @@ def run_train(context: Context) -> str:
 
 def _quarantined(path: Path) -> int:
     """Recordings that are named in a quarantine file; workers name the same one each for itself."""
-    return len(set(path.read_bytes().splitlines())) if path.exists() else 0
+    return len(set(lines_of(path)))
 
 
 @contextlib.contextmanager

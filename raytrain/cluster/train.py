@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from raytrain.artifacts import atomic_write_bytes, file_id, read_state
+from raytrain.artifacts import atomic_write_bytes, file_id, lines_of, read_state
 from raytrain.cluster.failures import GiveUp, decide, killed_for_memory, readable, stalled, wrapped
 from raytrain.cluster.gpus import backend
 from raytrain.cluster.leftovers import RAY_FOLDER
@@ -364,7 +364,7 @@ def keep_metrics_until(path: Path, step: int) -> None:
     if not path.exists():
         return
     kept = []
-    for line in path.read_bytes().splitlines(keepends=True):
+    for line in lines_of(path):
         metrics = metrics_of(line)  # a killed writer leaves half a line
         if metrics is not None and metrics["step"] <= step:
             kept.append(line)
@@ -549,7 +549,7 @@ def follow(store: RunStore, name: str, on_line: Callable[[dict[str, Any]], None]
         path = store.local / name
         with contextlib.suppress(RaytrainError):  # there again the next time
             path = store.look(name)
-        for line in path.read_bytes().splitlines() if path.exists() else []:
+        for line in lines_of(path):
             item = metrics_of(line)
             if item is None:
                 continue

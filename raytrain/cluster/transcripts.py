@@ -164,10 +164,15 @@ def _check_output(order: Order, chunks: Sequence[Chunk]) -> None:
     for name in sorted(inputs | {str(order.checkpoint.expanduser())}):
         with contextlib.suppress(OSError):  # one of both is not there
             if os.path.samefile(name, order.output):
-                raise ConfigError(
-                    "the output is a file that the command reads", got=order.output, remedy="name another --output"
-                )
+                raise _read_too(order.output)
+    model, output = (os.path.realpath(path.expanduser()) for path in (order.checkpoint, order.output))
+    if output.startswith(f"{model}{os.sep}") and order.output.exists() and order.output.suffix != ".jsonl":
+        raise _read_too(order.output)
     check_absent(order.output, order.overwrite)
+
+
+def _read_too(output: Path) -> ConfigError:
+    return ConfigError("the output is a file that the command reads", got=output, remedy="name another --output")
 
 
 def _check_memory(sizes: BatchSizes) -> None:
@@ -239,6 +244,7 @@ class _Run:
     def __init__(self, store: FinishedParts, job: Job, pool: Pool, sizes: BatchSizes, update: Any) -> None:
         self._store, self._job, self._pool, self._sizes, self._update = store, job, pool, sizes, update
         self._part_of: dict[int, _Part] = {}
+        self._replaced = os.path.realpath(store.output) if store.output.exists() else None
         self._summary = Summary(workers=pool.workers, device="cuda" if pool.cuda else "cpu")
 
     def go(self, rows: Iterable[ManifestRow], part_rows: int) -> Summary:
@@ -254,6 +260,9 @@ class _Run:
     def _batches(self, parts: Iterable[_Part]) -> Iterator[Any]:
         summary = self._summary
         for part in parts:
+            for row in part.rows if self._replaced else ():
+                if row.request and os.path.realpath(row.request.audio_path) == self._replaced:
+                    raise _read_too(self._store.output)
             summary.rows += len(part.rows)
             summary.parts += 1
             self._update(total=summary.rows)

@@ -24,6 +24,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from raytrain.artifacts import storage_error
 from raytrain.data.assignment import Assignment, Row
 from raytrain.data.audio import AudioError, read_audio
 from raytrain.data.augment import Augmenter
@@ -79,8 +80,11 @@ class Quarantine:
                 if self._path is None:
                     self._news.append(line)
                     continue
-                with open(self._path, "ab") as file:
-                    file.write(orjson.dumps(line) + b"\n")
+                try:
+                    with open(self._path, "ab") as file:
+                        file.write(orjson.dumps(line) + b"\n")
+                except OSError as error:
+                    raise storage_error(self._path, error) from error
 
     def take_news(self) -> list[dict[str, Any]]:
         """What was noted since the last call, where there is no file."""

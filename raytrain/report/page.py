@@ -14,7 +14,7 @@ from typing import Any
 
 from jinja2 import TemplateError
 
-from raytrain.artifacts import is_count, parse_json
+from raytrain.artifacts import is_count, lines_of, parse_json, read_at_once
 from raytrain.report import figures
 from raytrain.report.ablation import ablation_figures, ablation_tables
 from raytrain.report.rendering import write_page
@@ -75,7 +75,7 @@ def _made(name: str, make: Callable[[], list[Any]], notes: list[str]) -> list[An
 
 def _body(path: Path, notes: list[str]) -> dict[str, Any] | None:
     try:
-        body = parse_json(path.read_bytes())["body"]
+        body = parse_json(read_at_once(path))["body"]
     except FileNotFoundError:
         return None
     except (OSError, ValueError, KeyError, TypeError, IndexError) as error:
@@ -90,7 +90,7 @@ def _body(path: Path, notes: list[str]) -> dict[str, Any] | None:
 def _lines(path: Path, notes: list[str]) -> list[dict[str, Any]]:
     """The whole lines of a JSON Lines file; a killed writer leaves half a line, which is counted."""
     rows, broken = [], 0
-    for line in path.read_bytes().splitlines() if path.exists() else ():
+    for line in lines_of(path):
         try:
             row = json.loads(line)
             rows.append(row) if isinstance(row, dict) else None

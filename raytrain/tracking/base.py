@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
-from raytrain.artifacts import is_count, is_number, make_folder, storage_error
+from raytrain.artifacts import is_count, is_number, lines_of, make_folder, storage_error
 
 
 class Tracker(Protocol):
@@ -72,11 +72,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
     A writer that was killed leaves half a line, and a damaged disk worse ones: these are left out.
     """
-    try:
-        lines = path.read_bytes().splitlines()
-    except OSError:
-        return []
-    return [line for line in map(metrics_of, lines) if line is not None]
+    return [line for line in map(metrics_of, lines_of(path)) if line is not None]
 
 
 def metrics_of(line: bytes) -> dict[str, Any] | None:
