@@ -30,6 +30,7 @@ from raytrain.artifacts import (
     is_number,
     make_folder,
     parse_json,
+    read_at_once,
     storage_error,
 )
 from raytrain.errors import CheckpointError
@@ -155,7 +156,7 @@ class _CheckedFile(io.FileIO):
 def read_checkpoint(folder: Path) -> Checkpoint | None:
     """A checkpoint folder whose files are all there and unchanged, else None."""
     try:
-        meta = parse_meta((folder / META).read_bytes())
+        meta = parse_meta(read_at_once(folder / META))
         whole = meta is not None and all(file_id(folder / name) == known for name, known in meta["files"].items())
     except (OSError, ValueError):
         return None
@@ -282,7 +283,7 @@ class CheckpointFolder:
         """`step` and `error` of the best checkpoint, None before the first validation, or before the first that
         `validation` names (see `mark_best`)."""
         try:
-            note = parse_json((self.folder / BEST).read_bytes())
+            note = parse_json(read_at_once(self.folder / BEST))
         except (OSError, ValueError):
             return None
         if not _is_score(note):

@@ -23,7 +23,15 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from raytrain.artifacts import atomic_write_bytes, canonical_json, is_count, is_number, make_folder, parse_json
+from raytrain.artifacts import (
+    atomic_write_bytes,
+    canonical_json,
+    is_count,
+    is_number,
+    make_folder,
+    parse_json,
+    read_at_once,
+)
 
 _MARK = 256  # bytes
 # What a rank may be in the middle of beside a step, in the place of the step's bucket.
@@ -133,7 +141,7 @@ class FaultNotes:
         marks = []
         for path in self._folder.glob("doing-*"):
             with contextlib.suppress(FileNotFoundError):  # another rank takes it
-                marks.append(path.read_bytes().decode(errors="replace"))
+                marks.append(read_at_once(path).decode(errors="replace"))
                 path.unlink()
         return marks
 
@@ -164,7 +172,7 @@ class FaultNotes:
         """Notes with these fields; what can't be read or is anything else is passed over."""
         for path in sorted(self._folder.glob(pattern)):
             try:
-                note = parse_json(path.read_bytes())
+                note = parse_json(read_at_once(path))
             except (OSError, ValueError):
                 continue
             if isinstance(note, dict) and all(fits(note.get(name)) for name, fits in fields.items()):
