@@ -19,6 +19,8 @@ from raytrain.data.rows import PROMPT_FIELDS, RawRow
 make_chunks = line_chunks
 __all__ = ["cut_row", "first_line", "make_chunks", "read"]
 
+_MAX_DETAIL = 500  # characters: a cut may hold anything
+
 
 def read(chunk: Chunk) -> Iterator[tuple[int, list[RawRow]]]:
     """Rows of a chunk; see `corpus.read_blocks`."""
@@ -30,7 +32,7 @@ def cut_row(cut: dict[str, Any], *, in_tar: bool = False) -> RawRow:
     try:
         source = _source(cut, in_tar)
         if source.__class__ is str:
-            return "unsupported_audio", source
+            return "unsupported_audio", source[:_MAX_DETAIL]
         audio = cut["id"] if in_tar else source["source"]
         place = {"audio_filepath": audio, "duration": cut["duration"], "offset": cut.get("start")}
         return {"id": cut.get("id"), **place, **_described(cut)}
