@@ -177,7 +177,7 @@ class Texts:
 
 def error_sites(modules: list[Module]) -> list[Site]:
     """Every call that makes an error of the tree; what only makes one again from its parts is none."""
-    found = []
+    sites = []
     for module, call, texts in _called(modules, *error_classes(modules)):
         given = {keyword.arg: keyword.value for keyword in call.keywords}
         for variant in texts.variants(call.args[0]):
@@ -186,8 +186,8 @@ def error_sites(modules: list[Module]) -> list[Site]:
             if remedy and not re.search(r"\w", remedy):
                 remedy = "as the message says"
             name, what = ast.unparse(call.func).rpartition(".")[2], variant.of(call.args[0])
-            found.append(Site(module.path, name, what, why, None if allowed == "…" else allowed, remedy))
-    return found
+            sites.append(Site(module.path, name, what, why, None if allowed == "…" else allowed, remedy))
+    return sites
 
 
 def _shared(modules: list[Module]) -> dict[str, ast.expr]:
@@ -207,11 +207,11 @@ def _called(modules: list[Module], *names: str) -> Iterator[tuple[Module, ast.Ca
 
 def warnings(modules: list[Module]) -> list[str]:
     """The text of every warning."""
-    found = []
+    texts_of_warnings = []
     for module, call, texts in _called(modules, "warn", "warning"):
         text = texts.of(call.args[0], None)
-        found += [text.replace("%s", "…")] if text else INDIRECT_WARNINGS.get(module.path, [])
-    return list(dict.fromkeys(found))
+        texts_of_warnings += [text.replace("%s", "…")] if text else INDIRECT_WARNINGS.get(module.path, [])
+    return list(dict.fromkeys(texts_of_warnings))
 
 
 def listed_problems(modules: list[Module]) -> list[str]:
@@ -223,12 +223,12 @@ def listed_problems(modules: list[Module]) -> list[str]:
 
 def usage_errors(modules: list[Module]) -> list[str]:
     """What is wrong with a command line, as it is shown."""
-    found = []
+    messages = []
     for _, call, texts in _called(modules, "BadParameter"):
         hint = texts.of(next((keyword.value for keyword in call.keywords if keyword.arg == "param_hint"), None))
         text = texts.of(call.args[0])
-        found += [f"Invalid value for {hint}: {text}" if hint else f"Invalid value: {text}"]
-    return [text for text in dict.fromkeys(found) if text != "Invalid value: …"]
+        messages += [f"Invalid value for {hint}: {text}" if hint else f"Invalid value: {text}"]
+    return [text for text in dict.fromkeys(messages) if text != "Invalid value: …"]
 
 
 def bad_row_reasons(modules: list[Module]) -> list[str]:

@@ -240,7 +240,7 @@ def fitting(value: Any, kind: Any) -> Any:
     from pydantic import ValidationError
 
     try:
-        _adapter(kind).validate_json(canonical_json(value), strict=True)
+        _adapter(kind).validate_json(json.dumps(value, allow_nan=False), strict=True)
     except ValidationError as error:
         first = error.errors(include_url=False, include_input=False)[0]
         place = ".".join(str(part) for part in first["loc"])

@@ -353,19 +353,19 @@ def names_of(kind: typing.Any, prefix: str = "") -> list[str]:
         fields = {field.name: hints[field.name] for field in dataclasses.fields(kind)}
     else:
         return []
-    found = []
+    names = []
     for name, inner in fields.items():
-        place = f"{prefix}{name}"
+        dotted = f"{prefix}{name}"
         if isinstance(inner, types.UnionType):  # … | None
-            inner = next(one for one in typing.get_args(inner) if one is not type(None))
+            inner = next(option for option in typing.get_args(inner) if option is not type(None))
         if inner == list[Corpus]:
-            found += [place, *(names_of(Corpus, f"{place}.") if name == "train" else [])]
+            names += [dotted, *(names_of(Corpus, f"{dotted}.") if name == "train" else [])]
             continue
-        below = names_of(inner, f"{place}.")
-        found += below
-        if not below or place == "data.stream":
-            found.append(place)
-    return found
+        below = names_of(inner, f"{dotted}.")
+        names += below
+        if not below or dotted == "data.stream":
+            names.append(dotted)
+    return names
 
 
 def with_value(config: Config, name: str, value: typing.Any) -> Config:

@@ -23,10 +23,10 @@ CHUNKS = {
 
 
 def nested(depth):
-    found = []
+    value = []
     for _ in range(depth):
-        found = [found]
-    return found
+        value = [value]
+    return value
 
 
 odd = st.one_of(

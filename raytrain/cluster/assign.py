@@ -34,7 +34,7 @@ from raytrain.data.audio import PARQUET_ROW
 from raytrain.data.corpus import BadRow, Chunk, read_blocks
 from raytrain.data.encoder import BlockEncoder
 from raytrain.data.materialize import AudioFinder, make_flacs
-from raytrain.data.probe import MISSING, AudioListing
+from raytrain.data.probe import MISSING, NO_LISTING, AudioListing
 from raytrain.data.rejected import NUM_EXAMPLES
 from raytrain.data.remote import DEFAULT_CACHE_BYTES, RunStore
 from raytrain.data.rows import Block
@@ -61,11 +61,11 @@ class AssignSettings:
 
 
 class ChunkAssigner:
-    """Writes one chunk's parts below `folder`; with a `listing` rows whose file is not there are rejected."""
+    """Writes one chunk's parts below `folder`; rows whose audio file `listing` misses are rejected."""
 
     def __init__(
         self, chunk: Chunk, encoder: BlockEncoder, plan: BucketPlan, folder: Path, sample_rate: int | None,
-        listing: AudioListing | None = None,
+        listing: AudioListing = NO_LISTING,
     ) -> None:  # fmt: skip
         self._chunk, self._encoder, self._plan, self._folder = chunk, encoder, plan, folder
         self._sample_rate, self._listing = sample_rate, listing
@@ -80,9 +80,7 @@ class ChunkAssigner:
         flush_at = _FLUSH_AT if self._sample_rate is None else _FLUSH_AUDIO_AT
         with atomic_write(path) as self._rejects, PartsWriter(self._folder, self._chunk.index) as self._parts:
             for block in read_blocks(self._chunk):
-                block = self._encoder.check(block)
-                if self._listing is not None:
-                    block = self._listing.check(block)
+                block = self._listing.check(self._encoder.check(block))
                 for row in block.bad:
                     self._reject(row)
                 if len(block):
@@ -214,7 +212,7 @@ def assign_all(
         tokenizer, plan = ray.get(shared)
         encoder = BlockEncoder(tokenizer, settings.prompt_format, by_words=settings.by_words)
         store = RunStore(location, settings.cache_size)
-        listing = AudioListing() if settings.check_audio else None
+        listing = AudioListing(settings.check_audio)
 
         def assign(chunk: Chunk) -> dict[str, Any]:
             assigner = ChunkAssigner(chunk, encoder, plan, store.local / FOLDER, settings.sample_rate, listing)

@@ -53,17 +53,16 @@ def stalled(stalls: list[str], config: Config) -> TrainingError:
     )
 
 
-def wrapped(error: BaseException, kind: type[RaytrainError]) -> RaytrainError | None:
+def cause_of_kind(error: BaseException, kind: type[RaytrainError]) -> RaytrainError | None:
     """The error of a kind that is or that is inside `error`, None where there is none."""
-    return next((one for one in _causes(error) if isinstance(one, kind)), None)
+    return next((cause for cause in _causes(error) if isinstance(cause, kind)), None)
 
 
 def readable(error: BaseException) -> Exception:
     """The `RaytrainError` inside Ray's wrapping, or a `TrainingError` with the last line of its cause."""
+    if (cause := cause_of_kind(error, RaytrainError)) is not None:
+        return cause
     seen = _causes(error)
-    for item in seen:
-        if isinstance(item, RaytrainError):
-            return item
     lines = [line for line in str(seen[-1]).strip().splitlines() if line.strip()]
     if any(type(item).__name__ == "WorkerGroupStartupTimeoutError" for item in seen):
         return TrainingError(

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from raytrain.cluster.sockets import short_folders
-from raytrain.data.storage import file_sizes, is_uri, list_files, remove_file
+from raytrain.data.storage import file_sizes, is_uri, list_files, remove_files
 from raytrain.errors import StorageError
 
 RAY_FOLDER = "ray"
@@ -40,7 +40,7 @@ class Leftover:
     def remove(self) -> None:
         """Remove it; what is gone already is fine. Raises `StorageError`."""
         if is_uri(self.path):
-            remove_remote_folder(self.path)
+            remove_files(self.path)
             return
         path = Path(self.path)
         try:
@@ -128,12 +128,6 @@ def ray_folders() -> list[Path]:
     places = (os.environ.get("RAY_TMPDIR"), os.environ.get("TMPDIR"), tempfile.gettempdir(), "/tmp")
     folders = [Path(place) / "ray" for place in places if place]
     return sorted({folder.resolve() for folder in (*folders, *map(Path, short_folders()))})
-
-
-def remove_remote_folder(uri: str) -> None:
-    """Remove all files below a URI. Raises `StorageError` and `StorageReadError`."""
-    for path in list_files(uri, recursive=True, missing_ok=True):
-        remove_file(path)
 
 
 def size_of(path: Path) -> int:

@@ -54,6 +54,7 @@ from raytrain.lengths.profile import BatchProfile
 from raytrain.lengths.simulate import Simulation, simulate
 from raytrain.model.cost import cost_of
 from raytrain.training.data_wait import DataPath, DataWaitMonitor
+from raytrain.training.evaluation import are_enough_readable
 from raytrain.training.memory import TRACER_VERSION
 from raytrain.training.meter import Probe
 from raytrain.training.probing import ProbeOutcome
@@ -523,7 +524,7 @@ def _lineage(workspace: Workspace) -> str:
         settings["max_steps"] = workspace.config.train.max_steps
     data = workspace.config.data
     if data.stream is None:
-        heard_rows = read_json(workspace.path("assignment", "index.json"), INDEX_FORMAT, IndexBody)["body"]["rows_id"]
+        heard_rows = workspace.assigned_rows_id
     else:
         heard_rows = content_id([workspace.plan_id, _reading(workspace.config, "train"), data.stream.model_dump()])
     heard = asdict(workspace.config.augment)
@@ -551,7 +552,7 @@ def _validation(workspace: Workspace) -> list[Any]:
 def train_goes_on(workspace: Workspace) -> bool:
     """Whether training has checkpoints of these settings to go on from."""
     last = workspace.checkpoints().about("newest")
-    return last is not None and last.meta.get("ids", {}).get("lineage") == _lineage(workspace)
+    return last is not None and last.lineage == _lineage(workspace)
 
 
 def training_meta(workspace: Workspace) -> dict[str, Any]:
@@ -742,8 +743,8 @@ def run_evaluate(context: Context) -> str:
 
 def check_unreadable(results: list[dict[str, Any]], limit: float) -> None:
     """Raise `DataError` where more than `limit` of the test's recordings, or all of them, can't be read."""
-    unreadable = [one for one in results if one["hypothesis"] is None]
-    if len(unreadable) < len(results) and len(unreadable) <= limit * len(results):
+    unreadable = [result for result in results if result["hypothesis"] is None]
+    if are_enough_readable(len(unreadable), len(results), limit):
         return
     raise DataError(
         f"{len(unreadable)} of {len(results)} test recordings can't be read",
@@ -751,7 +752,7 @@ def check_unreadable(results: list[dict[str, Any]], limit: float) -> None:
         allowed=f"data.max_bad_fraction = {limit:.2%}, and at least one that can be read",
         why="a score of what is left would not be the test's",
         remedy="check data.test, data.root and that every worker sees the audio, or raise the limit; hypotheses.jsonl "
-        "has the texts of the others" + "".join(f"\n  {one['error']}" for one in unreadable[:_NUM_EXAMPLES]),
+        "has the texts of the others" + "".join(f"\n  {result['error']}" for result in unreadable[:_NUM_EXAMPLES]),
     )
 
 

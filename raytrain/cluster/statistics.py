@@ -19,7 +19,15 @@ from raytrain.cluster.session import map_on_workers
 from raytrain.config import Config, TokenizerSection
 from raytrain.data.corpus import DEFAULT_CHUNK_BYTES, BadRow, Chunk, plan_chunks, read_blocks
 from raytrain.data.encoder import BlockEncoder
-from raytrain.data.probe import UNREADABLE, AudioListing, HeaderSample, ProbeCounts, least_share, plan_samples
+from raytrain.data.probe import (
+    NO_LISTING,
+    UNREADABLE,
+    AudioListing,
+    HeaderSample,
+    ProbeCounts,
+    least_share,
+    plan_samples,
+)
 from raytrain.data.prompt import prompt_ids
 from raytrain.data.rejected import NUM_EXAMPLES, RejectedRows
 from raytrain.data.rows import Block
@@ -122,10 +130,8 @@ class Counts:
 
     def count_texts(self, block: Block, tokens: np.ndarray, unknown: np.ndarray, encoder: BlockEncoder) -> None:
         """Count (N,) tokens of a block's texts and how many of them are unknown."""
-        languages = [key.target_lang for key in block.prompts]
-        for language in dict.fromkeys(languages):
+        for language, rows in block.by_prompt([key.target_lang for key in block.prompts]):
             group = (block.chunk.corpus, language)
-            rows = np.array([one == language for one in languages], bool)[block.prompt_of]
             self.text_tokens[group] += int(tokens[rows].sum())
             for row in np.flatnonzero(rows & (unknown > 0)).tolist():
                 self.unknown[group] += int(unknown[row])
@@ -145,11 +151,11 @@ def _note_example(examples: dict[tuple[str, str], list[dict]], chunk: Chunk, row
 
 
 def count_chunk(
-    chunk: Chunk, encoder: BlockEncoder, listing: AudioListing | None = None, sample_size: int = 0
+    chunk: Chunk, encoder: BlockEncoder, listing: AudioListing = NO_LISTING, sample_size: int = 0
 ) -> Counts:
     """Count one chunk; runs on a worker. Line numbers count from the chunk's first line.
 
-    With a `listing` rows whose audio file is not there are bad rows. The headers of `sample_size` rows are read.
+    Rows whose audio file `listing` misses are bad rows. The headers of `sample_size` rows are read.
     """
     counts, sample = Counts(), HeaderSample(chunk, sample_size)
     waiting: dict[Group, list[tuple[np.ndarray, np.ndarray]]] = {}
@@ -163,17 +169,14 @@ def count_chunk(
 
     # Relative: only the driver learns how many lines stand before the chunk.
     for block in read_blocks(replace(chunk, first_line=1)):
-        block = encoder.check(block)
-        if listing is not None:
-            block = listing.check(block)
+        block = listing.check(encoder.check(block))
         sample.add(block)
         lengths, prompts, unknown = encoder.count_unknown(block)
         counts.count_texts(block, lengths - prompts - 1, unknown, encoder)
         counts.prompt_tokens += int(prompts.sum())
         counts.count_rows(chunk, block)
         groups = [(chunk.corpus, key.source_lang, key.target_lang) for key in block.prompts]
-        for group in dict.fromkeys(groups):
-            rows = np.array([one == group for one in groups], bool)[block.prompt_of]
+        for group, rows in block.by_prompt(groups):
             if rows.any():
                 waiting.setdefault(group, []).append((block.duration_ms[rows], lengths[rows]))
         num_waiting += len(block)
@@ -196,7 +199,7 @@ def count_all(chunks: list[Chunk], tokenizer: CanaryTokenizer, config: Config) -
 
     def count(chunks: list[Chunk]) -> tuple[int, Counts]:
         encoder = BlockEncoder(ray.get(tokenizer_ref), prompt_format, by_words=by_words)
-        total, listing = Counts(), AudioListing() if sample else None
+        total, listing = Counts(), AudioListing(sample > 0)
         for chunk in chunks:
             total.add(count_chunk(chunk, encoder, listing, sample_sizes.get(chunk.index, 0)))
         return len(chunks), total
@@ -310,21 +313,21 @@ def check_bad_rows(counts: Counts, config: Config, usable: int) -> None:
 def unknown_pieces(counts: Counts) -> list[dict[str, Any]]:
     """Corpora and languages with texts that the tokenizer can't write, the worst first: `tokens` of their texts, how
     many are `unknown`, their `fraction`, and the most frequent `characters` as [character, times]."""
-    found = []
+    groups = []
     for group, unknown in counts.unknown.items():
-        characters = sorted(counts.characters[group].items(), key=lambda one: (-one[1], one[0]))
+        characters = sorted(counts.characters[group].items(), key=lambda entry: (-entry[1], entry[0]))
         tokens = counts.text_tokens[group]
-        found.append(
+        groups.append(
             {
                 "corpus": group[0],
                 "language": group[1],
                 "tokens": tokens,
                 "unknown": unknown,
                 "fraction": unknown / tokens,
-                "characters": [list(one) for one in characters[:_NUM_CHARACTERS]],
+                "characters": [list(entry) for entry in characters[:_NUM_CHARACTERS]],
             }
         )
-    return sorted(found, key=lambda one: (-one["fraction"], one["corpus"], one["language"]))
+    return sorted(groups, key=lambda group: (-group["fraction"], group["corpus"], group["language"]))
 
 
 def check_unknown(unknown: list[dict[str, Any]], section: TokenizerSection) -> None:
@@ -332,10 +335,10 @@ def check_unknown(unknown: list[dict[str, Any]], section: TokenizerSection) -> N
     unknown pieces. `unknown` is as `unknown_pieces` gives it.
     """
     limit = section.max_unknown_fraction
-    bad = [one for one in unknown if one["fraction"] > limit]
+    bad = [group for group in unknown if group["fraction"] > limit]
     if not bad:
         return
-    listing = "".join(f"\n  {unknown_line(one)}" for one in bad[:_NUM_SHOWN])
+    listing = "".join(f"\n  {unknown_line(group)}" for group in bad[:_NUM_SHOWN])
     further = f"\n  and {len(bad) - _NUM_SHOWN} more" if len(bad) > _NUM_SHOWN else ""
     if section.path:
         remedy = (
@@ -354,11 +357,11 @@ def check_unknown(unknown: list[dict[str, Any]], section: TokenizerSection) -> N
     )
 
 
-def unknown_line(one: dict[str, Any]) -> str:
+def unknown_line(group: dict[str, Any]) -> str:
     """What an entry of `unknown_pieces` says, for a person."""
-    shown = " ".join(f"{character!r} ({times})" for character, times in one["characters"][:_NUM_SHOWN])
-    share = f"{one['unknown']} of {one['tokens']} tokens ({one['fraction']:.2%})"
-    return f"corpus {one['corpus']}, {one['language']}: {share}: {shown}"
+    shown = " ".join(f"{character!r} ({times})" for character, times in group["characters"][:_NUM_SHOWN])
+    share = f"{group['unknown']} of {group['tokens']} tokens ({group['fraction']:.2%})"
+    return f"corpus {group['corpus']}, {group['language']}: {share}: {shown}"
 
 
 def statistics_body(counts: Counts, config: Config) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from raytrain.artifacts import atomic_write_bytes, file_id, lines_of, read_state
-from raytrain.cluster.failures import GiveUp, decide, killed_for_memory, readable, stalled, wrapped
+from raytrain.cluster.failures import GiveUp, cause_of_kind, decide, killed_for_memory, readable, stalled
 from raytrain.cluster.gpus import backend
 from raytrain.cluster.leftovers import RAY_FOLDER
 from raytrain.cluster.placement import Placement, total
@@ -45,14 +45,15 @@ def train_worker(job: dict[str, Any]) -> None:
     try:
         _train(job)
     except Exception as error:
-        if (damage := wrapped(error, DamagedPartError)) is not None:
+        if (damage := cause_of_kind(error, DamagedPartError)) is not None:
             note_the_end(store, damage)
         raise
 
 
-def note_the_end(store: RunStore, error: RaytrainError) -> None:
-    """Leave a note that training is over with an error that another attempt would meet again."""
-    _tell(store, _GAVE_UP, error.to_dict())
+def note_the_end(store: RunStore, error: RaytrainError, kind: type[TrainingError] = TrainingError) -> None:
+    """Leave a note that training is over with an error, told as one of a `kind`, that another attempt would meet again.
+    """
+    _tell(store, _GAVE_UP, {**error.to_dict(), "kind": kind.__name__})
 
 
 @dataclass(frozen=True)
@@ -124,7 +125,7 @@ def _train(job: dict[str, Any]) -> None:
         resume = _agreed_checkpoint(checkpoints, rank, job["meta"])
     except GaveUp as error:
         if rank == 0:
-            _tell(store, _GAVE_UP, {**error.to_dict(), "kind": CheckpointError.__name__})
+            note_the_end(store, error, CheckpointError)
         return
     _look_at_faults(store)
     _load_weights(resume, model, workspace, device)

@@ -18,7 +18,7 @@ from raytrain.artifacts import atomic_write_bytes, content_id, make_folder, read
 from raytrain.cluster.mirror import checkpoints_of
 from raytrain.cluster.statistics import chunks_of
 from raytrain.config import Config
-from raytrain.data.assignment import Assignment, Row, row_table, rows_of
+from raytrain.data.assignment import INDEX_FORMAT, Assignment, IndexBody, Row, row_table, rows_of
 from raytrain.data.audio import AudioError
 from raytrain.data.augment import Augmenter
 from raytrain.data.corpus import Chunk, read_blocks
@@ -102,6 +102,7 @@ _KINDS = {
     PROFILE_FORMAT: ProfileBody,
     STATISTICS_FORMAT: StatisticsBody,
     CHUNKS_FORMAT: list[Chunk],
+    INDEX_FORMAT: IndexBody,
 }
 
 
@@ -133,6 +134,11 @@ class Workspace:
         """The assigned rows. Raises `ArtifactError` where assign has not run."""
         self.store.bring("assignment/index.json")
         return Assignment(self.path("assignment"), self.store)
+
+    @cached_property
+    def assigned_rows_id(self) -> str:
+        """The content id of all assigned rows. Raises `ArtifactError` where assign has not run."""
+        return self._read("assignment/index.json", INDEX_FORMAT)["body"]["rows_id"]
 
     @cached_property
     def _plan_document(self) -> dict[str, Any]:
@@ -294,7 +300,7 @@ class Workspace:
             buffer_size=settings.buffer_size,
             concurrent=settings.concurrent,
             num_epochs=config.train.max_epochs,
-            listing=AudioListing() if config.data.audio_sample else None,
+            listing=AudioListing(config.data.audio_sample > 0),
         )
 
     def rows(self, split: str, limit: int | None = None) -> list[Row]:

@@ -45,9 +45,7 @@ class BlockEncoder:
             BadRow(block.chunk.path, int(number), *prompts[prompt])
             for number, prompt in zip(block.numbers[rows], block.prompt_of[rows], strict=True)
         ]
-        kept = block.select(~rows)
-        kept.bad = sorted([*block.bad, *bad], key=lambda row: row.line)
-        return kept
+        return block.without(rows, bad)
 
     def count(self, block: Block) -> tuple[np.ndarray, np.ndarray]:
         """Lengths of the sequences and of their prompts, (N,) int64 each, of a checked block."""
@@ -85,12 +83,8 @@ class BlockEncoder:
         return EncodedBlock(np.frombuffer(b"".join(pieces), np.int32), lengths, prompts)
 
     def _by_language(self, block: Block) -> list[tuple[np.ndarray, TextEncoder]]:
-        names = [key.target_lang for key in block.prompts]
-        rows_of = {
-            name: np.array([one == name for one in names], bool)[block.prompt_of] for name in dict.fromkeys(names)
-        }
-        chosen = ((np.flatnonzero(rows), name) for name, rows in rows_of.items())
-        return [(rows, self._texts[name]) for rows, name in chosen if len(rows)]
+        by_language = block.by_prompt([key.target_lang for key in block.prompts])
+        return [(np.flatnonzero(rows), self._texts[language]) for language, rows in by_language if rows.any()]
 
     def _prompt_lengths(self, block: Block) -> np.ndarray:
         heads = [self._prompt(key) for key in block.prompts]

@@ -35,16 +35,18 @@ _TAR_FORMATS = ("nemo_tarred", "lhotse_shar")
 
 
 class AudioListing:
-    """Tells which local audio files there are; remembers the folders that it listed."""
+    """Tells which local audio files there are; remembers the folders that it listed. One that is not `is_on` takes all
+    to be there."""
 
-    def __init__(self) -> None:
+    def __init__(self, is_on: bool = True) -> None:
+        self._is_on = is_on
         self._folders: OrderedDict[str, frozenset[str]] = OrderedDict()
         self._num_names = 0
 
     def check(self, block: Block) -> Block:
         """The block without the rows whose file is not there; they are added to its bad rows. What lies in a tar, in
         Parquet or at a URI is taken as it is."""
-        if block.chunk.format in _TAR_FORMATS or not len(block):
+        if not self._is_on or block.chunk.format in _TAR_FORMATS or not len(block):
             return block
         files, members = audio_places(block.chunk, block.paths)
         missing = self._missing(files, members)
@@ -54,9 +56,7 @@ class AudioListing:
             BadRow(block.chunk.path, int(block.numbers[row]), MISSING, f"{_NO_FILE}{files[row]}")
             for row in np.flatnonzero(missing).tolist()
         ]
-        kept = block.select(~missing)
-        kept.bad = sorted([*block.bad, *bad], key=lambda row: row.line)
-        return kept
+        return block.without(missing, bad)
 
     def _missing(self, files: Sequence[str], members: Sequence[str]) -> np.ndarray:
         split = [file.rpartition("/") for file in files]
@@ -88,6 +88,9 @@ class AudioListing:
         while self._num_names > _MAX_NAMES and len(self._folders) > 1:
             self._num_names -= len(self._folders.popitem(last=False)[1])
         return names
+
+
+NO_LISTING = AudioListing(is_on=False)
 
 
 def came_back(rejected_examples: Sequence[Mapping[str, Any]]) -> bool:

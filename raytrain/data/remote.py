@@ -24,7 +24,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path, PurePosixPath
 
 from raytrain.artifacts import content_id, file_id, make_folder, read_json, write_json
-from raytrain.data.storage import download, is_uri, list_files, move_files, remove_file, upload
+from raytrain.data.storage import download, is_uri, list_files, move_files, remove_file, remove_files, upload
 from raytrain.errors import ArtifactError, StorageError
 
 CACHE_VARIABLE = "RAYTRAIN_CACHE"
@@ -179,9 +179,7 @@ class RunStore:
         """Remove a folder with all files in it, here and there."""
         shutil.rmtree(self._file(folder), ignore_errors=True)
         if self.is_remote:
-            names = list_files(self.place(folder), recursive=True, missing_ok=True)
-            with ThreadPoolExecutor(_CONNECTIONS) as pool:
-                list(pool.map(remove_file, names))
+            remove_files(self.place(folder))
 
     def set_aside(self, *names: str) -> None:
         """Move files and folders into `previous/` over there, over what it holds, and drop them here."""

@@ -11,10 +11,10 @@ import math
 import os
 import re
 import reprlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from operator import itemgetter
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
@@ -28,6 +28,7 @@ REASONS = (
     "bad_json", "missing_field", "bad_duration", "empty_text", "bad_text", "unknown_language", "bad_slot",
     "unsupported_audio", "bad_audio", "wrong_shard", "skipme",
 )  # fmt: skip
+Key = TypeVar("Key", bound=Hashable)
 # A row as a reader gives it: NeMo's names, or (reason, detail) where it can't be read, or None for a blank line.
 RawRow = dict[str, Any] | tuple[str, str] | None
 # Field of a manifest row → prompt slot.
@@ -95,6 +96,17 @@ class Block:
             self.bad,
             self.num_lines,
         )
+
+    def without(self, rows: np.ndarray, bad: Sequence[BadRow]) -> Block:
+        """The block without the rows where the (N,) mask is true, which are `bad`."""
+        kept = self.select(~rows)
+        kept.bad = sorted([*self.bad, *bad], key=lambda row: row.line)
+        return kept
+
+    def by_prompt(self, keys: Sequence[Key]) -> Iterator[tuple[Key, np.ndarray]]:
+        """Each of the `keys`, which prompt i has at place i, and the (N,) mask of the rows with it."""
+        for key in dict.fromkeys(keys):
+            yield key, np.array([mine == key for mine in keys], bool)[self.prompt_of]
 
     def utterances(self) -> Iterator[Utterance]:
         """The rows one by one."""

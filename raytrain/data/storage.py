@@ -410,6 +410,12 @@ def remove_file(path: str) -> None:
         raise storage_error(path, error) from error
 
 
+def remove_files(folder: str) -> None:
+    """Remove all files below a path or URI, if there are any. Raises `StorageError` and `StorageReadError`."""
+    with ThreadPoolExecutor(_CONNECTIONS) as pool:
+        list(pool.map(remove_file, list_files(folder, recursive=True, missing_ok=True)))
+
+
 def move_files(source: str, target: str) -> None:
     """Move a file, or all files of a folder, to another place of the same filesystem. Raises `StorageError`."""
     names = [source] if exists(source) else list_files(source, recursive=True, missing_ok=True)

@@ -28,7 +28,7 @@ from raytrain.data.corpus import BadRow, Chunk, read_blocks
 from raytrain.data.encoder import BlockEncoder
 from raytrain.data.loader import StepWork
 from raytrain.data.materialize import AudioFinder
-from raytrain.data.probe import AudioListing
+from raytrain.data.probe import NO_LISTING, AudioListing
 from raytrain.data.rejected import RejectedRows
 from raytrain.data.rows import Block, audio_places
 from raytrain.data.storage import StorageReadError
@@ -96,8 +96,8 @@ class StreamSampler:
     `batch_sizes` (per rank) by bucket; `repeats` says how often an epoch goes through each corpus; `buffer_size` is the
     number of rows in lhotse's buffer, at least what one step of every bucket takes, so that one bucket is always full.
     With `concurrent` the buffer fills while the first batches leave, which starts sooner; batches then differ from run
-    to run, and some at the start are smaller. `rejected` counts rows that are left out, by reason; with a `listing`
-    those whose file is not there are among them.
+    to run, and some at the start are smaller. `rejected` counts rows that are left out, by reason; those
+    whose audio file `listing` misses are among them.
     """
 
     chunks: Sequence[Chunk]
@@ -111,7 +111,7 @@ class StreamSampler:
     concurrent: bool = False
     num_epochs: int | None = None
     rejected: Counter[str] = field(default_factory=Counter)
-    listing: AudioListing | None = None
+    listing: AudioListing = NO_LISTING
 
     def __post_init__(self) -> None:
         self._left_out = RejectedRows()
@@ -228,8 +228,7 @@ class StreamSampler:
         order = np.random.default_rng(key_of(self.seed, epoch, 5)).permutation(len(chunks))
         for index in order.tolist():
             for block in read_blocks(chunks[index]):
-                block = self.encoder.check(block)
-                yield from self._of_block(self.listing.check(block) if self.listing is not None else block, epoch)
+                yield from self._of_block(self.listing.check(self.encoder.check(block)), epoch)
 
     def _of_block(self, block: Block, epoch: int) -> Iterator[_Example]:
         self._reject(block.chunk.corpus, block.bad)

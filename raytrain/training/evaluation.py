@@ -56,6 +56,12 @@ def count_errors(references: Iterable[str], hypotheses: Iterable[str], *, unit: 
     return total
 
 
+def are_enough_readable(unreadable: int, rows: int, limit: float) -> bool:
+    """Whether a score of the readable ones is that of all `rows`: there are any, and no more than the share `limit` of
+    all is `unreadable`."""
+    return unreadable < rows and unreadable <= limit * rows
+
+
 class Decoded(NamedTuple):
     """One utterance with what was decoded. `language` is that of the text; `translated` where speech has another.
     Both texts are as `CanaryTokenizer.normalize` leaves them."""

@@ -18,7 +18,7 @@ from raytrain.data.batch import SpeechBatch
 from raytrain.errors import TrainingError
 from raytrain.model.decoding import DecodeSettings, transcribe_batch
 from raytrain.model.loss import canary_loss
-from raytrain.training.evaluation import Decoded, score_decoded
+from raytrain.training.evaluation import Decoded, are_enough_readable, score_decoded
 from raytrain.training.loop import GaveUp
 
 _NUM_EXAMPLES = 3
@@ -94,7 +94,7 @@ class Validator:
     def _check_unreadable(self, shares: Sequence[_Share], num_decoded: int) -> None:
         unreadable = sum(share.unreadable for share in shares)
         num_rows = num_decoded + unreadable
-        if num_decoded and unreadable <= self.max_bad_fraction * num_rows:
+        if are_enough_readable(unreadable, num_rows, self.max_bad_fraction):
             return
         examples = [one for share in shares for one in share.examples][:_NUM_EXAMPLES]
         raise GaveUp(
