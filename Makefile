@@ -19,6 +19,7 @@ test: .venv/ready
 
 lint: .venv/ready
 	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
 
 benchmark: .venv/ready
 	$(BIN)/python -m benchmarks.padding

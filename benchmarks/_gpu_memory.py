@@ -71,18 +71,26 @@ LAYERS = (
     Layer("dropout", lambda batch: (lambda x: F.dropout(x, _DROPOUT, True), (_states(batch).bfloat16(),))),
     Layer("layer norm", lambda batch: (nn.LayerNorm(_WIDTH), (_states(batch),))),
     Layer("feed-forward", lambda batch: (FeedForward(_WIDTH, _INNER, _DROPOUT), (_states(batch),))),
-    Layer("relative attention", lambda batch: (
-        RelativeAttention(_WIDTH, _HEADS, _DROPOUT), (_states(batch), torch.randn(511, _WIDTH), _mask(batch))
-    )),
+    Layer(
+        "relative attention",
+        lambda batch: (
+            RelativeAttention(_WIDTH, _HEADS, _DROPOUT),
+            (_states(batch), torch.randn(511, _WIDTH), _mask(batch)),
+        ),
+    ),
     Layer("convolution", lambda batch: (Convolution(_WIDTH, 9), (_states(batch), _mask(batch)[:, 0]))),
     Layer("subsampling", _subsampling),
     Layer("decoder feed-forward", lambda batch: (DecoderFeedForward(_WIDTH, _INNER, _DROPOUT), (_states(batch),))),
     Layer("decoder self-attention", _self_attention),
     Layer("decoder cross-attention", _cross_attention),
-    Layer("cross-entropy", lambda batch: (
-        _cross_entropy, (torch.randn(batch, 64, 5248).bfloat16(), torch.zeros(batch, 64, dtype=torch.long))
-    )),
-)  # fmt: skip
+    Layer(
+        "cross-entropy",
+        lambda batch: (
+            _cross_entropy,
+            (torch.randn(batch, 64, 5248).bfloat16(), torch.zeros(batch, 64, dtype=torch.long)),
+        ),
+    ),
+)
 
 
 def _inputs(layer: Layer, batch: int, device: str) -> tuple[Callable[..., Tensor], tuple[Tensor, ...]]:

@@ -76,22 +76,52 @@ def outcomes(lines: Iterator[str]) -> Iterator[dict[str, Any]]:
 
 
 NEEDED = (
-    "ray", "pydantic", "yaml", "typer", "rich", "orjson", "pyarrow", "mlflow", "soundfile", "espeakng_loader", "jiwer",
-    "matplotlib", "jinja2", "psutil",
-)  # fmt: skip
+    "ray",
+    "pydantic",
+    "yaml",
+    "typer",
+    "rich",
+    "orjson",
+    "pyarrow",
+    "mlflow",
+    "soundfile",
+    "espeakng_loader",
+    "jiwer",
+    "matplotlib",
+    "jinja2",
+    "psutil",
+)
 UTTERANCES = {"train": 1200, "dev": 40, "test": 80}
 TINY_UTTERANCES = {"train": 64, "dev": 4, "test": 4}
 SETTINGS = (
-    "oomptimize.device_memory=null", "oomptimize.max_batch_size=512", "oomptimize.soak_steps=48",
-    "train.device=cuda", "train.max_steps=60", "train.max_minutes=2", "train.stop_at_wer=null", "train.warmup_steps=20",
-    "train.validate_every_steps=60", "train.checkpoint_every_steps=60", "train.log_every_steps=5",
-)  # fmt: skip
+    "oomptimize.device_memory=null",
+    "oomptimize.max_batch_size=512",
+    "oomptimize.soak_steps=48",
+    "train.device=cuda",
+    "train.max_steps=60",
+    "train.max_minutes=2",
+    "train.stop_at_wer=null",
+    "train.warmup_steps=20",
+    "train.validate_every_steps=60",
+    "train.checkpoint_every_steps=60",
+    "train.log_every_steps=5",
+)
 TINY_SETTINGS = (
-    "oomptimize.device_memory=64MiB", "oomptimize.max_batch_size=8", "train.num_workers=1", "train.device=cpu",
-    "buckets.num_duration_buckets=1", "model.encoder_layers=1", "model.decoder_layers=1", "train.max_steps=4",
-    "train.stop_at_wer=null", "train.warmup_steps=2", "train.validate_every_steps=4", "train.checkpoint_every_steps=4",
-    "train.log_every_steps=1", "evaluate.beam_size=2",
-)  # fmt: skip
+    "oomptimize.device_memory=64MiB",
+    "oomptimize.max_batch_size=8",
+    "train.num_workers=1",
+    "train.device=cpu",
+    "buckets.num_duration_buckets=1",
+    "model.encoder_layers=1",
+    "model.decoder_layers=1",
+    "train.max_steps=4",
+    "train.stop_at_wer=null",
+    "train.warmup_steps=2",
+    "train.validate_every_steps=4",
+    "train.checkpoint_every_steps=4",
+    "train.log_every_steps=1",
+    "evaluate.beam_size=2",
+)
 _RAY_LOG = re.compile(r"^(\(\w+ pid=\d+\)|\[\d{4}-\d\d-\d\d )")  # what Ray's own parts print
 _STAGE = re.compile(r"^✓ (\w+) .*\((\d+\.\d) s\)\s*$")
 

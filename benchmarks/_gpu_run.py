@@ -90,8 +90,10 @@ class Outcome:
         if self.why:
             body["why"] = self.why
         return body | {
-            "seconds": round(self.seconds, 1), "limit_seconds": round(self.limit, 1), "results": self.results
-        }  # fmt: skip
+            "seconds": round(self.seconds, 1),
+            "limit_seconds": round(self.limit, 1),
+            "results": self.results,
+        }
 
 
 def limit_of(weight: float, later: Sequence[float], seconds_left: float) -> float:
@@ -138,9 +140,14 @@ def _start(part: Part, device: str, tiny: bool, limit: float, folder: Path) -> s
     command += ["--reports", str(folder / _REPORTS), *(["--tiny"] if tiny else [])]
     with open(folder / _MESSAGES, "wb") as messages:
         return subprocess.Popen(
-            command, cwd=ROOT, env=environment, stdin=subprocess.DEVNULL, stdout=messages, stderr=messages,
+            command,
+            cwd=ROOT,
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            stdout=messages,
+            stderr=messages,
             start_new_session=True,  # Ctrl-C is for the parent, which ends it
-        )  # fmt: skip
+        )
 
 
 def _follow(process: subprocess.Popen, reports: Path, deadline: float) -> Iterator[dict[str, Any]]:

@@ -21,17 +21,47 @@ from raytrain.model.portable import ModelParts
 
 # The model sections of configs/<name>.yaml, whose reader needs pydantic and PyYAML; a test compares them.
 SHAPES: dict[str, dict[str, Any]] = {
-    "canary-180m-flash": {"encoder_layers": 17, "encoder_width": 512, "encoder_heads": 8, "decoder_layers": 4,
-                          "decoder_width": 1024, "decoder_heads": 8, "vocab_size": 5248},
-    "canary-1b-flash": {"encoder_layers": 32, "encoder_width": 1024, "encoder_heads": 8, "decoder_layers": 4,
-                        "decoder_width": 1024, "decoder_heads": 8, "vocab_size": 5248},
-    "canary-1b": {"encoder_layers": 24, "encoder_width": 1024, "encoder_heads": 8, "decoder_layers": 24,
-                  "decoder_width": 1024, "decoder_heads": 8, "vocab_size": 4128, "max_positions": 512,
-                  "prompt_format": "canary"},
-    "canary-tiny": {"encoder_layers": 6, "encoder_width": 192, "encoder_heads": 4, "subsampling_channels": 64,
-                    "decoder_layers": 3, "decoder_width": 192, "decoder_heads": 4, "max_positions": 512,
-                    "vocab_size": 512},
-}  # fmt: skip
+    "canary-180m-flash": {
+        "encoder_layers": 17,
+        "encoder_width": 512,
+        "encoder_heads": 8,
+        "decoder_layers": 4,
+        "decoder_width": 1024,
+        "decoder_heads": 8,
+        "vocab_size": 5248,
+    },
+    "canary-1b-flash": {
+        "encoder_layers": 32,
+        "encoder_width": 1024,
+        "encoder_heads": 8,
+        "decoder_layers": 4,
+        "decoder_width": 1024,
+        "decoder_heads": 8,
+        "vocab_size": 5248,
+    },
+    "canary-1b": {
+        "encoder_layers": 24,
+        "encoder_width": 1024,
+        "encoder_heads": 8,
+        "decoder_layers": 24,
+        "decoder_width": 1024,
+        "decoder_heads": 8,
+        "vocab_size": 4128,
+        "max_positions": 512,
+        "prompt_format": "canary",
+    },
+    "canary-tiny": {
+        "encoder_layers": 6,
+        "encoder_width": 192,
+        "encoder_heads": 4,
+        "subsampling_channels": 64,
+        "decoder_layers": 3,
+        "decoder_width": 192,
+        "decoder_heads": 4,
+        "max_positions": 512,
+        "vocab_size": 512,
+    },
+}
 
 
 def config_of(name: str) -> ModelConfig:
@@ -49,9 +79,18 @@ def random_model(config: ModelConfig, device: str | torch.device, *, seed: int =
 def _train(lines: list[str], size: int, symbols: list[str]) -> bytes:
     writer = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(lines), model_writer=writer, model_type="bpe", vocab_size=size, unk_id=0, bos_id=-1,
-        eos_id=-1, pad_id=-1, user_defined_symbols=symbols, num_threads=1, minloglevel=2,
-    )  # fmt: skip
+        sentence_iterator=iter(lines),
+        model_writer=writer,
+        model_type="bpe",
+        vocab_size=size,
+        unk_id=0,
+        bos_id=-1,
+        eos_id=-1,
+        pad_id=-1,
+        user_defined_symbols=symbols,
+        num_threads=1,
+        minloglevel=2,
+    )
     return writer.getvalue()
 
 

@@ -36,15 +36,19 @@ def curve(config: Config) -> dict[str, Any]:
         "test_wer": scores["wer"],
         "test_utterances": scores["utterances"],
         "validation": [
-            {"step": one["step"], "minutes": round(one["time_s"] / 60, 2), "wer": round(one["wer"], 5),
-             "val_loss": round(one["val_loss"], 4)}
+            {
+                "step": one["step"],
+                "minutes": round(one["time_s"] / 60, 2),
+                "wer": round(one["wer"], 5),
+                "val_loss": round(one["val_loss"], 4),
+            }
             for one in checks
         ],
         "training": [
             {"step": one["step"], "loss": round(one["loss"], 4), "lr": round(one["lr"], 7)}
             for one in steps[:: len(steps) // 60 + 1]
         ],
-    }  # fmt: skip
+    }
 
 
 def draw(result: dict[str, Any], path: Path) -> None:

@@ -89,9 +89,14 @@ def measure(parts: ModelParts, batch: int, beam: int, arguments: Any, peer: Peer
     if peer is not None:
         for strategy in ("greedy", "beam") if beam == 1 else ("beam",):
             answer = peer.ask(
-                do="decode", batch=batch, seconds=arguments.seconds, beam=beam, delta=run.delta,
-                strategy=strategy, prompt=run.prompt,
-            )  # fmt: skip
+                do="decode",
+                batch=batch,
+                seconds=arguments.seconds,
+                beam=beam,
+                delta=run.delta,
+                strategy=strategy,
+                prompt=run.prompt,
+            )
             compared = in_turn(run.search, lambda: peer.ask(do="run")["seconds"], arguments.rounds)
             found[f"nemo_{strategy}"] = {"tokens": answer["result"][0], **compared}
         found["times_faster_than_nemo"] = min(

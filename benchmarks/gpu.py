@@ -98,9 +98,15 @@ def new_document(device: str, tiny: bool) -> dict[str, Any]:
     gpu = (nvidia_smi("name") or ["unknown"])[0] if device == "cuda" else None
     started = datetime.datetime.now().astimezone().isoformat(timespec="seconds")
     return {
-        "theme": "gpu", "command": command(), "commit": _commit(), "started": started, "device": device, "tiny": tiny,
-        "machine": machine(device, gpu), "parts": {},
-    }  # fmt: skip
+        "theme": "gpu",
+        "command": command(),
+        "commit": _commit(),
+        "started": started,
+        "device": device,
+        "tiny": tiny,
+        "machine": machine(device, gpu),
+        "parts": {},
+    }
 
 
 def default_path(document: dict[str, Any]) -> Path:

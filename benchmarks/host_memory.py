@@ -27,9 +27,17 @@ def measure(steps: int) -> list[int]:
     from raytrain.training.step import train_step
 
     torch.set_num_threads(1)
-    config = ModelConfig(encoder_layers=2, encoder_width=144, encoder_heads=4, subsampling_channels=48,
-                         decoder_layers=1, decoder_width=144, decoder_heads=4, vocab_size=100,
-                         ctc_head=True)  # fmt: skip
+    config = ModelConfig(
+        encoder_layers=2,
+        encoder_width=144,
+        encoder_heads=4,
+        subsampling_channels=48,
+        decoder_layers=1,
+        decoder_width=144,
+        decoder_heads=4,
+        vocab_size=100,
+        ctc_head=True,
+    )
     settings = TrainSettings(ctc_weight=0.5)
     model = Canary(config).train()
     optimizer = make_optimizer(model, settings)

@@ -39,8 +39,13 @@ from raytrain.data.loader import BatchLoader, Quarantine, StepReader, load_row, 
 from raytrain.lengths import BatchSchedule
 
 RATE = 16000
-FORMATS = {"wav": ("wav", "PCM_16"), "flac": ("flac", "PCM_16"), "ogg": ("ogg", "VORBIS"), "opus": ("ogg", "OPUS"),
-           "mp3": ("mp3", "MPEG_LAYER_III")}  # fmt: skip
+FORMATS = {
+    "wav": ("wav", "PCM_16"),
+    "flac": ("flac", "PCM_16"),
+    "ogg": ("ogg", "VORBIS"),
+    "opus": ("ogg", "OPUS"),
+    "mp3": ("mp3", "MPEG_LAYER_III"),
+}
 EDGES_MS, SIZES = (4000, 10000, 20000), (24, 10, 5)
 
 
@@ -70,10 +75,20 @@ def write_assignment(folder: Path, sounds: list[tuple[str, int]]) -> Assignment:
         for bucket in range(len(EDGES_MS)):
             rows = [sound for sound, where in zip(sounds, place, strict=True) if where == bucket]
             values = [
-                {"audio_path": path, "audio_start": 0, "audio_size": 0, "offset_ms": 0, "duration_ms": duration,
-                 "text": "", "corpus": "all", "language": "en", "prompt_length": 9, "tokens": list(range(20))}
+                {
+                    "audio_path": path,
+                    "audio_start": 0,
+                    "audio_size": 0,
+                    "offset_ms": 0,
+                    "duration_ms": duration,
+                    "text": "",
+                    "corpus": "all",
+                    "language": "en",
+                    "prompt_length": 9,
+                    "tokens": list(range(20)),
+                }
                 for path, duration in rows
-            ]  # fmt: skip
+            ]
             writer.write(bucket, pa.Table.from_pylist(values, schema=ROW_SCHEMA))
     note = writer.note("all")
     write_note(folder / note_name(0), note)
@@ -86,9 +101,14 @@ def open_loader(
 ) -> BatchLoader:
     """One rank's loader from the start."""
     reader = StepReader(
-        assignment.edges, sample_rate=RATE, pad_id=0, quarantine=Quarantine(None), assignment=assignment,
-        augmenter=augmenter, num_threads=threads,
-    )  # fmt: skip
+        assignment.edges,
+        sample_rate=RATE,
+        pad_id=0,
+        quarantine=Quarantine(None),
+        assignment=assignment,
+        augmenter=augmenter,
+        num_threads=threads,
+    )
     return BatchLoader(scheduled_work(assignment, schedule, schedule.initial(), [0], 1), reader)
 
 
@@ -123,9 +143,7 @@ def lhotse(batches: list[list[tuple[str, int]]], workers: int) -> float:
     dataset = K2SpeechRecognitionDataset(input_strategy=AudioSamples())
     start, seconds = time.perf_counter(), 0.0
     options = {"prefetch_factor": 4} if workers else {}
-    loader = torch.utils.data.DataLoader(
-        dataset, sampler=Batches(), batch_size=None, num_workers=workers, **options
-    )  # fmt: skip
+    loader = torch.utils.data.DataLoader(dataset, sampler=Batches(), batch_size=None, num_workers=workers, **options)
     for batch in loader:
         seconds += float(batch["supervisions"]["num_samples"].sum()) / RATE
     return seconds / (time.perf_counter() - start)
@@ -251,9 +269,10 @@ def main() -> None:
                 speeds = [(ours(assignment, workers), lhotse(batches, workers)) for _ in range(arguments.rounds)]
                 mine, theirs = (statistics.median(column) for column in zip(*speeds, strict=True))
                 result["by_format"][f"{name}_{workers}"] = {
-                    "audio_seconds_per_second": round(mine), "lhotse_audio_seconds_per_second": round(theirs),
+                    "audio_seconds_per_second": round(mine),
+                    "lhotse_audio_seconds_per_second": round(theirs),
                     "times_lhotse": round(statistics.median(a / b for a, b in speeds), 2),
-                }  # fmt: skip
+                }
     result["least_times_lhotse"] = min(row["times_lhotse"] for row in result["by_format"].values())
     record("loader", result, as_json=arguments.json)
 
@@ -262,8 +281,13 @@ def main_short(arguments: argparse.Namespace) -> None:
     """`--short`."""
     torch.set_num_threads(1)  # idle threads of a pool would spin
     rows = max(arguments.rows, 4 * SHORT_BATCH)
-    result: dict[str, Any] = {"rows": rows, "utterance_seconds": SHORT_MS / 1000, "batch_size": SHORT_BATCH,
-                              "rounds": arguments.rounds, "by_format": {}}  # fmt: skip
+    result: dict[str, Any] = {
+        "rows": rows,
+        "utterance_seconds": SHORT_MS / 1000,
+        "batch_size": SHORT_BATCH,
+        "rounds": arguments.rounds,
+        "by_format": {},
+    }
     with tempfile.TemporaryDirectory() as folder:
         for name in ("flac", "wav"):
             result["by_format"][name] = short(Path(folder), name, rows, arguments.rounds, arguments.workers)

@@ -54,9 +54,13 @@ TOLERANCE = 0.05
 def sizes_of(plan: BucketPlan, model: ModelConfig, memory: str) -> tuple[list[Any], float]:
     """Predictions for a plan's buckets in bf16 with DDP, and the seconds that Ray's workers took."""
     config = check_config(
-        {"name": "benchmark", "data": {"train": ["none"]}, "train": {"device": "cuda", "precision": "bf16"},
-         "oomptimize": {"device_memory": memory}}
-    )  # fmt: skip
+        {
+            "name": "benchmark",
+            "data": {"train": ["none"]},
+            "train": {"device": "cuda", "precision": "bf16"},
+            "oomptimize": {"device_memory": memory},
+        }
+    )
     start = time.perf_counter()
     with ray_session(config.cluster):
         ready = time.perf_counter()
@@ -131,9 +135,12 @@ class SimulatedDevice:
 
 
 def simulate(
-    edges: list[tuple[int, int]], needs: list[tuple[float, float]], budget: float, seed: int,
+    edges: list[tuple[int, int]],
+    needs: list[tuple[float, float]],
+    budget: float,
+    seed: int,
     usable: tuple[float, float] = (1.0, 1.0),
-) -> SimulatedDevice:  # fmt: skip
+) -> SimulatedDevice:
     """A device that differs from the prediction by up to ±10 % in all buckets alike (workspaces, the allocator's gaps)
     and by ±2 % in each duration, and runs out of memory at a share of the budget within `usable`, bucket by bucket."""
     rng = random.Random(seed)
@@ -246,9 +253,15 @@ class ProcessMeter:
 
         torch.set_num_threads(1)
         small = replace(
-            model, encoder_layers=1, encoder_width=64, encoder_heads=2, subsampling_channels=8, decoder_layers=1,
-            decoder_width=64, decoder_heads=2,
-        )  # fmt: skip
+            model,
+            encoder_layers=1,
+            encoder_width=64,
+            encoder_heads=2,
+            subsampling_channels=8,
+            decoder_layers=1,
+            decoder_width=64,
+            decoder_heads=2,
+        )
         # A first step loads libraries and compiles kernels.
         StepMeter(small, settings, None, "cpu", group=group).measure(2, (3000, 20), 2)
         gc.collect()
@@ -268,9 +281,12 @@ def _resident_bytes() -> int:
 
 # What is freed goes back to the system at once, so that the process holds what is live.
 _ENVIRONMENT = {
-    "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536", "MALLOC_ARENA_MAX": "1",
-    "OMP_NUM_THREADS": "1", "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "8",
-}  # fmt: skip
+    "MALLOC_MMAP_THRESHOLD_": "65536",
+    "MALLOC_TRIM_THRESHOLD_": "65536",
+    "MALLOC_ARENA_MAX": "1",
+    "OMP_NUM_THREADS": "1",
+    "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "8",
+}
 _SHAPES = ((4, (4000, 40)), (8, (10000, 60)), (16, (10000, 200)), (8, (20000, 100)), (4, (40000, 300)))
 
 
@@ -297,16 +313,25 @@ def against_processor(
     """Predicted beside measured peak MiB of a 4+2-layer Canary in fp32: alone, in DDP and sharded over two ranks, with
     and without activation checkpointing."""
     model = ModelConfig(
-        encoder_layers=4, encoder_width=256, encoder_heads=4, subsampling_channels=64, decoder_layers=2,
-        decoder_width=256, decoder_heads=4, max_positions=512, vocab_size=1000,
-    )  # fmt: skip
+        encoder_layers=4,
+        encoder_width=256,
+        encoder_heads=4,
+        subsampling_channels=64,
+        decoder_layers=2,
+        decoder_width=256,
+        decoder_heads=4,
+        max_positions=512,
+        vocab_size=1000,
+    )
     rows = []
     for kind in kinds:
         for checkpointing in (False, True):
             settings = TrainSettings(
-                num_workers=1 if kind == "one" else 2, shard=kind == "sharded", activation_checkpointing=checkpointing,
+                num_workers=1 if kind == "one" else 2,
+                shard=kind == "sharded",
+                activation_checkpointing=checkpointing,
                 precision="fp32",
-            )  # fmt: skip
+            )
             for row in processor_cells(model, settings, shapes):
                 rows.append({"kind": kind, "activation_checkpointing": checkpointing, **row})
                 print(rows[-1], file=sys.stderr)

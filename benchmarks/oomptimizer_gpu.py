@@ -94,20 +94,29 @@ def measure_model(name: str, plan: BucketPlan, total: int, memory_fraction: floa
 
 
 def _cell(
-    bucket: int, edges: tuple[int, int], prediction: Any, size: int | None, probes: tuple[Probe, ...],
+    bucket: int,
+    edges: tuple[int, int],
+    prediction: Any,
+    size: int | None,
+    probes: tuple[Probe, ...],
     need: tuple[float, float] | None = None,
-) -> dict[str, Any]:  # fmt: skip
+) -> dict[str, Any]:
     row: dict[str, Any] = {
-        "bucket": bucket, "edges": list(edges), "predicted_size": prediction.batch_size, "batch_size": size,
+        "bucket": bucket,
+        "edges": list(edges),
+        "predicted_size": prediction.batch_size,
+        "batch_size": size,
         "probes": len(probes),
-    }  # fmt: skip
+    }
     best = max((probe for probe in probes if probe.fits), key=lambda probe: probe.batch_size, default=None)
     if best is not None and need is not None:
         predicted = need[0] + best.batch_size * need[1]
         row |= {
-            "measured_gib": round(best.peak_bytes / GIB, 3), "predicted_gib": round(predicted / GIB, 3),
-            "error": round(predicted / best.peak_bytes - 1, 4), "step_seconds": round(best.step_seconds, 4),
-        }  # fmt: skip
+            "measured_gib": round(best.peak_bytes / GIB, 3),
+            "predicted_gib": round(predicted / GIB, 3),
+            "error": round(predicted / best.peak_bytes - 1, 4),
+            "step_seconds": round(best.step_seconds, 4),
+        }
     return row
 
 

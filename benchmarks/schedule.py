@@ -98,13 +98,19 @@ def _table(rows: list[int], durations: np.ndarray, texts: list[str]) -> pa.Table
     ends = np.concatenate(([0], np.cumsum(lengths))).astype(np.int32)
     return pa.Table.from_arrays(
         [
-            pa.array([_audio(row) for row in rows]), pa.array(zeros), pa.array(zeros), pa.array(zeros),
-            pa.array(durations[rows]), pa.array([texts[row] for row in rows]), pa.array(["all"] * len(rows)),
-            pa.array(["en"] * len(rows)), pa.array(np.full(len(rows), PROMPT, np.int32)),
+            pa.array([_audio(row) for row in rows]),
+            pa.array(zeros),
+            pa.array(zeros),
+            pa.array(zeros),
+            pa.array(durations[rows]),
+            pa.array([texts[row] for row in rows]),
+            pa.array(["all"] * len(rows)),
+            pa.array(["en"] * len(rows)),
+            pa.array(np.full(len(rows), PROMPT, np.int32)),
             pa.ListArray.from_arrays(pa.array(ends), pa.array(np.ones(ends[-1], np.int32))),
         ],
         schema=ROW_SCHEMA,
-    )  # fmt: skip
+    )
 
 
 def _audio(row: int) -> str:
@@ -117,14 +123,23 @@ def write_cuts(path: Path, durations: np.ndarray, texts: list[str]) -> None:
         for row, (duration, text) in enumerate(zip((durations / 1000).tolist(), texts, strict=True)):
             name = f"r{row}"
             recording = {
-                "id": name, "sources": [{"type": "file", "channels": [0], "source": _audio(row)}],
-                "sampling_rate": 16000, "num_samples": int(duration * 16000), "duration": duration, "channel_ids": [0],
-            }  # fmt: skip
+                "id": name,
+                "sources": [{"type": "file", "channels": [0], "source": _audio(row)}],
+                "sampling_rate": 16000,
+                "num_samples": int(duration * 16000),
+                "duration": duration,
+                "channel_ids": [0],
+            }
             supervision = {"id": name, "recording_id": name, "start": 0.0, "duration": duration, "text": text}
             cut = {
-                "id": name, "start": 0.0, "duration": duration, "channel": 0, "supervisions": [supervision],
-                "recording": recording, "type": "MonoCut",
-            }  # fmt: skip
+                "id": name,
+                "start": 0.0,
+                "duration": duration,
+                "channel": 0,
+                "supervisions": [supervision],
+                "recording": recording,
+                "type": "MonoCut",
+            }
             file.write(orjson.dumps(cut) + b"\n")
 
 
@@ -215,8 +230,11 @@ def lhotse_rank(cuts: Path, edges: list[int], sizes: list[int], rank: int, ranks
             first = time.perf_counter() - start
     spent = time.perf_counter() - start - first
     return {
-        "buckets": buckets, "first": first, "batches_per_second": (steps - 1) / spent, "padding": 1 - real / padded,
-    }  # fmt: skip
+        "buckets": buckets,
+        "first": first,
+        "batches_per_second": (steps - 1) / spent,
+        "padding": 1 - real / padded,
+    }
 
 
 def _sampler(cuts: Path, seconds: list[float], rank: int, ranks: int, **limits: Any) -> Any:
@@ -224,9 +242,15 @@ def _sampler(cuts: Path, seconds: list[float], rank: int, ranks: int, **limits: 
     from lhotse.dataset import DynamicBucketingSampler
 
     return DynamicBucketingSampler(
-        CutSet.from_jsonl_lazy(cuts), duration_bins=seconds[:-1], num_buckets=None, shuffle=True, seed=0, rank=rank,
-        world_size=ranks, **limits,
-    )  # fmt: skip
+        CutSet.from_jsonl_lazy(cuts),
+        duration_bins=seconds[:-1],
+        num_buckets=None,
+        shuffle=True,
+        seed=0,
+        rank=rank,
+        world_size=ranks,
+        **limits,
+    )
 
 
 def lhotse_resume(cuts: Path, edges: list[int], steps: int) -> float:

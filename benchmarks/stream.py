@@ -168,9 +168,14 @@ def lhotse(folder: Path, steps: int, concurrent: bool) -> dict[str, Any]:
     sampler = DynamicBucketingSampler(
         CutSet.from_shar(in_dir=folder / "shar", shuffle_shards=True).repeat(),
         constraint=FixedBucketBatchSizeConstraint(max_seq_len_buckets=edges, batch_sizes=sizes),
-        duration_bins=edges[:-1], num_buckets=None, shuffle=True, buffer_size=BUFFER, rank=0, world_size=1,
+        duration_bins=edges[:-1],
+        num_buckets=None,
+        shuffle=True,
+        buffer_size=BUFFER,
+        rank=0,
+        world_size=1,
         concurrent=concurrent,
-    )  # fmt: skip
+    )
     dataset = IterableDatasetWrapper(K2SpeechRecognitionDataset(input_strategy=AudioSamples()), sampler)
     loader = torch.utils.data.DataLoader(dataset, batch_size=None, num_workers=1, prefetch_factor=4)
     found = timed(loader, steps, start, lambda batch: float(batch["supervisions"]["num_samples"].sum()) / RATE)

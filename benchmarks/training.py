@@ -36,9 +36,15 @@ from raytrain.config import ClusterSection, Config, check_config
 from raytrain.console import Console
 
 MODEL = {
-    "encoder_layers": 4, "encoder_width": 144, "encoder_heads": 4, "subsampling_channels": 32, "decoder_layers": 2,
-    "decoder_width": 144, "decoder_heads": 4, "max_positions": 128,
-}  # fmt: skip
+    "encoder_layers": 4,
+    "encoder_width": 144,
+    "encoder_heads": 4,
+    "subsampling_channels": 32,
+    "decoder_layers": 2,
+    "decoder_width": 144,
+    "decoder_heads": 4,
+    "max_positions": 128,
+}
 
 
 def prepare(root: Path, utterances: int) -> Config:
@@ -75,10 +81,19 @@ def new_loop(config: Config, workspace: Workspace, batches: Any, out: Path, log:
     torch.manual_seed(1)
     model = Canary(workspace.model_config())
     return TrainingLoop(
-        model=model, wrapped=model, optimizer=make_optimizer(model, config.train), settings=config.train,
-        batches=batches, checkpoints=CheckpointFolder(out / "checkpoints"), device=torch.device("cpu"), log=log,
-        validate=None, checkpoint_meta={}, seed=1, sample_rate=config.model.sample_rate,
-    )  # fmt: skip
+        model=model,
+        wrapped=model,
+        optimizer=make_optimizer(model, config.train),
+        settings=config.train,
+        batches=batches,
+        checkpoints=CheckpointFolder(out / "checkpoints"),
+        device=torch.device("cpu"),
+        log=log,
+        validate=None,
+        checkpoint_meta={},
+        seed=1,
+        sample_rate=config.model.sample_rate,
+    )
 
 
 def overhead(config: Config, steps: int, turns: int) -> dict[str, Any]:
@@ -138,9 +153,13 @@ def scaling(config: Config, steps: int) -> dict[str, Any]:
     found = {}
     for workers in (1, 2, 4):
         one = in_folder(
-            config, f"workers-{workers}", num_workers=workers, accumulate=4 // workers, max_steps=steps,
+            config,
+            f"workers-{workers}",
+            num_workers=workers,
+            accumulate=4 // workers,
+            max_steps=steps,
             log_every_steps=10,
-        )  # fmt: skip
+        )
         run_pipeline(one, Console(quiet=True), ("train",))
         lines = [json.loads(line) for line in (one.run_dir / "metrics.jsonl").read_bytes().splitlines()]
         rates = [line["audio_seconds_per_second"] for line in lines if line.get("step", 0) > 10]

@@ -148,10 +148,16 @@ def oomptimize(
     console = Console()
     columns = ("bucket", "≤ seconds", "≤ tokens", "batch size", "seconds of audio", "peak GiB")
     cells = [
-        (row["bucket"], row["max_duration_ms"] / 1000, row["max_tokens"], row["batch_size"], row["audio_seconds"],
-         f"{row['predicted_gib']:.2f}")
+        (
+            row["bucket"],
+            row["max_duration_ms"] / 1000,
+            row["max_tokens"],
+            row["batch_size"],
+            row["audio_seconds"],
+            f"{row['predicted_gib']:.2f}",
+        )
         for row in rows
-    ]  # fmt: skip
+    ]
     console.table(columns, [[str(value) for value in row] for row in cells])
     last = rows[-1]
     console.say(f"\nLive at the peak of bucket {last['bucket']}'s step with {last['traced_batch_size']} utterances:")
@@ -278,9 +284,15 @@ def ablate(
 
 
 def _compare_depths(
-    config: Any, console: Any, decoders: str, encoders: str | None, models: list[str] | None, predict: bool, json: bool,
+    config: Any,
+    console: Any,
+    decoders: str,
+    encoders: str | None,
+    models: list[str] | None,
+    predict: bool,
+    json: bool,
     take_over: bool,
-) -> None:  # fmt: skip
+) -> None:
     import orjson
 
     from raytrain.cluster.depths import depths_table, run_depths
@@ -336,9 +348,12 @@ def schedule(
     columns = ("corpus", "rows", "times an epoch", *(("share of audio",) if found else ()))
     shares = [(f"{share:.1%}",) for share in found.audio_share] if found else [()] * len(corpora)
     console.table(
-        columns, [(one["corpus"], str(one["rows"]), f"{one['repeats']:.2f}", *share)
-                  for one, share in zip(corpora, shares, strict=True)]
-    )  # fmt: skip
+        columns,
+        [
+            (one["corpus"], str(one["rows"]), f"{one['repeats']:.2f}", *share)
+            for one, share in zip(corpora, shares, strict=True)
+        ],
+    )
     if found is None:
         return
     rows = [
@@ -388,8 +403,14 @@ def convert(
 
 
 for _command in (
-    transcribe, doctor, clean, jobs_commands.submit, jobs_commands.status, jobs_commands.logs, jobs_commands.stop,
-):  # fmt: skip
+    transcribe,
+    doctor,
+    clean,
+    jobs_commands.submit,
+    jobs_commands.status,
+    jobs_commands.logs,
+    jobs_commands.stop,
+):
     app.command()(_command)
 
 

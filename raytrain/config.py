@@ -394,21 +394,28 @@ class Config(_Section):
         problems += [f"{place} holds a NUL character, which no name can" for place, text in texts if "\0" in text]
         longest = self.model.max_positions + 1  # the decoder does not read the last token
         if self.buckets.max_tokens > longest:
-            problems.append(f"buckets.max_tokens is {self.buckets.max_tokens}, but the model ends at {longest} tokens "
-                            f"(model.max_positions + 1)")  # fmt: skip
+            problems.append(
+                f"buckets.max_tokens is {self.buckets.max_tokens}, but the model ends at {longest} tokens "
+                f"(model.max_positions + 1)"
+            )
         if self.evaluate.ctc_weight and (self.evaluate.beam_size == 1 or not self.train.ctc_weight):
             problems.append("evaluate.ctc_weight needs a beam_size above 1 and train.ctc_weight, which trains the head")
         start = self.train.init_from
         if start and Path(start).expanduser().absolute().is_relative_to(self.run_dir):
-            problems.append("train.init_from lies in this run's own folder, whose checkpoints make way for the new "
-                            "ones; give the run another name, or copy the model out first")  # fmt: skip
+            problems.append(
+                "train.init_from lies in this run's own folder, whose checkpoints make way for the new "
+                "ones; give the run another name, or copy the model out first"
+            )
         if is_uri(self.run_location):
             if self.tracking.enabled and not (self.tracking.uri or os.environ.get(MLFLOW_VARIABLE)):
-                problems.append(f"run.root is {self.run_location.rpartition('/')[0]}, where MLflow can't keep its "
-                                f"database; set tracking.uri to a server, or tracking.enabled to false")  # fmt: skip
+                problems.append(
+                    f"run.root is {self.run_location.rpartition('/')[0]}, where MLflow can't keep its "
+                    f"database; set tracking.uri to a server, or tracking.enabled to false"
+                )
             if self.train.storage_path:
-                problems.append("train.storage_path copies checkpoints of a run on disk; those of a run at a URI are "
-                                "there already")  # fmt: skip
+                problems.append(
+                    "train.storage_path copies checkpoints of a run on disk; those of a run at a URI are there already"
+                )
         if problems:
             raise ValueError("; ".join(problems))
         return self

@@ -77,9 +77,12 @@ class Console:
             task = bar.add_task(text, total=total)
 
             def update(
-                *, advance: int | None = None, completed: int | None = None, text: str | None = None,
+                *,
+                advance: int | None = None,
+                completed: int | None = None,
+                text: str | None = None,
                 total: int | None = None,
-            ) -> None:  # fmt: skip
+            ) -> None:
                 bar.update(task, advance=advance, completed=completed, description=text, total=total)
 
             yield update

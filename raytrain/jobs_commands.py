@@ -126,10 +126,15 @@ def status(
     else:
         one = found[0]
         rows = [
-            ("run", one.run), ("stages", one.stages), ("raytrain", one.raytrain), ("state", one.state),
-            ("started", _local(one.started)), ("ended", _local(one.ended)),
-            ("exit code", "" if one.exit_code is None else str(one.exit_code)), ("message", one.message.strip()),
-        ]  # fmt: skip
+            ("run", one.run),
+            ("stages", one.stages),
+            ("raytrain", one.raytrain),
+            ("state", one.state),
+            ("started", _local(one.started)),
+            ("ended", _local(one.ended)),
+            ("exit code", "" if one.exit_code is None else str(one.exit_code)),
+            ("message", one.message.strip()),
+        ]
         console.table((one.id, ""), [row for row in rows if row[1]])
 
 

@@ -1,8 +1,8 @@
 """How a configuration names nodes of a cluster: by labels and by custom resources, checked without Ray.
 
-    selects("in(a100, h100)", "h100")      # True
-    check_labels({"role": "!train"})       # []
-    check_resources({"GPU": 1})            # ["resource GPU is Ray's own; …"]
+selects("in(a100, h100)", "h100")      # True
+check_labels({"role": "!train"})       # []
+check_resources({"GPU": 1})            # ["resource GPU is Ray's own; …"]
 """
 
 from __future__ import annotations

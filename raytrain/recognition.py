@@ -1,9 +1,9 @@
 """A model that listens: batches of audio to tokens, windows of a recording to one text. Local or on a cluster.
 
-    recogniser = Recogniser(model, tokenizer, DecodeSettings(), torch.device("cpu"))
-    heard = recogniser.hear(batch, starts_s=[0.0, 36.2], timed=[True, True])
-    tokens = joined([(0.0, 40.0), (36.2, 70.0)], heard)
-    recogniser.text(tokens), confidence(tokens)
+recogniser = Recogniser(model, tokenizer, DecodeSettings(), torch.device("cpu"))
+heard = recogniser.hear(batch, starts_s=[0.0, 36.2], timed=[True, True])
+tokens = joined([(0.0, 40.0), (36.2, 70.0)], heard)
+recogniser.text(tokens), confidence(tokens)
 """
 
 from __future__ import annotations
@@ -68,9 +68,13 @@ class Recogniser:
     """A model on a device, and how to search. The model can't be trained any more (`prepare_for_inference`)."""
 
     def __init__(
-        self, model: Canary, tokenizer: CanaryTokenizer, settings: DecodeSettings, device: torch.device,
+        self,
+        model: Canary,
+        tokenizer: CanaryTokenizer,
+        settings: DecodeSettings,
+        device: torch.device,
         precision: str = "fp32",
-    ) -> None:  # fmt: skip
+    ) -> None:
         self.model = prepare_for_inference(model, precision, device)
         self.tokenizer, self.settings, self.device = tokenizer, settings, device
         self._seconds: Counter[str] = Counter()

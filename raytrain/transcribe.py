@@ -159,9 +159,14 @@ class Transcriber:
         tokens = joined(spans, decoded)
         alternatives = [self.tokenizer.decode(ids) for ids in decoded[0].others] if len(decoded) == 1 else []
         return Transcript(
-            path, self.recogniser.text(tokens), spans[-1][1], confidence(tokens), self._words(tokens), alternatives,
+            path,
+            self.recogniser.text(tokens),
+            spans[-1][1],
+            confidence(tokens),
+            self._words(tokens),
+            alternatives,
             cut_off=not all(part.ended for part in decoded),
-        )  # fmt: skip
+        )
 
     def _words(self, tokens: list[TimedToken]) -> list[Word]:
         groups: list[list[TimedToken]] = []

@@ -109,11 +109,25 @@ def transcribe(
         settings = DecodeSettings(beam_size, length_penalty, n_best)
     except ValueError as error:
         raise typer.BadParameter(str(error)) from None
-    shared = {"language": language, "target_language": target_language, "pnc": pnc, "settings": settings,
-              "window_s": window_seconds, "overlap_s": overlap_seconds, "device": device,
-              "precision": precision}  # fmt: skip
-    on_ray = {"output": output, "audio": audio, "root": root, "workers": workers, "device_memory": device_memory,
-              "part_rows": part_rows, "overwrite": overwrite}  # fmt: skip
+    shared = {
+        "language": language,
+        "target_language": target_language,
+        "pnc": pnc,
+        "settings": settings,
+        "window_s": window_seconds,
+        "overlap_s": overlap_seconds,
+        "device": device,
+        "precision": precision,
+    }
+    on_ray = {
+        "output": output,
+        "audio": audio,
+        "root": root,
+        "workers": workers,
+        "device_memory": device_memory,
+        "part_rows": part_rows,
+        "overwrite": overwrite,
+    }
     if bool(files) == bool(manifest):
         raise typer.BadParameter("name recordings, or lists of them with --manifest; not both", param_hint="FILES")
     if files:
@@ -149,9 +163,15 @@ def _files(files: list[Path], checkpoint: Path, json: bool, **options: Any) -> b
 
 
 def _manifests(
-    manifests: list[str], json: bool, *, output: Path | None, audio: list[str] | None, root: str,
-    device_memory: str | None, **options: Any,
-) -> bool:  # fmt: skip
+    manifests: list[str],
+    json: bool,
+    *,
+    output: Path | None,
+    audio: list[str] | None,
+    root: str,
+    device_memory: str | None,
+    **options: Any,
+) -> bool:
     """Write the output; returns whether a row has an error."""
     import orjson
 

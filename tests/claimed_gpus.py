@@ -66,8 +66,10 @@ def interrupted(arguments: list[str], text: str, seconds: float = 120) -> tuple[
     lines: list[str] = []
     with subprocess.Popen(
         [sys.executable, "-u", "-m", "raytrain", *arguments],
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-    ) as process:  # fmt: skip
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    ) as process:
         ended = threading.Timer(seconds, process.kill)
         ended.start()
         for line in process.stdout:

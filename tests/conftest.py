@@ -163,10 +163,13 @@ def s3(tmp_path_factory):
     host, port = server.get_host_and_port()
     with pytest.MonkeyPatch.context() as patch:
         for name, value in {
-            "AWS_ENDPOINT_URL": f"http://{host}:{port}", "AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "test",
-            "AWS_DEFAULT_REGION": "us-east-1", "AWS_EC2_METADATA_DISABLED": "true",
+            "AWS_ENDPOINT_URL": f"http://{host}:{port}",
+            "AWS_ACCESS_KEY_ID": "test",
+            "AWS_SECRET_ACCESS_KEY": "test",
+            "AWS_DEFAULT_REGION": "us-east-1",
+            "AWS_EC2_METADATA_DISABLED": "true",
             "RAYTRAIN_CACHE": str(tmp_path_factory.mktemp("cache")),
-        }.items():  # fmt: skip
+        }.items():
             patch.setenv(name, value)
         boto3.client("s3").create_bucket(Bucket="speech")
         yield "s3://speech"
@@ -191,9 +194,18 @@ def head() -> Iterator[str]:
 
     before, port = ray_processes(), free_port()
     address = f"http://127.0.0.1:{port}"
-    arguments = ["--head", "--num-cpus=2", "--num-gpus=1", f"--port={free_port()}", "--dashboard-host=127.0.0.1",
-                 f"--dashboard-port={port}", "--node-ip-address=127.0.0.1", "--include-dashboard=true",
-                 f"--dashboard-agent-listen-port={free_port()}", "--block"]  # fmt: skip
+    arguments = [
+        "--head",
+        "--num-cpus=2",
+        "--num-gpus=1",
+        f"--port={free_port()}",
+        "--dashboard-host=127.0.0.1",
+        f"--dashboard-port={port}",
+        "--node-ip-address=127.0.0.1",
+        "--include-dashboard=true",
+        f"--dashboard-agent-listen-port={free_port()}",
+        "--block",
+    ]
     program = Path(sys.executable).with_name("ray")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("RAY_AUTH_MODE", "token")
@@ -203,9 +215,11 @@ def head() -> Iterator[str]:
         authentication.refresh()
         variables = {"RAY_memory_monitor_refresh_ms": "0", EMULATED_GPU: f"Emulated L4:{2 << 30}"}
         process = subprocess.Popen(
-            [program, "start", *arguments], env={**os.environ, **variables},
-            stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-        )  # fmt: skip
+            [program, "start", *arguments],
+            env={**os.environ, **variables},
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
         try:
             wait_for(lambda: _answers(address), f"a Jobs server at {address}", 120, every=0.5)
             yield address
@@ -258,15 +272,27 @@ def tiny_values(corpus: Path, root: Path, **sections: dict) -> dict:
         "buckets": {"num_duration_buckets": 2, "num_token_buckets": 2, "max_duration_ms": 8000, "max_tokens": 64},
         "oomptimize": {"device_memory": "64MiB", "max_batch_size": 8},
         "model": {
-            "encoder_layers": 1, "encoder_width": 32, "encoder_heads": 2, "subsampling_channels": 8,
-            "decoder_layers": 1, "decoder_width": 32, "decoder_heads": 2, "max_positions": 96,
+            "encoder_layers": 1,
+            "encoder_width": 32,
+            "encoder_heads": 2,
+            "subsampling_channels": 8,
+            "decoder_layers": 1,
+            "decoder_width": 32,
+            "decoder_heads": 2,
+            "max_positions": 96,
         },
         "train": {
-            "num_workers": 2, "max_steps": 6, "warmup_steps": 2, "learning_rate": 1e-3, "ctc_weight": 0.5,
-            "validate_every_steps": 6, "checkpoint_every_steps": 3, "log_every_steps": 1,
+            "num_workers": 2,
+            "max_steps": 6,
+            "warmup_steps": 2,
+            "learning_rate": 1e-3,
+            "ctc_weight": 0.5,
+            "validate_every_steps": 6,
+            "checkpoint_every_steps": 3,
+            "log_every_steps": 1,
         },
         "evaluate": {"batch_size": 5, "max_generation_delta": 5},
-    }  # fmt: skip
+    }
     for name, settings in sections.items():
         values[name] = {**values.get(name, {}), **settings}
     return values

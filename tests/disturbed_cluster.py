@@ -80,7 +80,6 @@ class Door:
                 end.shutdown(socket.SHUT_RDWR)
             end.close()
 
-
     def shut_for(self, seconds: float) -> None:
         self.shut()
         time.sleep(seconds)
@@ -91,9 +90,22 @@ class Door:
 def tracking_server(folder: Path) -> Iterator[int]:
     """Port of an MLflow server on 127.0.0.1, which is ready."""
     port = free_port()
-    command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1",
-               "--backend-store-uri", f"sqlite:///{folder / 'mlflow.db'}",
-               "--artifacts-destination", (folder / "served").as_uri()]  # fmt: skip
+    command = [
+        sys.executable,
+        "-m",
+        "mlflow",
+        "server",
+        "--host",
+        "127.0.0.1",
+        "--port",
+        str(port),
+        "--workers",
+        "1",
+        "--backend-store-uri",
+        f"sqlite:///{folder / 'mlflow.db'}",
+        "--artifacts-destination",
+        (folder / "served").as_uri(),
+    ]
     experiment = f"http://127.0.0.1:{port}/api/2.0/mlflow/experiments/get-by-name?experiment_name=Default"
 
     def answers() -> bool:
@@ -190,9 +202,12 @@ class Disturbed:
         self.attempts += 1
         cache = self._folder / f"driver-{self.attempts}"  # each time it starts on another machine
         environment = {
-            **os.environ, **self._nodes.environment, "AWS_ENDPOINT_URL": self._endpoint, "RAYTRAIN_CACHE": str(cache),
+            **os.environ,
+            **self._nodes.environment,
+            "AWS_ENDPOINT_URL": self._endpoint,
+            "RAYTRAIN_CACHE": str(cache),
             "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "15",
-        }  # fmt: skip
+        }
         with open(self._folder / f"driver-{self.attempts}.log", "wb") as log:
             command = [sys.executable, "-m", "raytrain", "run", "--config", str(self._config)]
             return subprocess.Popen(command, stdout=log, stderr=log, env=environment, start_new_session=True)

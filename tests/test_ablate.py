@@ -36,9 +36,16 @@ from raytrain.training.memory import StepTracer
 from raytrain.training.settings import TrainSettings
 
 MODEL = ModelConfig(
-    encoder_layers=2, encoder_width=64, encoder_heads=4, subsampling_channels=16, decoder_layers=2, decoder_width=64,
-    decoder_heads=4, max_positions=300, vocab_size=200,
-)  # fmt: skip
+    encoder_layers=2,
+    encoder_width=64,
+    encoder_heads=4,
+    subsampling_channels=16,
+    decoder_layers=2,
+    decoder_width=64,
+    decoder_heads=4,
+    max_positions=300,
+    vocab_size=200,
+)
 
 
 def long_tailed(number: int = 20_000) -> LengthHistogram:
@@ -61,9 +68,7 @@ def test_each_scheme_pads_less_or_fills_more_than_the_one_before():
     histogram, base = long_tailed(), fit_limits(BucketSettings(12, 2, max_tokens=10_000), MODEL)
     train, budget = TrainSettings(num_workers=2), 1 << 30
     surface = trace_surface(histogram, base, MODEL, train, precision="fp32", device_type="cpu", budget=budget)
-    rows = {
-        row.scheme: row for row in predict_schemes(histogram, base, MODEL, surface, budget, batch_seconds=60.0)
-    }  # fmt: skip
+    rows = {row.scheme: row for row in predict_schemes(histogram, base, MODEL, surface, budget, batch_seconds=60.0)}
     assert list(rows) == list(SCHEMES)
     assert rows["R"].compute_padding > 0.5 > 0.15 > rows["D+"].compute_padding
     assert rows["D"].token_padding < rows["C"].token_padding
@@ -168,9 +173,14 @@ def test_predicting_needs_manifests_alone(corpus, tmp_path, local_ray):
 @pytest.mark.timeout(600)
 def test_schemes_are_trained_and_compared_and_a_second_call_trains_nothing(corpus, tmp_path, local_ray):
     ablate = {
-        "schemes": ["A", "D+"], "learning_rates": [1e-3], "max_steps": 4, "validate_every_steps": 2,
-        "device_memory": "24MiB", "max_batch_size": 32, "target_wer": 5.0,
-    }  # fmt: skip
+        "schemes": ["A", "D+"],
+        "learning_rates": [1e-3],
+        "max_steps": 4,
+        "validate_every_steps": 2,
+        "device_memory": "24MiB",
+        "max_batch_size": 32,
+        "target_wer": 5.0,
+    }
     values = tiny_values(corpus, tmp_path, ablate=ablate, train={"log_every_steps": 2, "num_workers": 1})
     path, run_dir = write(values, tmp_path), tmp_path / "tiny"
     result = CliRunner().invoke(app, ["ablate", "--json", "--config", path])
@@ -222,9 +232,21 @@ def test_decoder_depths_are_counted_trained_and_timed(corpus, tmp_path, local_ra
     assert trained["why"] is None and trained["steps"] == 2 and trained["best_wer"] is not None
     assert trained["rtfx"]["rtfx_batch_1"] > 0 and 0 < trained["rtfx"]["decoder_share_batch_8"] < 1
     predicted = CliRunner().invoke(
-        app, ["ablate", "--predict", "--decoder-depths", "24,4", "--encoder-depths", "24,32", "--model", "canary-1b",
-              "--json", "--config", path],
-    )  # fmt: skip
+        app,
+        [
+            "ablate",
+            "--predict",
+            "--decoder-depths",
+            "24,4",
+            "--encoder-depths",
+            "24,32",
+            "--model",
+            "canary-1b",
+            "--json",
+            "--config",
+            path,
+        ],
+    )
     rows = json.loads(next(line for line in predicted.output.splitlines() if line.startswith("{")))["rows"]
     assert [round(row["parameters"] / 1e6, 1) for row in rows] == [1016.7, 882.4]
     uneven = ["ablate", "--decoder-depths", "4,2,1", "--encoder-depths", "4,2", "--config", path]

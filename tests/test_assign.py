@@ -78,8 +78,13 @@ def test_every_row_is_in_one_bucket_or_rejected_and_the_cut_does_not_matter(corp
     assignment = run(config)
     index = read_json(assignment.folder / "index.json", INDEX_FORMAT)["body"]
     assert index["rejected"] == {
-        "bad_json": 1, "empty_text": 1, "skipme": 1, "too_long": 1, "too_many_tokens": 1, "unknown_language": 1,
-    }  # fmt: skip
+        "bad_json": 1,
+        "empty_text": 1,
+        "skipme": 1,
+        "too_long": 1,
+        "too_many_tokens": 1,
+        "unknown_language": 1,
+    }
     assert index["rows"] + sum(index["rejected"].values()) == 96 + 6
     rejected = [row for path in sorted((assignment.folder / "rejected").iterdir()) for row in lines(path)]
     assert Counter(row["reason"] for row in rejected) == index["rejected"]
@@ -144,8 +149,9 @@ def test_corpora_are_counted_by_name_and_language(corpus, tmp_path):
         names = [assignment.corpora[index] for index in mixture.corpora(bucket, numbers)]
         assert names == [row.corpus for row in assignment.rows(bucket, numbers)]
     assert Counter(row.corpus for rows in all_rows(assignment) for row in rows) == {
-        "small": len(german), "en": len(english),
-    }  # fmt: skip
+        "small": len(german),
+        "en": len(english),
+    }
     durations = sorted(row.duration_ms for row in sum(all_rows(assignment), []))
     assert body["duration_quantiles_ms"]["p100"] == -(-durations[-1] // 10) * 10
     total = read_histogram(config.run_dir / "histogram.parquet")
@@ -165,8 +171,9 @@ def test_audio_is_copied_beside_the_rows(corpus, tmp_path):
     config = tiny_config(corpus, tmp_path / "copied", assign={"materialize": True}, **sections)
     copied = run(config)
     assert read_json(copied.folder / "index.json", INDEX_FORMAT)["body"]["rejected"] == {
-        "bad_audio": 1, "missing_audio": 1
-    }  # fmt: skip
+        "bad_audio": 1,
+        "missing_audio": 1,
+    }
     readable = [row for rows in all_rows(plain) for row in rows if "broken" not in row.audio_path]
     readable = [row for row in readable if "none" not in row.audio_path]
     moved = config.run_dir.parent / "moved"

@@ -49,8 +49,24 @@ def folder(tmp_path_factory):
     return folder
 
 
-BAD = ("empty.wav", "folder.wav", "loop.wav", "pipe.wav", "slow.wav", "fast.wav", "wide.wav", "plain.raw", "nan.wav",
-       "infinite.wav", "none.wav", "a\0b.wav", "a\nb.wav", "\ud800.wav", "x" * 300, "..")  # fmt: skip
+BAD = (
+    "empty.wav",
+    "folder.wav",
+    "loop.wav",
+    "pipe.wav",
+    "slow.wav",
+    "fast.wav",
+    "wide.wav",
+    "plain.raw",
+    "nan.wav",
+    "infinite.wav",
+    "none.wav",
+    "a\0b.wav",
+    "a\nb.wav",
+    "\ud800.wav",
+    "x" * 300,
+    "..",
+)
 
 
 @pytest.mark.parametrize("name", [*BAD, "/dev/zero", "/dev/stdin", "/proc/self/mem", "/proc/self/environ"])

@@ -43,10 +43,14 @@ def recordings(tmp_path_factory) -> Path:
 def rows_of(folder: Path, scale: float = 1.0) -> list[dict]:
     """True rows of the recordings, their durations times `scale`."""
     return [
-        {"audio_filepath": str(folder / f"{number:02}.flac"), "duration": (1 + number / 10) * scale, "text": "one",
-         "lang": "en"}
+        {
+            "audio_filepath": str(folder / f"{number:02}.flac"),
+            "duration": (1 + number / 10) * scale,
+            "text": "one",
+            "lang": "en",
+        }
         for number in range(40)
-    ]  # fmt: skip
+    ]
 
 
 def chunk_of(rows: list[dict], path: Path) -> Chunk:

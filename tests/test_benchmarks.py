@@ -36,9 +36,16 @@ def test_parity_measures_differences(tmp_path):
     tokenizer = train_tokenizer({"en": ["one two three"] * 3}, 16)
     torch.manual_seed(0)
     config = ModelConfig(
-        encoder_layers=1, encoder_width=16, encoder_heads=2, subsampling_channels=4, decoder_layers=1, decoder_width=16,
-        decoder_heads=2, max_positions=32, vocab_size=tokenizer.vocab_size,
-    )  # fmt: skip
+        encoder_layers=1,
+        encoder_width=16,
+        encoder_heads=2,
+        subsampling_channels=4,
+        decoder_layers=1,
+        decoder_width=16,
+        decoder_heads=2,
+        max_positions=32,
+        vocab_size=tokenizer.vocab_size,
+    )
     model = Canary(config).eval()
     write_nemo(tmp_path / "m.nemo", ModelParts.of(model, tokenizer.models))
     wave, lengths, ids = torch.randn(2, 9000), torch.tensor([9000, 4321]), torch.randint(0, 16, (2, 6))
@@ -49,8 +56,17 @@ def test_parity_measures_differences(tmp_path):
     log_probs[1, 2, 3] += 0.5
     mel[0, 5, 7] -= 0.25
     mel[1, :, 30:] = 9  # past its end: does not count
-    arrays = {"wave": wave, "wave_len": lengths, "mel": mel, "mel_len": mel_len, "enc": enc, "enc_len": enc_len,
-              "ids": ids, "ids_len": torch.tensor([6, 4]), "logp": log_probs}  # fmt: skip
+    arrays = {
+        "wave": wave,
+        "wave_len": lengths,
+        "mel": mel,
+        "mel_len": mel_len,
+        "enc": enc,
+        "enc_len": enc_len,
+        "ids": ids,
+        "ids_len": torch.tensor([6, 4]),
+        "logp": log_probs,
+    }
     np.savez(tmp_path / "expected.npz", **{name: value.numpy() for name, value in arrays.items()})
     found = parity(tmp_path / "m.nemo", tmp_path / "expected.npz")
     assert found["encoder"] < 1e-5
@@ -90,8 +106,11 @@ def test_clusters_of_one_and_two_nodes_give_the_same_bytes(tmp_path):
 
     found = measure(tmp_path, 3000, [1, 2], chunk_bytes=100_000)
     assert found["same_results"] and set(found["ids"]) == {
-        "statistics.json", "bucket_plan.json", "histogram.parquet", "assignment",
-    }  # fmt: skip
+        "statistics.json",
+        "bucket_plan.json",
+        "histogram.parquet",
+        "assignment",
+    }
     assert found["rows"][0] + sum(found["rejected"][0].values()) == 3000
     for run in found["nodes"].values():
         assert run["statistics_rows_per_second"] == pytest.approx(3000 / run["statistics_seconds"], rel=0.1)

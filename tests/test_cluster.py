@@ -32,14 +32,19 @@ def values(corpus, s3) -> dict[str, Any]:
     with filesystem.open_output_stream(name) as file:
         file.write((corpus / "train.jsonl").read_bytes() * COPIES)
     return tiny_values(
-        corpus, f"{s3}/cluster",
+        corpus,
+        f"{s3}/cluster",
         data={"root": root, "train": ["many.jsonl"], "chunk_bytes": 12 << 10},
         assign={"materialize": True},
         train={
-            "num_workers": [1, 2], "max_steps": STEPS, "validate_every_steps": STEPS, "checkpoint_every_steps": 10,
-            "max_failures": 5, "learning_rate": 1e-4,
+            "num_workers": [1, 2],
+            "max_steps": STEPS,
+            "validate_every_steps": STEPS,
+            "checkpoint_every_steps": 10,
+            "max_failures": 5,
+            "learning_rate": 1e-4,
         },
-    )  # fmt: skip
+    )
 
 
 @pytest.fixture(scope="module")
@@ -70,9 +75,11 @@ def disturbed(values, s3, local_ray, tmp_path_factory) -> dict[str, Any]:
             tracking.shut()
         steps = tracked_steps(port, "disturbed")
     return {
-        "place": f"{s3}/cluster/disturbed", "done": pipeline.done, "attempts": pipeline.attempts,
+        "place": f"{s3}/cluster/disturbed",
+        "done": pipeline.done,
+        "attempts": pipeline.attempts,
         "tracked_steps": steps,
-    }  # fmt: skip
+    }
 
 
 def content(run: dict, name: str) -> bytes:
@@ -94,9 +101,14 @@ def assigned_rows(run: dict) -> list[str]:
 
 def test_it_was_disturbed_as_often_as_meant(disturbed):
     assert disturbed["done"] == [
-        "assign: S3 refuses", "assign: node lost", "assign: driver killed", "train: node lost", "train: S3 refuses",
-        "train: tracking refuses", "train: driver killed",
-    ]  # fmt: skip
+        "assign: S3 refuses",
+        "assign: node lost",
+        "assign: driver killed",
+        "train: node lost",
+        "train: S3 refuses",
+        "train: tracking refuses",
+        "train: driver killed",
+    ]
     assert disturbed["attempts"] == 3
 
 

@@ -171,10 +171,16 @@ def test_slurm_script_makes_a_cluster_of_two_nodes_and_ends_it(corpus, tmp_path)
     config.write_text(yaml.safe_dump(tiny_values(corpus, tmp_path / "runs")))
     seen = tmp_path / "seen"
     environment = {
-        **os.environ, "PATH": f"{tmp_path}:{Path(sys.executable).parent}:{os.environ['PATH']}", "SEEN": str(seen),
-        "PYTHON": sys.executable, "SLURM_JOB_ID": str(job), "SLURM_JOB_NODELIST": "node-[1-2]", "RUN_EXIT": "7",
-        "PYTHONPATH": str(ROOT), "RAYTRAIN_CACHE": str(tmp_path / "cache"),
-    }  # fmt: skip
+        **os.environ,
+        "PATH": f"{tmp_path}:{Path(sys.executable).parent}:{os.environ['PATH']}",
+        "SEEN": str(seen),
+        "PYTHON": sys.executable,
+        "SLURM_JOB_ID": str(job),
+        "SLURM_JOB_NODELIST": "node-[1-2]",
+        "RUN_EXIT": "7",
+        "PYTHONPATH": str(ROOT),
+        "RAYTRAIN_CACHE": str(tmp_path / "cache"),
+    }
     environment.pop("RAY_ADDRESS", None)
     command = ["bash", str(FILES / "slurm.sh"), str(config), "--set", "train.max_steps=5"]
     process = subprocess.Popen(

@@ -29,10 +29,20 @@ def tokenizer(rule: str) -> CanaryTokenizer:
     """A tokenizer that writes any text, by bytes where it has no piece, with one of SentencePiece's normalisers."""
     writer = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(["déjà vu été", "hello world"] * 5), model_writer=writer, model_type="bpe",
-        vocab_size=300, character_coverage=1.0, bos_id=-1, eos_id=-1, pad_id=-1, unk_id=0, hard_vocab_limit=False,
-        minloglevel=2, byte_fallback=True, normalization_rule_name=rule,
-    )  # fmt: skip
+        sentence_iterator=iter(["déjà vu été", "hello world"] * 5),
+        model_writer=writer,
+        model_type="bpe",
+        vocab_size=300,
+        character_coverage=1.0,
+        bos_id=-1,
+        eos_id=-1,
+        pad_id=-1,
+        unk_id=0,
+        hard_vocab_limit=False,
+        minloglevel=2,
+        byte_fallback=True,
+        normalization_rule_name=rule,
+    )
     return CanaryTokenizer({SPECIALS: train_specials(["en"]), "en": writer.getvalue()})
 
 

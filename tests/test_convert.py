@@ -34,10 +34,21 @@ def parts() -> ModelParts:
     tokenizer = train_tokenizer({"en": ["one two three four"] * 9, "de": ["eins zwei drei vier"] * 9}, 24)
     torch.manual_seed(0)
     config = ModelConfig(
-        encoder_layers=1, encoder_width=16, encoder_heads=2, subsampling_channels=8, decoder_layers=1, decoder_width=24,
-        decoder_heads=2, max_positions=40, vocab_size=tokenizer.vocab_size, conv_kernel=5, dropout=0.2,
-        label_smoothing=0.05, spec_augment=SpecAugmentSettings(time_masks=3), ctc_head=True,
-    )  # fmt: skip
+        encoder_layers=1,
+        encoder_width=16,
+        encoder_heads=2,
+        subsampling_channels=8,
+        decoder_layers=1,
+        decoder_width=24,
+        decoder_heads=2,
+        max_positions=40,
+        vocab_size=tokenizer.vocab_size,
+        conv_kernel=5,
+        dropout=0.2,
+        label_smoothing=0.05,
+        spec_augment=SpecAugmentSettings(time_masks=3),
+        ctc_head=True,
+    )
     return ModelParts.of(Canary(config), tokenizer.models)
 
 
@@ -127,8 +138,12 @@ def test_hostile_archives_are_refused(parts, tmp_path):
     for name in ("../victim", str(victim), "a/../../victim", "..\\victim"):
         pack(bad, {**good, name: b"x"})
         refused("leads out")
-    for info in (special("l", tarfile.SYMTYPE, "/etc/passwd"), special(weights, tarfile.LNKTYPE, "/etc/passwd"),
-                 special("d", tarfile.CHRTYPE), special("f", tarfile.FIFOTYPE)):  # fmt: skip
+    for info in (
+        special("l", tarfile.SYMTYPE, "/etc/passwd"),
+        special(weights, tarfile.LNKTYPE, "/etc/passwd"),
+        special("d", tarfile.CHRTYPE),
+        special("f", tarfile.FIFOTYPE),
+    ):
         pack(bad, good, info)
         refused("link, device")
     pack(bad, {**good, "model_config.yaml": b"a: 1"})
@@ -154,8 +169,12 @@ def test_hostile_archives_are_refused(parts, tmp_path):
     huge["encoder"] = {**huge["encoder"], "n_layers": 10**9}
     pack(bad, {**good, "./model_config.yaml": yaml.safe_dump(huge, sort_keys=False).encode()})
     refused("encoder.n_layers is 1000000000")
-    for text, match in ((b"a: [", "not valid YAML"), (b"!!python/object/apply:os.system [id]", "not valid YAML"),
-                        (b"[]", "no settings"), (b"x: 1", "no aggregate tokenizer")):  # fmt: skip
+    for text, match in (
+        (b"a: [", "not valid YAML"),
+        (b"!!python/object/apply:os.system [id]", "not valid YAML"),
+        (b"[]", "no settings"),
+        (b"x: 1", "no aggregate tokenizer"),
+    ):
         pack(bad, {**good, "./model_config.yaml": text})
         refused(match)
     changed = yaml.safe_load(good["./model_config.yaml"])
@@ -168,10 +187,14 @@ def test_weights_that_lie_about_their_size_or_kind_are_refused(parts, tmp_path):
     name = "encoder.layers.0.norm_out.weight"
     good = parts.state[name]
     for value, match in (
-        (torch.ones(1).expand(good.shape), "plain tensor"), (good.to_sparse(), "plain tensor"),
-        (good.to(torch.int64), "plain tensor"), (good.bool(), "plain tensor"), (good.to("meta"), "plain tensor"),
-        (good.to(torch.complex64), "plain tensor"), (good * float("nan"), "not finite"),
-    ):  # fmt: skip
+        (torch.ones(1).expand(good.shape), "plain tensor"),
+        (good.to_sparse(), "plain tensor"),
+        (good.to(torch.int64), "plain tensor"),
+        (good.bool(), "plain tensor"),
+        (good.to("meta"), "plain tensor"),
+        (good.to(torch.complex64), "plain tensor"),
+        (good * float("nan"), "not finite"),
+    ):
         with pytest.raises(CheckpointError, match=match):
             replace(parts, state={**parts.state, name: value}).build()
     write_nemo(tmp_path / "good.nemo", parts)
@@ -281,10 +304,23 @@ def test_the_commands(parts, corpus, tmp_path):
     # The second recording is longer than a window; the third does not exist.
     done = run(
         app,
-        [*base, "--json", "--beam-size", "2", "--n-best", "2", "--window-seconds", "1", "--overlap-seconds", "0.25",
-         audio, audio, str(tmp_path / "none.wav")],
+        [
+            *base,
+            "--json",
+            "--beam-size",
+            "2",
+            "--n-best",
+            "2",
+            "--window-seconds",
+            "1",
+            "--overlap-seconds",
+            "0.25",
+            audio,
+            audio,
+            str(tmp_path / "none.wav"),
+        ],
         catch_exceptions=False,
-    )  # fmt: skip
+    )
     assert done.exit_code == 1
     first, second, third = (json.loads(line) for line in done.output.splitlines())
     assert {**first, "path": ""} == {**second, "path": ""} and third["error"] and third["text"] is None
@@ -302,8 +338,11 @@ def test_commands_refuse_with_a_reason(parts, tmp_path):
     with pytest.raises(RaytrainError, match=r"unknown language.*fr"):
         run(app, ["transcribe", "-m", str(tmp_path / "own"), "--language", "fr", "x.wav"], catch_exceptions=False)
     with pytest.raises(RaytrainError, match="no such precision; got fp8; allowed: fp32, bf16, int8"):
-        run(app, ["transcribe", "-m", str(tmp_path / "own"), "--language", "en", "--precision", "fp8", "x.wav"],
-            catch_exceptions=False)  # fmt: skip
+        run(
+            app,
+            ["transcribe", "-m", str(tmp_path / "own"), "--language", "en", "--precision", "fp8", "x.wav"],
+            catch_exceptions=False,
+        )
     done = run(app, ["convert", str(tmp_path / "own"), "x", "--to", "onnx"])
     assert done.exit_code == 2 and "nemo, raytrain, huggingface" in done.output
     done = run(app, ["transcribe", "-m", "x", "--n-best", "3", "x.wav"])

@@ -41,9 +41,12 @@ def run():
 def base(corpus, tmp_path_factory):
     """A finished run of several chunks."""
     config = tiny_config(
-        corpus, tmp_path_factory.mktemp("base"), tracking={"enabled": False}, data={"chunk_bytes": 8192},
+        corpus,
+        tmp_path_factory.mktemp("base"),
+        tracking={"enabled": False},
+        data={"chunk_bytes": 8192},
         assign={"materialize": True},
-    )  # fmt: skip
+    )
     with pipeline_in_process() as run:
         run(config)
     return config
@@ -152,8 +155,18 @@ def test_what_is_no_artefact_is_a_readable_error(tmp_path_factory, data):
 # --- at a URI
 
 
-ROW = {"audio_path": "/a.wav", "audio_start": 0, "audio_size": 0, "offset_ms": 0, "duration_ms": 1, "text": "one",
-       "corpus": "all", "language": "en", "prompt_length": 1, "tokens": [1, 2]}  # fmt: skip
+ROW = {
+    "audio_path": "/a.wav",
+    "audio_start": 0,
+    "audio_size": 0,
+    "offset_ms": 0,
+    "duration_ms": 1,
+    "text": "one",
+    "corpus": "all",
+    "language": "en",
+    "prompt_length": 1,
+    "tokens": [1, 2],
+}
 
 
 @pytest.fixture

@@ -61,9 +61,13 @@ def test_audio_is_cut_resampled_and_mixed_down(tmp_path):
 
 
 SUBTYPES = [
-    ("flac", "PCM_16", 0), ("flac", "PCM_24", 0), ("ogg", "VORBIS", 1e-6), ("ogg", "OPUS", 0),
-    ("mp3", "MPEG_LAYER_III", 3e-4), ("wav", "PCM_16", 0),
-]  # fmt: skip
+    ("flac", "PCM_16", 0),
+    ("flac", "PCM_24", 0),
+    ("ogg", "VORBIS", 1e-6),
+    ("ogg", "OPUS", 0),
+    ("mp3", "MPEG_LAYER_III", 3e-4),
+    ("wav", "PCM_16", 0),
+]
 
 
 @pytest.mark.parametrize(("container", "subtype", "tolerance"), SUBTYPES)

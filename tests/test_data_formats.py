@@ -66,9 +66,7 @@ def samples(row):
         place["start"], place["size"] = TarIndex(row.audio_path).find(row.member)
     elif row.member:
         place["start"], place["size"] = int(row.member), -1
-    return read_audio(
-        row.audio_path, offset_ms=row.offset_ms, duration_ms=row.duration_ms, sample_rate=RATE, **place
-    )  # fmt: skip
+    return read_audio(row.audio_path, offset_ms=row.offset_ms, duration_ms=row.duration_ms, sample_rate=RATE, **place)
 
 
 def wave(sounds, number):
@@ -173,9 +171,18 @@ def test_a_member_is_found_by_its_name_its_stem_or_its_recording(tmp_path):
     write_tar(tmp_path / "t.tar", {name: name.encode() for name in names})
     index = TarIndex(str(tmp_path / "t.tar"))
     for asked, found in [
-        ("a.wav", "a.wav"), ("a", "a.wav"), ("./a", "a.wav"), ("b.1", "b.1.flac"), ("c", None), ("d/e", "d/e.opus"),
-        ("f", "f"), ("g-sub2.wav", "g-sub2.wav"), ("g-sub3.wav", "g.wav"), ("b", None), ("e", None),
-    ]:  # fmt: skip
+        ("a.wav", "a.wav"),
+        ("a", "a.wav"),
+        ("./a", "a.wav"),
+        ("b.1", "b.1.flac"),
+        ("c", None),
+        ("d/e", "d/e.opus"),
+        ("f", "f"),
+        ("g-sub2.wav", "g-sub2.wav"),
+        ("g-sub3.wav", "g.wav"),
+        ("b", None),
+        ("e", None),
+    ]:
         place = index.find(asked)
         assert (place and read_range(str(tmp_path / "t.tar"), *place)) == (found and found.encode())
 
@@ -194,8 +201,10 @@ def make_cuts(sounds, ids="cut-{}"):
     for number, text in enumerate(TEXTS):
         cut = Recording.from_file(sounds / f"{number}.wav").to_cut()
         cut.id = ids.format(number)
-        spans = [SupervisionSegment(f"{number}-{n}", cut.recording_id, n / 9, 0.1, text=word, language="en")
-                 for n, word in enumerate(text.split())]  # fmt: skip
+        spans = [
+            SupervisionSegment(f"{number}-{n}", cut.recording_id, n / 9, 0.1, text=word, language="en")
+            for n, word in enumerate(text.split())
+        ]
         cut.supervisions = spans[::-1]
         cuts.append(cut)
     return CutSet.from_cuts(cuts)
@@ -261,11 +270,16 @@ def test_cuts_that_are_no_span_of_a_mono_file_are_named(tmp_path, sounds):
     memory.recording.sources = [AudioSource("memory", [0], "UklGRg==")]
     command.recording.sources = [AudioSource("command", [0], "cat x.wav")]
     cuts = [
-        cut.append(second), cut.pad(duration=9), MonoCut("none", 0, 1, 0, cut.supervisions), memory, command,
+        cut.append(second),
+        cut.pad(duration=9),
+        MonoCut("none", 0, 1, 0, cut.supervisions),
+        memory,
+        command,
         MonoCut("left", 0, 1, 0, cut.supervisions, recording=both),
         MultiCut("both", 0, 1, [0, 1], cut.supervisions, recording=both),
-        cut.perturb_speed(1.1), one_cut(sounds, id="resampled").resample(4000),
-    ]  # fmt: skip
+        cut.perturb_speed(1.1),
+        one_cut(sounds, id="resampled").resample(4000),
+    ]
     *bad, good = read_cuts(tmp_path, *cuts)
     assert {row.reason for row in bad} == {"unsupported_audio"}
     for row, detail in zip(
@@ -280,8 +294,10 @@ def test_a_channel_with_a_file_of_its_own_is_mono(tmp_path, sounds):
         "two", [AudioSource("file", [n], str(sounds / f"{n}.wav")) for n in (0, 1)], RATE, RATE, 1.0, [0, 1]
     )
     supervisions = make_cuts(sounds)[0].supervisions
-    cuts = [MonoCut("a", 0, 1, 1, supervisions, recording=recording),
-            MultiCut("b", 0, 1, [0], supervisions, recording=recording)]  # fmt: skip
+    cuts = [
+        MonoCut("a", 0, 1, 1, supervisions, recording=recording),
+        MultiCut("b", 0, 1, [0], supervisions, recording=recording),
+    ]
     first, second = read_cuts(tmp_path, *cuts)
     assert [row.audio_path for row in (first, second)] == [str(sounds / "1.wav"), str(sounds / "0.wav")]
 
@@ -411,8 +427,13 @@ def test_parquet_with_paths(tmp_path, sounds, placed):
 
 def test_parquet_with_both_and_with_neither(tmp_path, sounds):
     data, path = (sounds / "0.wav").read_bytes(), str(sounds / "1.wav")
-    audio = [{"bytes": data, "path": "x"}, {"bytes": None, "path": path}, {"bytes": None, "path": None}, None,
-             {"bytes": b"RIFF", "path": None}]  # fmt: skip
+    audio = [
+        {"bytes": data, "path": "x"},
+        {"bytes": None, "path": path},
+        {"bytes": None, "path": None},
+        None,
+        {"bytes": b"RIFF", "path": None},
+    ]
     table = pa.table({"audio": pa.array(audio, HUGGING_FACE), "text": TEXTS})
     for has_duration in (False, True):
         if has_duration:
@@ -426,15 +447,23 @@ def test_parquet_with_both_and_with_neither(tmp_path, sounds):
 
 
 def test_parquet_with_bytes_alone_and_other_fields(tmp_path, sounds):
-    table = pa.table({
-        "audio": embedded(sounds).field("bytes"), "text": TEXTS, "offset": [0, 0.5, None, 0, 0],
-        "language": ["de"] * 5, "pnc": [None, "no", None, None, "maybe"],
-    })  # fmt: skip
+    table = pa.table(
+        {
+            "audio": embedded(sounds).field("bytes"),
+            "text": TEXTS,
+            "offset": [0, 0.5, None, 0, 0],
+            "language": ["de"] * 5,
+            "pnc": [None, "no", None, None, "maybe"],
+        }
+    )
     pq.write_table(table, tmp_path / "x.parquet")
     *rows, bad = read(f"{tmp_path}/x.parquet", language=None)
     assert [(row.offset_ms, row.duration_ms, row.source_lang, row.pnc) for row in rows] == [
-        (0, 1000, "de", True), (500, 600, "de", False), (0, 1200, "de", True), (0, 1300, "de", True),
-    ]  # fmt: skip
+        (0, 1000, "de", True),
+        (500, 600, "de", False),
+        (0, 1200, "de", True),
+        (0, 1300, "de", True),
+    ]
     assert (bad.line, bad.reason) == (5, "bad_slot")
     # A corpus' own language stands above what may be a word like German.
     assert read(f"{tmp_path}/x.parquet", language="en")[0].source_lang == "en"
@@ -533,24 +562,35 @@ def test_rows_of_csv_have_the_numbers_of_their_first_lines(tmp_path, sounds):
     row, *bad = read(str(tmp_path), language=None)
     assert row[:5] == (f"{tmp_path}/data/0.wav", 250, 750, "one two", "de")
     assert [(row.line, row.reason) for row in bad] == [
-        (6, "bad_json"), (7, "bad_duration"), (8, "bad_audio"), (10, "skipme"), (11, "bad_audio"),
-    ]  # fmt: skip
+        (6, "bad_json"),
+        (7, "bad_duration"),
+        (8, "bad_audio"),
+        (10, "skipme"),
+        (11, "bad_audio"),
+    ]
     assert "no such file" in bad[2].detail
 
 
 def test_durations_are_measured_where_they_are_missing(tmp_path, sounds):
     fill_folder(tmp_path, sounds)
     rows = [
-        {"file_name": "data/0.wav", "text": "x", "duration": 0.5}, {"file_name": "data/1.wav", "text": "x"},
-        {"file_name": "data/2.wav", "text": "x", "offset": 0.2}, {"file_name": "data/2.wav", "text": "x", "offset": 7},
-        {"text": "x"}, {"file_name": 5, "text": "x"}, [1],
-    ]  # fmt: skip
+        {"file_name": "data/0.wav", "text": "x", "duration": 0.5},
+        {"file_name": "data/1.wav", "text": "x"},
+        {"file_name": "data/2.wav", "text": "x", "offset": 0.2},
+        {"file_name": "data/2.wav", "text": "x", "offset": 7},
+        {"text": "x"},
+        {"file_name": 5, "text": "x"},
+        [1],
+    ]
     (tmp_path / "metadata.jsonl").write_bytes(jsonl(rows))
     found = read(f"{tmp_path}/metadata.jsonl", "audiofolder")
     assert [row.duration_ms for row in found[:3]] == [500, 1100, 1000]
     assert [(row.line, row.reason) for row in found[3:]] == [
-        (4, "bad_duration"), (5, "missing_field"), (6, "missing_field"), (7, "bad_json"),
-    ]  # fmt: skip
+        (4, "bad_duration"),
+        (5, "missing_field"),
+        (6, "missing_field"),
+        (7, "bad_json"),
+    ]
 
 
 def test_a_broken_csv_is_an_error(tmp_path):
@@ -574,8 +614,12 @@ def test_a_format_is_told_from_the_files(tmp_path, sounds):
     (tmp_path / "shar").mkdir()
     make_cuts(sounds).to_shar(tmp_path / "shar", {"recording": "wav"})
     assert found(f"{tmp_path}/shar/cuts.000000.jsonl.gz") == "lhotse_shar"
-    for name, file in [("lhotse_shar", "cuts.000000.jsonl.gz"), ("parquet", "a.parquet"),
-                       ("audiofolder", "metadata.csv"), ("audiofolder", "metadata.jsonl")]:  # fmt: skip
+    for name, file in [
+        ("lhotse_shar", "cuts.000000.jsonl.gz"),
+        ("parquet", "a.parquet"),
+        ("audiofolder", "metadata.csv"),
+        ("audiofolder", "metadata.jsonl"),
+    ]:
         (folder := tmp_path / file).mkdir()
         (folder / file).touch()
         assert found(str(folder)) == name
@@ -593,16 +637,38 @@ def test_a_corpus_whose_files_are_missing_is_named(tmp_path, name):
 
 
 odd = st.one_of(
-    st.none(), st.booleans(), st.integers(-1, 2), st.floats(), st.just(1e300), st.just([1]), st.just({"a": 1}),
+    st.none(),
+    st.booleans(),
+    st.integers(-1, 2),
+    st.floats(),
+    st.just(1e300),
+    st.just([1]),
+    st.just({"a": 1}),
     st.sampled_from(["", " ", "x", "en", "<|de|>", "<|en", "yes", "no", "<|nopnc|>", "asr"]),
-)  # fmt: skip
-FIELDS = ("audio_filepath", "duration", "offset", "text", "source_lang", "lang", "target_lang", "pnc", "_skipme",
-          "taskname", "itn", "timestamp", "unknown")  # fmt: skip
+)
+FIELDS = (
+    "audio_filepath",
+    "duration",
+    "offset",
+    "text",
+    "source_lang",
+    "lang",
+    "target_lang",
+    "pnc",
+    "_skipme",
+    "taskname",
+    "itn",
+    "timestamp",
+    "unknown",
+)
 plain = st.fixed_dictionaries(
-    {"audio_filepath": st.sampled_from(["a.wav", "/b.wav", "s3://c/d.wav"]), "duration": st.floats(0.0001, 100),
-     "text": st.sampled_from(["one", " one  two\n"])},
+    {
+        "audio_filepath": st.sampled_from(["a.wav", "/b.wav", "s3://c/d.wav"]),
+        "duration": st.floats(0.0001, 100),
+        "text": st.sampled_from(["one", " one  two\n"]),
+    },
     optional={"offset": st.floats(0, 9), "lang": st.sampled_from(["en", "<|de|>"]), "pnc": st.booleans()},
-)  # fmt: skip
+)
 spoilt = st.builds(lambda row, change: {**row, **change}, plain, st.dictionaries(st.sampled_from(FIELDS), odd))
 raw_rows = st.one_of(plain, spoilt, spoilt, st.none(), st.just(("bad_audio", "broken")), st.sampled_from([5, [1], "x"]))
 

@@ -58,10 +58,17 @@ def write_row(folder: Path, number: int, rng: np.random.Generator, tar: io.Buffe
     offset_ms = 60 if number % 8 == 3 else 0
     wanted_ms = (duration_ms - offset_ms) // (2 if number % 9 == 4 else 1)
     return {
-        "audio_path": str(path), "audio_start": span[0], "audio_size": span[1], "offset_ms": offset_ms,
-        "duration_ms": wanted_ms, "text": "", "corpus": "ab"[number % 2],
-        "language": "en", "prompt_length": 2, "tokens": rng.integers(0, 99, rng.integers(4, 30)).tolist(),
-    }  # fmt: skip
+        "audio_path": str(path),
+        "audio_start": span[0],
+        "audio_size": span[1],
+        "offset_ms": offset_ms,
+        "duration_ms": wanted_ms,
+        "text": "",
+        "corpus": "ab"[number % 2],
+        "language": "en",
+        "prompt_length": 2,
+        "tokens": rng.integers(0, 99, rng.integers(4, 30)).tolist(),
+    }
 
 
 @pytest.fixture(scope="module")
@@ -113,9 +120,14 @@ def expected_rows(assignment: Assignment, bucket: int, numbers: list[int]) -> li
 
 def open_reader(assignment: Assignment, quarantine: Quarantine, num_threads: int, **options) -> StepReader:
     return StepReader(
-        assignment.edges, sample_rate=RATE, pad_id=PAD, quarantine=quarantine, assignment=assignment,
-        num_threads=num_threads, **options,
-    )  # fmt: skip
+        assignment.edges,
+        sample_rate=RATE,
+        pad_id=PAD,
+        quarantine=quarantine,
+        assignment=assignment,
+        num_threads=num_threads,
+        **options,
+    )
 
 
 @pytest.mark.parametrize("num_threads", [1, 2, 7])
@@ -173,9 +185,18 @@ def test_waiting_for_storage_is_told_from_decoding(mixed):
 
 
 THREADS = [
-    ("auto", 16, 1, 15), ("auto", 17, 1, 16), ("auto", 192, 8, 16), ("auto", 96, 8, 11), ("auto", 16, 3, 4),
-    ("auto", 2, 1, 1), ("auto", 2, 2, 1), ("auto", 1, 1, 1), ("auto", 4, 8, 1), (3, 2, 2, 3), (40, 2, 2, 40),
-]  # fmt: skip
+    ("auto", 16, 1, 15),
+    ("auto", 17, 1, 16),
+    ("auto", 192, 8, 16),
+    ("auto", 96, 8, 11),
+    ("auto", 16, 3, 4),
+    ("auto", 2, 1, 1),
+    ("auto", 2, 2, 1),
+    ("auto", 1, 1, 1),
+    ("auto", 4, 8, 1),
+    (3, 2, 2, 3),
+    (40, 2, 2, 40),
+]
 
 
 @pytest.mark.parametrize(("setting", "num_cpus", "num_workers", "expected"), THREADS)

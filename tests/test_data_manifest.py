@@ -41,8 +41,12 @@ def test_chunks_of_several_files_tile_them_and_are_numbered_through(tmp_path):
         (tmp_path / name).write_bytes(b"\n" * size)
     chunks = plan_chunks([Corpus("x", (f"{tmp_path}/a", f"{tmp_path}/b")), Corpus("y", f"{tmp_path}/c")], 100)
     assert [(chunk.path[-1], chunk.start, chunk.end) for chunk in chunks] == [
-        ("a", 0, 100), ("a", 100, 200), ("a", 200, 250), ("b", 0, 0), ("c", 0, 100),
-    ]  # fmt: skip
+        ("a", 0, 100),
+        ("a", 100, 200),
+        ("a", 200, 250),
+        ("b", 0, 0),
+        ("c", 0, 100),
+    ]
     assert [(chunk.index, chunk.corpus) for chunk in chunks] == [(0, "x"), (1, "x"), (2, "x"), (3, "x"), (4, "y")]
     assert [list(read_chunk(chunk)) for chunk in chunks] == [[]] * 5
 
@@ -63,9 +67,16 @@ def test_durations_are_rounded_up(tmp_path, seconds, ms):
 
 def test_a_row_becomes_an_utterance(tmp_path):
     row = {
-        **GOOD, "offset": 0.5, "source_lang": "<|en|>", "target_lang": "de", "pnc": "no", "taskname": "ast",
-        "decodercontext": "eins", "itn": None, "text": " one\t two ",
-    }  # fmt: skip
+        **GOOD,
+        "offset": 0.5,
+        "source_lang": "<|en|>",
+        "target_lang": "de",
+        "pnc": "no",
+        "taskname": "ast",
+        "decodercontext": "eins",
+        "itn": None,
+        "text": " one\t two ",
+    }
     (found,) = read(tmp_path / "m.jsonl", [row])
     slots = (("task", "ast"), ("decodercontext", "eins"))
     assert found == Utterance(str(tmp_path / "a.flac"), 500, 1200, "one two", "en", "de", False, slots)
@@ -76,8 +87,11 @@ def test_languages_fall_back_from_target_to_source_to_lang_to_the_corpus(tmp_pat
     rows = [GOOD, {**GOOD, "target_lang": "de"}, {**GOOD, "source_lang": "fr"}, bare]
     found = read(tmp_path / "m.jsonl", rows, language="es")
     assert [(row.source_lang, row.target_lang) for row in found] == [
-        ("en", "en"), ("en", "de"), ("fr", "fr"), ("es", "es"),
-    ]  # fmt: skip
+        ("en", "en"),
+        ("en", "de"),
+        ("fr", "fr"),
+        ("es", "es"),
+    ]
     (row,) = read(tmp_path / "m.jsonl", [bare])
     assert isinstance(row, BadRow) and row.reason == "missing_field"
 
@@ -85,10 +99,16 @@ def test_languages_fall_back_from_target_to_source_to_lang_to_the_corpus(tmp_pat
 @pytest.mark.parametrize(
     ("value", "pnc"),
     [
-        ("yes", True), ("no", False), ("Yes", True), (True, True), (False, False), (None, True), ("pnc", True),
+        ("yes", True),
+        ("no", False),
+        ("Yes", True),
+        (True, True),
+        (False, False),
+        (None, True),
+        ("pnc", True),
         ("<|nopnc|>", False),
     ],
-)  # fmt: skip
+)
 def test_punctuation_may_be_a_word_a_boolean_or_a_token(tmp_path, value, pnc):
     (row,) = read(tmp_path / "m.jsonl", [{**GOOD, "pnc": value}])
     assert row.pnc is pnc
@@ -97,17 +117,28 @@ def test_punctuation_may_be_a_word_a_boolean_or_a_token(tmp_path, value, pnc):
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
-        ({"offset": -0.5}, "bad_duration"), ({"offset": "1"}, "bad_duration"), ({"duration": True}, "bad_duration"),
-        ({"duration": None}, "missing_field"), ({"text": 7}, "empty_text"), ({"audio_filepath": 3}, "missing_field"),
-        ({"target_lang": 3}, "unknown_language"), ({"_skipme": True, "duration": -1}, "skipme"),
-        ({"lang": ["en"]}, "unknown_language"), ({"lang": 5}, "unknown_language"),
-        ({"duration": 1e307}, "bad_duration"), ({"duration": 1e20}, "bad_duration"),
-        ({"offset": 1e307}, "bad_duration"), ({"audio_filepath": ""}, "missing_field"),
-        ({"duration": 0}, "bad_duration"), ({"duration": -1}, "bad_duration"), ({"duration": "x"}, "bad_duration"),
-        ({"duration": float("inf")}, "bad_json"), ({"text": "  "}, "empty_text"),
+        ({"offset": -0.5}, "bad_duration"),
+        ({"offset": "1"}, "bad_duration"),
+        ({"duration": True}, "bad_duration"),
+        ({"duration": None}, "missing_field"),
+        ({"text": 7}, "empty_text"),
+        ({"audio_filepath": 3}, "missing_field"),
+        ({"target_lang": 3}, "unknown_language"),
+        ({"_skipme": True, "duration": -1}, "skipme"),
+        ({"lang": ["en"]}, "unknown_language"),
+        ({"lang": 5}, "unknown_language"),
+        ({"duration": 1e307}, "bad_duration"),
+        ({"duration": 1e20}, "bad_duration"),
+        ({"offset": 1e307}, "bad_duration"),
+        ({"audio_filepath": ""}, "missing_field"),
+        ({"duration": 0}, "bad_duration"),
+        ({"duration": -1}, "bad_duration"),
+        ({"duration": "x"}, "bad_duration"),
+        ({"duration": float("inf")}, "bad_json"),
+        ({"text": "  "}, "empty_text"),
         ({"pnc": "maybe"}, "bad_slot"),
     ],
-)  # fmt: skip
+)
 def test_a_bad_row_has_a_reason(tmp_path, change, reason):
     (row,) = read(tmp_path / "m.jsonl", [{**GOOD, **change}])
     assert isinstance(row, BadRow) and (row.line, row.reason) == (1, reason)
@@ -122,9 +153,11 @@ def test_bad_lines_are_named_and_leave_the_others(tmp_path):
         assert [isinstance(row, Utterance) for row in found] == [True, False, False, False, True, False]
         bad = [(row.file, row.line, row.reason) for row in found if isinstance(row, BadRow)]
         assert bad == [
-            (str(path), 2, "bad_json"), (str(path), 4, "bad_json"), (str(path), 5, "missing_field"),
+            (str(path), 2, "bad_json"),
+            (str(path), 4, "bad_json"),
+            (str(path), 5, "missing_field"),
             (str(path), 7, "bad_json"),
-        ]  # fmt: skip
+        ]
 
 
 def test_absolute_audio_paths_stay_and_others_start_at_the_manifest(tmp_path):

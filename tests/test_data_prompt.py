@@ -38,15 +38,19 @@ def tokens(tokenizer: CanaryTokenizer, *names: str) -> list[int]:
         ("canary2", ("en", "de"), {"pnc": False}, [7, 4, 8, 16, 17, 6, 11, 13, 15]),
         ("canary2", ("de", "de"), {"slots": OTHER_SLOTS}, [7, 4, 9, 17, 17, 5, 10, 12, 14]),
         (  # the context is in the target language
-            "canary2", ("en", "de"), {"pnc": "no", "slots": {"decodercontext": "Größe the sea"}},
+            "canary2",
+            ("en", "de"),
+            {"pnc": "no", "slots": {"decodercontext": "Größe the sea"}},
             [7, 332, 458, 486, 496, 455, 454, 459, 462, 455, 292, 455, 461, 4, 8, 16, 17, 6, 11, 13, 15],
         ),
         (
-            "canary2", ("<|en|>", "<|en|>"), {"pnc": "<|nopnc|>", "slots": {"decodercontext": "Größe the sea"}},
+            "canary2",
+            ("<|en|>", "<|en|>"),
+            {"pnc": "<|nopnc|>", "slots": {"decodercontext": "Größe the sea"}},
             [7, 208, 229, 21, 221, 29, 28, 221, 223, 4, 8, 16, 16, 6, 11, 13, 15],
         ),
     ],
-)  # fmt: skip
+)
 def test_prompts_have_nemos_ids(name, languages, options, ids):
     assert prompt_ids(recorded(f"tiny-{name}")[0], *languages, prompt_format=name, **options) == ids
 

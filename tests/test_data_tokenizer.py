@@ -26,14 +26,16 @@ REFERENCES = [("tiny-canary", "canary"), ("tiny-canary2", "canary2")]
 NEMO_TEXT_IDS = [
     ("en", "  It was  a\tdark night.  ", [113, 35, 3, 33, 37, 223, 43, 134, 212]),
     (
-        "en", "I'll go — ﬁnally, café № 5 ½",
+        "en",
+        "I'll go — ﬁnally, café № 5 ½",
         [27, 227, 38, 47, 203, 199, 0, 16, 5, 173, 218, 221, 19, 202, 217, 0, 137, 203, 199, 0, 199, 0],
     ),
     (
-        "de", "Größe und Maß, übermäßig!",
+        "de",
+        "Größe und Maß, übermäßig!",
         [55, 181, 209, 219, 178, 29, 52, 184, 219, 202, 177, 204, 92, 192, 203, 219, 80, 241],
     ),
-]  # fmt: skip
+]
 
 
 def recorded(name: str) -> tuple[CanaryTokenizer, dict]:
@@ -172,9 +174,18 @@ def test_a_language_can_not_lead_out_of_the_folder_nor_be_another_special(tmp_pa
 def test_byte_pieces_are_read_as_characters():
     writer = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(["one two three"] * 5), model_writer=writer, model_type="bpe", vocab_size=280,
-        byte_fallback=True, hard_vocab_limit=False, bos_id=-1, eos_id=-1, pad_id=-1, unk_id=0, minloglevel=2,
-    )  # fmt: skip
+        sentence_iterator=iter(["one two three"] * 5),
+        model_writer=writer,
+        model_type="bpe",
+        vocab_size=280,
+        byte_fallback=True,
+        hard_vocab_limit=False,
+        bos_id=-1,
+        eos_id=-1,
+        pad_id=-1,
+        unk_id=0,
+        minloglevel=2,
+    )
     tokenizer = CanaryTokenizer({"spl_tokens": train_specials(["en"]), "en": writer.getvalue()})
     ids = tokenizer.encode_text("one wörld 你", "en")
     assert tokenizer.decode(ids) == "one wörld 你"

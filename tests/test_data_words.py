@@ -25,9 +25,15 @@ def train(model_type: str, vocab_size: int = 70, **options) -> sentencepiece.Sen
     rng, writer = random.Random(1), io.BytesIO()
     texts = [" ".join(rng.choices(WORDS, k=rng.randint(1, 12))) for _ in range(500)]
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(texts), model_writer=writer, model_type=model_type, vocab_size=vocab_size, minloglevel=2,
-        hard_vocab_limit=False, character_coverage=0.99, **options,
-    )  # fmt: skip
+        sentence_iterator=iter(texts),
+        model_writer=writer,
+        model_type=model_type,
+        vocab_size=vocab_size,
+        minloglevel=2,
+        hard_vocab_limit=False,
+        character_coverage=0.99,
+        **options,
+    )
     return sentencepiece.SentencePieceProcessor(model_proto=writer.getvalue())
 
 

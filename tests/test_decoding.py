@@ -15,9 +15,16 @@ from raytrain.model.nemo import read_nemo
 
 EOS, PROMPT = 3, [7, 4, 8]
 TINY = ModelConfig(
-    encoder_layers=1, encoder_width=32, encoder_heads=2, subsampling_channels=8, decoder_layers=2, decoder_width=48,
-    decoder_heads=2, max_positions=24, vocab_size=29,
-)  # fmt: skip
+    encoder_layers=1,
+    encoder_width=32,
+    encoder_heads=2,
+    subsampling_channels=8,
+    decoder_layers=2,
+    decoder_width=48,
+    decoder_heads=2,
+    max_positions=24,
+    vocab_size=29,
+)
 
 
 @pytest.fixture(scope="module")

@@ -19,9 +19,16 @@ from raytrain.model.linear import PreparedLinear, affine
 
 EOS, PROMPT = 3, [7, 4, 8]
 SMALL = ModelConfig(
-    encoder_layers=1, encoder_width=32, encoder_heads=2, subsampling_channels=8, decoder_layers=2, decoder_width=48,
-    decoder_heads=2, max_positions=160, vocab_size=29,
-)  # fmt: skip
+    encoder_layers=1,
+    encoder_width=32,
+    encoder_heads=2,
+    subsampling_channels=8,
+    decoder_layers=2,
+    decoder_width=48,
+    decoder_heads=2,
+    max_positions=160,
+    vocab_size=29,
+)
 CPU = torch.device("cpu")
 LONG = DecodeSettings(max_generation_delta=90)
 
@@ -189,9 +196,16 @@ def test_graphs_give_the_texts_of_eager_steps(spoken, monkeypatch):
 
 # Large enough for oneDNN's kernels, which are taken for weights of 2¹⁷ numbers on.
 WIDE = ModelConfig(
-    encoder_layers=2, encoder_width=256, encoder_heads=4, subsampling_channels=16, decoder_layers=2, decoder_width=384,
-    decoder_heads=4, max_positions=64, vocab_size=512,
-)  # fmt: skip
+    encoder_layers=2,
+    encoder_width=256,
+    encoder_heads=4,
+    subsampling_channels=16,
+    decoder_layers=2,
+    decoder_width=384,
+    decoder_heads=4,
+    max_positions=64,
+    vocab_size=512,
+)
 
 
 @pytest.mark.parametrize("shape", [(7, 5), (384, 512)])
@@ -202,8 +216,9 @@ def test_linear_maps_are_linear_maps(shape, rows):
     for own in (bias, None):
         wanted = F.linear(x, weight, own)
         assert torch.allclose(affine(weight, own)(x), wanted, atol=1e-4)
-        errors = [(PreparedLinear(weight, own, name)(x) - wanted).std() / wanted.std() for name in
-                  ("fp32", "bf16", "int8")]  # fmt: skip
+        errors = [
+            (PreparedLinear(weight, own, name)(x) - wanted).std() / wanted.std() for name in ("fp32", "bf16", "int8")
+        ]
         assert errors[0] < 1e-6 < 5e-4 < errors[1] < 5e-3 and 2e-3 < errors[2] < 2e-2
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert affine(weight, bias)(x).dtype == torch.bfloat16

@@ -16,12 +16,19 @@ from raytrain.config import ClusterSection
 VERSIONS = {"python": "3.11.9", "ray": "2.60.0", "torch": "2.13.0+cpu", "raytrain": "0.1.0", "code": "a", "mlflow": "3"}
 H100 = {"name": "H100", "memory": 80 * GIB, "capability": "90"}
 NODE = NodeFacts(
-    host="n1", versions=VERSIONS, cpus=8, shm_total=64 * GIB, shm_free=60 * GIB, object_store=19 * GIB,
-    open_files=(1 << 20, 1 << 20), auth_mode="token", memory_monitor="0",
+    host="n1",
+    versions=VERSIONS,
+    cpus=8,
+    shm_total=64 * GIB,
+    shm_free=60 * GIB,
+    object_store=19 * GIB,
+    open_files=(1 << 20, 1 << 20),
+    auth_mode="token",
+    memory_monitor="0",
     temp_folder={"path": "/tmp/ray", "free": 100 * GIB, "total": 400 * GIB, "writable": True},
     decoders={"library": "libsndfile 1.2.2", "missing": [], "error": ""},
     storage={"error": "", "sees_driver": None, "write_mib_s": 300.0, "read_mib_s": 900.0},
-)  # fmt: skip
+)
 
 
 def status(found: list[checks.Check]) -> list[str]:
@@ -229,9 +236,12 @@ def test_a_run_in_an_object_store(corpus, s3, local_ray, monkeypatch):
     monkeypatch.setattr(doctor, "PROBE_BYTES", 12 << 20)  # the server of the tests is slow
     data = upload(corpus, f"{s3}/doctor-data")
     config = tiny_config(
-        corpus, Path("unused"), run={"root": f"{s3}/doctor-runs"}, data={"root": data},
+        corpus,
+        Path("unused"),
+        run={"root": f"{s3}/doctor-runs"},
+        data={"root": data},
         tracking={"enabled": False},
-    )  # fmt: skip
+    )
     report = examine(config, ClusterSection())
     found = by_name(report)
     assert found["run.root"].seen.startswith(f"{s3}/doctor-runs: written at")

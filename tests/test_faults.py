@@ -26,8 +26,12 @@ from raytrain.training.checkpoint import CheckpointFolder
 
 pytestmark = [pytest.mark.usefixtures("local_ray"), pytest.mark.timeout(600)]
 TRAIN = {
-    "max_steps": 12, "checkpoint_every_steps": 4, "validate_every_steps": 12, "average_decay": 0.9, "max_failures": 3,
-}  # fmt: skip
+    "max_steps": 12,
+    "checkpoint_every_steps": 4,
+    "validate_every_steps": 12,
+    "average_decay": 0.9,
+    "max_failures": 3,
+}
 
 
 def run(config, *names: str) -> list[str]:
@@ -56,10 +60,11 @@ def train_in_turn(*configs: Config) -> None:
             train_worker(job)
 
     TorchTrainer(
-        train_all, train_loop_config={"jobs": jobs},
+        train_all,
+        train_loop_config={"jobs": jobs},
         scaling_config=ScalingConfig(num_workers=configs[0].train.least_workers),
         run_config=RunConfig(storage_path=str(configs[0].run_dir / "ray")),
-    ).fit()  # fmt: skip
+    ).fit()
 
 
 @pytest.fixture(scope="module")
@@ -166,10 +171,12 @@ def test_one_worker_that_accumulates_learns_what_two_workers_learn(trained):
     for name in norms:
         ours, theirs = (
             # The bias before a batch norm has no gradient but rounding, which Adam makes steps of.
-            (model[f"{name}batch_norm.running_mean"] - model[f"{name}depthwise_conv.bias"],
-             model[f"{name}batch_norm.running_var"])
+            (
+                model[f"{name}batch_norm.running_mean"] - model[f"{name}depthwise_conv.bias"],
+                model[f"{name}batch_norm.running_var"],
+            )
             for model in models
-        )  # fmt: skip
+        )
         torch.testing.assert_close(ours[0], theirs[0], atol=1e-3, rtol=0)
         torch.testing.assert_close(ours[1], theirs[1], atol=1e-6, rtol=1e-4)
 

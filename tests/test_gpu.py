@@ -31,14 +31,27 @@ from raytrain.training.step import running_statistics, train_step
 
 GIB = 2**30
 SMALL = ModelConfig(
-    encoder_layers=1, encoder_width=64, encoder_heads=2, subsampling_channels=16, decoder_layers=1, decoder_width=64,
-    decoder_heads=2, max_positions=96, vocab_size=64,
-)  # fmt: skip
+    encoder_layers=1,
+    encoder_width=64,
+    encoder_heads=2,
+    subsampling_channels=16,
+    decoder_layers=1,
+    decoder_width=64,
+    decoder_heads=2,
+    max_positions=96,
+    vocab_size=64,
+)
 # Large enough for cuBLAS's workspace, which nobody predicts, to be a small part of the peak.
 MEDIUM = ModelConfig(
-    encoder_layers=6, encoder_width=512, encoder_heads=8, decoder_layers=2, decoder_width=512, decoder_heads=8,
-    max_positions=256, vocab_size=4096,
-)  # fmt: skip
+    encoder_layers=6,
+    encoder_width=512,
+    encoder_heads=8,
+    decoder_layers=2,
+    decoder_width=512,
+    decoder_heads=8,
+    max_positions=256,
+    vocab_size=4096,
+)
 SETTINGS = TrainSettings(num_workers=2, precision="bf16")
 EDGES = (4000, 30)
 

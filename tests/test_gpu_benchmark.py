@@ -256,23 +256,26 @@ def test_training_is_told_by_medians_without_the_start():
         {"step": step, "data_wait": wait, "batch_size": size, "steps_per_second": 2.0}
         for step, wait, size in ((5, 0.9, 40), (10, 0.1, 512), (15, 0.3, 119))
     ] + [{"step": 15, "val_loss": 1.0}]
-    assert training_figures(lines) == {
-        "steps": 15, "batch_size": [40, 512], "data_wait": 0.2, "steps_per_second": 2.0
-    }  # fmt: skip
+    assert training_figures(lines) == {"steps": 15, "batch_size": [40, 512], "data_wait": 0.2, "steps_per_second": 2.0}
     assert training_figures([]) == {"steps": 0}
 
 
 def test_tables_have_all_that_was_measured(capsys, monkeypatch):
     document = {
-        "machine": {"gpu": "NVIDIA H200", "processor": "any", "torch": "2.11"}, "commit": "abc",
+        "machine": {"gpu": "NVIDIA H200", "processor": "any", "torch": "2.11"},
+        "commit": "abc",
         "parts": {
-            "step": {"status": "done", "seconds": 3.0, "results": {
-                "64 x 20 s": {"step_seconds": 0.42, "sizes": [3, 4]},
-                "profile": {"kernels": [{"name": "gemm[x]", "calls": 7, "ms": 1.5, "share": 0.25}]},
-            }},
+            "step": {
+                "status": "done",
+                "seconds": 3.0,
+                "results": {
+                    "64 x 20 s": {"step_seconds": 0.42, "sizes": [3, 4]},
+                    "profile": {"kernels": [{"name": "gemm[x]", "calls": 7, "ms": 1.5, "share": 0.25}]},
+                },
+            },
             "ddp": {"status": "skipped", "why": "needs 2 GPUs, there is 1", "seconds": 0.2, "results": {}},
         },
-    }  # fmt: skip
+    }
     for plain in (False, True):
         if plain:
             monkeypatch.setattr("importlib.util.find_spec", lambda name: None)

@@ -51,8 +51,18 @@ def commands(config: str, manifest: str, root: Path) -> list[dict]:
     return [
         command("run", *stage("run")),
         command("run again", *stage("run")),
-        command("transcribe", "transcribe", "-m", str(root / "tiny"), "--manifest", manifest, "--output",
-                str(root / "texts.jsonl"), "--language", "en"),
+        command(
+            "transcribe",
+            "transcribe",
+            "-m",
+            str(root / "tiny"),
+            "--manifest",
+            manifest,
+            "--output",
+            str(root / "texts.jsonl"),
+            "--language",
+            "en",
+        ),
         command("doctor", "doctor", "--config", config),
         command("too many", *stage("train", *on("h100", train__num_workers=5))),
         command("busy", *stage("train", *on("h100", train__max_steps=7)), busy=True, interrupt_at="waiting for other"),
@@ -63,7 +73,7 @@ def commands(config: str, manifest: str, root: Path) -> list[dict]:
         command("tune", *stage("tune", *on("h100", train__num_workers=1, train__max_steps=2))),
         command("ablate", *stage("ablate", *on("h100", train__num_workers=2))),
         command("broken", *stage("oomptimize", *on("broken")), add=BROKEN),
-    ]  # fmt: skip
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -71,14 +81,15 @@ def results(corpus, tmp_path_factory) -> dict:
     """What every command said, on one cluster; `root` has the run folders."""
     root = tmp_path_factory.mktemp("gpus")
     values = tiny_values(
-        corpus, root,
+        corpus,
+        root,
         train={"num_workers": 4, "validate_every_steps": 100},
         cluster={"train_labels": {"kind": "h100"}, "data_labels": {"kind": "data"}},
         oomptimize={"device_memory": None, "soak_steps": 4, "steps_per_probe": 1},
         evaluate={"num_workers": 2},
         tune={"num_trials": 2, "space": {"train.learning_rate": {"uniform": [1e-4, 1e-3]}}},
         ablate={"schemes": ["D"], "device_memory": "1GiB", "max_batch_size": 4, "max_steps": 2},
-    )  # fmt: skip
+    )
     config = root / "config.yaml"
     config.write_text(yaml.safe_dump(values))
     plan = root / "plan.json"
@@ -86,9 +97,7 @@ def results(corpus, tmp_path_factory) -> dict:
     plan.write_text(json.dumps({"nodes": NODES, "commands": asked}))
     program = Path(__file__).with_name("claimed_gpus.py")
     environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
-    done = subprocess.run(
-        [sys.executable, program, plan], capture_output=True, text=True, timeout=850, env=environment
-    )
+    done = subprocess.run([sys.executable, program, plan], capture_output=True, text=True, timeout=850, env=environment)
     assert done.returncode == 0, done.stderr[-5000:]
     return {**json.loads(done.stdout.splitlines()[-1]), "root": root, "run_folder": root / "tiny"}
 

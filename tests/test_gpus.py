@@ -58,7 +58,7 @@ def test_each_gpu_is_a_place_on_its_node():
         (ClusterError("torch can't", why="no driver"), r"torch can't \(on host-n\); because no driver"),
         ("no answer within 120 s", "the GPUs of host-n can't be asked; because no answer within 120 s"),
     ],
-)  # fmt: skip
+)
 def test_a_node_whose_gpus_are_no_use_is_named(answers, answer, message):
     with pytest.raises(ClusterError, match=message):
         answers(n=answer)

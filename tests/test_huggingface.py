@@ -17,10 +17,20 @@ from raytrain.model.portable import ModelParts
 
 safetensors = pytest.importorskip("safetensors.torch")
 TINY = ModelConfig(
-    encoder_layers=2, encoder_width=64, encoder_heads=4, subsampling_channels=8, decoder_layers=2, decoder_width=64,
-    decoder_heads=2, decoder_ff_factor=3, max_positions=96, vocab_size=61, dropout=0.2, label_smoothing=0.1,
+    encoder_layers=2,
+    encoder_width=64,
+    encoder_heads=4,
+    subsampling_channels=8,
+    decoder_layers=2,
+    decoder_width=64,
+    decoder_heads=2,
+    decoder_ff_factor=3,
+    max_positions=96,
+    vocab_size=61,
+    dropout=0.2,
+    label_smoothing=0.1,
     spec_augment=SpecAugmentSettings(time_masks=3),
-)  # fmt: skip
+)
 
 
 @pytest.fixture(scope="module")
@@ -110,9 +120,10 @@ def random_theirs(transformers, **encoder):
     encoder = {"model_type": "parakeet_encoder", "scale_input": False, "layerdrop": 0.0, **sizes, **encoder}
     decoder = {**sizes, "num_key_value_heads": 2, "head_dim": 32, "vocab_size": 64}
     config = transformers.CanaryConfig(
-        vocab_size=64, encoder_config={"subsampling_conv_channels": 8, "num_mel_bins": 80, **encoder},
+        vocab_size=64,
+        encoder_config={"subsampling_conv_channels": 8, "num_mel_bins": 80, **encoder},
         decoder_config=decoder | {"max_position_embeddings": 96},
-    )  # fmt: skip
+    )
     model = transformers.CanaryForConditionalGeneration(config)
     for name, value in model.state_dict().items():
         if value.is_floating_point():

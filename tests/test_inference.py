@@ -44,9 +44,16 @@ ROOT = Path(__file__).parents[1]
 QUIET = Console(quiet=True)
 POOL = Pool(workers=2, cuda=True, budget_bytes=0, threads=1, actor_cpus=0.4, reader_cpus=1)
 MODEL = ModelConfig(
-    encoder_layers=2, encoder_width=64, encoder_heads=2, subsampling_channels=32, decoder_layers=2, decoder_width=64,
-    decoder_heads=2, max_positions=128, vocab_size=40,
-)  # fmt: skip
+    encoder_layers=2,
+    encoder_width=64,
+    encoder_heads=2,
+    subsampling_channels=32,
+    decoder_layers=2,
+    decoder_width=64,
+    decoder_heads=2,
+    max_positions=128,
+    vocab_size=40,
+)
 
 
 @pytest.fixture(scope="module")
@@ -168,8 +175,12 @@ def test_predicted_memory_is_that_of_a_process(case):
     layers, beams, size, duration_ms = case
     if not os.access("/proc/self/clear_refs", os.W_OK):
         pytest.skip("this system does not tell a process' peak")
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")]),
-                   "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}  # fmt: skip
+    environment = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")]),
+        "MALLOC_MMAP_THRESHOLD_": "65536",
+        "MALLOC_TRIM_THRESHOLD_": "65536",
+    }
     command = [sys.executable, "-c", MEASURE, *map(str, case)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stderr
@@ -230,9 +241,16 @@ def test_rows_of_other_formats_are_requests_for_the_same_audio(parts, corpus, fo
     for number, row in enumerate(rows):
         cut = lhotse.Recording.from_file(folder / row["audio_filepath"], recording_id=f"r{number}").to_cut()
         cut.supervisions = [
-            lhotse.SupervisionSegment(f"s{number}", cut.recording_id, 0, cut.duration, text=row["text"],
-                                      language=row["source_lang"], custom={"pnc": row["pnc"]})
-        ]  # fmt: skip
+            lhotse.SupervisionSegment(
+                f"s{number}",
+                cut.recording_id,
+                0,
+                cut.duration,
+                text=row["text"],
+                language=row["source_lang"],
+                custom={"pnc": row["pnc"]},
+            )
+        ]
         cuts.append(cut)
     lhotse.CutSet.from_cuts(cuts).to_file(folder / "cuts.jsonl")
     (folder / "shar").mkdir()
@@ -259,15 +277,30 @@ def test_rows_of_other_formats_are_requests_for_the_same_audio(parts, corpus, fo
 def test_bad_rows_are_named_and_missing_durations_read(parts, corpus, folder):
     rows = manifest_of(corpus)[:2]
     del rows[0]["duration"], rows[0]["text"]
-    lines = [rows[0], b"", {"text": "no audio", "duration": 1}, b"{not json", b"[1]", {**rows[1], "duration": -1},
-             {"audio_filepath": "gone.wav", "lang": "en"}, {**rows[1], "lang": "fr", "source_lang": "fr"},
-             {**rows[1], "_skipme": True, "note": "x"}]  # fmt: skip
+    lines = [
+        rows[0],
+        b"",
+        {"text": "no audio", "duration": 1},
+        b"{not json",
+        b"[1]",
+        {**rows[1], "duration": -1},
+        {"audio_filepath": "gone.wav", "lang": "en"},
+        {**rows[1], "lang": "fr", "source_lang": "fr"},
+        {**rows[1], "_skipme": True, "note": "x"},
+    ]
     write(folder / "m.jsonl", *lines)
     found = list(read_requests(plan_chunks([Corpus("c", str(folder / "m.jsonl"))]), prompts_of(parts)))
     whys = [row.error and row.error.partition(":")[0].partition(";")[0] for row in found]
     assert whys == [
-        None, "missing_field", "bad_json", "bad_json", "bad_duration", "bad_audio", "unknown language", None
-    ]  # fmt: skip
+        None,
+        "missing_field",
+        "bad_json",
+        "bad_json",
+        "bad_duration",
+        "bad_audio",
+        "unknown language",
+        None,
+    ]
     seconds = soundfile.info(folder / rows[0]["audio_filepath"]).duration
     assert found[0].request.duration_ms == pytest.approx(1000 * seconds, abs=1) and found[0].fields == rows[0]
     assert found[2].fields == {"manifest": str(folder / "m.jsonl"), "line": 4}
@@ -318,8 +351,22 @@ def test_texts_are_those_of_single_recordings_in_input_order(parts, checkpoint, 
     half = {"offset": 0.5, "duration": 1.0, "lang": "en", "audio_filepath": rows[0]["audio_filepath"]}
     rows.append(half)
     write(folder / "m.jsonl", *rows)
-    arguments = ["transcribe", "-m", str(checkpoint), "--manifest", "m.jsonl", "--root", str(folder), "--output",
-                 str(folder / "out.jsonl"), "--window-seconds", "4", "--part-rows", "6", "--json"]  # fmt: skip
+    arguments = [
+        "transcribe",
+        "-m",
+        str(checkpoint),
+        "--manifest",
+        "m.jsonl",
+        "--root",
+        str(folder),
+        "--output",
+        str(folder / "out.jsonl"),
+        "--window-seconds",
+        "4",
+        "--part-rows",
+        "6",
+        "--json",
+    ]
     done = CliRunner().invoke(app, arguments, catch_exceptions=False)
     assert done.exit_code == 1, done.output
     summary = json.loads(next(line for line in done.output.splitlines() if line.startswith("{")))
@@ -352,8 +399,11 @@ def test_texts_are_those_of_single_recordings_in_input_order(parts, checkpoint, 
     assert (summary["rows"], summary["failed"], summary["parts"]) == (len(rows), 4, -(-len(rows) // 6))
     assert set(summary["part_seconds"]) == {"decode audio", *PARTS}
     assert all(value > 0 for value in summary["part_seconds"].values())
-    heard = sum(soundfile.info(folder / row["audio_filepath"]).duration for row in rows if row not in (half,)
-                and row.get("audio_filepath", "x.raw") not in unreadable)  # fmt: skip
+    heard = sum(
+        soundfile.info(folder / row["audio_filepath"]).duration
+        for row in rows
+        if row not in (half,) and row.get("audio_filepath", "x.raw") not in unreadable
+    )
     span = min(1.0, soundfile.info(folder / half["audio_filepath"]).duration - 0.5)
     assert summary["audio_s"] == pytest.approx(heard + span, abs=0.1)
     assert summary["rtfx"] == pytest.approx(summary["audio_s"] / summary["seconds"], rel=0.01)
@@ -407,8 +457,20 @@ def test_a_killed_job_goes_on_and_a_changed_setting_does_all_again(checkpoint, c
 
     before = ray_processes()
     out = tmp_path / "out.jsonl"
-    command = [sys.executable, "-m", "raytrain", "transcribe", "-m", str(checkpoint), "--manifest", str(manifest),
-               "--output", str(out), "--part-rows", "16"]  # fmt: skip
+    command = [
+        sys.executable,
+        "-m",
+        "raytrain",
+        "transcribe",
+        "-m",
+        str(checkpoint),
+        "--manifest",
+        str(manifest),
+        "--output",
+        str(out),
+        "--part-rows",
+        "16",
+    ]
     environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
     process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
     folder = tmp_path / "out.jsonl.parts"

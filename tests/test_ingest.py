@@ -88,9 +88,12 @@ def test_two_nodes_one_trains_the_other_decodes(copy_of, nodes):
 def test_training_on_a_stream_needs_no_assignment_and_resumes(corpus, tmp_path, local_ray):
     def values(steps: int) -> dict:
         return tiny_values(
-            corpus, tmp_path, data={**tiny_values(corpus, tmp_path)["data"], "stream": {"buffer_size": 40}},
-            train={**tiny_values(corpus, tmp_path)["train"], "max_steps": steps}, tracking={"enabled": False},
-        )  # fmt: skip
+            corpus,
+            tmp_path,
+            data={**tiny_values(corpus, tmp_path)["data"], "stream": {"buffer_size": 40}},
+            train={**tiny_values(corpus, tmp_path)["train"], "max_steps": steps},
+            tracking={"enabled": False},
+        )
 
     config = check_config(values(6))
     ran = run_pipeline(config, Console(quiet=True), (*PREPARED, "train"))

@@ -32,9 +32,7 @@ def command(*arguments: str) -> list[str]:
 
 def call(*arguments: str, without: tuple[str, ...] = (), **environment: str) -> subprocess.CompletedProcess:
     kept = {name: value for name, value in os.environ.items() if name not in without}
-    return subprocess.run(
-        command(*arguments), capture_output=True, text=True, timeout=400, env={**kept, **environment}
-    )  # fmt: skip
+    return subprocess.run(command(*arguments), capture_output=True, text=True, timeout=400, env={**kept, **environment})
 
 
 @pytest.fixture
@@ -52,9 +50,12 @@ def test_a_submitted_stage_leaves_its_artefact_and_no_secret(head, written, tmp_
     # RAY_ADDRESS would win over the address in Ray's own client.
     set_by_others = tuple(name for name in os.environ if name.startswith(("AWS_", "RAYTRAIN_")))
     done = call(
-        *arguments, without=set_by_others, AWS_SECRET_ACCESS_KEY=SECRET, AWS_REGION="eu-north-1",
+        *arguments,
+        without=set_by_others,
+        AWS_SECRET_ACCESS_KEY=SECRET,
+        AWS_REGION="eu-north-1",
         RAY_ADDRESS="http://127.0.0.1:1",
-    )  # fmt: skip
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     assert "96 utterances" in done.stdout and "SUCCEEDED" in done.stderr
     assert "secret and not passed: AWS_SECRET_ACCESS_KEY" in done.stderr
@@ -79,9 +80,13 @@ def test_one_command_takes_a_run_to_its_scores_in_s3(head, corpus, s3, tmp_path)
     data = upload(corpus, f"{s3}/jobs/corpus")
     train = {"num_workers": 1, "max_steps": 2, "validate_every_steps": 2}
     values = tiny_values(
-        corpus, f"{s3}/jobs/runs", data={"root": data}, train=train, tracking={"enabled": False},
+        corpus,
+        f"{s3}/jobs/runs",
+        data={"root": data},
+        train=train,
+        tracking={"enabled": False},
         oomptimize={"device_memory": None, "soak_steps": 4, "steps_per_probe": 1},
-    )  # fmt: skip
+    )
     (tmp_path / "a.yaml").write_text(yaml.safe_dump(values))
     passed = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", f"RAYTRAIN_CACHE={tmp_path / 'cache'}")
     env = [part for name in passed for part in ("--env", name)]
@@ -112,9 +117,12 @@ def test_a_failed_job_is_exit_code_one_with_its_error(head, written):
 def test_ctrl_c_ends_the_following_and_stop_the_job(head, tmp_path):
     name = Jobs(head).submit(Order("long", "echo begun; sleep 300", tmp_path, {}, {"run": "long"}))
     follower = subprocess.Popen(
-        command("logs", "--follow", name, "--address", head), text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        command("logs", "--follow", name, "--address", head),
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
-    )  # fmt: skip
+    )
     try:
         assert any("begun" in line for line in follower.stdout)
         follower.send_signal(signal.SIGINT)
@@ -207,14 +215,21 @@ def test_where_the_server_is(monkeypatch):
 
 def test_only_named_secrets_go_along(tmp_path):
     here = {
-        "AWS_REGION": "eu-north-1", "AWS_SECRET_ACCESS_KEY": SECRET, "AWS_ENDPOINT_URL": "https://u:pw@store",
-        "MLFLOW_TRACKING_URI": "https://ann:pw@mlflow", "RAYTRAIN_DATA_ROOT": "/data", "HF_TOKEN": "t", "OTHER": "1",
-    }  # fmt: skip
+        "AWS_REGION": "eu-north-1",
+        "AWS_SECRET_ACCESS_KEY": SECRET,
+        "AWS_ENDPOINT_URL": "https://u:pw@store",
+        "MLFLOW_TRACKING_URI": "https://ann:pw@mlflow",
+        "RAYTRAIN_DATA_ROOT": "/data",
+        "HF_TOKEN": "t",
+        "OTHER": "1",
+    }
     found = submission.variables([], here)
     assert found.values == {"AWS_REGION": "eu-north-1", "RAYTRAIN_DATA_ROOT": "/data"}
     assert found.secret == () and set(found.kept) == {
-        "AWS_ENDPOINT_URL", "MLFLOW_TRACKING_URI", "AWS_SECRET_ACCESS_KEY",
-    }  # fmt: skip
+        "AWS_ENDPOINT_URL",
+        "MLFLOW_TRACKING_URI",
+        "AWS_SECRET_ACCESS_KEY",
+    }
     found = submission.variables(["AWS_SECRET_ACCESS_KEY", "MODE=x=y", "RAYTRAIN_DATA_ROOT=s3://b"], here)
     assert found.values["AWS_SECRET_ACCESS_KEY"] == SECRET and found.secret == ("AWS_SECRET_ACCESS_KEY",)
     assert (found.values["MODE"], found.values["RAYTRAIN_DATA_ROOT"]) == ("x=y", "s3://b")
@@ -225,9 +240,11 @@ def test_only_named_secrets_go_along(tmp_path):
 def test_paths_mean_the_same_in_the_job(corpus, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     values = {
-        "name": "a", "data": {"train": ["a.jsonl"]}, "train": {"init_from": "m.nemo", "storage_path": "s3://b/c"},
+        "name": "a",
+        "data": {"train": ["a.jsonl"]},
+        "train": {"init_from": "m.nemo", "storage_path": "s3://b/c"},
         "cluster": {"address": "http://127.0.0.1:8265"},
-    }  # fmt: skip
+    }
     config = check_config(values)
     settings = submission.job_settings(config, {})
     assert settings["run"]["root"] == str(tmp_path / "runs") and settings["data"]["root"] == str(tmp_path)
@@ -276,14 +293,16 @@ def test_a_local_ray_has_a_token_of_its_own_and_listens_here_only(tmp_path):
     kept = {name: value for name, value in os.environ.items() if not name.startswith("RAY_A")}
     done = subprocess.run(
         [sys.executable, "-c", LOCAL], capture_output=True, text=True, timeout=100, env={**kept, "HOME": str(tmp_path)}
-    )  # fmt: skip
+    )
     assert done.returncode == 0, done.stderr
     token, ports, after = done.stdout.splitlines()
     assert token == "token 64" and after == "None None"
     count, _, places = ports.partition(" ")
     assert int(count) > 3 and set(json.loads(f"[{places[1:-1]}]".replace("'", '"'))) <= {
-        "127.0.0.1", "::ffff:127.0.0.1", "::1",
-    }  # fmt: skip
+        "127.0.0.1",
+        "::ffff:127.0.0.1",
+        "::1",
+    }
     assert not (tmp_path / ".ray").exists()
 
 

@@ -13,15 +13,49 @@ CORE = {"raytrain.errors", "raytrain.ranges", "raytrain.lengths"}
 REDACTION = "raytrain.redaction"
 ALLOWED = {
     "lengths": {"numpy", *CORE},
-    "model": {"numpy", "torch", "sentencepiece", "safetensors", "yaml", "raytrain.model", "raytrain.artifacts",
-              "raytrain.yaml_loading", *CORE},
-    "data": {"numpy", "torch", "lhotse", "sentencepiece", "pyarrow", "fsspec", "orjson", "soundfile", "miniaudio",
-             "soxr", "scipy", "raytrain.telling", "raytrain.data", "raytrain.artifacts", *CORE},
-    "training": {"numpy", "torch", "jiwer", "sacrebleu", "whisper_normalizer", "raytrain.training", "raytrain.model",
-                 "raytrain.data", "raytrain.artifacts", *CORE},
+    "model": {
+        "numpy",
+        "torch",
+        "sentencepiece",
+        "safetensors",
+        "yaml",
+        "raytrain.model",
+        "raytrain.artifacts",
+        "raytrain.yaml_loading",
+        *CORE,
+    },
+    "data": {
+        "numpy",
+        "torch",
+        "lhotse",
+        "sentencepiece",
+        "pyarrow",
+        "fsspec",
+        "orjson",
+        "soundfile",
+        "miniaudio",
+        "soxr",
+        "scipy",
+        "raytrain.telling",
+        "raytrain.data",
+        "raytrain.artifacts",
+        *CORE,
+    },
+    "training": {
+        "numpy",
+        "torch",
+        "jiwer",
+        "sacrebleu",
+        "whisper_normalizer",
+        "raytrain.training",
+        "raytrain.model",
+        "raytrain.data",
+        "raytrain.artifacts",
+        *CORE,
+    },
     "tracking": {"raytrain.tracking", "raytrain.artifacts", "raytrain.errors", REDACTION},
     "report": {"numpy", "matplotlib", "jinja2", "pyarrow", "raytrain.report", "raytrain.artifacts", REDACTION, *CORE},
-}  # fmt: skip
+}
 
 
 def imports(path: Path) -> set[str]:

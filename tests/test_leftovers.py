@@ -46,16 +46,31 @@ def test_every_unfinished_file_is_told_from_finished_ones(name):
 
 
 RUN = (
-    "config.yaml", "stages.json", "tokenizer/tokenizer.json", "tokenizer/de.model", "assignment/index.json",
-    "assignment/bucket=000/part-0.arrow", "checkpoints/step_00000500/meta.json", "checkpoints/best.json",
-    "metrics.jsonl", "mlflow.db", "faults/kill-abcdefgh.json", "previous/checkpoints/step_00000001/model.pt",
-    ".hidden", ".nfs00000000012345670000abcd", ".report.html.swp", "tune/trial-0a1b2c3d/metrics.jsonl",
-    "tune/search-abc/train-1/result.json", "ray-notes/train-1/x",
-)  # fmt: skip
+    "config.yaml",
+    "stages.json",
+    "tokenizer/tokenizer.json",
+    "tokenizer/de.model",
+    "assignment/index.json",
+    "assignment/bucket=000/part-0.arrow",
+    "checkpoints/step_00000500/meta.json",
+    "checkpoints/best.json",
+    "metrics.jsonl",
+    "mlflow.db",
+    "faults/kill-abcdefgh.json",
+    "previous/checkpoints/step_00000001/model.pt",
+    ".hidden",
+    ".nfs00000000012345670000abcd",
+    ".report.html.swp",
+    "tune/trial-0a1b2c3d/metrics.jsonl",
+    "tune/search-abc/train-1/result.json",
+    "ray-notes/train-1/x",
+)
 LEFT = (
-    "tokenizer/.de.model.q_x81k2z", ".report.html.abcd1234", "checkpoints/.writing.aaaaaaaa/model.pt",
+    "tokenizer/.de.model.q_x81k2z",
+    ".report.html.abcd1234",
+    "checkpoints/.writing.aaaaaaaa/model.pt",
     "checkpoints/.fetching.bbbbbbbb/step_00000001/meta.json",
-)  # fmt: skip
+)
 TRAININGS = ("ray/train-17640/snapshot.json", "tune/trial-0a1b2c3d/ray/train-17641/snapshot.json")
 
 
@@ -168,10 +183,14 @@ def test_sessions_of_the_living_and_of_others_are_left_alone(tmp_path, monkeypat
     dead = replace(Owner.here(), pid=os.getppid(), start="1")
     living = replace(dead, start=start_of(os.getppid()))
     notes = {
-        "session_dead": dead, "session_living": living, "session_own": Owner.here(), "session_not_ours": None,
-        "session_elsewhere": replace(dead, host="elsewhere"), "session_in_use": dead,
+        "session_dead": dead,
+        "session_living": living,
+        "session_own": Owner.here(),
+        "session_not_ours": None,
+        "session_elsewhere": replace(dead, host="elsewhere"),
+        "session_in_use": dead,
         "session_before_boot": replace(dead, machine="another pid:[1]"),
-    }  # fmt: skip
+    }
     for name, owner in notes.items():
         (tmp_path / name / "logs").mkdir(parents=True)
         if owner is not None:

@@ -40,10 +40,12 @@ def best_of_all(histogram: LengthHistogram, num_cells: int) -> float:
     for edges in subsets(sorted(set(histogram.cells.tolist())), num_cells):
         index = np.searchsorted(edges, histogram.cells)
         rows = [
-            [row_cost(histogram.tokens[index == k], histogram.counts[index == k], edge, m)
-             for m in range(1, num_cells - len(edges) + 2)]
+            [
+                row_cost(histogram.tokens[index == k], histogram.counts[index == k], edge, m)
+                for m in range(1, num_cells - len(edges) + 2)
+            ]
             for k, edge in enumerate(edges)
-        ]  # fmt: skip
+        ]
         spare = {0: 0.0}
         for row in rows:
             merged: dict[int, float] = {}
@@ -90,11 +92,18 @@ def test_equal_rows_are_the_best_of_their_kind(rows, num_rows, split):
     best = np.inf
     for edges in subsets(sorted(set(histogram.cells.tolist())), num_rows):
         index = np.searchsorted(edges, histogram.cells)
-        best = min(best, sum(row_cost(histogram.tokens[index == k], histogram.counts[index == k], edge, split)
-                             for k, edge in enumerate(edges)))  # fmt: skip
+        best = min(
+            best,
+            sum(
+                row_cost(histogram.tokens[index == k], histogram.counts[index == k], edge, split)
+                for k, edge in enumerate(edges)
+            ),
+        )
     index = np.searchsorted([row.max_duration_ms for row in found], histogram.cells)
-    total = sum(row_cost(histogram.tokens[index == k], histogram.counts[index == k], row.max_duration_ms, split)
-                for k, row in enumerate(found))  # fmt: skip
+    total = sum(
+        row_cost(histogram.tokens[index == k], histogram.counts[index == k], row.max_duration_ms, split)
+        for k, row in enumerate(found)
+    )
     assert len(found) <= num_rows and total == pytest.approx(best)
 
 

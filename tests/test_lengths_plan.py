@@ -108,8 +108,13 @@ def test_every_utterance_gets_one_bucket_or_one_reason(pairs, num_durations, num
 def test_edges_belong_to_their_bucket():
     grid = BucketGrid((Bucket(2000, 10), Bucket(2000, 20), Bucket(5000, 30)))
     assert [grid.assign(*pair) for pair in [(2000, 10), (1, 11), (2001, 1), (5000, 30), (5001, 1), (9, 21)]] == [
-        0, 1, 2, 2, -1, -1,
-    ]  # fmt: skip
+        0,
+        1,
+        2,
+        2,
+        -1,
+        -1,
+    ]
 
 
 def test_equal_mass_edges_cut_where_shares_of_the_total_are_reached():

@@ -73,9 +73,12 @@ def devices(lowest: float, highest: float, **options: st.SearchStrategy) -> st.S
 
 @settings(max_examples=300, deadline=None)
 @given(
-    st.integers(0, 3000), st.integers(1, 3000), st.integers(1, 2000), st.sampled_from([0.0, 0.02, 0.05, 0.2]),
+    st.integers(0, 3000),
+    st.integers(1, 3000),
+    st.integers(1, 2000),
+    st.sampled_from([0.0, 0.02, 0.05, 0.2]),
     st.sampled_from([None, 1.1, 2.0]),
-)  # fmt: skip
+)
 def test_a_search_ends_within_the_tolerance_and_never_above(largest, start, max_size, tolerance, growth):
     search = BatchSizeSearch(start, max_size, tolerance, growth)
     tried = []
@@ -141,9 +144,11 @@ def test_shared_brackets_save_probes_and_change_no_answer(device, rng, tolerance
         measure, largest = partial(device.measure, bucket), device.largest(bucket)
         start = max(1, int(largest * rng.uniform(0.8, 1.2)))
         answer = search_batch_size(
-            measure, BatchSizeSearch(start, MAX_SIZE, tolerance), before=partial(shared.bracket, bucket),
+            measure,
+            BatchSizeSearch(start, MAX_SIZE, tolerance),
+            before=partial(shared.bracket, bucket),
             after=lambda probe, bucket=bucket: shared.report(bucket, probe.batch_size, probe.fits),
-        )  # fmt: skip
+        )
         assert is_within(answer.batch_size, largest, tolerance)
         together += len(answer.probes)
         alone += len(search_batch_size(measure, BatchSizeSearch(start, MAX_SIZE, tolerance)).probes)

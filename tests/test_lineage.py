@@ -54,9 +54,12 @@ def run(tmp_path):
     best, last = save(folder, 2, "mine", 2.0), save(folder, 4, "mine", 4.0)
     folder.mark_best(2, 0.1)
     note = {
-        "lineage": "mine", "last_step": 4, "last_files": last.meta["files"],
-        "best_step": 2, "files": best.meta["files"],
-    }  # fmt: skip
+        "lineage": "mine",
+        "last_step": 4,
+        "last_files": last.meta["files"],
+        "best_step": 2,
+        "files": best.meta["files"],
+    }
     (folder.folder / "last.json").write_bytes(canonical_json(note))
     store = RunStore(tmp_path)
     return SimpleNamespace(checkpoints=lambda: folder, store=store, path=lambda name: tmp_path / name)
@@ -98,8 +101,12 @@ def test_worker_refuses_and_training_is_not_tried_again(copy_of):
     lines: list[str] = []
     with pytest.raises(CheckpointError, match=r"got lineage theirs; allowed: lineage mine.*to do"):
         run_training(
-            config, config.run_dir, meta={"ids": {"lineage": "mine"}}, mlflow=None,
-            on_metrics=lambda line: None, say=lines.append,
-        )  # fmt: skip
+            config,
+            config.run_dir,
+            meta={"ids": {"lineage": "mine"}},
+            mlflow=None,
+            on_metrics=lambda line: None,
+            say=lines.append,
+        )
     assert lines == [] and json.loads((folder.folder / "step_00000003" / "meta.json").read_bytes())["step"] == 3
     assert not (config.run_dir / "metrics.jsonl").exists()

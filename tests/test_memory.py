@@ -14,9 +14,17 @@ from raytrain.training.parallel import micro_batches
 from raytrain.training.settings import TrainSettings
 
 MODEL = ModelConfig(
-    encoder_layers=3, encoder_width=64, encoder_heads=2, subsampling_channels=32, decoder_layers=1, decoder_width=32,
-    decoder_heads=2, max_positions=64, vocab_size=40, ctc_head=True,
-)  # fmt: skip
+    encoder_layers=3,
+    encoder_width=64,
+    encoder_heads=2,
+    subsampling_channels=32,
+    decoder_layers=1,
+    decoder_width=32,
+    decoder_heads=2,
+    max_positions=64,
+    vocab_size=40,
+    ctc_head=True,
+)
 SETTINGS = TrainSettings(ctc_weight=0.5, num_workers=1)
 MEASURED = Path(__file__).parents[1] / "benchmarks" / "results" / "oomptimizer_cuda_20261128.json"
 MIB, GIB = 2**20, 2**30

@@ -22,17 +22,30 @@ from raytrain.model.nemo import read_nemo
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 TINY = ModelConfig(
-    encoder_layers=2, encoder_width=32, encoder_heads=2, subsampling_channels=8, decoder_layers=2, decoder_width=48,
-    decoder_heads=2, max_positions=64, vocab_size=61, ctc_head=True,
-)  # fmt: skip
+    encoder_layers=2,
+    encoder_width=32,
+    encoder_heads=2,
+    subsampling_channels=8,
+    decoder_layers=2,
+    decoder_width=48,
+    decoder_heads=2,
+    max_positions=64,
+    vocab_size=61,
+    ctc_head=True,
+)
 
 
 def loss_of(model: Canary, batch: SpeechBatch, smoothing: float = 0.1):
     output = model(batch.audio, batch.audio_lengths, batch.input_ids, batch.input_lengths)
     return canary_loss(
-        output, batch.labels, batch.input_lengths, ctc_targets=batch.ctc_targets(),
-        ctc_target_lengths=batch.ctc_target_lengths(), ctc_weight=0.5, label_smoothing=smoothing,
-    )  # fmt: skip
+        output,
+        batch.labels,
+        batch.input_lengths,
+        ctc_targets=batch.ctc_targets(),
+        ctc_target_lengths=batch.ctc_target_lengths(),
+        ctc_weight=0.5,
+        label_smoothing=smoothing,
+    )
 
 
 @pytest.mark.parametrize(
@@ -198,8 +211,11 @@ def test_equal_to_nemo(name):
         sizes = torch.full((3,), prompt.shape[1])
         found = greedy(model, states, lengths, prompt, sizes, 3, max_generation_delta=decoded["max_generation_delta"])
     for row in range(3):
-        for value, key, size in ((mel[row].T, "mel", frames[row]), (states[row], "enc", lengths[row]),
-                                 (log_probs[row], "logp", expected["ids_len"][row])):  # fmt: skip
+        for value, key, size in (
+            (mel[row].T, "mel", frames[row]),
+            (states[row], "enc", lengths[row]),
+            (log_probs[row], "logp", expected["ids_len"][row]),
+        ):
             wanted = expected[key][row].T if key == "mel" else expected[key][row]
             assert (value[:size] - wanted[:size]).abs().max() < 1e-4, key
         wanted = decoded["beam1"][row]

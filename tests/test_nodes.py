@@ -18,9 +18,13 @@ from raytrain.console import Console
 
 pytestmark = pytest.mark.timeout(600)
 TRAIN = {
-    "num_workers": [1, 2], "max_steps": 150, "checkpoint_every_steps": 10_000, "validate_every_steps": 150,
-    "max_failures": 2, "learning_rate": 1e-5,
-}  # fmt: skip
+    "num_workers": [1, 2],
+    "max_steps": 150,
+    "checkpoint_every_steps": 10_000,
+    "validate_every_steps": 150,
+    "max_failures": 2,
+    "learning_rate": 1e-5,
+}
 
 
 def step_of(config: Config, rank: int) -> int:

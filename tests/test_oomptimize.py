@@ -27,9 +27,16 @@ from raytrain.training.settings import TrainSettings
 # Ray's workers and the isolated processes don't know this file by name.
 cloudpickle.register_pickle_by_value(sys.modules[__name__])
 SMALL = ModelConfig(
-    encoder_layers=1, encoder_width=32, encoder_heads=2, subsampling_channels=8, decoder_layers=1, decoder_width=32,
-    decoder_heads=2, max_positions=64, vocab_size=40,
-)  # fmt: skip
+    encoder_layers=1,
+    encoder_width=32,
+    encoder_heads=2,
+    subsampling_channels=8,
+    decoder_layers=1,
+    decoder_width=32,
+    decoder_heads=2,
+    max_positions=64,
+    vocab_size=40,
+)
 EDGES = [(duration, tokens) for duration in (1000, 4000, 16000) for tokens in (10, 40)]
 
 
@@ -236,10 +243,18 @@ class LawProcess:
 
 def probe_job(law: Law, wrong: float = 1.0, **settings) -> ProbeJob:
     values = {
-        "model": ModelConfig(), "train": TrainSettings(), "device_name": "law", "budget_bytes": int(law.capacity),
-        "edges": tuple(EDGES), "needs": tuple((law.base, law.slope(edges) / wrong) for edges in EDGES),
-        "max_size": 500, "tolerance": 0.0, "steps_per_probe": 1, "soak_steps": 12, "seed": 1,
-    }  # fmt: skip
+        "model": ModelConfig(),
+        "train": TrainSettings(),
+        "device_name": "law",
+        "budget_bytes": int(law.capacity),
+        "edges": tuple(EDGES),
+        "needs": tuple((law.base, law.slope(edges) / wrong) for edges in EDGES),
+        "max_size": 500,
+        "tolerance": 0.0,
+        "steps_per_probe": 1,
+        "soak_steps": 12,
+        "seed": 1,
+    }
     return ProbeJob(**{**values, **settings})
 
 
@@ -247,9 +262,14 @@ def probe(job, tmp_path, make, processes=1, shown=None):
     """The outcome of a job on this Ray, which has no GPU: trials take a processor each."""
     shown = [] if shown is None else shown
     return probe_all(
-        job, [Placement()] * processes, tmp_path / "batch_probes.json", Placement(), lambda *what: shown.append(what),
-        make_meter=make, gpus=0.0,
-    )  # fmt: skip
+        job,
+        [Placement()] * processes,
+        tmp_path / "batch_probes.json",
+        Placement(),
+        lambda *what: shown.append(what),
+        make_meter=make,
+        gpus=0.0,
+    )
 
 
 def test_trials_find_what_brute_force_finds(ray_here, tmp_path):

@@ -248,9 +248,11 @@ def config(tmp_path):
     from raytrain.config import check_config
 
     values = {
-        "name": "mine", "run": {"root": str(tmp_path)}, "data": {"train": ["a.jsonl"], "dev": ["a.jsonl"]},
+        "name": "mine",
+        "run": {"root": str(tmp_path)},
+        "data": {"train": ["a.jsonl"], "dev": ["a.jsonl"]},
         "ablate": {"device_memory": "1GiB"},
-    }  # fmt: skip
+    }
     return check_config(values)
 
 
@@ -332,8 +334,9 @@ def test_what_is_no_file_is_no_record(tmp_path):
         folder.mkdir()
         make(folder / FILE)
         for take_over in (False, True):
-            with pytest.raises(StorageReadError, match=f"{FILE} is no file.*remove it"), owned(
-                str(folder), take_over=take_over
+            with (
+                pytest.raises(StorageReadError, match=f"{FILE} is no file.*remove it"),
+                owned(str(folder), take_over=take_over),
             ):
                 pass
         assert [path.name for path in folder.iterdir()] == [FILE] and os.path.lexists(folder / FILE)

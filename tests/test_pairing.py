@@ -93,8 +93,9 @@ def test_pairs_that_names_do_not_tell_are_refused(manifests, tars):
 
 def test_names_without_numbers_go_by_their_words_or_in_order():
     assert pair_shards(["b.json", "a.json.gz"], ["a.tar", "b.tar"]) == [
-        ("b.json", "b.tar", None), ("a.json.gz", "a.tar", None)
-    ]  # fmt: skip
+        ("b.json", "b.tar", None),
+        ("a.json.gz", "a.tar", None),
+    ]
     assert pair_shards(["b.json", "a.json"], ["x.tar", "y.tar"]) == [
         ("b.json", "x.tar", None),
         ("a.json", "y.tar", None),

@@ -62,8 +62,10 @@ def test_fields_come_back_as_they_were(ids, tmp_path_factory):
 
 def test_ids_of_cuts_come_back_as_they_were(tmp_path):
     path = tmp_path / "cuts.jsonl"
-    path.write_text('{"id": 12345678901234567890123, "channel": 0, "duration": 1.5, "recording": {"sources": [{"type": '
-                    '"file", "channels": [0], "source": ""}]}, "supervisions": []}\n')  # fmt: skip
+    path.write_text(
+        '{"id": 12345678901234567890123, "channel": 0, "duration": 1.5, "recording": {"sources": [{"type": '
+        '"file", "channels": [0], "source": ""}]}, "supervisions": []}\n'
+    )
     (line,) = written(Chunk(str(path), 0, WHOLE, format="lhotse_cuts", first_line=1))
     assert b'"id":12345678901234567890123' in line
 

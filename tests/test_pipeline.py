@@ -87,8 +87,16 @@ def test_mlflow_has_a_parent_and_a_child_for_each_stage(finished):
     assert set(STAGE_NAMES) <= set(children)
     train = children["train"]
     assert train.info.status == "FINISHED"
-    assert {"loss", "lr", "audio_padding", "batch_size", "audio_seconds_per_second", "memory_gib", "wer",
-            "wer_by_second"} <= set(train.data.metrics)  # fmt: skip
+    assert {
+        "loss",
+        "lr",
+        "audio_padding",
+        "batch_size",
+        "audio_seconds_per_second",
+        "memory_gib",
+        "wer",
+        "wer_by_second",
+    } <= set(train.data.metrics)
     assert len(client.get_metric_history(train.info.run_id, "loss")) == 6
     assert {"test_wer", "test_cer"} <= set(children["evaluate"].data.metrics)
     assert "errors.html" in {one.path for one in client.list_artifacts(children["evaluate"].info.run_id)}
@@ -183,8 +191,10 @@ def test_broken_audio_is_quarantined_and_training_goes_on(corpus, tmp_path):
 
 def test_bad_rows_are_counted_up_to_the_limit_then_an_error(corpus, tmp_path):
     good = (corpus / "train.jsonl").read_text().splitlines()
-    good = [json.dumps({**json.loads(line), "audio_filepath": str(corpus / json.loads(line)["audio_filepath"])})
-            for line in good]  # fmt: skip
+    good = [
+        json.dumps({**json.loads(line), "audio_filepath": str(corpus / json.loads(line)["audio_filepath"])})
+        for line in good
+    ]
     bad = [
         "{oops",
         json.dumps({**json.loads(good[0]), "duration": 0}),
@@ -326,12 +336,21 @@ def test_training_starts_from_another_model_with_another_tokenizer(finished, cor
     source = load_model(finished.run_dir)
     save_model(source, tmp_path / "source.nemo", Format.nemo)
     # A step that changes nothing shows what training began with.
-    train = {"init_from": str(tmp_path / "source.nemo"), "max_steps": 1, "learning_rate": 1e-12,
-             "min_learning_rate": 0.0, "weight_decay": 0.0, "num_workers": 1, "validate_every_steps": 1}  # fmt: skip
+    train = {
+        "init_from": str(tmp_path / "source.nemo"),
+        "max_steps": 1,
+        "learning_rate": 1e-12,
+        "min_learning_rate": 0.0,
+        "weight_decay": 0.0,
+        "num_workers": 1,
+        "validate_every_steps": 1,
+    }
     twice = [{"name": "once", "path": "train.jsonl"}, {"name": "often", "path": "train.jsonl", "weight": 3.0}]
     changed = {
-        "tokenizer": {"vocab_size": 28}, "model": {"prompt_format": "canary"}, "data": {"train": twice},
-    }  # fmt: skip
+        "tokenizer": {"vocab_size": 28},
+        "model": {"prompt_format": "canary"},
+        "data": {"train": twice},
+    }
     config = tiny_config(corpus, tmp_path, train=train, tracking={"enabled": False}, **changed)
     run(config, *STAGE_NAMES[: STAGE_NAMES.index("train") + 1])
     assert read_json(config.run_dir / "statistics.json", "raytrain.statistics/4")["body"]["prompt_tokens_mean"] == 5

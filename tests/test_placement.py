@@ -102,13 +102,19 @@ finally:
 @pytest.mark.timeout(300)
 def test_every_stage_runs_on_the_nodes_that_are_for_it(corpus, tmp_path):
     values = tiny_values(
-        corpus, tmp_path, train={"num_workers": 1}, tracking={"enabled": False}, buckets={"num_token_buckets": 1},
+        corpus,
+        tmp_path,
+        train={"num_workers": 1},
+        tracking={"enabled": False},
+        buckets={"num_token_buckets": 1},
         oomptimize={"device_memory": None, "memory_fraction": 1.0, "max_batch_size": 100_000, "soak_steps": 4},
         cluster={
-            "train_labels": {"role": "train"}, "train_resources": {"gpu_host": 0.5},
-            "data_labels": {"role": "in(data, spare)"}, "data_resources": {"cpu_host": 0.01},
+            "train_labels": {"role": "train"},
+            "train_resources": {"gpu_host": 0.5},
+            "data_labels": {"role": "in(data, spare)"},
+            "data_resources": {"cpu_host": 0.01},
         },
-    )  # fmt: skip
+    )
     values["data"]["workers"] = "ray"
     out = tmp_path / "out.json"
     command = [sys.executable, "-c", CLUSTER, json.dumps(values), json.dumps(KINDS), str(out)]
@@ -186,13 +192,18 @@ def test_options_say_no_more_than_the_settings():
     )
     train = Placement.train(cluster)
     assert train.remote_options(gpus=0.5) == {
-        "num_cpus": 1, "num_gpus": 0.5, "resources": {"gpu_host": 0.5}, "label_selector": {"role": "train"},
+        "num_cpus": 1,
+        "num_gpus": 0.5,
+        "resources": {"gpu_host": 0.5},
+        "label_selector": {"role": "train"},
         "accelerator_type": "A100",
-    }  # fmt: skip
+    }
     assert train.scaling(gpus=1) == {
-        "use_gpu": True, "resources_per_worker": {"CPU": 8, "GPU": 1, "gpu_host": 1},
-        "label_selector": {"role": "train"}, "accelerator_type": "A100",
-    }  # fmt: skip
+        "use_gpu": True,
+        "resources_per_worker": {"CPU": 8, "GPU": 1, "gpu_host": 1},
+        "label_selector": {"role": "train"},
+        "accelerator_type": "A100",
+    }
     asked = train.trial_resources(gpus=1 / 3)
     assert asked.bundles == [
         {"CPU": 1, "GPU": 1 / 3, "gpu_host": pytest.approx(0.3333), "accelerator_type:A100": 0.001}

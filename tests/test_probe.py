@@ -27,9 +27,16 @@ from raytrain.training.step import autocast, train_step
 
 cloudpickle.register_pickle_by_value(sys.modules[__name__])
 SMALL = ModelConfig(
-    encoder_layers=2, encoder_width=32, encoder_heads=2, subsampling_channels=32, decoder_layers=1, decoder_width=32,
-    decoder_heads=2, max_positions=64, vocab_size=40,
-)  # fmt: skip
+    encoder_layers=2,
+    encoder_width=32,
+    encoder_heads=2,
+    subsampling_channels=32,
+    decoder_layers=1,
+    decoder_width=32,
+    decoder_heads=2,
+    max_positions=64,
+    vocab_size=40,
+)
 MIB = 2**20
 
 
@@ -203,9 +210,16 @@ def test_sharded_meters_probe_together_and_are_made_anew_after_a_failure(tmp_pat
 @pytest.mark.timeout(240)
 def test_a_traced_rank_of_a_sharded_model_takes_what_its_process_takes():
     model = ModelConfig(
-        encoder_layers=4, encoder_width=256, encoder_heads=4, subsampling_channels=64, decoder_layers=2,
-        decoder_width=256, decoder_heads=4, max_positions=512, vocab_size=1000,
-    )  # fmt: skip
+        encoder_layers=4,
+        encoder_width=256,
+        encoder_heads=4,
+        subsampling_channels=64,
+        decoder_layers=2,
+        decoder_width=256,
+        decoder_heads=4,
+        max_positions=512,
+        vocab_size=1000,
+    )
     settings = TrainSettings(num_workers=2, shard=True, precision="fp32")
     (row,) = processor_cells(model, settings, [(8, (14_000, 80))])
     assert abs(row["error"]) < 0.02, row

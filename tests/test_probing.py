@@ -46,10 +46,18 @@ class LawMeter:
 
 def job(capacity: float, **settings) -> ProbeJob:
     values = {
-        "model": ModelConfig(), "train": TrainSettings(), "device_name": "law", "budget_bytes": int(capacity),
-        "edges": EDGES, "needs": tuple((BASE, slope(edges)) for edges in EDGES), "max_size": 50_000, "tolerance": 0.05,
-        "steps_per_probe": 1, "soak_steps": 12, "seed": 1,
-    }  # fmt: skip
+        "model": ModelConfig(),
+        "train": TrainSettings(),
+        "device_name": "law",
+        "budget_bytes": int(capacity),
+        "edges": EDGES,
+        "needs": tuple((BASE, slope(edges)) for edges in EDGES),
+        "max_size": 50_000,
+        "tolerance": 0.05,
+        "steps_per_probe": 1,
+        "soak_steps": 12,
+        "seed": 1,
+    }
     return ProbeJob(**{**values, **settings})
 
 
@@ -105,8 +113,9 @@ def test_several_probers_share_the_work_and_one_soaks():
         thread.join(timeout=60)
     assert coordinator.outcome() is not None
     assert sum(any(not fresh for _, _, fresh in meter.measured) for meter in meters) == 1
-    assert all(size <= meters[0].largest(edges) for edges, size in zip(EDGES, coordinator.outcome().batch_sizes,
-                                                                       strict=True))  # fmt: skip
+    assert all(
+        size <= meters[0].largest(edges) for edges, size in zip(EDGES, coordinator.outcome().batch_sizes, strict=True)
+    )
 
 
 def test_what_a_prober_had_when_it_died_is_handed_out_again():

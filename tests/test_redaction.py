@@ -46,9 +46,17 @@ def test_credentials_are_hidden(text, shown):
 
 @pytest.mark.parametrize(
     "text",
-    ["hdfs://user@node/x", "http://host:9000/a@b", "http://[::1]:80/a@b", "sqlite:////a:b/c@d.db", "s3://b/x:y/z@w",
-     "x?tokenizer=a&max_tokens=3", "a@b.example", "/data/{0..7}.jsonl"],
-)  # fmt: skip
+    [
+        "hdfs://user@node/x",
+        "http://host:9000/a@b",
+        "http://[::1]:80/a@b",
+        "sqlite:////a:b/c@d.db",
+        "s3://b/x:y/z@w",
+        "x?tokenizer=a&max_tokens=3",
+        "a@b.example",
+        "/data/{0..7}.jsonl",
+    ],
+)
 def test_what_is_no_credential_stays(text):
     assert redacted(text) == text and not holds_credentials(text)
 
@@ -61,21 +69,39 @@ def test_values_of_secret_variables_are_hidden(monkeypatch):
 
 
 def test_names_of_secrets():
-    for name in ("AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "HF_TOKEN", "WANDB_API_KEY", "MLFLOW_TRACKING_PASSWORD",
-                 "RAY_AUTH_TOKEN", "MYSQL_PWD"):  # fmt: skip
+    for name in (
+        "AWS_SECRET_ACCESS_KEY",
+        "AWS_SESSION_TOKEN",
+        "HF_TOKEN",
+        "WANDB_API_KEY",
+        "MLFLOW_TRACKING_PASSWORD",
+        "RAY_AUTH_TOKEN",
+        "MYSQL_PWD",
+    ):
         assert is_secret(name, "x"), name
-    for name in ("PWD", "OLDPWD", "TOKENIZERS_PARALLELISM", "RAY_AUTH_TOKEN_PATH", "AWS_REGION", "KEYBOARD",
-                 "GOOGLE_APPLICATION_CREDENTIALS", "AWS_WEB_IDENTITY_TOKEN_FILE"):  # fmt: skip
+    for name in (
+        "PWD",
+        "OLDPWD",
+        "TOKENIZERS_PARALLELISM",
+        "RAY_AUTH_TOKEN_PATH",
+        "AWS_REGION",
+        "KEYBOARD",
+        "GOOGLE_APPLICATION_CREDENTIALS",
+        "AWS_WEB_IDENTITY_TOKEN_FILE",
+    ):
         assert not is_secret(name, "x"), name
     assert is_secret("MLFLOW_TRACKING_URI", "https://ann:pw@host")
 
 
 @pytest.mark.parametrize(
     "sections",
-    [{"data": {"train": ["s3://key:pw12345678@bucket/train.jsonl"]}}, {"data": {"root": "s3://key:pw12345678@bucket"}},
-     {"train": {"storage_path": "s3://bucket/x?secret_key=pw12345678"}},
-     {"tokenizer": {"path": "https://ann:pw12345678@host/t"}}],
-)  # fmt: skip
+    [
+        {"data": {"train": ["s3://key:pw12345678@bucket/train.jsonl"]}},
+        {"data": {"root": "s3://key:pw12345678@bucket"}},
+        {"train": {"storage_path": "s3://bucket/x?secret_key=pw12345678"}},
+        {"tokenizer": {"path": "https://ann:pw12345678@host/t"}},
+    ],
+)
 def test_credentials_in_paths_are_refused(corpus, tmp_path, sections):
     with pytest.raises(ConfigError, match="holds credentials.*AWS_SECRET_ACCESS_KEY") as caught:
         tiny_config(corpus, tmp_path, **sections)

@@ -129,8 +129,17 @@ def test_the_pipeline_leaves_all_in_s3_and_another_machine_goes_on(local_ray, co
     ran = run_pipeline(config, Console(quiet=True))
     assert ran == list(STAGE_NAMES)
     there = {name.removeprefix(f"{config.run_location}/") for name in list_files(config.run_location, recursive=True)}
-    assert {"statistics.json", "bucket_plan.json", "batch_profile.json", "scores.json", "report.html", "config.yaml",
-            "metrics.jsonl", "stages.json", "checkpoints/last.json"} <= there  # fmt: skip
+    assert {
+        "statistics.json",
+        "bucket_plan.json",
+        "batch_profile.json",
+        "scores.json",
+        "report.html",
+        "config.yaml",
+        "metrics.jsonl",
+        "stages.json",
+        "checkpoints/last.json",
+    } <= there
     scores = json.loads(read_range(f"{config.run_location}/scores.json", 0, 0))
     assert scores["body"]["utterances"] == 10
     cache("second")

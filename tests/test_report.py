@@ -118,12 +118,29 @@ def _page(folder: Path, title: str = "a run") -> str:
 
 def test_the_whole_story_is_there(run_dir: Path) -> None:
     page = _page(run_dir)
-    for title in ("Lengths and buckets", "Padding by scheme", "Tokens per second", "Batch profile", "Loss",
-                  "WER by step", "WER by wall time", "Learning rate", "Batch size", "Memory"):  # fmt: skip
+    for title in (
+        "Lengths and buckets",
+        "Padding by scheme",
+        "Tokens per second",
+        "Batch profile",
+        "Loss",
+        "WER by step",
+        "WER by wall time",
+        "Learning rate",
+        "Batch size",
+        "Memory",
+    ):
         assert f"<h3>{title}</h3>" in page
     assert page.count("<figure>") == page.count('class="sentence"') == 10
-    for said in ("12.5 %", "in 4 buckets", "Random batches spend 50% of the audio", "at step 200",
-                 "WER is 50.0%", "after 2.0 minutes", "from 5.80 to 2.00"):  # fmt: skip
+    for said in (
+        "12.5 %",
+        "in 4 buckets",
+        "Random batches spend 50% of the audio",
+        "at step 200",
+        "WER is 50.0%",
+        "after 2.0 minutes",
+        "from 5.80 to 2.00",
+    ):
         assert said in page
 
 

@@ -30,11 +30,18 @@ def nested(depth):
 
 
 odd = st.one_of(
-    st.none(), st.booleans(), st.integers(), st.sampled_from([10**30, 10**400, 3, "3", 1.0, 4]),
-    st.floats(), st.text(max_size=5), st.just([]), st.just({"a": [1]}), st.just(nested(40)),
+    st.none(),
+    st.booleans(),
+    st.integers(),
+    st.sampled_from([10**30, 10**400, 3, "3", 1.0, 4]),
+    st.floats(),
+    st.text(max_size=5),
+    st.just([]),
+    st.just({"a": [1]}),
+    st.just(nested(40)),
     st.sampled_from(["yes", "no", "<|pnc|>"]),
     st.sampled_from(["a\0b", "\ud800", "\u200b", "\u3164", "\ufeff \u2060", "../../x", "<|en|>\n"]),
-)  # fmt: skip
+)
 usual = {
     "audio_filepath": st.text(string.ascii_letters + "/~.éक", min_size=1, max_size=6),
     "duration": st.floats(0.001, 100),
@@ -150,10 +157,14 @@ LINES = {
     "no UTF-8": json.dumps(GOOD).encode().replace(b"one", b"\xff\xfe"),
     "NUL bytes": b"\0" * 50,
     "half a surrogate pair": json.dumps({**GOOD, "text": "\ud800"}).encode(),
-    "a list": b"[1,2]", "null": b"null", "nothing": b"{}", "a string": b'"audio_filepath"', "a number": b"7",
+    "a list": b"[1,2]",
+    "null": b"null",
+    "nothing": b"{}",
+    "a string": b'"audio_filepath"',
+    "a number": b"7",
     "a long text": json.dumps({**GOOD, "text": "one " * 1_000_000}).encode(),
     "a special token": json.dumps({**GOOD, "text": "one<|endoftext|>"}).encode(),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", LINES)
@@ -172,10 +183,30 @@ cut = st.recursive(
     lambda inner: st.one_of(
         st.lists(inner, max_size=2),
         st.dictionaries(
-            st.sampled_from(["type", "recording", "sources", "channel", "channels", "supervisions", "start", "custom",
-                             "text", "language", "transforms", "name", "id", "duration", "source"]), inner, max_size=5),
+            st.sampled_from(
+                [
+                    "type",
+                    "recording",
+                    "sources",
+                    "channel",
+                    "channels",
+                    "supervisions",
+                    "start",
+                    "custom",
+                    "text",
+                    "language",
+                    "transforms",
+                    "name",
+                    "id",
+                    "duration",
+                    "source",
+                ]
+            ),
+            inner,
+            max_size=5,
+        ),
     ),
-)  # fmt: skip
+)
 
 
 @settings(max_examples=200, deadline=None)

@@ -119,9 +119,13 @@ def validator(readable: int, unreadable: int, limit: float = 0.01) -> Validator:
             yield rows, SpeechBatch.synthetic(len(rows), 200, 14, vocab=40, device="cpu")
 
     return _Fixed(
-        batches=batches, is_translation=lambda row: False, decode=str, eos_id=3, search=DecodeSettings(),
+        batches=batches,
+        is_translation=lambda row: False,
+        decode=str,
+        eos_id=3,
+        search=DecodeSettings(),
         max_bad_fraction=limit,
-    )  # fmt: skip
+    )
 
 
 @settings(max_examples=60, deadline=None)

@@ -23,8 +23,23 @@ from raytrain.training.scoring import DURATION_EDGES_MS, corpus_score, edit_coun
 from raytrain.training.worst import FEW_WORDS, worst
 
 _EVIL = "<script>alert(1)</script>"
-_WORDS = ("the", "train", "leaves", "at", "seven", "from", "platform", "nine", "nobody", "knows", "why", "it's", "late",
-          "Mr.", "Smith")  # fmt: skip
+_WORDS = (
+    "the",
+    "train",
+    "leaves",
+    "at",
+    "seven",
+    "from",
+    "platform",
+    "nine",
+    "nobody",
+    "knows",
+    "why",
+    "it's",
+    "late",
+    "Mr.",
+    "Smith",
+)
 
 
 def result(text: str, hypothesis: str | None, lang: str = "en", **more: Any) -> dict[str, Any]:
@@ -116,8 +131,14 @@ def test_durations_belong_to_the_span_that_they_end():
     edges = [*DURATION_EDGES_MS, 1, 5001, 40_001]
     body = score(texts_of([result("a", "a", duration_ms=edge) for edge in edges]))
     spans = [(group["from_ms"], group["to_ms"], group["utterances"]) for group in body["by_duration"]]
-    assert spans == [(0, 5000, 2), (5000, 10_000, 2), (10_000, 20_000, 1), (20_000, 30_000, 1), (30_000, 40_000, 1),
-                     (40_000, None, 1)]  # fmt: skip
+    assert spans == [
+        (0, 5000, 2),
+        (5000, 10_000, 2),
+        (10_000, 20_000, 1),
+        (20_000, 30_000, 1),
+        (30_000, 40_000, 1),
+        (40_000, None, 1),
+    ]
     assert json.loads(json.dumps(body)) == body
 
 
@@ -327,8 +348,10 @@ def test_a_normaliser_leaves_only_real_errors_on_the_page(tmp_path):
 
 
 def test_translations_are_shown_with_scores_and_without_alignment(tmp_path):
-    rows = [result("der Zug fährt um sieben", text, "de", translated=True) for text in
-            ("der Zug fährt um sieben", "der Bus fährt um acht", "nichts")]  # fmt: skip
+    rows = [
+        result("der Zug fährt um sieben", text, "de", translated=True)
+        for text in ("der Zug fährt um sieben", "der Bus fährt um acht", "nichts")
+    ]
     page = page_of(rows, tmp_path)
     assert shown_columns(page) == [] and "Most errors" not in page
     assert re.findall(r"<dd>([^<]*)</dd>", page)[1::2] == ["nichts", "der Bus fährt um acht"]

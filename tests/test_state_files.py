@@ -71,9 +71,10 @@ NO_JSON = st.binary(max_size=30) | st.sampled_from(
     ]
 )
 QUICK = settings(
-    max_examples=120, deadline=None,
+    max_examples=120,
+    deadline=None,
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
-)  # fmt: skip
+)
 
 
 @st.composite
@@ -116,24 +117,36 @@ PROFILE = BatchProfile("p", SETTING, SIZES, tuple(1.0 for _ in SIZES), tuple(1 f
 STATISTICS = {"rows": 4, "histogram_id": "h", "by_corpus": {"train": {"hours": 1.0, "languages": ["en"]}}}
 CHUNK = Chunk("/a.jsonl", 0, 9, 0, "train")
 NOTE = {
-    "chunk": 0, "corpus": "train", "rows": {"0": 2, "1": 2}, "rejected": {"too_long": 1},
+    "chunk": 0,
+    "corpus": "train",
+    "rows": {"0": 2, "1": 2},
+    "rejected": {"too_long": 1},
     "examples": {"too_long": [{"file": "/a.jsonl", "line": 3, "detail": "d"}]},
     "files": {part_name(bucket, 0): "id" for bucket in (0, 1)},
-}  # fmt: skip
+}
 INDEX = {
-    "buckets": [[2], [2]], "corpora": [["train", 1]], "rows": 4, "rows_id": "i", "notes": ["n"],
+    "buckets": [[2], [2]],
+    "corpora": [["train", 1]],
+    "rows": 4,
+    "rows_id": "i",
+    "notes": ["n"],
     "rejected": {"too_long": 1},
     "grid": [[1000, 5], [2000, 9]],
     "rejected_examples": [{"corpus": "train", "reason": "too_long", "rows": 1, "first": NOTE["examples"]["too_long"]}],
-}  # fmt: skip
+}
 JOB = ProbeJob(
     ModelConfig(), TrainSettings(), "cpu", 1000, ((1000, 10), (2000, 20)), ((1.0, 1.0), (1.0, 2.0)), 16, 0.05, 1, 2, 1
 )
 ANSWERS = [Answer(Task("search", 0, 4), (Probe(4, True, 500, 0.1),), seconds=1.0)]
 META = {
-    "format": "raytrain.checkpoint/1", "step": 2, "schedule": {"epoch": 0, "positions": [3, 4]}, "seconds": 1.0,
-    "audio_seconds": 2.0, "ids": {"lineage": "l"}, "model": {},
-}  # fmt: skip
+    "format": "raytrain.checkpoint/1",
+    "step": 2,
+    "schedule": {"epoch": 0, "positions": [3, 4]},
+    "seconds": 1.0,
+    "audio_seconds": 2.0,
+    "ids": {"lineage": "l"},
+    "model": {},
+}
 BEST = {"step": 1, "error": 0.5, "kept": [{"step": 1, "error": 0.5}]}
 LOWERED = {"bucket": 0, "failed": 4, "batch_size": 3, "why": "memory", "profile": "p"}
 
@@ -227,20 +240,34 @@ FILES = [
     File("faults/placement-group", "00ff", lambda f: read_state(f / "faults/placement-group", str)),
     File("gave_up.json", {"what": "w", "got": None, "why": "y"}, lambda f: str(_gave_up(f / "gave_up.json"))),
     File("note.json", NOTE, lambda f: standing_note(f / "note.json", CHUNK, PLAN), NOTE_FORMAT),
-    File("batch_probes.json", {"jobs": {JOB.id: answers_to_json(ANSWERS)}},
-         lambda f: read_answers(f / "batch_probes.json", JOB)),
+    File(
+        "batch_probes.json",
+        {"jobs": {JOB.id: answers_to_json(ANSWERS)}},
+        lambda f: read_answers(f / "batch_probes.json", JOB),
+    ),
     File("mlflow_run.json", {"uri": "u", "run_id": "r", "stages": {"train": "t"}}, read_mlflow),
     File("metrics.jsonl", {"step": 1, "time_s": 0.5, "loss": 1.0}, read_metrics_file),
     File("index.json", INDEX, read_assignment, INDEX_FORMAT, True),
-    File("bucket_plan.json", {"plan": PLAN.to_body()}, read_workspace(lambda w: w.plan), "raytrain.bucket_plan/1",
-         True),
-    File("batch_profile.json", {"profiles": [PROFILE.to_body()]}, read_workspace(read_profiles),
-         "raytrain.batch_profile/2", True),
+    File(
+        "bucket_plan.json", {"plan": PLAN.to_body()}, read_workspace(lambda w: w.plan), "raytrain.bucket_plan/1", True
+    ),
+    File(
+        "batch_profile.json",
+        {"profiles": [PROFILE.to_body()]},
+        read_workspace(read_profiles),
+        "raytrain.batch_profile/2",
+        True,
+    ),
     File("statistics.json", STATISTICS, read_workspace(lambda w: w.repeats(("train",))), "raytrain.statistics/4", True),
-    File("chunks.json", [{"path": "/a", "start": 0, "end": 9}], read_workspace(lambda w: w.numbered([CHUNK])),
-         CHUNKS_FORMAT, True),
+    File(
+        "chunks.json",
+        [{"path": "/a", "start": 0, "end": 9}],
+        read_workspace(lambda w: w.numbered([CHUNK])),
+        CHUNKS_FORMAT,
+        True,
+    ),
     File("files.json", {"a/b.json": "i"}, read_files, "raytrain.run_files/1", True),
-]  # fmt: skip
+]
 
 
 def write(folder: Path, name: str, data: bytes) -> None:
@@ -325,11 +352,23 @@ def test_a_checkpoint_whose_meta_is_no_meta_is_passed_over(two_checkpoints, data
 
 @pytest.mark.parametrize(
     "change",
-    [{"step": None}, {"step": "2"}, {"step": -1}, {"step": True}, {"schedule": {"x": 1}}, {"schedule": {"epoch": 0}},
-     {"schedule": {"epoch": 0, "positions": [1, "2"]}}, {"seconds": "x"}, {"ids": []}, {"files": {}}, {"model": 3},
-     {"files": {"../model.pt": "x"}}, {"format": "raytrain.checkpoint/0"}],
+    [
+        {"step": None},
+        {"step": "2"},
+        {"step": -1},
+        {"step": True},
+        {"schedule": {"x": 1}},
+        {"schedule": {"epoch": 0}},
+        {"schedule": {"epoch": 0, "positions": [1, "2"]}},
+        {"seconds": "x"},
+        {"ids": []},
+        {"files": {}},
+        {"model": 3},
+        {"files": {"../model.pt": "x"}},
+        {"format": "raytrain.checkpoint/0"},
+    ],
     ids=str,
-)  # fmt: skip
+)
 def test_the_older_checkpoint_takes_the_place_of_a_broken_one(two_checkpoints, change):
     path = two_checkpoints.folder / "step_00000002" / "meta.json"
     path.write_bytes(json.dumps({**json.loads(path.read_bytes()), **change}).encode())
@@ -423,11 +462,12 @@ def test_a_damaged_histogram_is_refused(tmp_path, place, value):
 @given(data=st.data())
 def test_the_report_is_written_whatever_the_run_folder_holds(tmp_path, data):
     bodies = {
-        "statistics": {"utterances": 3, "hours": 1.0, **STATISTICS}, "bucket_plan": {"plan": PLAN.to_body()},
+        "statistics": {"utterances": 3, "hours": 1.0, **STATISTICS},
+        "bucket_plan": {"plan": PLAN.to_body()},
         "batch_profile": {"profiles": [PROFILE.to_body()]},
         "scores": {"utterances": 2, "wer": 0.5, "wer_ci": [0.1, 0.9], "cer": 0.1, "cer_ci": [0, 1], "bleu": {}},
         "assignment/index": INDEX,
-    }  # fmt: skip
+    }
     spoil = data.draw(st.sampled_from(sorted(bodies)))
     for name, body in bodies.items():
         write(tmp_path, f"{name}.json", forged("x", data.draw(spoiled(body)) if name == spoil else body))
@@ -453,11 +493,16 @@ def test_json_is_finite_or_refused(value):
 
 @pytest.mark.parametrize(
     ("data", "message"),
-    [(b"[1,2]", "another format; got list"), (b'{"format":"x/1"}', "changed after it was written"),
-     (b"[" * 2_000_000, "nested too deeply"), (b'{"format": "x/1", "body": NaN}', "NaN is no number"),
-     (b'{"format": ["x"]}', "another format; got dict"), (b"\xff", "can't be read")],
+    [
+        (b"[1,2]", "another format; got list"),
+        (b'{"format":"x/1"}', "changed after it was written"),
+        (b"[" * 2_000_000, "nested too deeply"),
+        (b'{"format": "x/1", "body": NaN}', "NaN is no number"),
+        (b'{"format": ["x"]}', "another format; got dict"),
+        (b"\xff", "can't be read"),
+    ],
     ids=lambda value: str(value)[:30],
-)  # fmt: skip
+)
 def test_an_artefact_that_is_none_is_refused(tmp_path, data, message):
     (tmp_path / "a.json").write_bytes(data)
     with pytest.raises(ArtifactError, match=message) as caught:

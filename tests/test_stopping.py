@@ -50,9 +50,13 @@ BODIES = {
 
 def start(command: list[str], **environment: str) -> subprocess.Popen:
     return subprocess.Popen(
-        command, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env={**os.environ, **environment},
+        command,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        env={**os.environ, **environment},
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
-    )  # fmt: skip
+    )
 
 
 @pytest.mark.parametrize("body", BODIES)
@@ -69,8 +73,14 @@ def test_every_command_ends(body, number):
 
 
 def test_a_second_signal_ends_at_once():
-    process = start([sys.executable, "-c", BEGIN.replace("= 1.0, 0.2", "= 60.0, 0.2") + "    while True:\n        try: "
-                     "time.sleep(60)\n        except KeyboardInterrupt: print('on', flush=True)\n"])  # fmt: skip
+    process = start(
+        [
+            sys.executable,
+            "-c",
+            BEGIN.replace("= 1.0, 0.2", "= 60.0, 0.2") + "    while True:\n        try: "
+            "time.sleep(60)\n        except KeyboardInterrupt: print('on', flush=True)\n",
+        ]
+    )
     process.stdout.readline()
     time.sleep(0.3)  # until it is in its loop
     process.send_signal(signal.SIGINT)

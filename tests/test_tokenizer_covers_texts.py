@@ -97,10 +97,18 @@ def test_a_sample_is_spread_over_its_corpora():
 def processor(model_type: str = "bpe") -> sentencepiece.SentencePieceProcessor:
     writer = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(["the cat sat on a mat", "für die Straße"] * 9), model_writer=writer, vocab_size=60,
-        model_type=model_type, character_coverage=1.0, bos_id=-1, eos_id=-1, pad_id=-1, unk_id=0, minloglevel=2,
+        sentence_iterator=iter(["the cat sat on a mat", "für die Straße"] * 9),
+        model_writer=writer,
+        vocab_size=60,
+        model_type=model_type,
+        character_coverage=1.0,
+        bos_id=-1,
+        eos_id=-1,
+        pad_id=-1,
+        unk_id=0,
+        minloglevel=2,
         hard_vocab_limit=False,
-    )  # fmt: skip
+    )
     return sentencepiece.SentencePieceProcessor(model_proto=writer.getvalue())
 
 
@@ -191,7 +199,9 @@ def test_statistics_train_on_all_languages_and_refuse_texts_that_are_not_covered
     tokenizers = [
         statistics(
             tiny_config(
-                corpus, tmp_path / f"{most}{len(order)}", data={"train": order, "audio_sample": 0},
+                corpus,
+                tmp_path / f"{most}{len(order)}",
+                data={"train": order, "audio_sample": 0},
                 tokenizer={"max_sentences": most},
             )
         )

@@ -42,9 +42,7 @@ def test_the_machines_load_goes_to_the_same_store_and_goes_on_after_a_restart(tm
     client, run_id, steps = MlflowClient(tracking_uri=uri), None, []
 
     def sent() -> list[int]:
-        return sorted(
-            point.step for point in client.get_metric_history(run_id, "system/cpu_utilization_percentage")
-        )  # fmt: skip
+        return sorted(point.step for point in client.get_metric_history(run_id, "system/cpu_utilization_percentage"))
 
     for _ in range(2):
         tracker = MlflowTracker.open(run_id=run_id, **common)

@@ -19,9 +19,18 @@ from raytrain.training.settings import TrainSettings
 from raytrain.training.step import train_step
 
 MODEL = ModelConfig(
-    encoder_layers=1, encoder_width=32, encoder_heads=2, subsampling_channels=8, decoder_layers=1, decoder_width=32,
-    decoder_heads=2, max_positions=64, vocab_size=40, dropout=0.0, ctc_head=True,
-)  # fmt: skip
+    encoder_layers=1,
+    encoder_width=32,
+    encoder_heads=2,
+    subsampling_channels=8,
+    decoder_layers=1,
+    decoder_width=32,
+    decoder_heads=2,
+    max_positions=64,
+    vocab_size=40,
+    dropout=0.0,
+    ctc_head=True,
+)
 SETTINGS = TrainSettings(ctc_weight=0.5, warmup_steps=10, learning_rate=1e-3)
 
 
@@ -78,8 +87,10 @@ def test_checkpoints_keep_the_newest_and_the_best_and_pass_over_broken_ones(tmp_
         folder.mark_best(step, wer)
     save(folder, 50)
     assert sorted(path.name for path in folder.folder.glob("step_*")) == [
-        "step_00000020", "step_00000040", "step_00000050",
-    ]  # fmt: skip
+        "step_00000020",
+        "step_00000040",
+        "step_00000050",
+    ]
     assert folder.best().step == 20
     assert folder.newest().load("model")["w"].tolist() == [50.0] * 3
     with open(folder.folder / "step_00000050" / "model.pt", "r+b") as file:

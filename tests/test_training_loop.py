@@ -27,13 +27,27 @@ from raytrain.training.step import train_step
 from raytrain.training.validation import Validator
 
 MODEL = ModelConfig(
-    encoder_layers=1, encoder_width=32, encoder_heads=2, subsampling_channels=8, decoder_layers=1, decoder_width=32,
-    decoder_heads=2, max_positions=64, vocab_size=40, ctc_head=True,
-)  # fmt: skip
+    encoder_layers=1,
+    encoder_width=32,
+    encoder_heads=2,
+    subsampling_channels=8,
+    decoder_layers=1,
+    decoder_width=32,
+    decoder_heads=2,
+    max_positions=64,
+    vocab_size=40,
+    ctc_head=True,
+)
 SETTINGS = TrainSettings(
-    ctc_weight=0.5, warmup_steps=2, learning_rate=1e-3, max_steps=6, log_every_steps=2, validate_every_steps=2,
-    checkpoint_every_steps=100, max_skipped_steps=3,
-)  # fmt: skip
+    ctc_weight=0.5,
+    warmup_steps=2,
+    learning_rate=1e-3,
+    max_steps=6,
+    log_every_steps=2,
+    validate_every_steps=2,
+    checkpoint_every_steps=100,
+    max_skipped_steps=3,
+)
 
 
 def micro_batch(number: int, broken: bool = False) -> LoadedStep:
@@ -115,9 +129,11 @@ class Greedy(torch.nn.Module):
 def test_a_step_that_does_not_fit_is_noted_and_named(tmp_path):
     notes = FaultNotes(tmp_path / "faults", "profile")
     loop, _ = make_loop(
-        tmp_path, [micro_batch(0)], model=Greedy(),
+        tmp_path,
+        [micro_batch(0)],
+        model=Greedy(),
         on_out_of_memory=lambda bucket, size: notes.lower(bucket, size, "out of memory"),
-    )  # fmt: skip
+    )
     with pytest.raises(TrainingError, match="step 1 does not fit.*3 utterances of bucket 1.*1 GiB"):
         loop.run()
     assert notes.lowered((8, 8, 8)) == (8, 2, 8)
@@ -167,9 +183,14 @@ def test_averaged_weights_are_what_the_formula_says_and_what_validation_and_deco
         return {"wer": 1.0, "error": 1.0, "val_loss": 1.0}
 
     loop, _ = make_loop(
-        tmp_path, [micro_batch(number) for number in range(6)], settings, model, validate, average=average,
+        tmp_path,
+        [micro_batch(number) for number in range(6)],
+        settings,
+        model,
+        validate,
+        average=average,
         before_step=lambda step, loaded: weights.append(model.state_dict()[name].clone()),
-    )  # fmt: skip
+    )
     loop.run()
     weights.append(model.state_dict()[name].clone())
     expected = weights[0]
@@ -322,9 +343,13 @@ def test_a_notice_saves_at_once(tmp_path):
 
 def test_metrics_say_how_fast_and_how_full(tmp_path):
     loop, logged = make_loop(
-        tmp_path, [micro_batch(number) for number in range(12)], shares=range(2), num_shares=2,
-        flops=lambda batch: 1e9, peak_flops=1e12,
-    )  # fmt: skip
+        tmp_path,
+        [micro_batch(number) for number in range(12)],
+        shares=range(2),
+        num_shares=2,
+        flops=lambda batch: 1e9,
+        peak_flops=1e12,
+    )
     loop.run()
     line = SimpleNamespace(**logged[-1])
     assert line.batch_size == 6 and logged[-1]["batch_size_by_bucket/001"] == 3
@@ -374,10 +399,13 @@ def validator(fits: int, told: list[int]) -> tuple[Validator, Canary]:
 
     model.preprocessor.register_forward_pre_hook(refuse)
     found = Validator(
-        batches=lambda on_error: [(rows, batch)], is_translation=lambda row: False,
-        decode=lambda ids: " ".join(map(str, ids)), eos_id=3, search=DecodeSettings(max_generation_delta=3),
+        batches=lambda on_error: [(rows, batch)],
+        is_translation=lambda row: False,
+        decode=lambda ids: " ".join(map(str, ids)),
+        eos_id=3,
+        search=DecodeSettings(max_generation_delta=3),
         on_out_of_memory=told.append,
-    )  # fmt: skip
+    )
     return found, model
 
 

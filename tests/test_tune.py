@@ -18,12 +18,15 @@ from raytrain.errors import ArtifactError, ConfigError
 from raytrain.training.checkpoint import CheckpointFolder
 
 TUNE = {
-    "num_trials": 2, "max_steps": 4, "grace_steps": 2, "reduction_factor": 2,
+    "num_trials": 2,
+    "max_steps": 4,
+    "grace_steps": 2,
+    "reduction_factor": 2,
     "space": {
         "train.learning_rate": {"log_uniform": [1e-5, 1e-2]},
         "model.spec_augment.time_masks": {"choice": [0, 2]},
     },
-}  # fmt: skip
+}
 TRAIN = {"num_workers": 1, "validate_every_steps": 2, "log_every_steps": 2, "stop_at_wer": None}
 
 
@@ -60,10 +63,13 @@ def test_a_search_trains_what_it_draws_and_keeps_the_best(copy_of, tmp_path):
     # A trial that ASHA ends in mid-training stops there, and leaves room for the next.
     base = check_config({**values, "train": {**values["train"], "max_steps": 100_000}})
     job = {
-        "config": base.model_dump(mode="json"), "run_dir": str(config.run_dir), "trials_dir": str(tmp_path),
-        "tracking_uri": f"sqlite:///{config.run_dir / 'mlflow.db'}", "parent_run_id": search.info.run_id,
+        "config": base.model_dump(mode="json"),
+        "run_dir": str(config.run_dir),
+        "trials_dir": str(tmp_path),
+        "tracking_uri": f"sqlite:///{config.run_dir / 'mlflow.db'}",
+        "parent_run_id": search.info.run_id,
         "label": "ended",
-    }  # fmt: skip
+    }
     trial = RunningTrial({"job": job, "settings": {"train.learning_rate": 1e-4}})
     first, second = trial.next(), trial.next()
     assert (first["step"], second["step"]) == (2, 4) and not second["done"]

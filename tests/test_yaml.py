@@ -65,10 +65,25 @@ def test_a_configuration_that_is_no_sane_yaml_is_refused(tmp_path, data, why):
 
 @pytest.mark.parametrize(
     "override",
-    ["=3", "x", "", "train..max_steps=3", ".train=1", "train.=1", " =1", "data.train.0=x", "name.x=1",
-     "train.max_steps=[1", "train.max_steps={", "train.max_steps=" + "[" * 5000, "train.max_steps=\x00", "seed=*a",
-     "train.max_steps=!!python/object/apply:os.system ['true']", "seed=\udcff"],
-)  # fmt: skip
+    [
+        "=3",
+        "x",
+        "",
+        "train..max_steps=3",
+        ".train=1",
+        "train.=1",
+        " =1",
+        "data.train.0=x",
+        "name.x=1",
+        "train.max_steps=[1",
+        "train.max_steps={",
+        "train.max_steps=" + "[" * 5000,
+        "train.max_steps=\x00",
+        "seed=*a",
+        "train.max_steps=!!python/object/apply:os.system ['true']",
+        "seed=\udcff",
+    ],
+)
 def test_an_override_that_is_none_is_refused(tmp_path, override):
     (tmp_path / "a.yaml").write_text(START)
     with pytest.raises(ConfigError) as caught:

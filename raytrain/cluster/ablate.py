@@ -86,17 +86,28 @@ def predict_ablation(
     budget = int(options.memory_gib * GIB * config.oomptimize.memory_fraction)
     train = TrainSettings(num_workers=8)
     body: dict[str, Any] = {
-        "utterances": histogram.total, "hours": histogram.hours, "hardware": asdict(hardware),
-        "memory_fraction": config.oomptimize.memory_fraction, "gpus": options.gpus, "steps": options.steps,
-        "batch_seconds": options.batch_seconds, "models": {},
-    }  # fmt: skip
+        "utterances": histogram.total,
+        "hours": histogram.hours,
+        "hardware": asdict(hardware),
+        "memory_fraction": config.oomptimize.memory_fraction,
+        "gpus": options.gpus,
+        "steps": options.steps,
+        "batch_seconds": options.batch_seconds,
+        "models": {},
+    }
     for name, model in models.items():
         settings = fit_limits(replace(config.buckets, max_tokens=2**31), model)
         with console.progress(f"tracing {name}", None) as update:
             surface = trace_surface(
-                histogram, settings, model, train, precision="bf16", device_type="cuda", budget=budget,
+                histogram,
+                settings,
+                model,
+                train,
+                precision="bf16",
+                device_type="cuda",
+                budget=budget,
                 on_shape=lambda done, total, update=update: update(completed=done, total=total),
-            )  # fmt: skip
+            )
         rows = predict_schemes(
             histogram, settings, model, surface, budget, batch_seconds=options.batch_seconds, seed=config.seed
         )
@@ -149,19 +160,31 @@ def run_ablation(config: Config, console: Console, take_over: bool = False) -> d
         budget = int((config.oomptimize.device_memory or 0) * config.oomptimize.memory_fraction)
         with console.progress("tracing", None) as update:
             surface = trace_surface(
-                histogram, fit_limits(config.buckets, model), model, config.train, precision="fp32",
-                device_type="cpu", budget=budget,
+                histogram,
+                fit_limits(config.buckets, model),
+                model,
+                config.train,
+                precision="fp32",
+                device_type="cpu",
+                budget=budget,
                 on_shape=lambda done, total: update(completed=done, total=total),
-            )  # fmt: skip
+            )
         cost, rows, jobs = cost_of(model), {}, []
         for scheme in section.schemes:
             one = plan_scheme(
                 scheme, histogram, config.buckets, model, surface, budget, most=config.oomptimize.max_batch_size
             )
             rows[scheme] = simulate_scheme(
-                scheme, histogram, one.plan, one.sizes, cost, surface, budget,
-                batch_seconds=one.batch_seconds, seed=config.seed,
-            )  # fmt: skip
+                scheme,
+                histogram,
+                one.plan,
+                one.sizes,
+                cost,
+                surface,
+                budget,
+                batch_seconds=one.batch_seconds,
+                seed=config.seed,
+            )
             jobs += _prepare(config, console, one)
         with console.stage("ablate") as finish, tracking.stage("ablate", goes_on=_begun(config)):
             trials = run_grid(config, console, jobs, config.run_dir / "ablate", tracking.child_id)

@@ -64,9 +64,14 @@ class ChunkAssigner:
     """Writes one chunk's parts below `folder`; rows whose audio file `listing` misses are rejected."""
 
     def __init__(
-        self, chunk: Chunk, encoder: BlockEncoder, plan: BucketPlan, folder: Path, sample_rate: int | None,
+        self,
+        chunk: Chunk,
+        encoder: BlockEncoder,
+        plan: BucketPlan,
+        folder: Path,
+        sample_rate: int | None,
         listing: AudioListing = NO_LISTING,
-    ) -> None:  # fmt: skip
+    ) -> None:
         self._chunk, self._encoder, self._plan, self._folder = chunk, encoder, plan, folder
         self._sample_rate, self._listing = sample_rate, listing
         self._audio = AudioFinder(chunk, sampled=sample_rate is None)  # copies have ids of their own
@@ -123,9 +128,12 @@ class ChunkAssigner:
                 reason, detail = "bad_audio", problems[index]
             self._reject(
                 BadRow(self._chunk.path, int(block.numbers[index]), reason, detail),
-                audio_path=paths[index].as_py(), offset_ms=int(block.offset_ms[index]), duration_ms=length,
-                tokens=tokens, text=texts[index].as_py(),
-            )  # fmt: skip
+                audio_path=paths[index].as_py(),
+                offset_ms=int(block.offset_ms[index]),
+                duration_ms=length,
+                tokens=tokens,
+                text=texts[index].as_py(),
+            )
         buckets = np.where(wrong, -1, buckets)
         kept = buckets >= 0
         self._waiting.append((buckets[kept], block.numbers[kept], table.filter(pa.array(kept))))
@@ -160,9 +168,11 @@ class ChunkAssigner:
                 path, starts, sizes = self._parts.write_audio(bucket, [flacs[index] for index in good])
                 rows = table.take(pa.array(good))
                 for name, values in (
-                    ("audio_path", [path] * len(good)), ("audio_start", starts), ("audio_size", sizes),
+                    ("audio_path", [path] * len(good)),
+                    ("audio_start", starts),
+                    ("audio_size", sizes),
                     ("offset_ms", [0] * len(good)),
-                ):  # fmt: skip
+                ):
                     number = ROW_SCHEMA.get_field_index(name)
                     rows = rows.set_column(number, name, pa.array(values, ROW_SCHEMA.field(name).type))
                 self._parts.write(bucket, rows)

@@ -36,9 +36,11 @@ def depth_models(model: ModelConfig, decoders: Sequence[int], encoders: Sequence
     """The model at each decoder depth, with its own encoder depth, or those given (one for all, or one for each)."""
     if len(encoders) not in (0, 1, len(decoders)):
         raise ConfigError(
-            "encoder depths must be one for all decoder depths, or one for each", got=len(encoders),
-            allowed=f"1 or {len(decoders)}", remedy="give --encoder-depths one number, or as many as --decoder-depths",
-        )  # fmt: skip
+            "encoder depths must be one for all decoder depths, or one for each",
+            got=len(encoders),
+            allowed=f"1 or {len(decoders)}",
+            remedy="give --encoder-depths one number, or as many as --decoder-depths",
+        )
     if min([*decoders, *encoders], default=1) < 1:
         raise ConfigError(
             "a depth must be at least 1",
@@ -63,9 +65,15 @@ def num_parameters(model: ModelConfig) -> int:
 
 
 def run_depths(
-    config: Config, console: Console, decoders: Sequence[int], encoders: Sequence[int],
-    model: ModelConfig | None = None, *, train: bool, take_over: bool = False,
-) -> dict[str, Any]:  # fmt: skip
+    config: Config,
+    console: Console,
+    decoders: Sequence[int],
+    encoders: Sequence[int],
+    model: ModelConfig | None = None,
+    *,
+    train: bool,
+    take_over: bool = False,
+) -> dict[str, Any]:
     """What `decoder_depths.json` keeps: a row for each depth; without `train` the columns that need none, which may be
     of another `model` than the configuration's."""
     target, config = config.ablate.target_wer, training_limits(config)
@@ -177,17 +185,22 @@ def depths_table(body: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
     cells = []
     for row in body["rows"]:
         cell = [
-            str(row["encoder_layers"]), str(row["decoder_layers"]), f"{row['parameters'] / 1e6:.1f}M",
+            str(row["encoder_layers"]),
+            str(row["decoder_layers"]),
+            f"{row['parameters'] / 1e6:.1f}M",
             f"{row['training_compute']:.2f}",
-        ]  # fmt: skip
+        ]
         if body["trained"]:
             rtfx = row["rtfx"] or {}
             numbers = (row["best_wer"], rtfx.get("rtfx_batch_1"), rtfx.get("rtfx_batch_8"))
             wer, one, eight = ("none" if value is None else value for value in numbers)
             speed = row["audio_seconds_per_second"]
             cell += [
-                str(row["steps"]), wer if wer == "none" else f"{wer:.1%}", one if one == "none" else f"{one:.0f}",
-                eight if eight == "none" else f"{eight:.0f}", "none" if speed is None else f"{speed:.0f}",
-            ]  # fmt: skip
+                str(row["steps"]),
+                wer if wer == "none" else f"{wer:.1%}",
+                one if one == "none" else f"{one:.0f}",
+                eight if eight == "none" else f"{eight:.0f}",
+                "none" if speed is None else f"{speed:.0f}",
+            ]
         cells.append(cell)
     return columns, cells

@@ -173,10 +173,13 @@ def _ask(config: Config | None) -> list[NodeFacts]:
         resources = node["Resources"]
         head = "node:__internal_head__" in resources
         known[node["NodeID"]] = NodeFacts(
-            host=node["NodeManagerHostname"], address=node["NodeManagerAddress"], is_head=head,
-            cpus=resources.get("CPU", 0), ray_gpus=resources.get("GPU", 0),
+            host=node["NodeManagerHostname"],
+            address=node["NodeManagerAddress"],
+            is_head=head,
+            cpus=resources.get("CPU", 0),
+            ray_gpus=resources.get("GPU", 0),
             object_store=int(resources.get("object_store_memory", 0)),
-        )  # fmt: skip
+        )
         # The head asks: the dashboard may listen on its 127.0.0.1 alone.
         jobs = f"http://{dashboard}/api/jobs/" if head and dashboard else None
         wanted[node["NodeID"]] = {"ray_gpus": resources.get("GPU", 0), "temp_folder": temp, "jobs_api": jobs}
@@ -206,10 +209,13 @@ def _ask_storage(config: Config, known: dict[str, NodeFacts]) -> None:
     uri = _mlflow_uri(config)
     with _witness(run_root(config), len(known) > 1) as witness:
         wanted = {
-            "root": run_root(config), "probe_bytes": PROBE_BYTES, "seconds": _PROBE_SECONDS, "witness": witness,
+            "root": run_root(config),
+            "probe_bytes": PROBE_BYTES,
+            "seconds": _PROBE_SECONDS,
+            "witness": witness,
             "manifests": [(name, corpus.paths[0]) for name, corpus in corpora.items()],
             "mlflow": uri if uri and not uri.startswith("sqlite:") else None,
-        }  # fmt: skip
+        }
         there = {node_id: wanted for node_id, node in known.items() if not node.error}
         for node_id, answer, _ in ask_nodes(measure_storage, there, _STORAGE_SECONDS):
             facts = {"error": answer} if isinstance(answer, str) else answer

@@ -101,10 +101,16 @@ def transcribe_rows(config: Config, location: str, rows: list[Row]) -> Iterator[
     )
     sizes = batch_sizes(workspace.model_config(), job.settings, pool, evaluate.batch_size)
     requests = [
-        Request(row.audio_path, row.audio_start, row.audio_size, row.offset_ms, row.duration_ms,
-                row.tokens[: row.prompt_length])
+        Request(
+            row.audio_path,
+            row.audio_start,
+            row.audio_size,
+            row.offset_ms,
+            row.duration_ms,
+            row.tokens[: row.prompt_length],
+        )
         for row in rows
-    ]  # fmt: skip
+    ]
     for done in recognise(make_batches(list(enumerate(requests)), sizes, job, pool), job, pool):
         for found in done.texts:
             row = rows[found["id"]]

@@ -222,9 +222,10 @@ def _recognise(batches: list[Batch], job: Job, pool: Pool) -> Iterator[Recognise
             row = next(rows, None)
         except ray.exceptions.RayError as error:
             raise RaytrainError(
-                "a worker failed", why=last_line(error),
+                "a worker failed",
+                why=last_line(error),
                 remedy="check that all nodes see the model and have memory for it; what is finished is kept",
-            ) from error  # fmt: skip
+            ) from error
         if row is None:
             return
         yield Recognised(**orjson.loads(row["result"]))
@@ -251,9 +252,12 @@ def read_batch(batch: bytes, job: Job) -> Any:
                 spans = windows(audio, job.sample_rate, window_s=job.window_s, overlap_s=job.overlap_s)
             pieces += [(place, *span, audio[slice(*span)]) for span in spans]
     note = {
-        "ids": ids, "limit": limit, "errors": [errors.get(place) for place in range(len(ids))],
-        "seconds": time.perf_counter() - start, "process": os.getpid(),
-    }  # fmt: skip
+        "ids": ids,
+        "limit": limit,
+        "errors": [errors.get(place) for place in range(len(ids))],
+        "seconds": time.perf_counter() - start,
+        "process": os.getpid(),
+    }
     pieces.sort(key=lambda piece: -len(piece[3]))
     note["pieces"] = [piece[:3] for piece in pieces]
     if not pieces:  # a table needs all its columns
@@ -266,9 +270,13 @@ def read_batch(batch: bytes, job: Job) -> Any:
 def _read(request: Request, job: Job) -> np.ndarray | AudioError:
     try:
         audio = read_audio(
-            request.audio_path, start=request.audio_start, size=request.audio_size, offset_ms=request.offset_ms,
-            duration_ms=request.duration_ms, sample_rate=job.sample_rate,
-        )  # fmt: skip
+            request.audio_path,
+            start=request.audio_start,
+            size=request.audio_size,
+            offset_ms=request.offset_ms,
+            duration_ms=request.duration_ms,
+            sample_rate=job.sample_rate,
+        )
     except AudioError as error:
         return error
     except Exception as error:  # whatever a file does to its codec, the batch's other recordings are not to blame

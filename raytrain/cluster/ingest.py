@@ -40,9 +40,15 @@ class RayBatches:
     CPUs, which it shares with `world_size - 1` other workers."""
 
     def __init__(
-        self, workspace: Workspace, batch_sizes: tuple[int, ...], state: dict[str, Any] | None,
-        shares: Sequence[int], num_shares: int, world_size: int = 1, pin_memory: bool = False,
-    ) -> None:  # fmt: skip
+        self,
+        workspace: Workspace,
+        batch_sizes: tuple[int, ...],
+        state: dict[str, Any] | None,
+        shares: Sequence[int],
+        num_shares: int,
+        world_size: int = 1,
+        pin_memory: bool = False,
+    ) -> None:
         self._workspace, self._batch_sizes = workspace, batch_sizes
         self._schedule = workspace.schedule(workspace.assignment(), batch_sizes)
         self._state = self._schedule.restored(state) if state else self._schedule.initial()
@@ -104,10 +110,14 @@ class RayBatches:
                 raise
 
         shares = [
-            {"bucket": plan.bucket, "start": plan.start + sum(plan.sizes[:share]), "size": plan.sizes[share],
-             "epoch": plan.epoch}
+            {
+                "bucket": plan.bucket,
+                "start": plan.start + sum(plan.sizes[:share]),
+                "size": plan.sizes[share],
+                "epoch": plan.epoch,
+            }
             for plan, share in micro
-        ]  # fmt: skip
+        ]
         data = ray.data.from_items(shares, override_num_blocks=len(shares)).map_batches(
             decode,
             batch_size=None,
@@ -190,9 +200,14 @@ class StreamSource:
     """An actor that runs a stream's sampler for all workers and keeps the steps that some of them has not taken yet."""
 
     def __init__(
-        self, config: dict[str, Any], location: str, batch_sizes: tuple[int, ...], num_shares: int, world_size: int,
+        self,
+        config: dict[str, Any],
+        location: str,
+        batch_sizes: tuple[int, ...],
+        num_shares: int,
+        world_size: int,
         state: dict[str, Any] | None,
-    ) -> None:  # fmt: skip
+    ) -> None:
         from raytrain.data.stream import StreamState
 
         workspace = Workspace(check_config(config), location)
@@ -239,9 +254,14 @@ class StreamSource:
 
 
 def stream_work(
-    workspace: Workspace, batch_sizes: tuple[int, ...], state: dict[str, Any] | None, shares: Sequence[int],
-    num_shares: int, rank: int, world_size: int,
-) -> Iterator[StepWork]:  # fmt: skip
+    workspace: Workspace,
+    batch_sizes: tuple[int, ...],
+    state: dict[str, Any] | None,
+    shares: Sequence[int],
+    num_shares: int,
+    rank: int,
+    world_size: int,
+) -> Iterator[StepWork]:
     """A worker's shares of a stream's steps; to be called by all workers of a Ray Train run. Rank 0 starts the
     source."""
     import ray

@@ -34,8 +34,10 @@ _SILENT_SECONDS = 120.0
 _AGENT_SECONDS = 60.0  # a head's job agent starts after its server
 _STOP_SECONDS = 20.0
 _TALKATIVE = (
-    "ray.dashboard.modules.dashboard_sdk", "ray.dashboard.modules.job.sdk", "ray._private.runtime_env.packaging",
-)  # fmt: skip
+    "ray.dashboard.modules.dashboard_sdk",
+    "ray.dashboard.modules.job.sdk",
+    "ray._private.runtime_env.packaging",
+)
 _ENDED = ("SUCCEEDED", "FAILED", "STOPPED")
 
 
@@ -92,9 +94,12 @@ class Jobs:
 
     def __init__(self, address: str, warn: Callable[[str], None] = lambda text: None) -> None:
         if not _is_http(address):
-            raise ClusterError("a Jobs server's address begins with http", got=without_credentials(address),
-                               allowed=f"for example {DEFAULT_ADDRESS}",
-                               remedy="correct --address, or unset RAY_API_SERVER_ADDRESS")  # fmt: skip
+            raise ClusterError(
+                "a Jobs server's address begins with http",
+                got=without_credentials(address),
+                allowed=f"for example {DEFAULT_ADDRESS}",
+                remedy="correct --address, or unset RAY_API_SERVER_ADDRESS",
+            )
         self.address = address
         self._shown = without_credentials(address)
         with self._readable():
@@ -262,14 +267,22 @@ def _job(details: Any) -> Job:
         for stamp in (details.start_time, details.end_time)
     )
     return Job(
-        details.submission_id, str(details.status.value), known.get("run", ""), known.get("stages", ""),
-        known.get("raytrain", ""), started, ended, redacted(details.message or ""), details.driver_exit_code,
-    )  # fmt: skip
+        details.submission_id,
+        str(details.status.value),
+        known.get("run", ""),
+        known.get("stages", ""),
+        known.get("raytrain", ""),
+        started,
+        ended,
+        redacted(details.message or ""),
+        details.driver_exit_code,
+    )
 
 
 def _needs_default() -> ClusterError:
-    return ClusterError("jobs need Ray's Jobs client", why="Ray is installed without it",
-                        remedy="pip install 'ray[default]'")  # fmt: skip
+    return ClusterError(
+        "jobs need Ray's Jobs client", why="Ray is installed without it", remedy="pip install 'ray[default]'"
+    )
 
 
 def _is_http(address: str | None) -> bool:

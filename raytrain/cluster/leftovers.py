@@ -49,9 +49,10 @@ class Leftover:
             pass
         except OSError as error:
             raise StorageError(
-                f"can't remove {path}", why=(error.strerror or str(error)).lower(),
+                f"can't remove {path}",
+                why=(error.strerror or str(error)).lower(),
                 remedy="remove it by hand, as a user who may",
-            ) from error  # fmt: skip
+            ) from error
 
 
 def temporaries(folder: Path, before: float) -> Iterator[Leftover]:

@@ -293,9 +293,12 @@ def ask_mlflow(uri: str) -> dict[str, Any]:
     try:
         # /health answers everyone; a request as training makes them also meets the server's checks of host and user.
         answer = requests.post(
-            url, json={"max_results": 1}, headers=headers, auth=(user, password) if user and password else None,
+            url,
+            json={"max_results": 1},
+            headers=headers,
+            auth=(user, password) if user and password else None,
             timeout=_HTTP_SECONDS,
-        )  # fmt: skip
+        )
     except requests.RequestException as error:
         return {"seen": "", "error": f"no answer ({type(error).__name__})"}
     if answer.status_code != 200:

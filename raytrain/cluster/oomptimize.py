@@ -108,9 +108,15 @@ _TRACERS: dict[str, tuple[Any, Any]] = {}
 
 
 def _predict(
-    cells: list[tuple[int, int]], *, model: ModelConfig, train: TrainSettings, precision: str, device_type: str,
-    budget: int, max_size: int,
-) -> list[Any]:  # fmt: skip
+    cells: list[tuple[int, int]],
+    *,
+    model: ModelConfig,
+    train: TrainSettings,
+    precision: str,
+    device_type: str,
+    budget: int,
+    max_size: int,
+) -> list[Any]:
     """Predictions for some buckets; runs on a worker, which keeps what it learns for the next."""
     import torch
 
@@ -137,18 +143,27 @@ def _device_type(config: Config, device: Device) -> str:
 
 
 def predict(
-    config: Config, model: ModelConfig, plan: BucketPlan, device: Device, on_progress: Progress,
+    config: Config,
+    model: ModelConfig,
+    plan: BucketPlan,
+    device: Device,
+    on_progress: Progress,
     device_type: str | None = None,
-) -> list[Any]:  # fmt: skip
+) -> list[Any]:
     """A `training.memory.Prediction` for each bucket. Raises `ProfileError` where not even one utterance fits."""
     from raytrain.training.step import resolve_precision
 
     kind = device_type or _device_type(config, device)
     edges = [(bucket.max_duration_ms, bucket.max_tokens) for bucket in plan.grid.buckets]
     function = partial(
-        _predict, model=model, train=config.train, precision=resolve_precision(config.train.precision, kind),
-        device_type=kind, budget=device.budget(config), max_size=config.oomptimize.max_batch_size,
-    )  # fmt: skip
+        _predict,
+        model=model,
+        train=config.train,
+        precision=resolve_precision(config.train.precision, kind),
+        device_type=kind,
+        budget=device.budget(config),
+        max_size=config.oomptimize.max_batch_size,
+    )
     found: list[Any] = []
     data = Placement.data(config.cluster)
     for part in map_on_workers(edges, function, 4, data):
@@ -180,9 +195,14 @@ def _at_least(number: int, found: list[Any], edges: list[tuple[int, int]]) -> An
 
 
 def _does_not_fit(
-    number: int, edges: tuple[int, int], need: int, device: Device, config: Config, alternative: int | None = None,
+    number: int,
+    edges: tuple[int, int],
+    need: int,
+    device: Device,
+    config: Config,
+    alternative: int | None = None,
     why: str | None = None,
-) -> ProfileError:  # fmt: skip
+) -> ProfileError:
     budget = device.budget(config)
     remedies = ["lower buckets.max_duration_ms or buckets.max_tokens", "take a smaller model"]
     if not config.train.activation_checkpointing:
@@ -201,9 +221,15 @@ def _does_not_fit(
 
 
 def confirm(
-    config: Config, model: ModelConfig, plan: BucketPlan, device: Device, needs: list[tuple[float, float]], kept: Path,
-    on_progress: Progress, make_meter: MakeMeter = step_meter,
-) -> ProbeOutcome:  # fmt: skip
+    config: Config,
+    model: ModelConfig,
+    plan: BucketPlan,
+    device: Device,
+    needs: list[tuple[float, float]],
+    kept: Path,
+    on_progress: Progress,
+    make_meter: MakeMeter = step_meter,
+) -> ProbeOutcome:
     """What probes on the device's GPUs came to. `needs` is the predicted memory of each bucket's step as (bytes, bytes
     per utterance).
 
@@ -249,9 +275,16 @@ def placements(config: Config, device: Device, num_buckets: int) -> list[Placeme
 
 
 def find_profiles(
-    config: Config, model: ModelConfig, model_id: str, plan: BucketPlan, plan_id: str, device: Device, kept: Path,
-    on_progress: Progress, make_meter: MakeMeter = step_meter,
-) -> tuple[list[BatchProfile], ProbeOutcome | None]:  # fmt: skip
+    config: Config,
+    model: ModelConfig,
+    model_id: str,
+    plan: BucketPlan,
+    plan_id: str,
+    device: Device,
+    kept: Path,
+    on_progress: Progress,
+    make_meter: MakeMeter = step_meter,
+) -> tuple[list[BatchProfile], ProbeOutcome | None]:
     """The profiles of a device, one for each name of its GPUs, and what was probed (None where it is only named)."""
     began = time.monotonic()
     predictions = predict(config, model, plan, device, on_progress)
@@ -287,15 +320,16 @@ def _confirmed(
         batch_sizes=sizes,
         predicted_gib=tuple(_gib(base + size * slope) for (base, slope), size in zip(needs, sizes, strict=True)),
         num_probes=tuple(len(bucket.probes) for bucket in buckets),
-        measured_gib=tuple(_gib(outcome.peaks[number]) if number in outcome.peaks else None
-                           for number in range(len(sizes))),
+        measured_gib=tuple(
+            _gib(outcome.peaks[number]) if number in outcome.peaks else None for number in range(len(sizes))
+        ),
         step_seconds=tuple(seconds),
         audio_seconds_per_second=tuple(
             round(size * duration / spent, 1) if spent else None
             for size, duration, spent in zip(sizes, durations, seconds, strict=True)
         ),
         smallest_as_fast=tuple(bucket.smallest_as_fast for bucket in buckets),
-    )  # fmt: skip
+    )
 
 
 def probe_setting(config: Config, model_id: str, device: Device, device_type: str) -> ProbeSetting:

@@ -73,9 +73,14 @@ class Owner:
         """This process."""
         started = start_of(os.getpid()) or ""
         return cls(
-            secrets.token_hex(8), socket.gethostname(), this_machine(), os.getpid(), started, _command(),
+            secrets.token_hex(8),
+            socket.gethostname(),
+            this_machine(),
+            os.getpid(),
+            started,
+            _command(),
             datetime.now(UTC).replace(microsecond=0),
-        )  # fmt: skip
+        )
 
     @property
     def is_local(self) -> bool:

@@ -51,24 +51,55 @@ class Stage:
 
 STAGES: tuple[Stage, ...] = (
     Stage(
-        "statistics", (),
+        "statistics",
+        (),
         ("tokenizer/tokenizer.json", "tokenizer/*.model", "histogram.parquet", "statistics.json", "chunks.json"),
-        stages.statistics_key, stages.run_statistics, is_whole=stages.statistics_are_whole,
+        stages.statistics_key,
+        stages.run_statistics,
+        is_whole=stages.statistics_are_whole,
     ),
     Stage("buckets", ("statistics",), ("bucket_plan.json",), stages.buckets_key, stages.run_buckets, uses_ray=False),
-    Stage("assign", ("statistics", "buckets"), ("assignment/index.json",), stages.assign_key, stages.run_assign,
-          applies=lambda config: config.data.stream is None, is_whole=stages.assign_is_whole),
-    Stage("oomptimize", ("buckets",), ("batch_profile.json",), stages.oomptimize_key, stages.run_oomptimize,
-          key_names_gpus=True),
-    Stage("train", ("assign", "oomptimize"), ("checkpoints/last.json",), stages.train_key, stages.run_train,
-          goes_on=stages.train_goes_on),
-    Stage("evaluate", ("train",), ("hypotheses.jsonl", "scores.json", "errors.html"), stages.evaluate_key,
-          stages.run_evaluate),
     Stage(
-        "report", ("statistics", "buckets", "assign", "oomptimize", "train", "evaluate"), ("report.html",),
-        stages.report_key, stages.run_report, uses_ray=False,
+        "assign",
+        ("statistics", "buckets"),
+        ("assignment/index.json",),
+        stages.assign_key,
+        stages.run_assign,
+        applies=lambda config: config.data.stream is None,
+        is_whole=stages.assign_is_whole,
     ),
-)  # fmt: skip
+    Stage(
+        "oomptimize",
+        ("buckets",),
+        ("batch_profile.json",),
+        stages.oomptimize_key,
+        stages.run_oomptimize,
+        key_names_gpus=True,
+    ),
+    Stage(
+        "train",
+        ("assign", "oomptimize"),
+        ("checkpoints/last.json",),
+        stages.train_key,
+        stages.run_train,
+        goes_on=stages.train_goes_on,
+    ),
+    Stage(
+        "evaluate",
+        ("train",),
+        ("hypotheses.jsonl", "scores.json", "errors.html"),
+        stages.evaluate_key,
+        stages.run_evaluate,
+    ),
+    Stage(
+        "report",
+        ("statistics", "buckets", "assign", "oomptimize", "train", "evaluate"),
+        ("report.html",),
+        stages.report_key,
+        stages.run_report,
+        uses_ray=False,
+    ),
+)
 STAGE_NAMES = tuple(stage.name for stage in STAGES)
 
 

@@ -200,9 +200,16 @@ def _probe(parameters: dict[str, Any], make_meter: MakeMeter) -> None:
 
 
 def probe_all(
-    job: ProbeJob, placements: Sequence[Placement], kept: Path, data: Placement, on_progress: Progress, *,
-    world_size: int = 1, make_meter: MakeMeter = step_meter, gpus: float = 1.0,
-) -> ProbeOutcome:  # fmt: skip
+    job: ProbeJob,
+    placements: Sequence[Placement],
+    kept: Path,
+    data: Placement,
+    on_progress: Progress,
+    *,
+    world_size: int = 1,
+    make_meter: MakeMeter = step_meter,
+    gpus: float = 1.0,
+) -> ProbeOutcome:
     """All batch sizes of a job, from a trial on each of `placements`: one for every GPU, or one for each group of
     `world_size`. The coordinator runs on a node of `data`.
 

@@ -65,9 +65,11 @@ def _check_port(address: str, host: str, port: int) -> None:
             why = error.strerror or str(error)
         if left < 1.0:
             raise ClusterError(
-                f"no cluster can be reached at {address}", why=why, allowed=_ALLOWED,
+                f"no cluster can be reached at {address}",
+                why=why,
+                allowed=_ALLOWED,
                 remedy=f"{_REMEDY}, and that the head runs and lets this machine through",
-            )  # fmt: skip
+            )
         time.sleep(0.5)
 
 

@@ -111,4 +111,3 @@ def _most(placement: Placement, gpus: float) -> int:
         return 0
     asked = {"CPU": placement.cpus, **({"GPU": gpus} if gpus else {}), **placement.resources}
     return int(min(most.get(name, 0) / amount for name, amount in asked.items() if amount))
-

@@ -77,9 +77,12 @@ def ray_session(settings: ClusterSection) -> Iterator[None]:
             with telling(start):
                 check_cluster(address, token() if with_token else None)
         with (
-            telling(start), _no_native_stderr(), _on_loopback(not address), _readable(address, with_token),
+            telling(start),
+            _no_native_stderr(),
+            _on_loopback(not address),
+            _readable(address, with_token),
             _same_handlers(),
-        ):  # fmt: skip
+        ):
             try:
                 ray.init(address=address or "local", **common)
             except BaseException:

@@ -61,12 +61,30 @@ from raytrain.training.probing import ProbeOutcome
 
 # Settings of training that say when to stop, look and save, but not what is learnt: a run goes on when they change.
 _NOT_LINEAGE = (
-    "max_steps", "max_epochs", "max_minutes", "stop_at_wer", "validate_every_steps", "max_validation_utterances",
-    "checkpoint_every_steps", "storage_path", "keep_checkpoints", "keep_best", "patience", "max_skipped_steps",
-    "accumulate", "log_every_steps", "num_loader_threads", "prefetch_batches", "max_failures", "stall_minutes",
-    "num_workers", "device", "activation_checkpointing", "shard",
+    "max_steps",
+    "max_epochs",
+    "max_minutes",
+    "stop_at_wer",
+    "validate_every_steps",
+    "max_validation_utterances",
+    "checkpoint_every_steps",
+    "storage_path",
+    "keep_checkpoints",
+    "keep_best",
+    "patience",
+    "max_skipped_steps",
+    "accumulate",
+    "log_every_steps",
+    "num_loader_threads",
+    "prefetch_batches",
+    "max_failures",
+    "stall_minutes",
+    "num_workers",
+    "device",
+    "activation_checkpointing",
+    "shard",
     "init_from",  # its content counts, wherever it lies
-)  # fmt: skip
+)
 
 
 _HASHED_BYTES = 64 << 20
@@ -138,9 +156,7 @@ def run_statistics(context: Context) -> str:
     config = context.config
     chunks = job.chunks_of(config, "train")
     with context.console.progress("sampling texts", len(chunks)) as update:
-        tokenizer = job.make_tokenizer(
-            config, context.path("tokenizer"), chunks, lambda number: update(advance=number)
-        )  # fmt: skip
+        tokenizer = job.make_tokenizer(config, context.path("tokenizer"), chunks, lambda number: update(advance=number))
     total = job.Counts()
     with context.console.progress("counting", len(chunks)) as update:
         for number, partial in job.count_all(chunks, tokenizer, config):
@@ -369,9 +385,15 @@ def run_oomptimize(context: Context) -> str:
     for device in find_devices(context.config):
         with _shown(context.console) as show:
             found, outcome = find_profiles(
-                context.config, workspace.model_config(), workspace.model_id(), workspace.plan, workspace.plan_id,
-                device, kept, show,
-            )  # fmt: skip
+                context.config,
+                workspace.model_config(),
+                workspace.model_id(),
+                workspace.plan,
+                workspace.plan_id,
+                device,
+                kept,
+                show,
+            )
         profiles += found
         _track_profile(context, found[0], outcome)
     body = {"profiles": [profile.to_body() for profile in profiles]}
@@ -610,9 +632,12 @@ def run_train(context: Context) -> str:
     for checkpoint in (last, best):
         checkpoint.check_lineage(lineage)
     note = {
-        "lineage": lineage, "last_step": last.step, "last_files": last.meta["files"],
-        "best_step": best.step, "files": best.meta["files"],
-    }  # fmt: skip
+        "lineage": lineage,
+        "last_step": last.step,
+        "last_files": last.meta["files"],
+        "best_step": best.step,
+        "files": best.meta["files"],
+    }
     atomic_write_bytes(context.path("checkpoints", "last.json"), canonical_json(note))
     return f"{last.step} steps, {last.meta.get('seconds', 0.0) / 60:.1f} min; best checkpoint at step {best.step}"
 

@@ -412,11 +412,14 @@ def statistics_body(counts: Counts, config: Config) -> dict[str, Any]:
 
 def _examples(rows: dict[tuple[str, str], list[dict]], numbers: Counter) -> list[dict[str, Any]]:
     return [
-        {"corpus": corpus, "reason": reason, "rows": numbers[corpus, reason], "first": [
-            {key: row[key] for key in ("file", "line", "detail")} for row in first
-        ]}
+        {
+            "corpus": corpus,
+            "reason": reason,
+            "rows": numbers[corpus, reason],
+            "first": [{key: row[key] for key in ("file", "line", "detail")} for row in first],
+        }
         for (corpus, reason), first in sorted(rows.items())
-    ]  # fmt: skip
+    ]
 
 
 def _sum_where(histograms: dict[Group, LengthHistogram], chosen: Any) -> LengthHistogram:

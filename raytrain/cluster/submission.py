@@ -24,14 +24,23 @@ from raytrain.redaction import MLFLOW_VARIABLE, TRACKING_VARIABLE, is_secret, re
 CONFIG_FILE = "config.yaml"
 # Where things are; who may reach them is for the nodes to know, or to be named with --env.
 PASSED = (
-    "AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3", "AWS_REGION", "AWS_DEFAULT_REGION", DATA_ROOT_VARIABLE,
-    RUN_ROOT_VARIABLE, MLFLOW_VARIABLE, "RAYTRAIN_CUDA_GRAPHS",
-)  # fmt: skip
+    "AWS_ENDPOINT_URL",
+    "AWS_ENDPOINT_URL_S3",
+    "AWS_REGION",
+    "AWS_DEFAULT_REGION",
+    DATA_ROOT_VARIABLE,
+    RUN_ROOT_VARIABLE,
+    MLFLOW_VARIABLE,
+    "RAYTRAIN_CUDA_GRAPHS",
+)
 # What a run may need and does not get by itself.
 _SECRETS = (
-    "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "MLFLOW_TRACKING_PASSWORD", "MLFLOW_TRACKING_TOKEN",
+    "AWS_SECRET_ACCESS_KEY",
+    "AWS_SESSION_TOKEN",
+    "MLFLOW_TRACKING_PASSWORD",
+    "MLFLOW_TRACKING_TOKEN",
     TRACKING_VARIABLE,
-)  # fmt: skip
+)
 _SOURCE = ("raytrain", "pipelines")
 
 

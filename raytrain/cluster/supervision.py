@@ -32,8 +32,12 @@ def supervised(is_local: bool) -> Iterator[Callable[[str], None]]:
     _STARTED[:] = [process for process in _STARTED if process.poll() is None]
     process = subprocess.Popen(
         [sys.executable, "-P", supervisor.__file__, str(os.getpid())],
-        stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, cwd="/", start_new_session=True,
-    )  # fmt: skip
+        stdin=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        cwd="/",
+        start_new_session=True,
+    )
     _STARTED.append(process)
 
     def say(line: str) -> None:

@@ -51,8 +51,7 @@ def train_worker(job: dict[str, Any]) -> None:
 
 
 def note_the_end(store: RunStore, error: RaytrainError, kind: type[TrainingError] = TrainingError) -> None:
-    """Leave a note that training is over with an error, told as one of a `kind`, that another attempt would meet again.
-    """
+    """Leave a note that training ended with an error that another attempt would meet again, told as one of a `kind`."""
     _tell(store, _GAVE_UP, {**error.to_dict(), "kind": kind.__name__})
 
 
@@ -207,9 +206,12 @@ def _fault_notes(store: RunStore, profile_id: str, rank: int = 0) -> Any:
         return f"{_FAULTS}/{path.name}"
 
     return FaultNotes(
-        store.local / _FAULTS, profile_id, rank,
-        on_written=lambda path: store.share(name(path)), on_removed=lambda path: store.discard(name(path)),
-    )  # fmt: skip
+        store.local / _FAULTS,
+        profile_id,
+        rank,
+        on_written=lambda path: store.share(name(path)),
+        on_removed=lambda path: store.discard(name(path)),
+    )
 
 
 def _look_at_faults(store: RunStore) -> None:
@@ -295,9 +297,13 @@ class _Preemption:
 
 
 def _batches(
-    workspace: Any, sizes: tuple[int, ...], state: dict[str, Any] | None, shares: range, num_shares: int,
+    workspace: Any,
+    sizes: tuple[int, ...],
+    state: dict[str, Any] | None,
+    shares: range,
+    num_shares: int,
     pin_memory: bool,
-) -> Any:  # fmt: skip
+) -> Any:
     """The rank's batches: from the assignment or a stream, read by threads here or by Ray Data elsewhere."""
     from ray import train
 

@@ -119,7 +119,12 @@ def transcribe_manifests(order: Order, console: Console) -> Summary:
     prompts = Prompts(tokenizer, config.prompt_format, config.max_positions, order.pnc)
     path = order.checkpoint.expanduser().absolute()
     job = Job(
-        partial(load_parts, str(path)), order.settings, config.sample_rate, tokenizer.pad_id, order.window_s, overlap_s,
+        partial(load_parts, str(path)),
+        order.settings,
+        config.sample_rate,
+        tokenizer.pad_id,
+        order.window_s,
+        overlap_s,
         order.precision,
     )
     key = content_id([model_stamp(path), asdict(order.settings), order.window_s, overlap_s, order.precision])

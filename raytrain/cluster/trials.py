@@ -28,8 +28,13 @@ from raytrain.errors import ConfigError
 from raytrain.tracking import read_metrics
 
 SHARED = (
-    "tokenizer", "chunks.json", "statistics.json", "bucket_plan.json", "batch_profile.json", "assignment",
-)  # fmt: skip
+    "tokenizer",
+    "chunks.json",
+    "statistics.json",
+    "bucket_plan.json",
+    "batch_profile.json",
+    "assignment",
+)
 _DONE = "trial.json"
 
 
@@ -104,9 +109,7 @@ class RunningTrial:
         if config.tracking.enabled and job.get("parent_run_id"):
             self._tracker, mlflow = _open_run(config, job, self.folder, settings)
         self._status = "KILLED"
-        self._thread = threading.Thread(
-            target=self._train, args=(config, meta, mlflow), name="training", daemon=True
-        )  # fmt: skip
+        self._thread = threading.Thread(target=self._train, args=(config, meta, mlflow), name="training", daemon=True)
         self._thread.start()
 
     def next(self) -> dict[str, Any]:
@@ -206,13 +209,16 @@ def _open_run(
     name, uri = job.get("label") or folder.name, job["tracking_uri"]
     tracker = MlflowTracker.open(
         uri, config.tracking.experiment, name, run_id=known, parent_run_id=job["parent_run_id"]
-    )  # fmt: skip
+    )
     if known is None and tracker.run_id:
         tracker.log_params(settings)
         atomic_write_bytes(note, tracker.run_id.encode())
     arguments = {
-        "tracking_uri": uri, "experiment": config.tracking.experiment, "run_name": name, "run_id": tracker.run_id,
-    }  # fmt: skip
+        "tracking_uri": uri,
+        "experiment": config.tracking.experiment,
+        "run_name": name,
+        "run_id": tracker.run_id,
+    }
     return tracker, arguments if tracker.run_id else None
 
 

@@ -263,9 +263,15 @@ class Workspace:
         )
 
     def loader(
-        self, batch_sizes: tuple[int, ...], state: dict[str, Any] | None, shares: Sequence[int], num_shares: int,
-        pin_memory: bool = False, work: Iterator[StepWork] | None = None, local_workers: int = 1,
-    ) -> BatchLoader:  # fmt: skip
+        self,
+        batch_sizes: tuple[int, ...],
+        state: dict[str, Any] | None,
+        shares: Sequence[int],
+        num_shares: int,
+        pin_memory: bool = False,
+        work: Iterator[StepWork] | None = None,
+        local_workers: int = 1,
+    ) -> BatchLoader:
         """Batches of a worker's `shares` of each step from `state` on (from the start without one), or those of `work`,
         read by threads. The node has `local_workers` training workers."""
         assignment = None
@@ -363,15 +369,20 @@ class Workspace:
         """How `evaluate` and validation decode."""
         evaluate = self.config.evaluate
         return DecodeSettings(
-            evaluate.beam_size, evaluate.length_penalty, max_generation_delta=evaluate.max_generation_delta,
+            evaluate.beam_size,
+            evaluate.length_penalty,
+            max_generation_delta=evaluate.max_generation_delta,
             ctc_weight=evaluate.ctc_weight,
-        )  # fmt: skip
+        )
 
     def validator(
-        self, rank: int, world_size: int, notes: FaultNotes | None = None,
+        self,
+        rank: int,
+        world_size: int,
+        notes: FaultNotes | None = None,
         on_batch: Callable[[str], None] = lambda doing: None,
         mark: Callable[[None, int, int], None] = lambda step, phase, size: None,
-    ) -> Any:  # fmt: skip
+    ) -> Any:
         """Validation on the dev manifests, or None where there are none.
 
         `on_batch` is told of each batch, and `mark` of its size (see `FaultNotes.marking`). Batches that do not fit are

@@ -168,9 +168,12 @@ class PartsWriter:
         return audio_name(bucket, self._chunk), starts, [len(flac) for flac in flacs]
 
     def note(
-        self, corpus: str, rejected: Mapping[str, int] | None = None, examples: Mapping[str, Any] | None = None,
+        self,
+        corpus: str,
+        rejected: Mapping[str, int] | None = None,
+        examples: Mapping[str, Any] | None = None,
         sources: Mapping[str, str] | None = None,
-    ) -> dict[str, Any]:  # fmt: skip
+    ) -> dict[str, Any]:
         """The chunk's note: rows of each bucket, the files' content ids, rejections by reason with examples, and ids of
         the `sources` that audio is read from where it is."""
         return {
@@ -271,9 +274,12 @@ def read_note(path: Path) -> dict[str, Any] | None:
 
 
 def write_index(
-    folder: Path, notes: Sequence[dict[str, Any]], grid: Sequence[Sequence[int]], num_rows: int,
+    folder: Path,
+    notes: Sequence[dict[str, Any]],
+    grid: Sequence[Sequence[int]],
+    num_rows: int,
     parents: Mapping[str, str],
-) -> str:  # fmt: skip
+) -> str:
     """Write `index.json` of the notes of all chunks; `grid` has each bucket's [max_duration_ms, max_tokens].
 
     Raises `ArtifactError` unless each of `num_rows` rows is in one bucket or rejected.

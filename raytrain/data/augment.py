@@ -98,9 +98,10 @@ class Augmenter:
             return read_audio(path, sample_rate=self.sample_rate)
         except AudioError as error:  # it must not be taken for a fault of the utterance
             raise DataError(
-                f"{path}, named by augment, can't be read", why=error.why, remedy="correct augment.noise or "
-                "augment.impulse_responses",
-            ) from error  # fmt: skip
+                f"{path}, named by augment, can't be read",
+                why=error.why,
+                remedy="correct augment.noise or augment.impulse_responses",
+            ) from error
 
 
 _KEPT = 256

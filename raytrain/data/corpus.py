@@ -210,9 +210,11 @@ def find_format(corpus: Corpus, paths: Sequence[str]) -> str:
         return "parquet"
     if is_folder(first):
         for pattern, name in (
-            ("cuts.*.jsonl*", "lhotse_shar"), ("*.parquet", "parquet"),
-            ("metadata.jsonl", "audiofolder"), ("metadata.csv", "audiofolder"),
-        ):  # fmt: skip
+            ("cuts.*.jsonl*", "lhotse_shar"),
+            ("*.parquet", "parquet"),
+            ("metadata.jsonl", "audiofolder"),
+            ("metadata.csv", "audiofolder"),
+        ):
             if list_files(first, pattern):
                 return name
         raise ManifestError(

@@ -78,9 +78,13 @@ class FinishedParts:
         """Write a part: its rows as JSON in order. Raises `StorageError`."""
         body = b"".join(line + b"\n" for line in lines)
         note = {
-            "format": _FORMAT, "key": self._key, "rows_id": rows_id, "body_id": content_id(body),
-            "num_rows": len(lines), "num_failed": num_failed,
-        }  # fmt: skip
+            "format": _FORMAT,
+            "key": self._key,
+            "rows_id": rows_id,
+            "body_id": content_id(body),
+            "num_rows": len(lines),
+            "num_failed": num_failed,
+        }
         atomic_write_bytes(self._path(number), orjson.dumps(note) + b"\n" + body)
         return Finished(len(lines), num_failed)
 

@@ -202,10 +202,16 @@ class StepReader:
         for row, audio in zip(rows, audios, strict=True):
             samples[row.corpus] += len(audio)
         return LoadedStep(
-            batch, work.plan, work.state, sum(replaced), work.is_last, dict(samples), work.rows,
+            batch,
+            work.plan,
+            work.state,
+            sum(replaced),
+            work.is_last,
+            dict(samples),
+            work.rows,
             read_seconds=sum(task.seconds for task in tasks) / self._num_threads,
             cpu_seconds=sum(task.cpu_seconds for task in tasks) / self._num_threads,
-        )  # fmt: skip
+        )
 
     def _read_task(self, work: StepWork, indices: range) -> _ReadTask:
         started, cpu_started, rows = time.perf_counter(), time.thread_time(), []

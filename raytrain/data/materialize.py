@@ -60,9 +60,14 @@ def make_flacs(rows: pa.Table, sample_rate: int) -> list[bytes | AudioError]:
     for path, start, size, offset_ms, duration_ms in zip(*columns, strict=True):
         try:
             samples = read_audio(
-                path, start=start, size=size, data=embedded.get((path, start)), offset_ms=offset_ms,
-                duration_ms=duration_ms, sample_rate=sample_rate,
-            )  # fmt: skip
+                path,
+                start=start,
+                size=size,
+                data=embedded.get((path, start)),
+                offset_ms=offset_ms,
+                duration_ms=duration_ms,
+                sample_rate=sample_rate,
+            )
         except AudioError as error:
             made.append(error)
         else:

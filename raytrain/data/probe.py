@@ -142,11 +142,14 @@ class HeaderSample:
         chosen = np.argsort(keys, kind="stable")[: self._size].tolist()
         self._candidates += [
             _Candidate(
-                int(keys[row]), int(block.numbers[row]), block.paths[row],
-                int(block.offset_ms[row]), int(block.duration_ms[row]),
+                int(keys[row]),
+                int(block.numbers[row]),
+                block.paths[row],
+                int(block.offset_ms[row]),
+                int(block.duration_ms[row]),
             )
             for row in chosen
-        ]  # fmt: skip
+        ]
         self._candidates = sorted(self._candidates)[: self._size]
 
     def read(self) -> ProbeCounts:

@@ -84,7 +84,7 @@ def key_prompt(tokenizer: CanaryTokenizer, row: PromptKey | Utterance, prompt_fo
     slots = {name: value for name, value in row.slots if name in names}
     return prompt_ids(
         tokenizer, row.source_lang, row.target_lang, pnc=row.pnc, prompt_format=prompt_format, slots=slots
-    )  # fmt: skip
+    )
 
 
 def encode_utterance(tokenizer: CanaryTokenizer, utterance: Utterance, prompt_format: str) -> EncodedUtterance:

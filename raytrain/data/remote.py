@@ -32,9 +32,17 @@ DEFAULT_CACHE_BYTES = 50 << 30
 _INDEX, _INDEX_FORMAT = "files.json", "raytrain.run_files/1"
 # What the driver publishes; parts and checkpoints are put by who writes them.
 _PUBLISHED = (
-    "*.json", "*.parquet", "*.csv", "*.html", "hypotheses.jsonl", "quarantine.jsonl", "tokenizer/*",
-    "assignment/index.json", "checkpoints/lineage.json", "checkpoints/last.json",
-)  # fmt: skip
+    "*.json",
+    "*.parquet",
+    "*.csv",
+    "*.html",
+    "hypotheses.jsonl",
+    "quarantine.jsonl",
+    "tokenizer/*",
+    "assignment/index.json",
+    "checkpoints/lineage.json",
+    "checkpoints/last.json",
+)
 # Changed in place, so that no id can be told beforehand.
 _STATE = ("stages.json", "config.yaml", "mlflow_run.json", "metrics.jsonl")
 _CONNECTIONS = 16

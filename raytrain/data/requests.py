@@ -92,9 +92,15 @@ def _measured(chunk: Chunk, rows: list[RawRow]) -> list[RawRow]:
 
 
 def _manifest_row(
-    chunk: Chunk, parser: RowParser, finder: AudioFinder, prompts: Prompts, number: int, given: RawRow,
-    spelled: dict[str, Any], row: RawRow,
-) -> ManifestRow:  # fmt: skip
+    chunk: Chunk,
+    parser: RowParser,
+    finder: AudioFinder,
+    prompts: Prompts,
+    number: int,
+    given: RawRow,
+    spelled: dict[str, Any],
+    row: RawRow,
+) -> ManifestRow:
     fields = {"manifest": chunk.path, "line": number}
     if given.__class__ is dict:
         fields = {name: spelled.get(name, value) for name, value in given.items()}

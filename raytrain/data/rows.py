@@ -25,17 +25,31 @@ from raytrain.data.tokenizer import is_language
 from raytrain.errors import TokenizerError
 
 REASONS = (
-    "bad_json", "missing_field", "bad_duration", "empty_text", "bad_text", "unknown_language", "bad_slot",
-    "unsupported_audio", "bad_audio", "wrong_shard", "skipme",
-)  # fmt: skip
+    "bad_json",
+    "missing_field",
+    "bad_duration",
+    "empty_text",
+    "bad_text",
+    "unknown_language",
+    "bad_slot",
+    "unsupported_audio",
+    "bad_audio",
+    "wrong_shard",
+    "skipme",
+)
 Key = TypeVar("Key", bound=Hashable)
 # A row as a reader gives it: NeMo's names, or (reason, detail) where it can't be read, or None for a blank line.
 RawRow = dict[str, Any] | tuple[str, str] | None
 # Field of a manifest row → prompt slot.
 _SLOTS = {
-    "taskname": "task", "task": "task", "decodercontext": "decodercontext", "emotion": "emotion", "itn": "itn",
-    "timestamp": "timestamp", "diarize": "diarize",
-}  # fmt: skip
+    "taskname": "task",
+    "task": "task",
+    "decodercontext": "decodercontext",
+    "emotion": "emotion",
+    "itn": "itn",
+    "timestamp": "timestamp",
+    "diarize": "diarize",
+}
 # All fields that decide a row's prompt, or that it is left out.
 PROMPT_FIELDS = ("_skipme", "source_lang", "lang", "target_lang", "pnc", *_SLOTS)
 # About thirty years; what lies beyond is a fault, and would not fit an int64 of milliseconds.
@@ -225,9 +239,15 @@ class RowParser:
         if len(prompts) > 1:
             prompt_of = np.fromiter(map(distinct.__getitem__, values), np.intp, len(values))
         return Block(
-            self._chunk, np.array(numbers, np.int64), paths, texts, duration_ms,
-            offset_ms if "offset" in fields else np.zeros(len(rows), np.int64), prompts, prompt_of,
-        )  # fmt: skip
+            self._chunk,
+            np.array(numbers, np.int64),
+            paths,
+            texts,
+            duration_ms,
+            offset_ms if "offset" in fields else np.zeros(len(rows), np.int64),
+            prompts,
+            prompt_of,
+        )
 
     @staticmethod
     def _is_plain_text(paths: list[str], texts: list[str]) -> bool:

@@ -18,9 +18,16 @@ from raytrain.errors import TokenizerError
 FORMATS = {
     "canary": ("source_lang", "task", "target_lang", "pnc"),
     "canary2": (
-        "decodercontext", "emotion", "source_lang", "target_lang", "pnc", "itn", "timestamp", "diarize",
+        "decodercontext",
+        "emotion",
+        "source_lang",
+        "target_lang",
+        "pnc",
+        "itn",
+        "timestamp",
+        "diarize",
     ),
-}  # fmt: skip
+}
 DEFAULTS = {
     "decodercontext": "",
     "emotion": "<|emo:undefined|>",
@@ -32,9 +39,12 @@ DEFAULTS = {
 _SWITCHES = ("pnc", "itn", "timestamp", "diarize")
 _EMOTIONS = ("undefined", "neutral", "happy", "sad", "angry")
 _TASKS = {
-    "asr": "<|transcribe|>", "transcribe": "<|transcribe|>",
-    "ast": "<|translate|>", "s2t_translation": "<|translate|>", "translate": "<|translate|>",
-}  # fmt: skip
+    "asr": "<|transcribe|>",
+    "transcribe": "<|transcribe|>",
+    "ast": "<|translate|>",
+    "s2t_translation": "<|translate|>",
+    "translate": "<|translate|>",
+}
 
 
 def check_format(prompt_format: str) -> tuple[str, ...]:

@@ -38,10 +38,18 @@ _COMMON = (NOSPEECH, PAD, EOS, BOS, "<|pnc|>", "<|nopnc|>")
 _SPECIALS_OF = {
     "canary": (*_COMMON, "<|translate|>", "<|transcribe|>"),
     "canary2": (
-        *_COMMON, "<|startofcontext|>", "<|emo:undefined|>", "<|emo:neutral|>", "<|itn|>", "<|noitn|>",
-        "<|timestamp|>", "<|notimestamp|>", "<|diarize|>", "<|nodiarize|>",
+        *_COMMON,
+        "<|startofcontext|>",
+        "<|emo:undefined|>",
+        "<|emo:neutral|>",
+        "<|itn|>",
+        "<|noitn|>",
+        "<|timestamp|>",
+        "<|notimestamp|>",
+        "<|diarize|>",
+        "<|nodiarize|>",
     ),
-}  # fmt: skip
+}
 # Not in NeMo's published models; they come last so that all other ids are NeMo's.
 _FURTHER = {"canary": (), "canary2": ("<|emo:happy|>", "<|emo:sad|>", "<|emo:angry|>")}
 # A language's token is <|name|>, so a language called pnc would be taken for a slot's value.

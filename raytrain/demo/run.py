@@ -18,10 +18,20 @@ from raytrain.yaml_loading import read_yaml
 UTTERANCES = {"train": 2400, "dev": 80, "test": 160}
 MAX_WER = 0.20
 ARTEFACTS = (
-    "tokenizer/tokenizer.json", "histogram.parquet", "statistics.json", "bucket_plan.json", "assignment/index.json",
-    "batch_profile.json", "checkpoints/last.json", "metrics.jsonl", "hypotheses.jsonl", "scores.json", "errors.html",
-    "report.html", "mlflow.db",
-)  # fmt: skip
+    "tokenizer/tokenizer.json",
+    "histogram.parquet",
+    "statistics.json",
+    "bucket_plan.json",
+    "assignment/index.json",
+    "batch_profile.json",
+    "checkpoints/last.json",
+    "metrics.jsonl",
+    "hypotheses.jsonl",
+    "scores.json",
+    "errors.html",
+    "report.html",
+    "mlflow.db",
+)
 
 
 def run_demo(

@@ -34,9 +34,13 @@ class BucketSearches:
     """
 
     def __init__(
-        self, edges: list[tuple[int, int]], needs: list[tuple[float, float]], budget: float, max_size: int = 4096,
+        self,
+        edges: list[tuple[int, int]],
+        needs: list[tuple[float, float]],
+        budget: float,
+        max_size: int = 4096,
         tolerance: float = 0.05,
-    ) -> None:  # fmt: skip
+    ) -> None:
         if len(edges) != len(needs):
             raise PlanError(
                 "buckets and predictions differ in number",

@@ -43,8 +43,10 @@ def padding_by_scheme(
     two = plan.grid
     one = BucketGrid(tuple(Bucket(edge, int(tokens.max())) for edge in two.duration_edges))
     sizes_2d = batch_sizes or _sizes(two, batch_seconds)
-    sizes_1d = tuple(min(size for b, size in zip(two.buckets, sizes_2d, strict=True) if b.max_duration_ms == edge)
-                     for edge in two.duration_edges)  # fmt: skip
+    sizes_1d = tuple(
+        min(size for b, size in zip(two.buckets, sizes_2d, strict=True) if b.max_duration_ms == edge)
+        for edge in two.duration_edges
+    )
     rng = np.random.default_rng(seed)
     row_2d = _bucketed("2D buckets", durations, tokens, two, sizes_2d, rng)
     row_1d = _bucketed("1D buckets", durations, tokens, one, sizes_1d, rng)
@@ -60,9 +62,11 @@ def _sizes(grid: BucketGrid, batch_seconds: float) -> tuple[int, ...]:
 def _sample(histogram: LengthHistogram, plan: BucketPlan, seed: int) -> tuple[np.ndarray, np.ndarray]:
     buckets, _ = plan.place(histogram.cells, histogram.tokens)
     kept = histogram.select(buckets >= 0)
-    index = np.repeat(np.arange(len(kept.counts)), kept.counts) if kept.total <= _MAX_UTTERANCES else (
-        np.random.default_rng(seed).choice(len(kept.counts), _MAX_UTTERANCES, p=kept.counts / kept.total)
-    )  # fmt: skip
+    index = (
+        np.repeat(np.arange(len(kept.counts)), kept.counts)
+        if kept.total <= _MAX_UTTERANCES
+        else (np.random.default_rng(seed).choice(len(kept.counts), _MAX_UTTERANCES, p=kept.counts / kept.total))
+    )
     return kept.cells[index], kept.tokens[index]
 
 

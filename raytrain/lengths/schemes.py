@@ -141,10 +141,19 @@ class SchemeRow:
 
 
 def simulate_scheme(
-    scheme: str, histogram: LengthHistogram, plan: BucketPlan, sizes: Sequence[int], cost: CostModel,
-    memory: Memory, budget: float, *, batch_seconds: float | None = None, seed: int = 0, steps: int = 4000,
+    scheme: str,
+    histogram: LengthHistogram,
+    plan: BucketPlan,
+    sizes: Sequence[int],
+    cost: CostModel,
+    memory: Memory,
+    budget: float,
+    *,
+    batch_seconds: float | None = None,
+    seed: int = 0,
+    steps: int = 4000,
     traced: int = 240,
-) -> SchemeRow:  # fmt: skip
+) -> SchemeRow:
     """Draw `steps` batches of a scheme, buckets as often as they have batches, and count."""
     place = plan.place(histogram.cells, histogram.tokens)[0]
     kept = place >= 0

@@ -73,9 +73,13 @@ class BatchSizeSearch:
         return max(min(self._failure, self._implied_failure), self.largest_fit + 1)
 
     def inform(
-        self, largest_fit: int = 0, smallest_failure: int | None = None, aim: int | None = None,
-        ceiling: int | None = None, measured: bool = False,
-    ) -> None:  # fmt: skip
+        self,
+        largest_fit: int = 0,
+        smallest_failure: int | None = None,
+        aim: int | None = None,
+        ceiling: int | None = None,
+        measured: bool = False,
+    ) -> None:
         """Narrow the bracket by what other buckets' probes imply, and say which size to try next (`aim`) and which is
         the largest that can fit by the measured peaks (`ceiling`); see `SharedBrackets`. Where peaks are `measured`, a
         size that is implied to fit gets a probe, since its peak may end the search."""
@@ -180,9 +184,12 @@ class SharedBrackets:
     """
 
     def __init__(
-        self, edges: list[tuple[int, int]], needs: list[tuple[float, float]] | None = None, budget: float = 0.0,
+        self,
+        edges: list[tuple[int, int]],
+        needs: list[tuple[float, float]] | None = None,
+        budget: float = 0.0,
         tolerance: float = 0.05,
-    ) -> None:  # fmt: skip
+    ) -> None:
         self._edges, self._budget = list(edges), budget
         self._needs = None if needs is None else [(base, max(slope, 1.0)) for base, slope in needs]
         self._fits = [0] * len(edges)

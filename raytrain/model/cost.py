@@ -52,9 +52,20 @@ def training_flops(config: ModelConfig) -> Callable[[Tensor, Tensor], float]:
 
 # Dense bf16 operations per second without sparsity, from the vendor's sheets.
 _PEAK_TFLOPS = {
-    "B200": 2250, "H200": 989, "H100 PCIe": 756, "H100": 989, "A100": 312, "L40S": 362, "L40": 181, "L4": 121,
-    "A10": 125, "RTX 4090": 165, "RTX 3090": 71, "V100": 125, "T4": 65,
-}  # fmt: skip
+    "B200": 2250,
+    "H200": 989,
+    "H100 PCIe": 756,
+    "H100": 989,
+    "A100": 312,
+    "L40S": 362,
+    "L40": 181,
+    "L4": 121,
+    "A10": 125,
+    "RTX 4090": 165,
+    "RTX 3090": 71,
+    "V100": 125,
+    "T4": 65,
+}
 
 
 _MIG = re.compile(r"\bMIG (\d+)g\.")

@@ -137,9 +137,16 @@ class DecoderBlock(nn.Module):
         """Layer norms and linear maps in the order in which `extend_layer` uses them."""
         own, cross, feed = self.first_sub_layer, self.second_sub_layer, self.third_sub_layer
         order = (
-            self.layer_norm_1, None, own.out_projection, self.layer_norm_2, cross.query_net, cross.out_projection,
-            self.layer_norm_3, feed.dense_in, feed.dense_out,
-        )  # fmt: skip
+            self.layer_norm_1,
+            None,
+            own.out_projection,
+            self.layer_norm_2,
+            cross.query_net,
+            cross.out_projection,
+            self.layer_norm_3,
+            feed.dense_in,
+            feed.dense_out,
+        )
         projections = affine_of(self.projections) if self.projections else affine(*self.joined_projections())
         return tuple(
             projections if one is None else (one.weight, one.bias) if isinstance(one, nn.LayerNorm) else affine_of(one)

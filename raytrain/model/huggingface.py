@@ -33,18 +33,31 @@ _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
 _EMBEDDING, _HEAD = "transf_decoder._embedding.token_embedding.weight", "log_softmax.mlp.layer0.weight"
 # What Hugging Face leaves open and we don't.
 _FIXED = {
-    "model_type": "canary", "tie_word_embeddings": True, "encoder_config.model_type": "parakeet_encoder",
-    "encoder_config.hidden_act": "silu", "encoder_config.attention_bias": True,
-    "encoder_config.convolution_bias": True, "encoder_config.subsampling_factor": 8,
-    "encoder_config.subsampling_conv_kernel_size": 3, "encoder_config.subsampling_conv_stride": 2,
-    "encoder_config.scale_input": False, "encoder_config.dropout_positions": 0.0, "encoder_config.layerdrop": 0.0,
-    "decoder_config.model_type": "canary_decoder", "decoder_config.hidden_act": "relu",
+    "model_type": "canary",
+    "tie_word_embeddings": True,
+    "encoder_config.model_type": "parakeet_encoder",
+    "encoder_config.hidden_act": "silu",
+    "encoder_config.attention_bias": True,
+    "encoder_config.convolution_bias": True,
+    "encoder_config.subsampling_factor": 8,
+    "encoder_config.subsampling_conv_kernel_size": 3,
+    "encoder_config.subsampling_conv_stride": 2,
+    "encoder_config.scale_input": False,
+    "encoder_config.dropout_positions": 0.0,
+    "encoder_config.layerdrop": 0.0,
+    "decoder_config.model_type": "canary_decoder",
+    "decoder_config.hidden_act": "relu",
     "decoder_config.attention_bias": True,
-}  # fmt: skip
+}
 _FIXED_FEATURES = {
-    "feature_extractor_type": "ParakeetFeatureExtractor", "hop_length": 160, "n_fft": 512, "win_length": 400,
-    "preemphasis": 0.97, "padding_value": 0.0, "padding_side": "right",
-}  # fmt: skip
+    "feature_extractor_type": "ParakeetFeatureExtractor",
+    "hop_length": 160,
+    "n_fft": 512,
+    "win_length": 400,
+    "preemphasis": 0.97,
+    "padding_value": 0.0,
+    "padding_side": "right",
+}
 # Our setting → theirs and the largest that is believed: settings are read before any weight shows them wrong.
 _SIZES = {
     "encoder_layers": ("encoder_config.num_hidden_layers", 512),
@@ -212,15 +225,19 @@ def _texts(parts: ModelParts, ids: dict[str, int | None]) -> dict[str, bytes]:
     config = parts.config
     dropout = {"dropout": config.dropout, "activation_dropout": config.dropout, "attention_dropout": config.dropout}
     tree: dict[str, Any] = {
-        "architectures": ["CanaryForConditionalGeneration"], "dtype": "float32", **ids,
+        "architectures": ["CanaryForConditionalGeneration"],
+        "dtype": "float32",
+        **ids,
         "encoder_config": {"intermediate_size": config.encoder_width * config.encoder_ff_factor, **dropout},
         "decoder_config": {
-            "intermediate_size": config.decoder_width * config.decoder_ff_factor, "attention_dropout": config.dropout,
-            "num_key_value_heads": config.decoder_heads, "head_dim": config.decoder_width // config.decoder_heads,
+            "intermediate_size": config.decoder_width * config.decoder_ff_factor,
+            "attention_dropout": config.dropout,
+            "num_key_value_heads": config.decoder_heads,
+            "head_dim": config.decoder_width // config.decoder_heads,
             "vocab_size": config.padded_vocab_size,
             **{name: value for name, value in ids.items() if name != "decoder_start_token_id"},
         },
-    }  # fmt: skip
+    }
     sizes = {theirs: getattr(config, name) for name, (theirs, _) in _SIZES.items()}
     for dotted, value in {**_FIXED, **sizes, "vocab_size": config.padded_vocab_size}.items():
         section, _, key = dotted.rpartition(".")

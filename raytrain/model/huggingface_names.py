@@ -10,10 +10,13 @@ import torch
 from torch import Tensor
 
 _ENCODER_BLOCK = {
-    "self_attn.linear_q": "self_attn.q_proj", "self_attn.linear_k": "self_attn.k_proj",
-    "self_attn.linear_v": "self_attn.v_proj", "self_attn.linear_out": "self_attn.o_proj",
-    "self_attn.linear_pos": "self_attn.relative_k_proj", "conv.batch_norm": "conv.norm",
-}  # fmt: skip
+    "self_attn.linear_q": "self_attn.q_proj",
+    "self_attn.linear_k": "self_attn.k_proj",
+    "self_attn.linear_v": "self_attn.v_proj",
+    "self_attn.linear_out": "self_attn.o_proj",
+    "self_attn.linear_pos": "self_attn.relative_k_proj",
+    "conv.batch_norm": "conv.norm",
+}
 # Our module → theirs, and which of its sides is the decoder's residual stream.
 _DECODER_BLOCK = {
     "layer_norm_1": ("input_layernorm", "out"),

@@ -90,8 +90,9 @@ def _int8(weight: Tensor, bias: Tensor | None) -> Linear:
     with warnings.catch_warnings():
         # Quantized tensors are to leave PyTorch some day; this version's fastest kernel takes its weight as one.
         warnings.simplefilter("ignore")
-        rounded = torch.quantize_per_channel(weight.float(), scale, torch.zeros(len(scale), dtype=torch.long), 0,
-                                             torch.qint8)  # fmt: skip
+        rounded = torch.quantize_per_channel(
+            weight.float(), scale, torch.zeros(len(scale), dtype=torch.long), 0, torch.qint8
+        )
         packed = torch.ops.quantized.linear_prepack(rounded, bias)
     # Without VNNI the products of two 8-bit numbers are added in 16 bits, which overflow: inputs get 7 bits there.
     narrow = not torch.cpu._is_vnni_supported()

@@ -40,9 +40,16 @@ _SPECIALS = "spl_tokens"
 _MAX_HEADER = 1 << 20
 # What the standard library's readers raise for archives that were damaged or made to do harm.
 _DAMAGED = (
-    OSError, EOFError, ValueError, NotImplementedError, OverflowError, struct.error, tarfile.TarError, zlib.error,
+    OSError,
+    EOFError,
+    ValueError,
+    NotImplementedError,
+    OverflowError,
+    struct.error,
+    tarfile.TarError,
+    zlib.error,
     zipfile.BadZipFile,
-)  # fmt: skip
+)
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
 
 
@@ -73,8 +80,13 @@ class _Member(tarfile.TarInfo):
     """A member whose extended headers are of a believable size; tarfile reads them whole."""
 
     def _proc_member(self, archive: tarfile.TarFile) -> tarfile.TarInfo:
-        headers = (tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK, tarfile.XHDTYPE, tarfile.XGLTYPE,
-                   tarfile.SOLARIS_XHDTYPE)  # fmt: skip
+        headers = (
+            tarfile.GNUTYPE_LONGNAME,
+            tarfile.GNUTYPE_LONGLINK,
+            tarfile.XHDTYPE,
+            tarfile.XGLTYPE,
+            tarfile.SOLARIS_XHDTYPE,
+        )
         if self.type in headers and self.size > _MAX_HEADER:
             raise tarfile.ReadError(f"a header of {self.size} bytes")
         return super()._proc_member(archive)

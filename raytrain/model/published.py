@@ -7,12 +7,16 @@ from raytrain.model.config import ModelConfig
 
 PUBLISHED = {
     "canary-1b": ModelConfig(
-        encoder_layers=24, encoder_width=1024, decoder_layers=24, max_positions=512, vocab_size=4128,
+        encoder_layers=24,
+        encoder_width=1024,
+        decoder_layers=24,
+        max_positions=512,
+        vocab_size=4128,
         prompt_format="canary",
     ),
     "canary-1b-flash": ModelConfig(encoder_layers=32, encoder_width=1024),
     "canary-180m-flash": ModelConfig(),
-}  # fmt: skip
+}
 
 
 def published(name: str) -> ModelConfig:

@@ -21,8 +21,14 @@ _ROWS = ("transf_decoder._embedding.token_embedding.weight", "log_softmax.mlp.la
 # The model fills these itself; the position table may have another length.
 _CONSTANTS = ("preprocessor.", "transf_decoder._embedding.position_embedding.", "ctc_head.")
 _FREE = {
-    "vocab_size", "max_positions", "dropout", "prompt_format", "label_smoothing", "spec_augment", "ctc_head",
-}  # fmt: skip
+    "vocab_size",
+    "max_positions",
+    "dropout",
+    "prompt_format",
+    "label_smoothing",
+    "spec_augment",
+    "ctc_head",
+}
 
 
 class Transfer(NamedTuple):

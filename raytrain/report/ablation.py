@@ -223,34 +223,60 @@ def gpu_note(hardware: dict[str, Any], gpus: int, steps: int) -> str:
 def scheme_table(rows: list[dict[str, Any]], titles: bool) -> tuple[list[str], list[list[str]]]:
     """Columns and cells of a table of schemes."""
     columns = [
-        "scheme", *(["what it is"] if titles else []), "buckets", "audio padding", "token padding",
-        "compute in padding", "mean batch", "memory, mean", "memory, worst", "steps per epoch",
-    ]  # fmt: skip
+        "scheme",
+        *(["what it is"] if titles else []),
+        "buckets",
+        "audio padding",
+        "token padding",
+        "compute in padding",
+        "mean batch",
+        "memory, mean",
+        "memory, worst",
+        "steps per epoch",
+    ]
     cells = [
         [
-            row["scheme"], *([row["title"]] if titles else []), str(row["buckets"]), f"{row['audio_padding']:.1%}",
-            f"{row['token_padding']:.1%}", f"{row['compute_padding']:.1%}", f"{row['mean_batch']:.1f}",
-            f"{row['memory_mean']:.0%}", f"{row['memory_worst']:.0%}", f"{row['steps_per_epoch']:.0f}",
+            row["scheme"],
+            *([row["title"]] if titles else []),
+            str(row["buckets"]),
+            f"{row['audio_padding']:.1%}",
+            f"{row['token_padding']:.1%}",
+            f"{row['compute_padding']:.1%}",
+            f"{row['mean_batch']:.1f}",
+            f"{row['memory_mean']:.0%}",
+            f"{row['memory_worst']:.0%}",
+            f"{row['steps_per_epoch']:.0f}",
         ]
         for row in rows
-    ]  # fmt: skip
+    ]
     return columns, cells
 
 
 def gpu_table(plans: list[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
     """Columns and cells of a table of GPUs and hours."""
     columns = [
-        "scheme", "step (s)", "throughput over A", "GPUs for A's global batch", "hours there",
-        "hours on A's GPUs", "GPUs for A's hours", "GPU hours",
-    ]  # fmt: skip
+        "scheme",
+        "step (s)",
+        "throughput over A",
+        "GPUs for A's global batch",
+        "hours there",
+        "hours on A's GPUs",
+        "GPUs for A's hours",
+        "GPU hours",
+    ]
     cells = [
         [
-            one["scheme"], f"{one['step_seconds']:.3f}", f"{one['throughput']:.2f}", str(one["gpus_same_batch"]),
-            f"{one['hours_same_batch']:.1f}", f"{one['hours_same_gpus']:.1f}", str(one["gpus_same_hours"]),
+            one["scheme"],
+            f"{one['step_seconds']:.3f}",
+            f"{one['throughput']:.2f}",
+            str(one["gpus_same_batch"]),
+            f"{one['hours_same_batch']:.1f}",
+            f"{one['hours_same_gpus']:.1f}",
+            str(one["gpus_same_hours"]),
             f"{one['gpu_hours']:.0f}",
         ]
         for one in plans
-    ]  # fmt: skip
+    ]
     return columns, cells
 
 
@@ -263,11 +289,15 @@ def trial_table(body: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
         reached = one["seconds_to_target"]
         cells.append(
             [
-                one["scheme"], f"{one['learning_rate']:g}", _number(one["batch_size"], ".1f"),
-                _number(one["audio_seconds_per_second"], ".0f"), str(one["steps"]),
-                "not reached" if reached is None else f"{reached / 60:.1f}", _number(one["best_wer"], ".1%"),
+                one["scheme"],
+                f"{one['learning_rate']:g}",
+                _number(one["batch_size"], ".1f"),
+                _number(one["audio_seconds_per_second"], ".0f"),
+                str(one["steps"]),
+                "not reached" if reached is None else f"{reached / 60:.1f}",
+                _number(one["best_wer"], ".1%"),
             ]
-        )  # fmt: skip
+        )
     return columns, cells
 
 

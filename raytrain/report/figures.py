@@ -161,9 +161,16 @@ def batch_profile(plan: dict[str, Any], profile: dict[str, Any]) -> Figure:
 
 
 def curve(
-    title: str, rows: list[dict[str, Any]], keys: dict[str, str], ylabel: str, sentence: str, *,
-    by: str = "step", scale: float = 1.0, percent: bool = False,
-) -> Figure:  # fmt: skip
+    title: str,
+    rows: list[dict[str, Any]],
+    keys: dict[str, str],
+    ylabel: str,
+    sentence: str,
+    *,
+    by: str = "step",
+    scale: float = 1.0,
+    percent: bool = False,
+) -> Figure:
     """Lines of metrics over steps (`by="step"`) or minutes (`by="time_s"`); `keys` maps a metric to its label."""
 
     def paint(axes: Any) -> None:

@@ -184,7 +184,7 @@ def _training_figures(metrics: list[dict[str, Any]]) -> list[figures.Figure]:
                 "loss per token",
                 f"The training loss {went} from {first['loss']:.2f} to {last['loss']:.2f} per token in "
                 f"{last['step']} steps.",
-            )  # fmt: skip
+            )
         )
     if checks:
         best = min(checks, key=lambda row: row["wer"])
@@ -201,7 +201,7 @@ def _training_figures(metrics: list[dict[str, Any]]) -> list[figures.Figure]:
                 by="time_s",
                 scale=1 / 60,
                 percent=True,
-            )  # fmt: skip
+            )
         )
     rates = [row for row in steps if "lr" in row]
     if rates:
@@ -213,7 +213,7 @@ def _training_figures(metrics: list[dict[str, Any]]) -> list[figures.Figure]:
                 {"lr": "learning rate"},
                 "learning rate",
                 f"The learning rate peaks at {top['lr']:.1e} at step {top['step']} and ends at {rates[-1]['lr']:.1e}.",
-            )  # fmt: skip
+            )
         )
     sizes = [row["batch_size"] for row in steps if "batch_size" in row]
     if sizes:
@@ -225,7 +225,7 @@ def _training_figures(metrics: list[dict[str, Any]]) -> list[figures.Figure]:
                 {"batch_size": "utterances over all workers"},
                 "utterances per step",
                 f"A step takes {mean:.1f} utterances over all workers on average.",
-            )  # fmt: skip
+            )
         )
     peaks = [row["memory_gib"] for row in steps if "memory_gib" in row]
     if peaks:
@@ -236,7 +236,7 @@ def _training_figures(metrics: list[dict[str, Any]]) -> list[figures.Figure]:
                 {"memory_gib": "peak of worker 0"},
                 "GiB",
                 f"The first worker's memory peaked at {max(peaks):.2f} GiB.",
-            )  # fmt: skip
+            )
         )
     return drawn
 

@@ -42,9 +42,16 @@ def fit_limits(base: BucketSettings, model: ModelConfig) -> BucketSettings:
 
 
 def trace_surface(
-    histogram: LengthHistogram, settings: BucketSettings, model: ModelConfig, train: TrainSettings, *, precision: str,
-    device_type: str, budget: int, on_shape: Callable[[int, int], None] = lambda done, total: None,
-) -> MemorySurface:  # fmt: skip
+    histogram: LengthHistogram,
+    settings: BucketSettings,
+    model: ModelConfig,
+    train: TrainSettings,
+    *,
+    precision: str,
+    device_type: str,
+    budget: int,
+    on_shape: Callable[[int, int], None] = lambda done, total: None,
+) -> MemorySurface:
     """A training step's memory through 18 shapes between the corpus' shortest and longest utterances, slow and fast
     talkers; about half a second each for a large model."""
     usable = (histogram.cells <= settings.max_duration_ms) & (histogram.tokens <= settings.max_tokens)
@@ -62,9 +69,7 @@ def trace_surface(
         }
         | {(longest, most)}
     )
-    tracer = StepTracer(
-        model, train, precision=precision, world_size=train.most_workers, device_type=device_type
-    )  # fmt: skip
+    tracer = StepTracer(model, train, precision=precision, world_size=train.most_workers, device_type=device_type)
     lines, known = [], Neighbours()
     for number, shape in enumerate(shapes):
         line = predict_batch_size(tracer, *shape, budget, _LARGEST_BATCH, known.guess(*shape)).line
@@ -85,9 +90,16 @@ class SchemePlan:
 
 
 def plan_scheme(
-    scheme: str, histogram: LengthHistogram, base: BucketSettings, model: ModelConfig, surface: MemorySurface,
-    budget: int, *, batch_seconds: float | None = None, most: int = _LARGEST_BATCH,
-) -> SchemePlan:  # fmt: skip
+    scheme: str,
+    histogram: LengthHistogram,
+    base: BucketSettings,
+    model: ModelConfig,
+    surface: MemorySurface,
+    budget: int,
+    *,
+    batch_seconds: float | None = None,
+    most: int = _LARGEST_BATCH,
+) -> SchemePlan:
     """Plan and sizes of one scheme. Without `batch_seconds` A and B get the most seconds that fit the memory."""
     plan = make_plan(histogram, scheme_settings(scheme, base), "", cost_of(model))
     if not by_seconds(scheme):
@@ -98,17 +110,31 @@ def plan_scheme(
 
 
 def predict_schemes(
-    histogram: LengthHistogram, base: BucketSettings, model: ModelConfig, surface: MemorySurface, budget: int, *,
-    schemes: Sequence[str] = SCHEMES, batch_seconds: float | None = None, seed: int = 0,
-) -> list[SchemeRow]:  # fmt: skip
+    histogram: LengthHistogram,
+    base: BucketSettings,
+    model: ModelConfig,
+    surface: MemorySurface,
+    budget: int,
+    *,
+    schemes: Sequence[str] = SCHEMES,
+    batch_seconds: float | None = None,
+    seed: int = 0,
+) -> list[SchemeRow]:
     """A row for each scheme on a device with `budget` bytes for a step."""
     cost, rows = cost_of(model), []
     for scheme in schemes:
         one = plan_scheme(scheme, histogram, base, model, surface, budget, batch_seconds=batch_seconds)
         rows.append(
             simulate_scheme(
-                scheme, histogram, one.plan, one.sizes, cost, surface, budget,
-                batch_seconds=one.batch_seconds, seed=seed,
+                scheme,
+                histogram,
+                one.plan,
+                one.sizes,
+                cost,
+                surface,
+                budget,
+                batch_seconds=one.batch_seconds,
+                seed=seed,
             )
-        )  # fmt: skip
+        )
     return rows

@@ -38,9 +38,15 @@ class _EvaluationLike(DeviceLike):
         self._on_cuda, self._efficient_attention = self._efficient_attention, True
 
     def _attention(
-        self, query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, dropout_p: float = 0.0,
-        is_causal: bool = False, **options: Any,
-    ) -> Tensor:  # fmt: skip
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attn_mask: Tensor | None = None,
+        dropout_p: float = 0.0,
+        is_causal: bool = False,
+        **options: Any,
+    ) -> Tensor:
         if self._on_cuda:
             return super()._attention(query, key, value, attn_mask, dropout_p, is_causal, **options)
         mask = attn_mask
@@ -73,9 +79,13 @@ class DecodeTracer:
         meter.reset()
         with torch.device("meta"):
             batch = SpeechBatch.synthetic(
-                batch_size, max_duration_ms, min(_PROMPT_TOKENS, max_tokens - 1), vocab=self._config.vocab_size,
-                device="meta", sample_rate=self._config.sample_rate,
-            )  # fmt: skip
+                batch_size,
+                max_duration_ms,
+                min(_PROMPT_TOKENS, max_tokens - 1),
+                vocab=self._config.vocab_size,
+                device="meta",
+                sample_rate=self._config.sample_rate,
+            )
         for tensor in (*self._model.parameters(), *self._model.buffers()):
             meter.watch(tensor, "parameters", "model")
         resident = meter.live

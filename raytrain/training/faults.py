@@ -55,10 +55,13 @@ class FaultNotes:
     are for this machine."""
 
     def __init__(
-        self, folder: Path, profile_id: str, rank: int = 0,
+        self,
+        folder: Path,
+        profile_id: str,
+        rank: int = 0,
         on_written: Callable[[Path], object] = lambda path: None,
         on_removed: Callable[[Path], object] = lambda path: None,
-    ) -> None:  # fmt: skip
+    ) -> None:
         self._folder, self._profile_id, self._rank = make_folder(Path(folder)), profile_id, rank
         self._on_written, self._on_removed = on_written, on_removed
         self._mark: mmap.mmap | None = None
@@ -122,7 +125,6 @@ class FaultNotes:
         path.write_bytes(b" " * _MARK)
         machine, kills = kills_for_memory()
         with open(path, "r+b") as file, mmap.mmap(file.fileno(), _MARK) as mark:
-
             last_step = 0
 
             def write(step: int | None, bucket: int, size: int) -> None:

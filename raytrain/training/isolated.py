@@ -92,9 +92,12 @@ class IsolatedMeter:
         begun = time.perf_counter()
         self._messages = tempfile.TemporaryFile()  # noqa: SIM115 - closed with this object
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "raytrain.training.isolated"], env=self._environment,
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._messages,
-        )  # fmt: skip
+            [sys.executable, "-m", "raytrain.training.isolated"],
+            env=self._environment,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._messages,
+        )
         try:
             self._process.stdin.write(struct.pack("<Q", len(self._start)) + self._start)
             self._process.stdin.flush()

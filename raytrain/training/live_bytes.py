@@ -172,14 +172,33 @@ class DeviceLike(TorchFunctionMode):
     """
 
     _LOWER = {
-        torch.nn.functional.linear, torch.matmul, torch.bmm, torch.nn.functional.conv1d, torch.nn.functional.conv2d,
-        torch.conv1d, torch.conv2d, Tensor.matmul, Tensor.__matmul__, torch.nn.functional.scaled_dot_product_attention,
-    }  # fmt: skip
+        torch.nn.functional.linear,
+        torch.matmul,
+        torch.bmm,
+        torch.nn.functional.conv1d,
+        torch.nn.functional.conv2d,
+        torch.conv1d,
+        torch.conv2d,
+        Tensor.matmul,
+        Tensor.__matmul__,
+        torch.nn.functional.scaled_dot_product_attention,
+    }
     _FULL = {
-        torch.nn.functional.layer_norm, torch.nn.functional.softmax, torch.nn.functional.log_softmax, torch.softmax,
-        torch.log_softmax, Tensor.softmax, Tensor.log_softmax, torch.nn.functional.cross_entropy,
-        torch.nn.functional.nll_loss, torch.nn.functional.ctc_loss, Tensor.pow, torch.pow, Tensor.sum, torch.sum,
-    }  # fmt: skip
+        torch.nn.functional.layer_norm,
+        torch.nn.functional.softmax,
+        torch.nn.functional.log_softmax,
+        torch.softmax,
+        torch.log_softmax,
+        Tensor.softmax,
+        Tensor.log_softmax,
+        torch.nn.functional.cross_entropy,
+        torch.nn.functional.nll_loss,
+        torch.nn.functional.ctc_loss,
+        Tensor.pow,
+        torch.pow,
+        Tensor.sum,
+        torch.sum,
+    }
 
     def __init__(self, device_type: str, bf16: bool, on_backward: Callable[[], None]) -> None:
         super().__init__()
@@ -230,9 +249,15 @@ class DeviceLike(TorchFunctionMode):
         return self._copies[id(value)]
 
     def _attention(
-        self, query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, dropout_p: float = 0.0,
-        is_causal: bool = False, **_: Any,
-    ) -> Tensor:  # fmt: skip
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attn_mask: Tensor | None = None,
+        dropout_p: float = 0.0,
+        is_causal: bool = False,
+        **_: Any,
+    ) -> Tensor:
         if self._active:
             query, key, value = map(self._lower, (query, key, value))
         bias = attn_mask

@@ -70,9 +70,16 @@ class StepTracer:
     """
 
     def __init__(
-        self, config: ModelConfig, settings: TrainSettings, *, precision: str = "fp32", world_size: int = 1,
-        device_type: str = "cuda", remember: bool = True, shard: bool | None = None,
-    ) -> None:  # fmt: skip
+        self,
+        config: ModelConfig,
+        settings: TrainSettings,
+        *,
+        precision: str = "fp32",
+        world_size: int = 1,
+        device_type: str = "cuda",
+        remember: bool = True,
+        shard: bool | None = None,
+    ) -> None:
         self._config, self._settings, self._precision = config, settings, precision
         self._device_type, self._num_batches = device_type, micro_batches(settings, world_size)
         with torch.device("meta"):
@@ -91,9 +98,13 @@ class StepTracer:
         meter.reset()
         with torch.device("meta"):
             batch = SpeechBatch.synthetic(
-                batch_size, max_duration_ms, max_tokens, vocab=self._config.vocab_size, device="meta",
+                batch_size,
+                max_duration_ms,
+                max_tokens,
+                vocab=self._config.vocab_size,
+                device="meta",
                 sample_rate=self._config.sample_rate,
-            )  # fmt: skip
+            )
         self._rank.watch()
         resident = meter.live
         for tensor in batch.tensors():
@@ -112,9 +123,13 @@ class StepTracer:
             try:
                 with meter, device_like:
                     train_step(
-                        self._model, [batch] * self._num_batches, self._rank, self._settings,
-                        precision=self._precision, label_smoothing=self._config.label_smoothing,
-                    )  # fmt: skip
+                        self._model,
+                        [batch] * self._num_batches,
+                        self._rank,
+                        self._settings,
+                        precision=self._precision,
+                        label_smoothing=self._config.label_smoothing,
+                    )
             finally:
                 self._rank.zero_grad()
 
@@ -243,9 +258,13 @@ _CLOSE = 0.02  # where two lines through traced sizes differ by less, another tr
 
 
 def predict_batch_size(
-    tracer: StepTracer, max_duration_ms: int, max_tokens: int, budget_bytes: int, max_size: int,
+    tracer: StepTracer,
+    max_duration_ms: int,
+    max_tokens: int,
+    budget_bytes: int,
+    max_size: int,
     guess: MemoryLine | None = None,
-) -> Prediction:  # fmt: skip
+) -> Prediction:
     """The largest batch of one bucket that fits `budget_bytes`, by one to three traces as a rule; `guess` is what a
     neighbouring bucket suggests.
 

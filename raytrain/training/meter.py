@@ -68,9 +68,12 @@ class ProbeGroup:
         if dist.is_initialized():
             return
         dist.init_process_group(
-            backend_of(device_type), init_method=self.init_method, rank=self.rank, world_size=self.world_size,
+            backend_of(device_type),
+            init_method=self.init_method,
+            rank=self.rank,
+            world_size=self.world_size,
             timeout=datetime.timedelta(seconds=self.timeout_s),
-        )  # fmt: skip
+        )
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,8 @@
 """The model that training calls, on one rank of several: DDP or FSDP2, the same for training and for memory probes.
 
-    model = Canary(config).to(device)
-    wrapped = parallel_model(model, settings, world_size, device)    # before the optimizer is made
-    optimizer = make_optimizer(model, settings)
+model = Canary(config).to(device)
+wrapped = parallel_model(model, settings, world_size, device)    # before the optimizer is made
+optimizer = make_optimizer(model, settings)
 """
 
 from __future__ import annotations

@@ -38,9 +38,14 @@ class StepMeter:
     """
 
     def __init__(
-        self, model: ModelConfig, settings: TrainSettings, budget_bytes: int | None = None, device: str = "cuda",
-        kind: str | None = None, group: ProbeGroup | None = None,
-    ) -> None:  # fmt: skip
+        self,
+        model: ModelConfig,
+        settings: TrainSettings,
+        budget_bytes: int | None = None,
+        device: str = "cuda",
+        kind: str | None = None,
+        group: ProbeGroup | None = None,
+    ) -> None:
         self.seconds: dict[str, float] = {}
         self._device, self._config, self._settings = torch.device(device), model, settings
         self._budget, self._broken = budget_bytes, None
@@ -85,9 +90,10 @@ class StepMeter:
         """Real steps; see `Meter`. Raises `ProfileError` after a failed step of a sharded model."""
         if self._broken is not None:
             raise ProfileError(
-                "a failed step left the sharded model in pieces", why=self._broken,
+                "a failed step left the sharded model in pieces",
+                why=self._broken,
                 remedy="make the meters of all ranks anew",
-            )  # fmt: skip
+            )
         if fresh:
             self._empty()
         _reset_peak(self._device)
@@ -124,15 +130,23 @@ class StepMeter:
 
     def _run(self, batch_size: int, edges: Edges) -> float:
         batch = SpeechBatch.synthetic(
-            batch_size, *edges, vocab=self._config.vocab_size, device=self._device,
+            batch_size,
+            *edges,
+            vocab=self._config.vocab_size,
+            device=self._device,
             sample_rate=self._config.sample_rate,
-        )  # fmt: skip
+        )
         self._wait()
         start = time.perf_counter()
         train_step(
-            self._model, [batch] * micro_batches(self._settings, self._world_size), self._optimizer, self._settings,
-            precision=self._precision, label_smoothing=self._config.label_smoothing, average=self._average,
-        )  # fmt: skip
+            self._model,
+            [batch] * micro_batches(self._settings, self._world_size),
+            self._optimizer,
+            self._settings,
+            precision=self._precision,
+            label_smoothing=self._config.label_smoothing,
+            average=self._average,
+        )
         self._wait()
         return time.perf_counter() - start
 

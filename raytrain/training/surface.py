@@ -1,7 +1,7 @@
 """A step's memory as a function of batch size, longest utterance and most tokens, through a few traced shapes.
 
-    surface = MemorySurface.through(edges, lines)      # of traced buckets
-    surface(np.array([8]), np.array([4000]), np.array([40]))      # bytes
+surface = MemorySurface.through(edges, lines)      # of traced buckets
+surface(np.array([8]), np.array([4000]), np.array([40]))      # bytes
 """
 
 from __future__ import annotations

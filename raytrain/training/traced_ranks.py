@@ -220,9 +220,7 @@ class ShardedRank:
         if not tracked:
             return None
         replaced = iter(_AfterBackward.apply(partial(self._after_backward, unit), *tracked))
-        return tuple(
-            next(replaced) if isinstance(value, Tensor) and value.requires_grad else value for value in inputs
-        )
+        return tuple(next(replaced) if isinstance(value, Tensor) and value.requires_grad else value for value in inputs)
 
     def _after_forward(self, unit: _Unit, module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
         if unit.in_backward:

@@ -137,9 +137,14 @@ class Validator:
         texts = self._transcribe(model, batch)
         output = model(batch.audio, batch.audio_lengths, batch.input_ids, batch.input_lengths)
         loss = canary_loss(
-            output, batch.labels, batch.input_lengths,
-            ctc_targets=None, ctc_target_lengths=None, ctc_weight=0.0, label_smoothing=0.0,
-        )  # fmt: skip
+            output,
+            batch.labels,
+            batch.input_lengths,
+            ctc_targets=None,
+            ctc_target_lengths=None,
+            ctc_weight=0.0,
+            label_smoothing=0.0,
+        )
         return texts, float(loss.ce_sum), float(loss.num_tokens)
 
     def _transcribe(self, model: Any, batch: SpeechBatch) -> list[str]:
