@@ -19,8 +19,8 @@ from torch.nn import functional as F
 from raytrain.model.config import ModelConfig
 from raytrain.model.decoder import Attention, DecoderFeedForward
 from raytrain.model.encoder import Convolution, FeedForward, RelativeAttention, Subsampling
-from raytrain.training.live_bytes import DeviceLike, LiveBytes
-from raytrain.training.probe import StepMeter
+from raytrain.training.memory.live_bytes import DeviceLike, LiveBytes
+from raytrain.training.memory.probe import StepMeter
 from raytrain.training.settings import TrainSettings
 from raytrain.training.step import autocast
 

@@ -29,9 +29,9 @@ from benchmarks._gpu_run import Bench
 from benchmarks._models import config_of, random_model
 from benchmarks.train_step import stepper
 from raytrain.model.config import ModelConfig
-from raytrain.training.memory import Neighbours, Prediction, StepTracer, predict_batch_size
-from raytrain.training.meter import Edges, Meter
-from raytrain.training.probe import StepMeter
+from raytrain.training.memory.meter import Edges, Meter
+from raytrain.training.memory.probe import StepMeter
+from raytrain.training.memory.tracer import Neighbours, Prediction, StepTracer, predict_batch_size
 from raytrain.training.settings import TrainSettings
 from raytrain.training.step import resolve_precision
 

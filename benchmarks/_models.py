@@ -14,10 +14,10 @@ from typing import Any
 import sentencepiece
 import torch
 
-from raytrain.data.tokenizer import CanaryTokenizer
+from raytrain.data.text.tokenizer import CanaryTokenizer
 from raytrain.model.canary import Canary
 from raytrain.model.config import ModelConfig
-from raytrain.model.portable import ModelParts
+from raytrain.model.formats.portable import ModelParts
 
 # The model sections of configs/<name>.yaml, whose reader needs pydantic and PyYAML; a test compares them.
 SHAPES: dict[str, dict[str, Any]] = {

@@ -17,10 +17,10 @@ from typing import Any
 sys.path[0] = str(Path(__file__).resolve().parents[1])  # as a script, this file's folder would come first
 
 from benchmarks._record import record
-from raytrain.cluster.ablate import PredictOptions, predict_ablation, run_ablation
 from raytrain.config import check_config, load_config
 from raytrain.console import Console
-from raytrain.model.published import PUBLISHED
+from raytrain.experiments.ablate import PredictOptions, predict_ablation, run_ablation
+from raytrain.model.formats.published import PUBLISHED
 
 
 def predicted(manifest: Path, vocabulary: int) -> dict[str, Any]:

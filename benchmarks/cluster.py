@@ -32,9 +32,9 @@ sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from benchmarks._record import RESULTS, record
 from benchmarks.statistics import PeakMemory, make_manifest
-from raytrain.artifacts import file_id
 from raytrain.config import Config, check_config
-from raytrain.data.tokenizer import SPECIALS, CanaryTokenizer, train_specials
+from raytrain.data.text.tokenizer import SPECIALS, CanaryTokenizer, train_specials
+from raytrain.storage.artifacts import file_id
 
 STAGES = ("statistics", "buckets", "assign")
 _BLOCK = 200_000  # lines that are drawn together
@@ -77,9 +77,9 @@ def run_stages(config: Config, nodes: int) -> dict[str, Any]:
     os.environ.setdefault("RAY_TRAIN_V2_ENABLED", "1")
     from ray.cluster_utils import Cluster
 
-    from raytrain.cluster.pipeline import run_pipeline
     from raytrain.cluster.session import map_on_workers, ray_session
     from raytrain.console import Console
+    from raytrain.stages.pipeline import run_pipeline
 
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
     seconds: dict[str, float] = {}

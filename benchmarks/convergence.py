@@ -16,9 +16,9 @@ from typing import Any
 sys.path[0] = str(Path(__file__).resolve().parents[1])  # as a script, this file's folder would come first
 
 from benchmarks._record import record
-from raytrain.cluster.pipeline import run_pipeline
 from raytrain.config import Config, load_config
 from raytrain.console import Console
+from raytrain.stages.pipeline import run_pipeline
 
 
 def curve(config: Config) -> dict[str, Any]:

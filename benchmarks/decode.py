@@ -22,10 +22,10 @@ import torch
 from benchmarks._peer import Peer, in_turn
 from benchmarks._record import record
 from benchmarks.train_step import parts_of, peer_of
-from raytrain.data.prompt import prompt_ids
-from raytrain.data.tokenizer import CanaryTokenizer
-from raytrain.model.decoding import DecodeSettings, decode
-from raytrain.model.portable import ModelParts
+from raytrain.data.text.prompt import prompt_ids
+from raytrain.data.text.tokenizer import CanaryTokenizer
+from raytrain.decoding.search import DecodeSettings, decode
+from raytrain.model.formats.portable import ModelParts
 
 
 class Decoding:

@@ -31,16 +31,16 @@ from benchmarks._models import config_of
 from benchmarks._record import record
 from benchmarks.padding import draw_lengths
 from benchmarks.plans import read_lengths
-from raytrain.cluster.oomptimize import predict, traced_device
 from raytrain.cluster.session import ray_session
 from raytrain.config import check_config
 from raytrain.lengths import BatchSizeSearch, BucketPlan, BucketSearches, BucketSettings, LengthHistogram, make_plan
 from raytrain.model.config import ModelConfig
 from raytrain.model.cost import cost_of
-from raytrain.training.isolated import IsolatedMeter
-from raytrain.training.memory import StepTracer
-from raytrain.training.meter import Probe, ProbeGroup, joint_probe
-from raytrain.training.probe import StepMeter
+from raytrain.stages.oomptimize import predict, traced_device
+from raytrain.training.memory.isolated import IsolatedMeter
+from raytrain.training.memory.meter import Probe, ProbeGroup, joint_probe
+from raytrain.training.memory.probe import StepMeter
+from raytrain.training.memory.tracer import StepTracer
 from raytrain.training.settings import TrainSettings
 
 GIB = 2**30

@@ -28,10 +28,10 @@ from benchmarks._models import config_of
 from benchmarks._record import record
 from raytrain.lengths import BatchSizeSearch, BucketPlan, BucketSearches, BucketSettings, LengthHistogram, make_plan
 from raytrain.model.cost import cost_of
-from raytrain.training.isolated import IsolatedMeter
-from raytrain.training.memory import Neighbours, StepTracer, predict_batch_size
-from raytrain.training.meter import Probe, search_batch_size, search_buckets, soak
-from raytrain.training.probe import StepMeter
+from raytrain.training.memory.isolated import IsolatedMeter
+from raytrain.training.memory.meter import Probe, search_batch_size, search_buckets, soak
+from raytrain.training.memory.probe import StepMeter
+from raytrain.training.memory.tracer import Neighbours, StepTracer, predict_batch_size
 from raytrain.training.settings import TrainSettings
 
 GIB = 2**30

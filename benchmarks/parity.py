@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from raytrain.model.canary import Canary
-from raytrain.model.nemo import read_nemo
+from raytrain.model.formats.nemo import read_nemo
 
 
 @torch.no_grad()

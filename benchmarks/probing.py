@@ -25,11 +25,11 @@ from raytrain.cluster.placement import Placement
 from raytrain.cluster.probing import probe_all
 from raytrain.cluster.session import ray_session
 from raytrain.config import ClusterSection
-from raytrain.device import EMULATED_GPU
-from raytrain.training.isolated import IsolatedMeter
-from raytrain.training.meter import Edges, Probe, ProbeGroup
-from raytrain.training.probe import StepMeter
-from raytrain.training.probing import ProbeJob, ProbeOutcome
+from raytrain.model.device import EMULATED_GPU
+from raytrain.training.memory.isolated import IsolatedMeter
+from raytrain.training.memory.meter import Edges, Probe, ProbeGroup
+from raytrain.training.memory.probe import StepMeter
+from raytrain.training.memory.probing import ProbeJob, ProbeOutcome
 from raytrain.training.settings import TrainSettings
 
 _BASE = 1 << 30

@@ -24,11 +24,11 @@ import torch
 from benchmarks._models import random_parts
 from benchmarks._record import record
 from benchmarks.decode import Decoding, seconds_of
-from raytrain.model.decoding import _greedy
-from raytrain.model.graphs import VARIABLE
-from raytrain.model.inference import prepare_for_inference
+from raytrain.decoding.graphs import VARIABLE
+from raytrain.decoding.precision import prepare_for_inference
+from raytrain.decoding.search import _greedy
+from raytrain.model.formats.portable import ModelParts
 from raytrain.model.linear import PRECISIONS
-from raytrain.model.portable import ModelParts
 
 MODELS = ("canary-1b", "canary-1b-flash", "canary-180m-flash", "canary-tiny")
 

@@ -22,11 +22,11 @@ from typing import Any
 from benchmarks._record import record
 from benchmarks.padding import draw_lengths
 from benchmarks.statistics import PeakMemory, make_manifest
-from raytrain.cluster.assign import ChunkAssigner, write_index
-from raytrain.cluster.statistics import MAX_CHUNKS, Counts, HistogramSum, count_chunk
-from raytrain.data.corpus import Corpus, plan_chunks
-from raytrain.data.encoder import BlockEncoder
-from raytrain.data.tokenizer import SPECIALS, CanaryTokenizer, train_specials
+from raytrain.cluster.assigning import ChunkAssigner, write_index
+from raytrain.cluster.counting import MAX_CHUNKS, Counts, HistogramSum, count_chunk
+from raytrain.data.corpora.types import Corpus, plan_chunks
+from raytrain.data.text.sequences import BlockEncoder
+from raytrain.data.text.tokenizer import SPECIALS, CanaryTokenizer, train_specials
 from raytrain.lengths import BucketSettings, LengthHistogram, make_plan
 
 _DISTINCT = 64

@@ -32,12 +32,12 @@ sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from benchmarks._record import record
 from benchmarks.padding import draw_lengths
-from raytrain.cluster import statistics
+from raytrain.cluster import counting as statistics
 from raytrain.cluster.session import ray_session
-from raytrain.cluster.stages import write_histogram
 from raytrain.config import ClusterSection, Config, check_config
-from raytrain.data.tokenizer import SPECIALS, CanaryTokenizer, train_specials, train_tokenizer
+from raytrain.data.text.tokenizer import SPECIALS, CanaryTokenizer, train_specials, train_tokenizer
 from raytrain.lengths.histogram import LengthHistogram
+from raytrain.stages.stages import write_histogram
 
 
 class PeakMemory:
@@ -96,8 +96,8 @@ def single_process(manifest: Path, model: Path, lines: int, prompt: int) -> tupl
 
 def check_equal(config: Config, tokenizer: CanaryTokenizer, lengths: np.ndarray, lines: int) -> None:
     """Raise unless the first lines give the same durations and tokens by both rules."""
-    from raytrain.data.corpus import read_blocks
-    from raytrain.data.encoder import BlockEncoder
+    from raytrain.data.corpora.types import read_blocks
+    from raytrain.data.text.sequences import BlockEncoder
 
     encoder = BlockEncoder(tokenizer, config.model.prompt_format)
     mine: list[tuple[int, int]] = []
@@ -163,7 +163,7 @@ def main() -> None:
         # The first run starts Ray's workers, which import Ray Data.
         _, first_seconds, _ = stage(config(1), tokenizer, folder)
         histogram, seconds, mib = stage(config(1), tokenizer, folder)
-        prompt = 9  # <|startofcontext|> … <|nodiarize|>, see raytrain.data.prompt
+        prompt = 9  # <|startofcontext|> … <|nodiarize|>, see raytrain.data.text.prompt
         rate, lengths = single_process(manifest, model, arguments.single, prompt)
         check_equal(config(1), tokenizer, lengths, len(lengths))
         result: dict[str, Any] = {

@@ -26,12 +26,12 @@ import soundfile
 sys.path[0] = str(Path(__file__).resolve().parents[1])  # as a script, this file's folder would come first
 
 from benchmarks._record import record
-from raytrain.cluster.assign import ChunkAssigner
+from raytrain.cluster.assigning import ChunkAssigner
 from raytrain.data.assignment import Assignment, note_name, write_index, write_note
-from raytrain.data.corpus import Corpus, plan_chunks
-from raytrain.data.encoder import BlockEncoder
+from raytrain.data.corpora.types import Corpus, plan_chunks
 from raytrain.data.loader import BatchLoader, Quarantine, StepReader, StepWork, scheduled_work
-from raytrain.data.tokenizer import train_tokenizer
+from raytrain.data.text.sequences import BlockEncoder
+from raytrain.data.text.tokenizer import train_tokenizer
 from raytrain.lengths import BatchSchedule, BucketPlan, BucketSettings, LengthHistogram, make_plan
 
 RATE, SHARD = 16000, 500

@@ -24,10 +24,10 @@ from torch import nn
 from benchmarks._models import random_parts
 from benchmarks._peer import Peer, in_turn
 from benchmarks._record import record
-from raytrain.convert import load_model
 from raytrain.data.batch import SpeechBatch
-from raytrain.model.nemo import write_nemo
-from raytrain.model.portable import ModelParts
+from raytrain.model.formats.nemo import write_nemo
+from raytrain.model.formats.portable import ModelParts
+from raytrain.training.conversion import load_model
 from raytrain.training.optim import make_optimizer
 from raytrain.training.settings import TrainSettings
 from raytrain.training.step import StepResult, resolve_precision, train_step

@@ -29,11 +29,11 @@ from typing import Any
 sys.path[0] = str(Path(__file__).resolve().parents[1])  # as a script, this file's folder would come first
 
 from benchmarks._record import record
-from raytrain.cluster.pipeline import run_pipeline
 from raytrain.cluster.session import ray_session
-from raytrain.cluster.workspace import Workspace
 from raytrain.config import ClusterSection, Config, check_config
 from raytrain.console import Console
+from raytrain.run_folder.workspace import Workspace
+from raytrain.stages.pipeline import run_pipeline
 
 MODEL = {
     "encoder_layers": 4,

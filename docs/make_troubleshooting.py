@@ -235,7 +235,7 @@ def bad_row_reasons(modules: list[Module]) -> list[str]:
     """Every reason for which a row is left out, of `REASONS` and of those that give one."""
     found: dict[str, None] = {}
     for module in modules:
-        if module.path in ("raytrain/data/rows.py", "raytrain/data/probe.py", "raytrain/lengths/plan.py"):
+        if module.path in ("raytrain/data/corpora/rows.py", "raytrain/data/probe.py", "raytrain/lengths/plan.py"):
             found |= dict.fromkeys(filter(None, ast.literal_eval(module.constants["REASONS"])))
         for node in ast.walk(module.tree) if module.path.startswith("raytrain/data/") else ():
             match node:

@@ -156,7 +156,7 @@ WARNINGS = {
 
 # Module → warnings whose text is made elsewhere or is given to the function that warns.
 INDIRECT_WARNINGS = {
-    "raytrain/cluster/stages.py": ["training waits for data …% of its time: …"],
+    "raytrain/stages/stages.py": ["training waits for data …% of its time: …"],
     "raytrain/tracking/mlflow.py": [
         "MLflow is away (…); metrics.jsonl keeps everything",
         "MLflow refused an entry (…)",

@@ -6,12 +6,12 @@ import argparse
 import sys
 from pathlib import Path
 
-from raytrain import stopping
-from raytrain.cluster.pipeline import run_pipeline
+from raytrain.cli import stopping
 from raytrain.config import load_config
 from raytrain.console import Console
 from raytrain.errors import RaytrainError
 from raytrain.redaction import guard_output, redacted
+from raytrain.stages.pipeline import run_pipeline
 
 
 def main(*stages: str, description: str, choose: bool = False) -> None:

@@ -83,7 +83,7 @@ def interrupted(arguments: list[str], text: str, seconds: float = 120) -> tuple[
 
 def here(arguments: list[str]) -> tuple[int, str]:
     """Exit code and output of a `raytrain` command in this process, which is connected to Ray already."""
-    from raytrain.cli import main
+    from raytrain.cli.app import main
 
     output, code = io.StringIO(), 0
     sys.argv = ["raytrain", *arguments]

@@ -18,7 +18,7 @@ import psutil
 import pytest
 
 from raytrain.config import ClusterSection, Config, check_config
-from raytrain.device import EMULATED_GPU
+from raytrain.model.device import EMULATED_GPU
 
 SHARED = Path(os.environ.get("RAYTRAIN_SHARED") or Path(__file__).parents[2] / "shared")
 
@@ -122,8 +122,8 @@ def wait_for(condition: Callable[[], Any], what: str, seconds: float = 240, ever
 def prepared(corpus, tmp_path_factory, local_ray) -> Config:
     """A configuration whose run folder has all that training needs, without tracking; for all tests, so only to be
     read and copied."""
-    from raytrain.cluster.pipeline import run_pipeline
     from raytrain.console import Console
+    from raytrain.stages.pipeline import run_pipeline
 
     config = tiny_config(corpus, tmp_path_factory.mktemp("prepared"), tracking={"enabled": False})
     run_pipeline(config, Console(quiet=True), ("statistics", "buckets", "assign", "oomptimize"))

@@ -19,7 +19,7 @@ from typing import Any
 import ray
 from conftest import Nodes, free_port, wait_for
 
-from raytrain.data.storage import list_files
+from raytrain.storage.filesystem import list_files
 
 AWAY_SECONDS = 6.0
 

@@ -8,11 +8,13 @@ from typing import Any
 
 import pytest
 
-from raytrain.artifacts import atomic_write_bytes, canonical_json, content_id
-from raytrain.cluster import assign, pipeline, stages, statistics
-from raytrain.cluster.workspace import Workspace
+from raytrain.cluster import assigning as assign
+from raytrain.cluster import counting as statistics
 from raytrain.config import Config
 from raytrain.console import Console
+from raytrain.run_folder.workspace import Workspace
+from raytrain.stages import pipeline, stages
+from raytrain.storage.artifacts import atomic_write_bytes, canonical_json, content_id
 
 
 @contextlib.contextmanager

@@ -15,11 +15,11 @@ from conftest import SHARED
 
 from benchmarks._models import SHAPES, config_of
 from raytrain.config import load_config
-from raytrain.data.tokenizer import train_tokenizer
+from raytrain.data.text.tokenizer import train_tokenizer
 from raytrain.model.canary import Canary
 from raytrain.model.config import ModelConfig
-from raytrain.model.nemo import write_nemo
-from raytrain.model.portable import ModelParts
+from raytrain.model.formats.nemo import write_nemo
+from raytrain.model.formats.portable import ModelParts
 
 ROOT = Path(__file__).parents[1]
 

@@ -1,7 +1,7 @@
 """What only a GPU shows: NCCL, the caching allocator, streams, bf16 and fused kernels as CUDA has them.
 
 A body that makes sense on a processor runs there too, as the `cpu` variant of the same test. Nothing here needs more
-than torch, so that these tests run where a GPU is and little else. CUDA graphs: tests/test_decoding_speed.py.
+than torch, so that these tests run where a GPU is and little else. CUDA graphs: tests/decoding/test_decoding_speed.py.
 """
 
 import copy
@@ -20,12 +20,12 @@ from raytrain.data.batch import SpeechBatch
 from raytrain.model.canary import Canary
 from raytrain.model.config import ModelConfig
 from raytrain.training.average import WeightAverage
-from raytrain.training.isolated import IsolatedMeter
-from raytrain.training.memory import StepTracer, predict_batch_size
-from raytrain.training.meter import Probe
+from raytrain.training.memory.isolated import IsolatedMeter
+from raytrain.training.memory.meter import Probe
+from raytrain.training.memory.probe import StepMeter
+from raytrain.training.memory.tracer import StepTracer, predict_batch_size
 from raytrain.training.optim import make_optimizer
 from raytrain.training.parallel import join_alone, parallel_model
-from raytrain.training.probe import StepMeter
 from raytrain.training.settings import TrainSettings
 from raytrain.training.step import running_statistics, train_step
 

@@ -4,57 +4,68 @@ import ast
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 PACKAGE = Path(__file__).parents[1] / "raytrain"
-CORE = {"raytrain.errors", "raytrain.ranges", "raytrain.lengths"}
-REDACTION = "raytrain.redaction"
-ALLOWED = {
-    "lengths": {"numpy", *CORE},
-    "model": {
-        "numpy",
-        "torch",
-        "sentencepiece",
-        "safetensors",
-        "yaml",
-        "raytrain.model",
-        "raytrain.artifacts",
-        "raytrain.yaml_loading",
-        *CORE,
-    },
+# From the ground up: a room imports from itself and from those before it.
+ROOMS = (
+    "errors",
+    "ranges",
+    "redaction",
+    "waiting",
+    "console",
+    "storage",
+    "lengths",
+    "data",
+    "model",
+    "decoding",
+    "evaluation",
+    "training",
+    "config",
+    "tracking",
+    "report",
+    "run_folder",
+    "cluster",
+    "stages",
+    "experiments",
+    "operations",
+    "demo",
+    "cli",
+    "__init__",
+    "__main__",
+)
+# What rooms with few dependencies take from outside the standard library.
+PACKAGES = {
+    "errors": set(),
+    "ranges": {"pydantic_core"},
+    "redaction": set(),
+    "waiting": set(),
+    "console": {"rich"},
+    "storage": {"fsspec", "numpy", "orjson", "pyarrow", "pydantic", "yaml"},
+    "lengths": {"numpy"},
     "data": {
-        "numpy",
-        "torch",
-        "lhotse",
-        "sentencepiece",
-        "pyarrow",
         "fsspec",
-        "orjson",
-        "soundfile",
+        "lhotse",
         "miniaudio",
-        "soxr",
-        "scipy",
-        "raytrain.telling",
-        "raytrain.data",
-        "raytrain.artifacts",
-        *CORE,
-    },
-    "training": {
         "numpy",
+        "orjson",
+        "pyarrow",
+        "scipy",
+        "sentencepiece",
+        "soundfile",
+        "soxr",
         "torch",
-        "jiwer",
-        "sacrebleu",
-        "whisper_normalizer",
-        "raytrain.training",
-        "raytrain.model",
-        "raytrain.data",
-        "raytrain.artifacts",
-        *CORE,
     },
-    "tracking": {"raytrain.tracking", "raytrain.artifacts", "raytrain.errors", REDACTION},
-    "report": {"numpy", "matplotlib", "jinja2", "pyarrow", "raytrain.report", "raytrain.artifacts", REDACTION, *CORE},
+    "model": {"numpy", "safetensors", "sentencepiece", "torch", "yaml"},
+    "decoding": {"numpy", "torch"},
+    "evaluation": {"jiwer", "numpy", "sacrebleu", "whisper_normalizer"},
+    "training": {"numpy", "torch"},
+    "config": {"pydantic", "yaml"},
+    "tracking": {"mlflow", "psutil"},
+    "report": {"jinja2", "matplotlib", "numpy", "pyarrow"},
 }
 
 
@@ -69,24 +80,77 @@ def imports(path: Path) -> set[str]:
     return found
 
 
-def is_allowed(module: str, allowed: set[str]) -> bool:
-    return module.split(".")[0] in sys.stdlib_module_names or any(
-        module == name or module.startswith(f"{name}.") for name in allowed
-    )
+def room_of(module: str) -> str:
+    return module.split(".")[1] if "." in module else "__init__"
 
 
-@pytest.mark.parametrize("path", sorted(PACKAGE.rglob("*.py")), ids=lambda path: str(path.relative_to(PACKAGE)))
-def test_imports_stay_inside_the_walls(path: Path):
-    room = path.relative_to(PACKAGE).parts[0]
-    found = imports(path)
+def files() -> list[Path]:
+    return sorted(PACKAGE.rglob("*.py"))
+
+
+def named(path: Path) -> str:
+    return str(path.relative_to(PACKAGE))
+
+
+def test_each_room_is_on_the_list():
+    there = {path.relative_to(PACKAGE).parts[0].removesuffix(".py") for path in files()}
+    assert there == set(ROOMS)
+
+
+@pytest.mark.parametrize("path", files(), ids=named)
+def test_arrows_point_down(path: Path):
+    room = path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+    below = set(ROOMS[: ROOMS.index(room) + 1])
+    mentioned = {name for name in imports(path) if name.split(".")[0] == "raytrain"}
+    assert {name for name in mentioned if room_of(name) not in below} == set()
+
+
+@pytest.mark.parametrize("path", files(), ids=named)
+def test_packages_stay_in_their_rooms(path: Path):
+    room = path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+    packages = {name.split(".")[0] for name in imports(path)} - set(sys.stdlib_module_names) - {"raytrain"}
     if room != "cluster":
-        assert not {name for name in found if name.split(".")[0] == "ray"}, "only raytrain/cluster imports Ray"
+        assert "ray" not in packages, "only raytrain/cluster imports Ray"
     if path != PACKAGE / "tracking" / "mlflow.py":
-        assert not {name for name in found if name.split(".")[0] == "mlflow"}, "only the tracker imports MLflow"
-    else:
-        found = {name for name in found if name.split(".")[0] != "mlflow"}
-    if room in ALLOWED:
-        assert not {name for name in found if not is_allowed(name, ALLOWED[room])}
+        assert "mlflow" not in packages, "only the tracker imports MLflow"
+    if room in PACKAGES:
+        assert packages - PACKAGES[room] == set()
+
+
+def test_no_file_imports_itself_by_way_of_others():
+    by_file = {module_of(path): {name for name in imports_at_start(path)} for path in files()}
+    graph = {name: {target for target in targets if target in by_file} for name, targets in by_file.items()}
+    cycles = list(circles(graph))
+    assert cycles == []
+
+
+def module_of(path: Path) -> str:
+    parts = ("raytrain", *path.relative_to(PACKAGE).with_suffix("").parts)
+    return ".".join(parts).removesuffix(".__init__")
+
+
+def imports_at_start(path: Path) -> set[str]:
+    """Modules that a file imports when it is imported, with those of `from package import module`."""
+    statements = [node for node in ast.parse(path.read_text()).body if isinstance(node, ast.Import | ast.ImportFrom)]
+    names = set()
+    for node in statements:
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif node.module:
+            names |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+    return names
+
+
+def circles(graph: dict[str, set[str]]) -> Iterator[list[str]]:
+    """Each group of files of which every one reaches the others."""
+    reach = {name: set(targets) for name, targets in graph.items()}
+    for middle in graph:
+        for name in graph:
+            if middle in reach[name]:
+                reach[name] |= reach[middle]
+    yield from sorted(
+        {tuple(sorted(b for b in graph if b in reach[a] and a in reach[b])) for a in graph if a in reach[a]}
+    )
 
 
 BLOCK = """
@@ -105,11 +169,12 @@ import {modules}
     [
         ("raytrain.lengths", {"torch", "ray", "mlflow", "pydantic", "lhotse", "pyarrow", "yaml"}),
         (
-            "raytrain.model.canary, raytrain.model.decoding, raytrain.model.longform, raytrain.model.alignment, "
-            "raytrain.model.inference, raytrain.model.nemo, raytrain.model.huggingface, raytrain.training.loop, "
-            "raytrain.training.memory, "
-            "raytrain.training.checkpoint, raytrain.training.validation, raytrain.training.probe, "
-            "raytrain.training.isolated, raytrain.training.scoring, raytrain.training.worst, "
+            "raytrain.model.canary, raytrain.decoding.search, raytrain.decoding.longform, raytrain.decoding.alignment, "
+            "raytrain.decoding.precision, raytrain.model.formats.nemo, raytrain.model.formats.huggingface, "
+            "raytrain.training.loop, "
+            "raytrain.training.memory.tracer, "
+            "raytrain.training.checkpoint, raytrain.training.validation, raytrain.training.memory.probe, "
+            "raytrain.training.memory.isolated, raytrain.evaluation.scoring, raytrain.evaluation.worst, "
             "benchmarks.oomptimizer_gpu, benchmarks.gpu, benchmarks._gpu_parts, benchmarks._gpu_pipeline, "
             "benchmarks._gpu_ranks, test_gpu",
             {

@@ -7,13 +7,13 @@ import threading
 import pytest
 from conftest import tiny_config, tiny_values
 
-from raytrain.cluster.pipeline import run_pipeline
-from raytrain.cluster.tracking import tracking_uri
 from raytrain.config import check_config, load_config
 from raytrain.console import Console
 from raytrain.errors import ConfigError
 from raytrain.redaction import holds_credentials, is_secret, redacted, with_credentials, without_credentials
 from raytrain.report.page import write_report
+from raytrain.stages.pipeline import run_pipeline
+from raytrain.tracking.runs import tracking_uri
 
 SECRET = "fake/secret+0123456789"
 

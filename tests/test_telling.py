@@ -2,7 +2,7 @@
 
 import time
 
-from raytrain import telling
+from raytrain import waiting as telling
 
 
 def test_long_waits_say_what_for_and_short_ones_nothing(capfd):

@@ -18,8 +18,8 @@ from raytrain.cluster.nodes import ask_nodes
 from raytrain.cluster.placement import Node, Placement, total
 from raytrain.cluster.session import ray_session
 from raytrain.config import Config
-from raytrain.device import Device, emulated_gpu, visible_gpus
 from raytrain.errors import ClusterError
+from raytrain.model.device import Device, emulated_gpu, visible_gpus
 
 _SECONDS = 120.0  # importing torch on a cold node takes tens of them
 
@@ -27,7 +27,7 @@ _SECONDS = 120.0  # importing torch on a cold node takes tens of them
 @dataclass(frozen=True)
 class GpuKind:
     """The GPUs of one name and memory: `nodes` are (node id, number of GPUs) of those that have them; see
-    `raytrain.device` for `is_emulated`."""
+    `raytrain.model.device` for `is_emulated`."""
 
     name: str
     total_bytes: int

@@ -31,17 +31,17 @@ from raytrain.cluster.session import results_of_workers
 from raytrain.config import ClusterSection
 from raytrain.data.audio import AudioError, read_audio
 from raytrain.data.batch import SpeechBatch
-from raytrain.data.requests import Request
-from raytrain.data.storage import is_uri
-from raytrain.device import worker_device
+from raytrain.decoding.batching import sorted_batches
+from raytrain.decoding.longform import most_windows, windows
+from raytrain.decoding.requests import Request
+from raytrain.decoding.search import DecodeSettings
 from raytrain.errors import ConfigError, DataError, RaytrainError
-from raytrain.lengths.batching import sorted_batches
 from raytrain.model.canary import Canary
 from raytrain.model.config import ModelConfig
-from raytrain.model.decoding import DecodeSettings
-from raytrain.model.longform import most_windows, windows
-from raytrain.telling import told
-from raytrain.training.decode_memory import BatchSizes, DecodeTracer
+from raytrain.model.device import worker_device
+from raytrain.storage.filesystem import is_uri
+from raytrain.training.memory.decoding import BatchSizes, DecodeTracer
+from raytrain.waiting import told
 
 MAX_BATCH = 256
 _GPU_SHARE, _HOST_SHARE = 0.9, 0.5
@@ -72,7 +72,7 @@ class Job:
     """What every worker is to do. `load` gives the model and its tokenizer, and must be importable there.
 
     Recordings longer than `window_s` are cut into windows that share `overlap_s`; without it none is cut. `precision`
-    is that of linear layers (`raytrain.model.inference`).
+    is that of linear layers (`raytrain.decoding.precision`).
     """
 
     load: Callable[[], tuple[Canary, Any]]
@@ -294,7 +294,7 @@ class Listener:
     def __init__(self, job: Job, cuda: bool, threads: int) -> None:
         import torch
 
-        from raytrain.recognition import Recogniser
+        from raytrain.decoding.recognizer import Recogniser
 
         device = worker_device(cuda).torch
         if device.type == "cpu":
@@ -323,7 +323,7 @@ class Listener:
 
     def _hear(self, batch: SpeechBatch, note: dict[str, Any]) -> dict[int, dict[str, Any]]:
         """Place in the batch → its text and confidence, or the error that there was."""
-        from raytrain.recognition import confidence, joined
+        from raytrain.decoding.recognizer import confidence, joined
 
         pieces, rate = note["pieces"], self._job.sample_rate
         own: dict[int, list[int]] = {}

@@ -18,14 +18,14 @@ import orjson
 
 from raytrain.cluster.placement import Placement, total
 from raytrain.cluster.session import quiet_data
-from raytrain.cluster.workspace import Workspace
 from raytrain.config import Config, check_config
 from raytrain.data.assignment import Assignment, DamagedPartError
 from raytrain.data.batch import LoadedStep, SpeechBatch
 from raytrain.data.loader import Quarantine, StepReader, StepWork, work_of
-from raytrain.data.remote import RunStore
 from raytrain.errors import RaytrainError
 from raytrain.lengths.schedule import BatchSchedule, ScheduleState, StepPlan
+from raytrain.run_folder.workspace import Workspace
+from raytrain.storage.run_store import RunStore
 
 _STEPS_PER_DATASET = 2048
 _STORE_SHARE = 0.5  # of the object store for batches that wait, all ranks together
@@ -104,7 +104,7 @@ class RayBatches:
             try:
                 return decode_step(table.to_pylist()[0], *job, sizes)
             except DamagedPartError as error:  # which Ray Data would lose in its own
-                from raytrain.cluster.train import note_the_end
+                from raytrain.cluster.trainer import note_the_end
 
                 note_the_end(RunStore(job[1]), error)
                 raise

@@ -25,7 +25,7 @@ from typing import Any
 from raytrain.cluster.authentication import NO_AUTHENTICATION, PLACES, token_header
 from raytrain.errors import ClusterError
 from raytrain.redaction import redacted, without_credentials
-from raytrain.telling import telling
+from raytrain.waiting import telling
 
 DEFAULT_ADDRESS = "http://127.0.0.1:8265"
 _ADDRESSES = ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS")

@@ -1,4 +1,4 @@
-"""Measure one machine, or what one machine sees of the storage: plain values, for `raytrain.cluster.checks` to judge.
+"""Measure one machine, or what it sees of the storage: plain values, for `raytrain.operations.checks` to judge.
 
 Both functions run as Ray tasks on every node, and the first on the driver too. They say what they found, never what it
 means, and they do not raise: what can't be measured is a text under `error`.
@@ -21,7 +21,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from raytrain.device import emulated_gpu
+from raytrain.model.device import emulated_gpu
 
 PACKAGES = ("ray", "torch", "raytrain", "pyarrow", "lhotse", "mlflow", "numpy", "sentencepiece", "soundfile")
 CACHE_VARIABLE = "RAYTRAIN_CACHE"
@@ -214,7 +214,7 @@ def measure_speed(root: str, size: int, seconds: float) -> dict[str, Any]:
     Either direction ends after `seconds`, with the speed until then. The bytes are pushed to a local disk and dropped
     from memory before they are read.
     """
-    from raytrain.data.storage import is_uri, locate
+    from raytrain.storage.filesystem import is_uri, locate
 
     name = f"{root.rstrip('/')}/.doctor-{socket.gethostname()}-{os.urandom(4).hex()}"
     block = os.urandom(4 * MIB)
@@ -258,8 +258,8 @@ def _push_out(path: str) -> None:
 
 def read_start(path: str) -> str:
     """Read the first bytes of the first file that a corpus' path stands for; what is wrong, or nothing."""
-    from raytrain.data.storage import expand, is_folder, list_files, open_stream
     from raytrain.errors import RaytrainError
+    from raytrain.storage.filesystem import expand, is_folder, list_files, open_stream
 
     try:
         first = expand(path)[0]

@@ -15,8 +15,8 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from raytrain.config import ClusterSection
+from raytrain.config.selectors import SMALLEST_SHARE, accelerator_of, accelerator_resource, selects
 from raytrain.errors import ConfigError
-from raytrain.nodes import SMALLEST_SHARE, accelerator_of, accelerator_resource, selects
 
 Node = dict[str, Any]  # as `ray.nodes()` has it
 NODE_LABEL = "ray.io/node-id"  # which Ray gives every node
@@ -26,8 +26,8 @@ NODE_LABEL = "ray.io/node-id"  # which Ray gives every node
 class Placement:
     """The nodes that one kind of `work` may run on, and what it takes there beside CPUs and GPUs.
 
-    `labels` are selectors (`raytrain.nodes`), `resources` amounts of custom resources for each task or worker, `cpus`
-    the CPUs of a training worker.
+    `labels` are selectors (`raytrain.config.selectors`), `resources` amounts of custom resources for each task or
+    worker, `cpus` the CPUs of a training worker.
     """
 
     work: str = ""

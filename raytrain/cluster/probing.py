@@ -17,15 +17,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
-from raytrain.artifacts import atomic_write_bytes, canonical_json, read_state
 from raytrain.cluster.nodes import last_line
 from raytrain.cluster.placement import Placement
-from raytrain.cluster.repeating import repeating
-from raytrain.device import emulated_gpu
 from raytrain.errors import ProfileError
-from raytrain.training.isolated import IsolatedMeter, make_step_meter
-from raytrain.training.meter import Edges, Meter, Probe, ProbeGroup, joint_probe
-from raytrain.training.probing import (
+from raytrain.model.device import emulated_gpu
+from raytrain.storage.artifacts import atomic_write_bytes, canonical_json, read_state
+from raytrain.training.memory.isolated import IsolatedMeter, make_step_meter
+from raytrain.training.memory.meter import Edges, Meter, Probe, ProbeGroup, joint_probe
+from raytrain.training.memory.probing import (
     Answer,
     AnswerNote,
     ProbeCoordinator,
@@ -36,6 +35,7 @@ from raytrain.training.probing import (
     answers_to_json,
     run_prober,
 )
+from raytrain.waiting import repeating
 
 Progress = Callable[[str, int, int], None]  # what is done, how many of how many
 

@@ -10,8 +10,8 @@ import contextlib
 import json
 import time
 
-from raytrain.artifacts import atomic_write_bytes, read_state
-from raytrain.data.remote import RunStore
+from raytrain.storage.artifacts import atomic_write_bytes, read_state
+from raytrain.storage.run_store import RunStore
 
 _NOTE = "faults/placement-group"
 _DEATH_SECONDS = 5.0

@@ -25,7 +25,7 @@ from raytrain.cluster.supervision import supervised
 from raytrain.config import ClusterSection
 from raytrain.errors import ClusterError, RaytrainError
 from raytrain.redaction import without_credentials
-from raytrain.telling import telling, told
+from raytrain.waiting import telling, told
 
 _QUIET = {
     "RAY_memory_monitor_refresh_ms": "0",

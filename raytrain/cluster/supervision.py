@@ -12,8 +12,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from raytrain.cluster import supervisor
-from raytrain.cluster.leftovers import Leftover, ray_folders, size_of
-from raytrain.cluster.ownership import Owner, read_owner, this_machine, write_owner
+from raytrain.storage.leftovers import Leftover, ray_folders, size_of
+from raytrain.storage.ownership import Owner, read_owner, this_machine, write_owner
 
 NOTE = "raytrain.json"
 _STARTED: list[subprocess.Popen] = []  # so that one which still looks is not taken for forgotten

@@ -15,17 +15,17 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from raytrain.artifacts import atomic_write_bytes, canonical_json, content_id, file_id, make_folder, read_state
 from raytrain.cluster.nodes import last_line
-from raytrain.cluster.repeating import repeating
 from raytrain.cluster.room import find_room, trains_on_gpus
-from raytrain.cluster.train import STOP
-from raytrain.cluster.workspace import Workspace
+from raytrain.cluster.trainer import STOP
 from raytrain.config import Config, check_config
 from raytrain.console import Console
-from raytrain.data.storage import is_uri
 from raytrain.errors import ConfigError
+from raytrain.run_folder.workspace import Workspace
+from raytrain.storage.artifacts import atomic_write_bytes, canonical_json, content_id, file_id, make_folder, read_state
+from raytrain.storage.filesystem import is_uri
 from raytrain.tracking import read_metrics
+from raytrain.waiting import repeating
 
 SHARED = (
     "tokenizer",
@@ -75,7 +75,7 @@ def check_on_disk(config: Config, what: str) -> None:
 
 def training_inputs(config: Config, run_dir: Path, files: dict[str, str] | None = None) -> list[Any]:
     """Names all that a training on the artefacts in `run_dir` depends on; `files` stand for artefacts there."""
-    from raytrain.cluster.stages import train_key
+    from raytrain.stages.stages import train_key
 
     profile = Path((files or {}).get("batch_profile.json", run_dir / "batch_profile.json"))
     return [train_key(Workspace(config, run_dir)), file_id(profile)]
@@ -89,7 +89,7 @@ class RunningTrial:
     """
 
     def __init__(self, params: dict[str, Any]) -> None:
-        from raytrain.cluster.stages import training_meta
+        from raytrain.stages.stages import training_meta
 
         job = params["job"]
         settings = {**job.get("settings", {}), **params["settings"]}
@@ -144,7 +144,7 @@ class RunningTrial:
         return done is not None and done.get("key") == self._key
 
     def _train(self, config: Config, meta: dict[str, Any], mlflow: dict[str, Any] | None) -> None:
-        from raytrain.cluster.train import run_training
+        from raytrain.cluster.trainer import run_training
 
         try:
             run_training(config, self.folder, meta=meta, mlflow=mlflow, on_metrics=self._lines.put)

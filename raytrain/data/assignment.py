@@ -32,14 +32,14 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from raytrain.artifacts import HashingFile, atomic_write, content_id, json_artefact, read_json, write_json
-from raytrain.data.encoder import EncodedBlock
+from raytrain.data.corpora.rejected import NUM_EXAMPLES
+from raytrain.data.corpora.rows import Block
 from raytrain.data.materialize import AudioFinder
-from raytrain.data.rejected import NUM_EXAMPLES
-from raytrain.data.remote import DamagedFileError, RunStore
-from raytrain.data.rows import Block
-from raytrain.data.storage import is_uri, write_bytes
+from raytrain.data.text.sequences import EncodedBlock
 from raytrain.errors import ArtifactError, RaytrainError
+from raytrain.storage.artifacts import HashingFile, atomic_write, content_id, json_artefact, read_json, write_json
+from raytrain.storage.filesystem import is_uri, write_bytes
+from raytrain.storage.run_store import DamagedFileError, RunStore
 
 _MAX_OPEN_PARTS = 2048  # a process may map 65530 files, and a billion rows have more parts
 INDEX_FORMAT = "raytrain.assignment/4"

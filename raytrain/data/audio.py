@@ -22,8 +22,8 @@ from typing import Any
 
 import numpy as np
 
-from raytrain.data.storage import StorageReadError, is_uri, open_file, read_range
 from raytrain.errors import DataError
+from raytrain.storage.filesystem import StorageReadError, is_uri, open_file, read_range
 
 RETRY_SECONDS = (0.5, 1.0, 2.0, 4.0)
 PARQUET_ROW = -1  # as `size`: the audio is row `start` of a Parquet file
@@ -201,7 +201,7 @@ def _read_bytes(path: str, start: int, size: int) -> bytes:
     for pause in (*RETRY_SECONDS, None):
         try:
             if size == PARQUET_ROW:
-                from raytrain.data.parquet import read_audio_bytes
+                from raytrain.data.corpora.parquet import read_audio_bytes
 
                 return read_audio_bytes(path, [start])[start]
             return read_range(path, start, size, most=MAX_FILE_BYTES)

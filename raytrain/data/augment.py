@@ -14,9 +14,9 @@ from typing import Annotated
 import numpy as np
 
 from raytrain.data.audio import AudioError, read_audio
-from raytrain.data.storage import expand
 from raytrain.errors import DataError
 from raytrain.ranges import Range, range_problems, refuse
+from raytrain.storage.filesystem import expand
 
 Probability = Annotated[float, Range(0, 1)]
 Decibels = Annotated[float, Range(-200, 200)]

@@ -24,7 +24,6 @@ from typing import Any
 import numpy as np
 import torch
 
-from raytrain.artifacts import storage_error
 from raytrain.data.assignment import Assignment, Row
 from raytrain.data.audio import AudioError, read_audio
 from raytrain.data.augment import Augmenter
@@ -32,6 +31,7 @@ from raytrain.data.batch import LoadedStep, SpeechBatch
 from raytrain.errors import DataError
 from raytrain.lengths.permutation import key_of
 from raytrain.lengths.schedule import BatchSchedule, ScheduleState, StepPlan
+from raytrain.storage.artifacts import storage_error
 
 _MAX_REPLACEMENTS = 32
 _MAX_AUTO_THREADS = 16  # more wait for Python's lock

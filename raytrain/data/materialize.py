@@ -9,9 +9,9 @@ import numpy as np
 import pyarrow as pa
 
 from raytrain.data.audio import PARQUET_ROW, AudioError, read_audio
-from raytrain.data.corpus import Chunk
-from raytrain.data.rows import audio_places
-from raytrain.data.tarred import TarIndex
+from raytrain.data.corpora.rows import audio_places
+from raytrain.data.corpora.tarred import TarIndex
+from raytrain.data.corpora.types import Chunk
 
 
 class AudioFinder:
@@ -77,7 +77,7 @@ def make_flacs(rows: pa.Table, sample_rate: int) -> list[bytes | AudioError]:
 
 def _embedded(paths: list[str], starts: list[int], sizes: list[int]) -> dict[tuple[str, int], bytes]:
     """The bytes of all rows that lie in Parquet, each file read once."""
-    from raytrain.data.parquet import read_audio_bytes
+    from raytrain.data.corpora.parquet import read_audio_bytes
 
     rows_of: dict[str, list[int]] = {}
     for path, start, size in zip(paths, starts, sizes, strict=True):

@@ -17,11 +17,11 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from raytrain.data.audio import read_header
-from raytrain.data.corpus import BadRow, Chunk
+from raytrain.data.corpora.rows import Block, audio_places
+from raytrain.data.corpora.types import BadRow, Chunk
 from raytrain.data.materialize import AudioFinder
-from raytrain.data.rows import Block, audio_places
-from raytrain.data.storage import StorageReadError, is_uri
 from raytrain.errors import DataError
+from raytrain.storage.filesystem import StorageReadError, is_uri
 
 REASONS = ("missing_audio", "unreadable_audio", "short_audio")
 MISSING, UNREADABLE, SHORT = REASONS

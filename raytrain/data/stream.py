@@ -24,18 +24,18 @@ from lhotse.dataset.sampling.base import SamplingConstraint
 
 from raytrain.data.assignment import Row, row_table, rows_of
 from raytrain.data.audio import PARQUET_ROW
-from raytrain.data.corpus import BadRow, Chunk, read_blocks
-from raytrain.data.encoder import BlockEncoder
+from raytrain.data.corpora.rejected import RejectedRows
+from raytrain.data.corpora.rows import Block, audio_places
+from raytrain.data.corpora.types import BadRow, Chunk, read_blocks
 from raytrain.data.loader import StepWork
 from raytrain.data.materialize import AudioFinder
 from raytrain.data.probe import NO_LISTING, AudioListing
-from raytrain.data.rejected import RejectedRows
-from raytrain.data.rows import Block, audio_places
-from raytrain.data.storage import StorageReadError
+from raytrain.data.text.sequences import BlockEncoder
 from raytrain.errors import ManifestError, PlanError
 from raytrain.lengths.permutation import key_of
 from raytrain.lengths.plan import BucketPlan
 from raytrain.lengths.schedule import StepPlan
+from raytrain.storage.filesystem import StorageReadError
 
 _TAR_FORMATS = ("nemo_tarred", "lhotse_shar")
 _NUM_SHOWN = 5

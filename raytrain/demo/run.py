@@ -9,11 +9,11 @@ from typing import Any
 
 from rich.table import Table
 
-from raytrain.cluster.pipeline import run_pipeline
 from raytrain.config import Config, load_config
 from raytrain.console import Console
 from raytrain.demo.speech import make_corpus
-from raytrain.yaml_loading import read_yaml
+from raytrain.stages.pipeline import run_pipeline
+from raytrain.storage.yaml_loading import read_yaml
 
 UTTERANCES = {"train": 2400, "dev": 80, "test": 160}
 MAX_WER = 0.20

@@ -19,8 +19,8 @@ from pathlib import Path
 import numpy as np
 import orjson
 
-from raytrain.artifacts import atomic_write_bytes, canonical_json, make_folder
 from raytrain.errors import DataError
+from raytrain.storage.artifacts import atomic_write_bytes, canonical_json, make_folder
 
 DIGITS = {
     "en": "zero one two three four five six seven eight nine",

@@ -11,7 +11,7 @@ from raytrain.report.rendering import write_page
 
 
 def write_errors(out: Path, *, title: str, scores: Mapping[str, Any], worst: Mapping[str, Any]) -> Path:
-    """Write the page from the body of `scores.json` and what `raytrain.training.worst.worst` found; returns its path.
+    """Write the page from the body of `scores.json` and what `raytrain.evaluation.worst.worst` found; returns its path.
 
     Its size is bounded as `worst` is. Languages are numbered, for their names, which come from outside, can't be used
     in a style sheet.

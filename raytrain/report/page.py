@@ -14,10 +14,10 @@ from typing import Any
 
 from jinja2 import TemplateError
 
-from raytrain.artifacts import is_count, lines_of, parse_json, read_at_once
 from raytrain.report import figures
 from raytrain.report.ablation import ablation_figures, ablation_tables
 from raytrain.report.rendering import write_page
+from raytrain.storage.artifacts import is_count, lines_of, parse_json, read_at_once
 
 _NUM_SAMPLES = 12
 

@@ -8,8 +8,8 @@ from typing import Any
 
 import jinja2
 
-from raytrain.artifacts import atomic_write_bytes
 from raytrain.redaction import redacted
+from raytrain.storage.artifacts import atomic_write_bytes
 
 
 def write_page(out: Path, template: str, **values: Any) -> Path:

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
-from raytrain.artifacts import is_count, is_number, lines_of, make_folder, storage_error
+from raytrain.storage.artifacts import is_count, is_number, lines_of, make_folder, storage_error
 
 
 class Tracker(Protocol):

@@ -22,7 +22,8 @@ from typing import Any, Protocol
 
 import torch
 
-from raytrain.artifacts import (
+from raytrain.errors import CheckpointError
+from raytrain.storage.artifacts import (
     atomic_write_bytes,
     canonical_json,
     file_id,
@@ -33,7 +34,6 @@ from raytrain.artifacts import (
     read_at_once,
     storage_error,
 )
-from raytrain.errors import CheckpointError
 
 META = "meta.json"
 _FORMAT = "raytrain.checkpoint/1"

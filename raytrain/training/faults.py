@@ -23,7 +23,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from raytrain.artifacts import (
+from raytrain.storage.artifacts import (
     atomic_write_bytes,
     canonical_json,
     is_count,

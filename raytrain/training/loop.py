@@ -20,9 +20,9 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from raytrain.artifacts import atomic_write_bytes, canonical_json, make_folder
 from raytrain.data.batch import LoadedStep, SpeechBatch
 from raytrain.errors import TrainingError
+from raytrain.storage.artifacts import atomic_write_bytes, canonical_json, make_folder
 from raytrain.training.average import WeightAverage
 from raytrain.training.checkpoint import CheckpointFolder, CheckpointWriter, validation_of
 from raytrain.training.optim import learning_rate, set_learning_rate

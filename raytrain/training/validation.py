@@ -15,10 +15,10 @@ import torch.distributed as dist
 from torch import nn
 
 from raytrain.data.batch import SpeechBatch
+from raytrain.decoding.search import DecodeSettings, transcribe_batch
 from raytrain.errors import TrainingError
-from raytrain.model.decoding import DecodeSettings, transcribe_batch
+from raytrain.evaluation.error_counts import Decoded, are_enough_readable, score_decoded
 from raytrain.model.loss import canary_loss
-from raytrain.training.evaluation import Decoded, are_enough_readable, score_decoded
 from raytrain.training.loop import GaveUp
 
 _NUM_EXAMPLES = 3

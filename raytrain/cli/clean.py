@@ -1,0 +1,102 @@
+"""The command `clean`: what killed commands left behind, with its size; `--yes` removes it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from raytrain.cli.options import SetOption
+
+if TYPE_CHECKING:
+    from raytrain.config import Config
+    from raytrain.console import Console
+    from raytrain.storage.leftovers import Leftover
+
+OptionalConfig = Annotated[
+    Path | None, typer.Option("--config", "-c", help="A run, to look at its folder too; else at Ray's sessions alone.")
+]
+
+
+def clean(
+    config: OptionalConfig = None,
+    set: SetOption = None,
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="Remove it; otherwise it is only listed.")] = False,
+    previous: Annotated[
+        bool, typer.Option("--previous", help="Also the run's previous/: checkpoints of earlier settings.")
+    ] = False,
+    json: Annotated[bool, typer.Option("--json", help="One JSON object per file or folder.")] = False,
+) -> None:
+    """List what killed commands left behind and is no run's, and remove it with --yes.
+
+    These are files that were never finished, Ray Train's notes of trainings that are over, and folders of Ray's
+    sessions that raytrain started on this machine and that did not end well. A run that a process owns is left alone.
+    """
+    import contextlib
+
+    from raytrain.cluster.supervision import dead_sessions
+    from raytrain.config import load_config
+    from raytrain.console import Console
+    from raytrain.storage.leftovers import previous as set_aside
+    from raytrain.storage.ownership import owned
+
+    if config is None and (set or previous):
+        raise typer.BadParameter("goes with --config", param_hint="--previous" if previous else "--set")
+    console, loaded = Console(quiet=json), load_config(config, set) if config else None
+    owning = owned(loaded.run_location, console.say) if loaded and yes else contextlib.nullcontext()
+    with owning:
+        found = list(dead_sessions())
+        kept: list[Leftover] = []
+        if loaded is not None:
+            found += _of_run(loaded, console.say, is_ours=yes)
+            (found if previous else kept).extend(set_aside(loaded.run_dir))
+        if yes:
+            for leftover in found:
+                leftover.remove()
+    _show(found, kept, yes, json, console)
+
+
+def _of_run(config: Config, say: Callable[[str], None], is_ours: bool) -> Iterator[Leftover]:
+    import time
+
+    from raytrain.storage.leftovers import probes, temporaries, trainings
+    from raytrain.storage.ownership import describe_owner
+
+    owner = None if is_ours else describe_owner(config.run_location)
+    if owner is not None and owner[1]:
+        say(f"{owner[0]}: what it writes is left alone")
+        return
+    yield from temporaries(config.run_dir, before=time.time())
+    yield from trainings(config.run_location)
+    yield from probes(config.run_location.rpartition("/")[0])
+
+
+def _show(found: list[Leftover], kept: list[Leftover], is_removed: bool, json: bool, console: Console) -> None:
+    if json:
+        from dataclasses import asdict
+
+        import orjson
+
+        for leftover in found:
+            typer.echo(orjson.dumps({**asdict(leftover), "removed": is_removed}).decode())
+        return
+    total = sum(leftover.bytes for leftover in found)
+    if found:
+        rows = [(leftover.path, leftover.what, _size(leftover.bytes)) for leftover in found]
+        console.table(("path", "what", "size"), [*rows, ("total", "", _size(total))])
+    for leftover in kept:
+        console.say(f"{leftover.path}: {leftover.what}, {_size(leftover.bytes)}; removed with --previous --yes only")
+    if not found:
+        console.say("nothing is left over")
+    else:
+        console.say(f"{_size(total)} removed" if is_removed else "remove it with --yes")
+
+
+def _size(number: int) -> str:
+    size, units = float(number), ["B", "KiB", "MiB", "GiB", "TiB"]
+    while size >= 1024 and len(units) > 1:
+        size /= 1024
+        units.pop(0)
+    return f"{size:.0f} {units[0]}" if units[0] == "B" else f"{size:.1f} {units[0]}"

@@ -1,0 +1,85 @@
+"""A sample of sentences to train tokenizers on: by language, over all corpora, the same however these are cut.
+
+Every utterance has a hash of its own, and a language's sample is its utterances with the lowest hashes, so samples of
+parts merge into the sample of the whole, in any order. Languages share the places: a small one has all of its
+sentences, and the others as many as each other.
+
+    sample = SentenceSample(1_000_000)
+    sample.add_block(block)        # on each worker, chunk by chunk
+    sample.add(other)              # on the driver
+    sample.texts()                 # {"de": [...], "en": [...]}
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections import Counter
+from hashlib import blake2b
+
+import numpy as np
+
+from raytrain.data.corpora.rows import Block
+
+_SEED = b"raytrain.sentences/1"  # not the run's: runs that differ in their seed alone have one tokenizer
+_TRIM_AT = 1 << 16  # sentences that wait before the sample is cut down
+
+_Sentence = tuple[int, str]  # hash, text
+
+
+class SentenceSample:
+    """At most `most` sentences of all languages together, but at least one of each; `num_rows` counts what was seen."""
+
+    def __init__(self, most: int) -> None:
+        self.most, self.num_rows = most, Counter()
+        self._kept: dict[str, list[_Sentence]] = {}
+        self._highest: dict[str, int] = {}  # hashes above which a language needs no more
+        self._waiting = 0
+
+    def add_block(self, block: Block) -> None:
+        """Take in the rows of a block by the language of their texts."""
+        languages = np.array([key.target_lang for key in block.prompts], object)[block.prompt_of]
+        offsets = block.offset_ms.tolist()
+        for language, path, offset, text in zip(languages, block.paths, offsets, block.texts, strict=True):
+            self.num_rows[language] += 1
+            # By the utterance, not by its text: else all that say "yes" would be drawn or none.
+            name = f"{language}\0{path}\0{offset}\0{text}".encode(errors="surrogatepass")
+            number = int.from_bytes(blake2b(name, digest_size=8, key=_SEED).digest(), "big")
+            if number <= self._highest.get(language, number):
+                self._keep(language, [(number, " ".join(text.split()))])
+
+    def add(self, other: SentenceSample) -> None:
+        """Merge; in any order, with the same result."""
+        self.num_rows.update(other.num_rows)
+        for language, sentences in other._kept.items():
+            self._keep(language, sentences)
+
+    def texts(self) -> dict[str, list[str]]:
+        """The sampled sentences by language."""
+        self._trim()
+        return {language: [text for _, text in sorted(kept)] for language, kept in sorted(self._kept.items())}
+
+    def _keep(self, language: str, sentences: list[_Sentence]) -> None:
+        self._kept.setdefault(language, []).extend(sentences)
+        self._waiting += len(sentences)
+        if self._waiting > max(_TRIM_AT, self.most):
+            self._trim()
+
+    def _trim(self) -> None:
+        # What more rows bring only lowers a language's places, so what is dropped here is in no later sample either.
+        places = places_of_each(self.num_rows, self.most)
+        for language, kept in self._kept.items():
+            if len(kept) > places:
+                self._kept[language] = heapq.nsmallest(places, kept)
+                self._highest[language] = self._kept[language][-1][0]
+        self._waiting = 0
+
+
+def places_of_each(num_rows: Counter[str], most: int) -> int:
+    """The most places that each language may have, so that all together take no more than `most`; at least 1."""
+    left = most
+    for number, rows in enumerate(sorted(num_rows.values())):
+        share = left // (len(num_rows) - number)
+        if rows > share:
+            return max(1, share)
+        left -= rows
+    return max(1, most)

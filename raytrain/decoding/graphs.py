@@ -1,0 +1,199 @@
+"""Decoder steps as CUDA graphs: shapes that do not change, captured once and replayed for every token.
+
+A decoder step is some 15 small kernels per layer, and starting them one by one takes the host longer than the GPU needs
+to run them. A graph starts them all at once, if their shapes and addresses stay: rows, positions and frames are rounded
+up to powers of two, masks hide what is not there, and the position is a number on the device. A text that outgrows its
+positions moves on to the graph of the next size, a batch that has shrunk to half to that of fewer rows.
+
+    programs = programs_for(model, states)                       # None where graphs can't be used
+    if programs and programs.have_room(rows, frames, max_tokens):
+        steps = StaticSteps(programs, eager)                     # goes on where the eager steps are, after the prompt
+
+`RAYTRAIN_CUDA_GRAPHS=0` turns them off. Programs are kept for the next batch, up to `MAX_BYTES` of keys and values;
+those of changed weights are dropped. Only inference mode has them: validation during training would hold memory that
+batch sizes were not measured with. On a CPU the same step runs without a graph, for tests.
+
+Shapes: R rows, U positions, T frames, each the size of a program.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import weakref
+from collections import OrderedDict
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from raytrain.decoding.steps import EagerSteps, most_likely
+from raytrain.model.canary import Canary
+from raytrain.model.decoder import LayerCache
+from raytrain.model.linear import affine_of
+
+VARIABLE = "RAYTRAIN_CUDA_GRAPHS"
+MAX_BYTES = 4 << 30
+_LEAST_POSITIONS = _LEAST_FRAMES = 64
+
+
+def size_class(number: int, least: int = 1) -> int:
+    """The next power of two, at least `least`."""
+    return max(least, 1 << (number - 1).bit_length())
+
+
+class Program:
+    """One step of R rows, U positions and T frames, in tensors that stay where they are."""
+
+    def __init__(self, owner: Programs, rows: int, positions: int, frames: int) -> None:
+        decoder, device, dtype = owner.decoder, owner.device, owner.dtype
+        self.rows, self.positions, self.frames = rows, positions, frames
+        self._decoder, self._head = decoder, owner.head
+        self.tokens = torch.zeros(rows, dtype=torch.long, device=device)
+        self.log_probs = torch.zeros(rows, device=device)
+        self.position = torch.zeros(1, dtype=torch.long, device=device)
+        # Rows that hold nothing look at one frame: no row may be masked whole.
+        self.mask = torch.zeros(rows, 1, 1, frames, dtype=torch.bool, device=device)
+        self.mask[..., 0] = True
+        heads = decoder.heads
+        width = owner.width // heads
+        # Here and in `load` zeros, not whatever was there: what a mask hides must still be a number.
+        self.cache = [
+            LayerCache(
+                torch.zeros(2, rows, heads, positions, width, device=device, dtype=dtype),
+                torch.zeros(rows, heads, frames, width, device=device, dtype=dtype),
+                torch.zeros(rows, heads, frames, width, device=device, dtype=dtype),
+                maps,
+            )
+            for maps in owner.maps
+        ]
+        self.run: Callable[[], None] = self._step
+        if device.type == "cuda":
+            self.run = _captured(self._step, owner)
+
+    def _step(self) -> None:
+        hidden = self._decoder.extend(self.tokens[:, None], self.cache, self.position, self.mask)
+        chosen, log_probs = most_likely(self._head(hidden[:, -1]))
+        self.tokens.copy_(chosen)
+        self.log_probs.copy_(log_probs)
+        self.position += 1
+
+    def load(self, tokens: Tensor, cache: list[LayerCache], mask: Tensor | None, filled: int) -> None:
+        """Take over the state of `len(tokens)` rows, which has `filled` positions."""
+        rows, frames = len(tokens), cache[0].cross_keys.shape[2]
+        self.tokens[:rows] = tokens
+        self.position.fill_(filled)
+        self.mask[:rows] = False
+        self.mask[:rows, :, :, :frames] = True if mask is None else mask
+        for own, other in zip(self.cache, cache, strict=True):
+            own.self_keys_values[:, :rows, :, :filled] = other.self_keys_values[:, :, :, :filled]
+            own.self_keys_values[:, :rows, :, filled:] = 0
+            for mine, theirs in ((own.cross_keys, other.cross_keys), (own.cross_values, other.cross_values)):
+                mine[:rows, :, :frames] = theirs
+                mine[:rows, :, frames:] = 0
+
+
+def _captured(step: Callable[[], None], owner: Programs) -> Callable[[], None]:
+    """A graph of `step`. It runs before, since kernels and libraries set themselves up when they first run."""
+    side = torch.cuda.Stream(owner.device)
+    side.wait_stream(torch.cuda.current_stream(owner.device))
+    with torch.cuda.stream(side):
+        for _ in range(2):
+            step()
+    torch.cuda.current_stream(owner.device).wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    # Graphs run one after the other, so what they need in between may be the same memory.
+    with torch.cuda.graph(graph, pool=owner.pool, capture_error_mode="thread_local"):
+        step()
+    return graph.replay
+
+
+class Programs:
+    """A model's programs by size, the least recently used of which make way for new ones."""
+
+    def __init__(self, model: Canary, states: Tensor) -> None:
+        self.decoder, self.width = model.transf_decoder, states.shape[2]
+        self.device, self.dtype = states.device, states.dtype
+        self.head = affine_of(model.log_softmax.mlp["layer0"])
+        self.maps = [layer.maps() for layer in self.decoder._decoder.layers]
+        self.fingerprint = _fingerprint(model, states)
+        self.pool = torch.cuda.graph_pool_handle() if states.is_cuda else None
+        self._held: OrderedDict[tuple[int, int, int], Program] = OrderedDict()
+
+    def num_bytes(self, rows: int, positions: int, frames: int) -> int:
+        """Keys and values of a program."""
+        return 2 * len(self.maps) * rows * (positions + frames) * self.width * self.dtype.itemsize
+
+    def have_room(self, rows: int, frames: int, max_tokens: int) -> bool:
+        """Whether such a batch may use programs: a text that grows needs two at a time."""
+        sizes = size_class(rows), size_class(max_tokens, _LEAST_POSITIONS), size_class(frames, _LEAST_FRAMES)
+        return 2 * self.num_bytes(*sizes) <= MAX_BYTES
+
+    def get(self, rows: int, positions: int, frames: int) -> Program:
+        """The program of the sizes' classes."""
+        key = size_class(rows), size_class(positions, _LEAST_POSITIONS), size_class(frames, _LEAST_FRAMES)
+        if key not in self._held:
+            new = self.num_bytes(*key)
+            while self._held and new + sum(self.num_bytes(*one) for one in self._held) > MAX_BYTES:
+                self._held.popitem(last=False)
+            self._held[key] = Program(self, *key)
+        self._held.move_to_end(key)
+        return self._held[key]
+
+
+class StaticSteps:
+    """`EagerSteps` in a program's shapes, from where they are on."""
+
+    def __init__(self, programs: Programs, eager: EagerSteps) -> None:
+        self.programs, self.position, self.rows = programs, eager.position, len(eager.inputs)
+        frames = eager.cache[0].cross_keys.shape[2]
+        self.program = programs.get(self.rows, self.position + 1, frames)
+        self.program.load(eager.inputs[:, 0], eager.cache, eager.mask, self.position)
+
+    def step(self) -> tuple[Tensor, Tensor]:
+        """See `EagerSteps.step`."""
+        if self.position == self.program.positions:
+            self._move(list(range(self.rows)))
+        self.program.run()
+        self.position += 1
+        return self.program.tokens[: self.rows].clone(), self.program.log_probs[: self.rows].clone()
+
+    def keep(self, slots: list[int]) -> list[int]:
+        """Go on with some rows, or with all where as large a program would run for the fewer."""
+        if size_class(len(slots)) == self.program.rows:
+            return list(range(self.rows))
+        self._move(slots)
+        return slots
+
+    def _move(self, slots: list[int]) -> None:
+        old, rows = self.program, torch.tensor(slots, device=self.programs.device)
+        self.program, self.rows = self.programs.get(len(slots), self.position + 1, old.frames), len(slots)
+        cache = [layer.select(rows, self.position) for layer in old.cache]
+        self.program.load(old.tokens[rows], cache, old.mask[rows], self.position)
+
+
+_KEPT = threading.local()  # a program holds one batch at a time
+
+
+def programs_for(model: Canary, states: Tensor) -> Programs | None:
+    """The model's programs; None off CUDA, outside inference mode, under autocast, and where they are turned off."""
+    wanted = states.is_cuda and torch.is_inference_mode_enabled() and os.environ.get(VARIABLE, "1") != "0"
+    return kept_programs(model, states) if wanted and not torch.is_autocast_enabled("cuda") else None
+
+
+def kept_programs(model: Canary, states: Tensor) -> Programs:
+    """The programs of the model as it is now, of this thread."""
+    if not hasattr(_KEPT, "by_model"):
+        _KEPT.by_model = weakref.WeakKeyDictionary()
+    found = _KEPT.by_model.get(model)
+    if found is None or found.fingerprint != _fingerprint(model, states):
+        found = _KEPT.by_model[model] = Programs(model, states)
+    return found
+
+
+def _fingerprint(model: Canary, states: Tensor) -> tuple:
+    """Changes with any weight that a graph reads, whether written in place or replaced."""
+    parts = (model.transf_decoder, model.log_softmax)
+    tensors = [tensor for part in parts for tensor in (*part.parameters(), *part.buffers())]
+    versions = [(one.data_ptr(), 0 if one.is_inference() else one._version) for one in tensors]
+    return (states.dtype, states.device, *versions)

@@ -1,0 +1,314 @@
+"""A run folder on another filesystem (`run.root: s3://…`), as one machine sees it.
+
+Every process works in a folder of its machine's cache and brings what it needs, checked by content id; what it writes
+for others it puts back. The folder over there is the truth: what is not there does not count here.
+
+    s3://bucket/runs/NAME/files.json         content ids of the artefacts, written after them
+                         stages.json …       small state without an id, read anew each time
+                         assignment/…        parts, whose ids stand in their chunk's note
+                         checkpoints/…       each with a meta.json that has its files' ids
+
+For a folder on this machine, or on a disk that all nodes share, nothing is copied and every call costs nothing.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fnmatch
+import os
+import shutil
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path, PurePosixPath
+
+from raytrain.errors import ArtifactError, StorageError
+from raytrain.storage.artifacts import content_id, file_id, make_folder, read_json, write_json
+from raytrain.storage.filesystem import download, is_uri, list_files, move_files, remove_file, remove_files, upload
+
+CACHE_VARIABLE = "RAYTRAIN_CACHE"
+DEFAULT_CACHE_BYTES = 50 << 30
+_INDEX, _INDEX_FORMAT = "files.json", "raytrain.run_files/1"
+# What the driver publishes; parts and checkpoints are put by who writes them.
+_PUBLISHED = (
+    "*.json",
+    "*.parquet",
+    "*.csv",
+    "*.html",
+    "hypotheses.jsonl",
+    "quarantine.jsonl",
+    "tokenizer/*",
+    "assignment/index.json",
+    "checkpoints/lineage.json",
+    "checkpoints/last.json",
+)
+# Changed in place, so that no id can be told beforehand.
+_STATE = ("stages.json", "config.yaml", "mlflow_run.json", "metrics.jsonl")
+_CONNECTIONS = 16
+_PARTS = "runs/*/assignment/bucket=*/*"
+
+
+def cache_folder() -> Path:
+    """This machine's cache: `$RAYTRAIN_CACHE`, else `~/.cache/raytrain`."""
+    return Path(os.environ.get(CACHE_VARIABLE) or "~/.cache/raytrain").expanduser().absolute()
+
+
+def local_folder(location: str) -> Path:
+    """Where the files of a run folder are on this machine: itself, or a folder of the cache for a URI."""
+    if not is_uri(location):
+        return Path(location)
+    name = location.rstrip("/").rpartition("/")[2]
+    return cache_folder() / "runs" / f"{name}-{content_id(location.rstrip('/'))}"
+
+
+class DamagedFileError(StorageError):
+    """A file at a URI is not what was written there."""
+
+
+class RunStore:
+    """The files of the run folder at `location`, a path or a URI; names are relative, with slashes.
+
+    Raises `StorageReadError` and `StorageError` where the other filesystem can't be read or written, after waiting for
+    one that is only away (`raytrain.storage.filesystem`).
+    """
+
+    def __init__(self, location: str | Path, cache_bytes: int = DEFAULT_CACHE_BYTES) -> None:
+        self.location = str(location).rstrip("/")
+        self.is_remote = is_uri(self.location)
+        self.local = local_folder(self.location)
+        self._cache_bytes = cache_bytes
+        self._ids: dict[str, str] | None = None
+
+    def place(self, name: str) -> str:
+        """Path or URI of a file, as any node may read it."""
+        return f"{self.location}/{name}"
+
+    def own(self, name: str) -> Path:
+        """Where a process writes a growing file that others read by its name; `sharing` puts it there."""
+        return self._file(f"own/{name}" if self.is_remote else name)
+
+    # --- artefacts with an id
+
+    def adopt(self) -> None:
+        """Make this machine's copy what the folder over there holds; for the driver, before it begins."""
+        if not self.is_remote:
+            return
+        make_folder(self.local)
+        self._ids = None
+        for name in _STATE:
+            self.look(name)
+        ids = self._published()
+        for name in {*self._own(), *ids}:
+            if name not in ids or not self._brought(name, ids[name]):
+                self._file(name).unlink(missing_ok=True)
+        steps = {Path(one).parent.name for one in self._below("checkpoints", "meta.json")}
+        for folder in self.local.glob("checkpoints/step_*"):
+            if folder.name not in steps:
+                shutil.rmtree(folder, ignore_errors=True)
+
+    def bring(self, *names: str) -> None:
+        """Have these artefacts here as they were published; one that was not is not here either."""
+        for name in names if self.is_remote else ():
+            identity = self._published().get(name)
+            if identity is None or not self._brought(name, identity):
+                self._ids = None  # published anew meanwhile
+                identity = self._published().get(name)
+                if identity is None:
+                    self._file(name).unlink(missing_ok=True)
+                elif not self._brought(name, identity):
+                    raise StorageError(
+                        f"{self.place(name)} is not what was written there",
+                        why="its content has another id than files.json says",
+                        remedy="rerun its stage",
+                    )
+
+    def bring_folder(self, folder: str) -> None:
+        """Have all published artefacts below a folder here."""
+        if self.is_remote:
+            self.bring(*(name for name in self._published() if name.startswith(f"{folder}/")))
+
+    def publish(self) -> None:
+        """Put what changed of the artefacts over there, their ids last; for the driver."""
+        if not self.is_remote:
+            return
+        known, ids = self._published(), {name: file_id(self._file(name)) for name in self._own()}
+        for name, identity in ids.items():
+            if known.get(name) != identity:
+                upload(self._file(name), self.place(name))
+        if ids != known:
+            write_json(self._file(_INDEX), _INDEX_FORMAT, ids)
+            self.share(_INDEX)
+            self._ids = ids
+        for name in known.keys() - ids.keys():
+            self.discard(name)
+
+    # --- files without an id
+
+    def share(self, name: str, source: Path | None = None) -> None:
+        """Put a file over there as it is now, this machine's one of its name or another."""
+        if self.is_remote:
+            upload(source or self._file(name), self.place(name))
+
+    def look(self, name: str) -> Path:
+        """The path of a file, brought as it is there now; where it is not there, it is not here."""
+        path = self._file(name)
+        if self.is_remote:
+            with contextlib.suppress(FileNotFoundError):
+                download(self.place(name), path)
+                return path
+            path.unlink(missing_ok=True)
+        return path
+
+    def names(self, folder: str, pattern: str) -> set[str]:
+        """Names of the files in a folder, where the run is."""
+        if self.is_remote:
+            return {Path(one).name for one in self._below(folder, pattern, depth=0)}
+        return {path.name for path in self._file(folder).glob(pattern)}
+
+    def look_at_all(self, folder: str, pattern: str) -> None:
+        """`look` for all files of a folder whose names match; those that are here already are not brought again."""
+        if not self.is_remote:
+            return
+        there = self.names(folder, pattern)
+        here = {path.name for path in self._file(folder).glob(pattern)}
+        for name in here - there:
+            self._file(f"{folder}/{name}").unlink(missing_ok=True)
+        with ThreadPoolExecutor(_CONNECTIONS) as pool:
+            list(pool.map(self.look, [f"{folder}/{name}" for name in sorted(there - here)]))
+
+    def discard(self, name: str) -> None:
+        """Remove a file here and there; one that is not there is fine."""
+        self._file(name).unlink(missing_ok=True)
+        if self.is_remote:
+            remove_file(self.place(name))
+
+    def clear(self, folder: str) -> None:
+        """Remove a folder with all files in it, here and there."""
+        shutil.rmtree(self._file(folder), ignore_errors=True)
+        if self.is_remote:
+            remove_files(self.place(folder))
+
+    def set_aside(self, *names: str) -> None:
+        """Move files and folders into `previous/` over there, over what it holds, and drop them here."""
+        if not self.is_remote:
+            return
+        for name in names:
+            move_files(self.place(name), self.place(f"previous/{name}"))
+            path = self._file(name)
+            shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
+
+    @contextlib.contextmanager
+    def sharing(self, name: str, path: Path, seconds: float = 5.0) -> Iterator[None]:
+        """Put a growing file over there every few seconds, and at the end; a thread of its own does it."""
+        if not self.is_remote:
+            yield
+            return
+        stopped = threading.Event()
+
+        def watch() -> None:
+            shared, wait = -1, seconds
+            while True:
+                last = stopped.wait(wait)
+                began = time.monotonic()
+                size = path.stat().st_size if path.exists() else -1
+                if size != shared:
+                    with contextlib.suppress(StorageError):  # the next time may do better
+                        self.share(name, path)
+                        shared = size
+                wait = max(seconds, 20 * (time.monotonic() - began))  # a large file is put less often
+                if last:
+                    return
+
+        thread = threading.Thread(target=watch, name="sharing", daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            stopped.set()
+            thread.join()
+
+    # --- parts of the assignment
+
+    def put_part(self, name: str, identity: str, keep: bool = True) -> None:
+        """Put a part that this process wrote over there, and with `keep` into the cache under its content id."""
+        path = self._file(name)
+        upload(path, self.place(name))
+        if keep:
+            os.replace(path, self._part(name, identity))
+            self._evict()
+        else:
+            path.unlink()
+
+    def part(self, name: str, identity: str) -> Path:
+        """A part in this machine's cache, brought and checked where it is not there yet. Least used ones make way."""
+        path = self._part(name, identity)
+        try:
+            os.utime(path)
+            return path
+        except FileNotFoundError:
+            pass
+        download(self.place(name), path, check=lambda copy: _check(copy, identity, self.place(name)))
+        self._evict()
+        return path
+
+    def _part(self, name: str, identity: str) -> Path:
+        return self.local / f"{name}.{identity}"
+
+    def _evict(self) -> None:
+        found = []
+        for path in cache_folder().glob(_PARTS):
+            with contextlib.suppress(FileNotFoundError):
+                stat = path.stat()
+                found.append((stat.st_mtime_ns, stat.st_size, path))
+        total = sum(size for _, size, _ in found)
+        if total <= self._cache_bytes:
+            return
+        # The newest stays: it is about to be read.
+        for _, size, path in sorted(found)[:-1]:
+            path.unlink(missing_ok=True)
+            total -= size
+            if total <= 0.9 * self._cache_bytes:
+                return
+
+    # --- inside
+
+    def _file(self, name: str) -> Path:
+        return self.local / name
+
+    def _own(self) -> list[str]:
+        """Names of the artefacts that are here."""
+        names = {path.relative_to(self.local).as_posix() for one in _PUBLISHED for path in self.local.glob(one)}
+        hidden = {name for name in names if Path(name).name.startswith(".")}
+        return sorted(names - hidden - {_INDEX, *_STATE})
+
+    def _published(self) -> dict[str, str]:
+        if self._ids is None:
+            path = self.look(_INDEX)
+            ids = read_json(path, _INDEX_FORMAT, dict[str, str])["body"] if path.exists() else {}
+            for name in ids:
+                parts = PurePosixPath(name).parts
+                if not parts or parts[0] == "/" or ".." in parts or "\0" in name:
+                    raise ArtifactError(
+                        f"{self.place(_INDEX)} names a file outside of its folder", got=repr(name), remedy="delete it"
+                    )
+            self._ids = ids
+        return self._ids
+
+    def _brought(self, name: str, identity: str) -> bool:
+        path = self._file(name)
+        if not (path.exists() and file_id(path) == identity):
+            self.look(name)
+        return path.exists() and file_id(path) == identity
+
+    def _below(self, folder: str, pattern: str, depth: int = 1) -> list[str]:
+        found = list_files(self.place(folder), recursive=depth > 0, missing_ok=True)
+        return [one for one in found if fnmatch.fnmatchcase(one.rpartition("/")[2], pattern)]
+
+
+def _check(path: Path, identity: str, place: str) -> None:
+    found = file_id(path)
+    if found != identity:
+        raise DamagedFileError(
+            f"{place} is damaged", got=f"content id {found}", allowed=identity, remedy="rerun assign"
+        )

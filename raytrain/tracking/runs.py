@@ -1,0 +1,148 @@
+"""MLflow for a pipeline: one parent run, a child run per stage; nothing reads back from it."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from raytrain.config import Config
+from raytrain.redaction import MLFLOW_VARIABLE, without_credentials
+from raytrain.storage.artifacts import atomic_write_bytes, canonical_json, read_state
+from raytrain.tracking import NullTracker, Tracker
+
+RUN_NOTE = "mlflow_run.json"
+_PATIENCE_SECONDS = 60.0
+
+
+def tracking_uri(config: Config, run_dir: Path) -> str:
+    """The configured server, or an absolute SQLite address: workers have other current folders.
+
+    Its credentials are hidden, for it is written to files; `MlflowTracker` finds them in the environment.
+    """
+    return _server(config) or f"sqlite:///{run_dir / 'mlflow.db'}"
+
+
+def _server(config: Config) -> str:
+    return config.tracking.uri or without_credentials(os.environ.get(MLFLOW_VARIABLE, ""))
+
+
+@dataclass(frozen=True)
+class RunNote:
+    """What `mlflow_run.json` keeps: the server, the run's id there, and those of its stages."""
+
+    uri: str
+    run_id: str
+    stages: dict[str, str] = field(default_factory=dict)
+
+
+class RunTracking:
+    """Opens the parent run when the first stage runs, so that a run with nothing to do leaves no trace."""
+
+    def __init__(self, config: Config, run_dir: Path) -> None:
+        self._config, self._run_dir = config, run_dir
+        self._parent: Any = None
+        self.current: Tracker = NullTracker()
+        self._child_id: str | None = None
+        self._status = "FINISHED"
+
+    def __enter__(self) -> RunTracking:
+        return self
+
+    def __exit__(self, kind: Any, *_: object) -> None:
+        if self._parent is not None:
+            self._parent.close("FAILED" if kind else "FINISHED")
+
+    @contextlib.contextmanager
+    def stage(self, name: str, goes_on: bool = False) -> Iterator[None]:
+        """A child run around one stage, that of its last time where it `goes_on`; FAILED where the body raises."""
+        if not self._config.tracking.enabled:
+            yield
+            return
+        if self._parent is None:
+            self._parent = self._open_parent()
+        known = self._note().get("stages", {}).get(name) if goes_on else None
+        child = self._open(name, self._parent.run_id, run_id=known)
+        if child.run_id:
+            note = self._note()
+            stages = {**note.get("stages", {}), name: child.run_id}
+            atomic_write_bytes(self._run_dir / RUN_NOTE, canonical_json({**note, "stages": stages}))
+        self.current, self._child_id = child, child.run_id
+        status = "FAILED"
+        try:
+            yield
+            status = "FINISHED"
+        finally:
+            child.close(status)
+            self.current, self._child_id = NullTracker(), None
+
+    @property
+    def child_id(self) -> str | None:
+        """The current stage's run, None without tracking."""
+        return self._child_id
+
+    @contextlib.contextmanager
+    def trial(self, name: str) -> Iterator[Tracker]:
+        """A run below the stage's, for one of its trials."""
+        if self._child_id is None:
+            yield NullTracker()
+            return
+        tracker = self._open(name, self._child_id)
+        try:
+            yield tracker
+        finally:
+            tracker.close()
+
+    def worker_arguments(self) -> dict[str, Any] | None:
+        """What rank 0 needs to write into the current child run; None without tracking."""
+        if self._child_id is None:
+            return None
+        return {
+            "tracking_uri": tracking_uri(self._config, self._run_dir),
+            "experiment": self._config.tracking.experiment,
+            "run_name": "train",
+            "run_id": self._child_id,
+            "system_metrics": True,
+        }
+
+    def _open_parent(self) -> Any:
+        known = self._note().get("run_id")
+        parent = self._open(self._config.name, None, run_id=known)
+        if parent.run_id and parent.run_id != known:
+            body = {"uri": tracking_uri(self._config, self._run_dir), "run_id": parent.run_id}
+            atomic_write_bytes(self._run_dir / RUN_NOTE, canonical_json(body))
+            parent.log_params(_flat(self._config.model_dump(mode="json")))
+        return parent
+
+    def _note(self) -> dict[str, Any]:
+        """Ids of this run folder's runs on the configured server, by which they are gone on with."""
+        note = read_state(self._run_dir / RUN_NOTE, RunNote)
+        return note if note and note["uri"] == tracking_uri(self._config, self._run_dir) else {}
+
+    def _open(self, name: str, parent: str | None, run_id: str | None = None) -> Any:
+        from raytrain.tracking.mlflow import MlflowTracker
+
+        location = None if _server(self._config) else (self._run_dir / "mlartifacts").as_uri()
+        return MlflowTracker.open(
+            tracking_uri(self._config, self._run_dir),
+            self._config.tracking.experiment,
+            name,
+            run_id=run_id,
+            parent_run_id=parent,
+            artifact_location=location,
+            # A server that these runs are on already comes back.
+            patience=_PATIENCE_SECONDS if run_id or parent else 0.0,
+        )
+
+
+def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        if isinstance(value, dict):
+            flat.update(_flat(value, f"{prefix}{key}."))
+        else:
+            flat[prefix + key] = value
+    return flat

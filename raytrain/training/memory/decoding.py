@@ -1,0 +1,170 @@
+"""Predict the memory of decoding a batch without the device, as `memory.tracer` does for a training step.
+
+The encoder runs on `meta` tensors, then the steps of the search that take most: the prompt's, the last one with a full
+cache of keys and values for every beam, and the copy of that cache when ended utterances leave the batch.
+
+    sizes = BatchSizes(DecodeTracer(model_config, settings), budget_bytes=60 << 30)
+    sizes.largest(12_000)      # utterances of 12 s that fit together
+"""
+
+from __future__ import annotations
+
+import gc
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from raytrain.data.batch import SpeechBatch
+from raytrain.decoding.search import DecodeSettings
+from raytrain.model.canary import Canary
+from raytrain.model.config import ModelConfig
+from raytrain.model.encoder import subsampled
+from raytrain.model.features import HOP
+from raytrain.training.memory.live_bytes import DeviceLike, LiveBytes
+from raytrain.training.memory.tracer import Neighbours, Prediction, StepMemory, predict_batch_size
+
+_PROMPT_TOKENS = 10
+_FIRST_EDGE_MS, _RATIO = 1000, 1.15
+_aten = torch.ops.aten
+
+
+class _EvaluationLike(DeviceLike):
+    """`DeviceLike` without gradients: a processor too then has a kernel for attention that keeps no scores."""
+
+    def __init__(self, device_type: str) -> None:
+        super().__init__(device_type, False, lambda: None)
+        self._on_cuda, self._efficient_attention = self._efficient_attention, True
+
+    def _attention(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attn_mask: Tensor | None = None,
+        dropout_p: float = 0.0,
+        is_causal: bool = False,
+        **options: Any,
+    ) -> Tensor:
+        if self._on_cuda:
+            return super()._attention(query, key, value, attn_mask, dropout_p, is_causal, **options)
+        mask = attn_mask
+        if mask is not None and mask.dtype == torch.bool:
+            mask = torch.zeros_like(mask, dtype=query.dtype)
+        found = _aten._scaled_dot_product_flash_attention_for_cpu(
+            query, key, value, dropout_p, is_causal, attn_mask=mask
+        )
+        return found[0]
+
+
+class DecodeTracer:
+    """Traces encoding and search of one model as a `device_type` (cuda or cpu) would run them in float32."""
+
+    def __init__(self, config: ModelConfig, settings: DecodeSettings, *, device_type: str = "cuda") -> None:
+        self._config, self._settings, self._device_type = config, settings, device_type
+        with torch.device("meta"):
+            self._model = Canary(config).eval()
+        self._meter = LiveBytes()
+
+    def most_tokens(self, duration_ms: int) -> int:
+        """Prompt and text of an utterance take at most this many positions; see `DecodeSettings`."""
+        frames = int(subsampled(torch.tensor(duration_ms * self._config.sample_rate // 1000 // HOP)))
+        return max(2, min(self._config.max_positions, frames + self._settings.max_generation_delta))
+
+    @torch.no_grad()
+    def trace(self, batch_size: int, max_duration_ms: int, max_tokens: int) -> StepMemory:
+        """Bytes while `batch_size` utterances of `max_duration_ms` become texts that fill `max_tokens` positions."""
+        meter = self._meter
+        meter.reset()
+        with torch.device("meta"):
+            batch = SpeechBatch.synthetic(
+                batch_size,
+                max_duration_ms,
+                min(_PROMPT_TOKENS, max_tokens - 1),
+                vocab=self._config.vocab_size,
+                device="meta",
+                sample_rate=self._config.sample_rate,
+            )
+        for tensor in (*self._model.parameters(), *self._model.buffers()):
+            meter.watch(tensor, "parameters", "model")
+        resident = meter.live
+        for tensor in batch.tensors():
+            meter.watch(tensor, "activations", "batch")
+        # Thousands of objects come and go in a trace, without cycles; looking for some takes a fifth of its time.
+        collects = gc.isenabled()
+        gc.disable()
+        try:
+            with torch.device("meta"), meter, _EvaluationLike(self._device_type):
+                self._decode(batch, max_tokens)
+        finally:
+            if collects:
+                gc.enable()
+        return StepMemory(resident, meter.peak, {origin: size for origin, size in meter.at_peak.items() if size})
+
+    def _decode(self, batch: SpeechBatch, max_tokens: int) -> None:
+        model, meter, beams = self._model, self._meter, self._settings.beam_size
+        meter.phase, meter.place = "activations", "encoder"
+        if self._settings.ctc_weight:
+            states, lengths, ctc = model.encode_with_ctc(batch.audio, batch.audio_lengths)
+        else:
+            (states, lengths), ctc = model.encode(batch.audio, batch.audio_lengths), None
+        meter.place = "decoder"
+        size, prompt = len(batch), batch.tokens
+        every = torch.arange(size)
+        own = states[every]  # the search has the rows of one prompt length to itself
+        decoder, mask = model.transf_decoder, model.cross_mask(own, lengths)
+        cache = decoder.make_cache(own, max_tokens)
+        scores = self._scores(decoder.extend(prompt, cache, 0, mask))
+        if beams > 1:
+            every = every.repeat_interleave(beams, output_size=size * beams)
+            cache = [layer.select(every, prompt.shape[1], slice(None)) for layer in cache]
+            found = torch.empty(2, size, beams, max_tokens)
+        last = max_tokens - 1
+        scores = self._scores(decoder.extend(torch.empty(size * beams, 1, dtype=torch.long), cache, last, mask, beams))
+        if beams > 1:
+            scores = scores.unflatten(0, (-1, beams)).topk(min(beams, scores.shape[-1]))
+            for layer in cache:
+                layer.reorder(every, max_tokens)
+            found = found[:, torch.arange(size)]
+        cache = [layer.select(torch.arange(size * beams), last, torch.arange(size)) for layer in cache]
+        del own, ctc, states, scores, cache
+
+    def _scores(self, hidden: Tensor) -> Tensor:
+        return self._model.log_softmax(hidden[:, -1]).float().log_softmax(-1)
+
+
+class BatchSizes:
+    """The largest batch by duration that fits `budget_bytes`, at most `max_size`.
+
+    Durations share a prediction up to the next edge, 15 % apart, so that a corpus takes about twenty of them.
+    """
+
+    def __init__(self, tracer: DecodeTracer, budget_bytes: int, max_size: int = 256) -> None:
+        self._tracer, self.budget_bytes, self.max_size = tracer, budget_bytes, max_size
+        self._known: dict[int, Prediction] = {}
+        self._neighbours = Neighbours()
+
+    def prediction(self, duration_ms: int) -> Prediction:
+        """The largest batch at the edge that `duration_ms` counts under; its `batch_size` is None where not even one
+        utterance fits."""
+        edge = upper_edge(duration_ms)
+        if edge not in self._known:
+            tokens = self._tracer.most_tokens(edge)
+            guess = self._neighbours.guess(edge, tokens)
+            found = predict_batch_size(self._tracer, edge, tokens, self.budget_bytes, self.max_size, guess)
+            self._neighbours.add(edge, tokens, found.line)
+            self._known[edge] = found
+        return self._known[edge]
+
+    def largest(self, duration_ms: int) -> int:
+        """Utterances of `duration_ms` to decode together, at least 1: the device decides about a single one."""
+        return self.prediction(duration_ms).batch_size or 1
+
+
+def upper_edge(duration_ms: int) -> int:
+    """The shortest edge of at least `duration_ms`; an edge is its own."""
+    step = max(0, math.floor(math.log(max(duration_ms, 1) / _FIRST_EDGE_MS, _RATIO)) - 1)
+    while (edge := math.ceil(_FIRST_EDGE_MS * _RATIO**step)) < duration_ms:
+        step += 1
+    return edge

@@ -1,0 +1,175 @@
+"""A meter in a process of its own: what kills that process is an answer, not a crash.
+
+A CUDA error leaves a process unusable, and the host's out-of-memory killer ends it. The parent then counts the batch as
+one that does not fit, and starts another process for the next.
+
+    meter = IsolatedMeter(StepMeter, model_config, settings, budget_bytes)
+    meter.measure(64, (4000, 40), num_steps=3).fits
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import pickle
+import signal
+import struct
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from typing import IO, Any
+
+from raytrain.errors import ProfileError
+from raytrain.training.memory.meter import Edges, Meter, Probe
+
+
+def make_step_meter(*arguments: Any) -> Meter:
+    """A `StepMeter` for `IsolatedMeter` to make: who only asks for it imports no torch, which takes seconds."""
+    from raytrain.training.memory.probe import StepMeter
+
+    return StepMeter(*arguments)
+
+
+class IsolatedMeter:
+    """Makes `make(*arguments)` in a new process, which must be importable there, and passes questions to it.
+
+    `num_starts` counts processes. `seconds` says how long each part of the last start took: `process` is Python with
+    its imports, PyTorch's above all; the others are what the meter says itself (`StepMeter.seconds`).
+    """
+
+    def __init__(self, make: Callable[..., Meter], *arguments: Any, environment: dict[str, str] | None = None) -> None:
+        self._start = pickle.dumps((make, arguments))
+        self._environment = {**os.environ, **(environment or {}), "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+        self._process: subprocess.Popen | None = None
+        self._messages: IO[bytes] | None = None
+        self.num_starts = 0
+        self.seconds: dict[str, float] = {}
+
+    def start(self) -> None:
+        """Start the process, unless it runs: `measure` does so too. Raises as `measure` does."""
+        if self._process is None:
+            self._open()
+
+    def measure(self, batch_size: int, edges: Edges, num_steps: int, *, fresh: bool = True) -> Probe:
+        """See `Meter`. Raises `ProfileError` where the process can't even start, and what `make` raises."""
+        self.start()
+        try:
+            _write(self._process.stdin, (batch_size, edges, num_steps, fresh))
+            answer = _read(self._process.stdout)
+        except (EOFError, OSError):
+            return Probe(batch_size, False, why=self._obituary())
+        if isinstance(answer, Exception):
+            # The device is in an unknown state after anything but a plain lack of memory.
+            self.close()
+            return Probe(batch_size, False, why=f"{type(answer).__name__}: {str(answer).strip().splitlines()[0][:200]}")
+        return answer
+
+    def kill(self) -> None:
+        """End the process from another thread: a `measure` that waits for it answers that the batch does not fit."""
+        process = self._process
+        if process is not None:
+            process.kill()
+
+    def close(self) -> None:
+        """End the process."""
+        if self._process is not None:
+            self._process.kill()
+            self._process.wait()
+            for pipe in (self._process.stdin, self._process.stdout):
+                with contextlib.suppress(OSError):  # what it did not read is lost with it
+                    pipe.close()
+            self._process = None
+
+    def __enter__(self) -> IsolatedMeter:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _open(self) -> None:
+        begun = time.perf_counter()
+        self._messages = tempfile.TemporaryFile()  # noqa: SIM115 - closed with this object
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "raytrain.training.memory.isolated"],
+            env=self._environment,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._messages,
+        )
+        try:
+            self._process.stdin.write(struct.pack("<Q", len(self._start)) + self._start)
+            self._process.stdin.flush()
+            answer = _read(self._process.stdout)
+        except (EOFError, OSError):
+            raise ProfileError(
+                "the process that probes batch sizes ended at its start",
+                why=self._obituary(),
+                remedy="see that nothing else uses this GPU and the node's memory; `raytrain doctor` looks at both",
+            ) from None
+        if isinstance(answer, Exception):
+            self.close()
+            raise answer
+        self.num_starts += 1
+        self.seconds = {"process": time.perf_counter() - begun - sum(answer.values()), **answer}
+
+    def _obituary(self) -> str:
+        code = self._process.wait()
+        self.close()
+        self._messages.seek(0)
+        lines = self._messages.read().decode(errors="replace").strip().splitlines()
+        name = signal.Signals(-code).name if code < 0 else f"exit code {code}"
+        killer = ", perhaps by the host for lack of memory" if code == -signal.SIGKILL else ""
+        return f"its process ended with {name}{killer}" + (f": {lines[-1][:200]}" if lines else "")
+
+
+def _write(pipe: IO[bytes], value: Any) -> None:
+    data = pickle.dumps(value)
+    pipe.write(struct.pack("<Q", len(data)) + data)
+    pipe.flush()
+
+
+def _read(pipe: IO[bytes]) -> Any:
+    header = pipe.read(8)
+    if len(header) < 8:
+        raise EOFError
+    size = struct.unpack("<Q", header)[0]
+    data = pipe.read(size)
+    if len(data) < size:
+        raise EOFError
+    return pickle.loads(data)  # from our own child or parent
+
+
+def _serve() -> None:
+    questions, answers = sys.stdin.buffer, os.fdopen(os.dup(1), "wb")
+    os.dup2(2, 1)  # what libraries print must not get among the answers
+    try:
+        with open("/proc/self/oom_score_adj", "w") as file:
+            file.write("1000")  # where the host runs out of memory, this process goes first
+    except OSError:
+        pass
+    try:
+        make, arguments = _read(questions)
+        meter = make(*arguments)
+    except Exception as error:
+        _write(answers, error)
+        return
+    _write(answers, getattr(meter, "seconds", {}))
+    while True:
+        try:
+            batch_size, edges, num_steps, fresh = _read(questions)
+        except EOFError:
+            return  # the parent is gone
+        try:
+            answer: Any = meter.measure(batch_size, edges, num_steps, fresh=fresh)
+        except Exception as error:
+            answer = error
+        try:
+            _write(answers, answer)
+        except (pickle.PicklingError, TypeError, AttributeError):
+            _write(answers, RuntimeError(str(answer)))
+
+
+if __name__ == "__main__":
+    _serve()

@@ -1,0 +1,273 @@
+"""What one rank holds of a traced model beside activations: weights, gradients, AdamW's moments and buffers for
+communication, as the plain model, DDP or FSDP2 have them.
+
+The model is on `meta`. A rank also stands for the optimizer in the traced step: fused AdamW needs nothing beside its
+states. Source of the order of events: torch/distributed/fsdp/_fully_shard (`FSDPParamGroup`, `foreach_all_gather`,
+`foreach_reduce`) and torch/csrc/distributed/c10d/reducer.cpp.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd import Variable
+
+from raytrain.model.canary import Canary
+from raytrain.training.memory.live_bytes import LiveBytes
+
+
+def area(name: str) -> str:
+    """A module's or parameter's name without what comes after the second part: encoder.layers, log_softmax.mlp, …"""
+    return ".".join(part for part in name.split(".")[:2] if part not in ("weight", "bias"))
+
+
+def _trained(model: nn.Module) -> dict[str, nn.Parameter]:
+    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+def _empty(num_elements: int) -> Tensor:
+    return torch.empty(num_elements, device="meta")
+
+
+class WholeRank:
+    """A rank that has the whole model. With `world_size` above 1 DDP's reducer holds all gradients in its buckets
+    between steps too, and a parameter's own gradient lives only until it is copied there (`gradient_as_bucket_view`).
+    """
+
+    def __init__(self, model: Canary, meter: LiveBytes, world_size: int, averaged: bool) -> None:
+        self._model, self._meter, self._parameters = model, meter, _trained(model)
+        sizes = [parameter.numel() for parameter in self._parameters.values()]
+        self._moments = [_empty(size) for size in sizes for _ in range(2)] + [_empty(1) for _ in sizes]
+        self._average = [_empty(size) for size in sizes] if averaged else []
+        self._reducer = _empty(sum(sizes)) if world_size > 1 else None
+        offset = 0
+        for name, parameter in self._parameters.items():
+            parameter.register_post_accumulate_grad_hook(partial(self._gradient_is_there, area(name), offset))
+            offset += parameter.numel()
+
+    def watch(self) -> None:
+        """Count what stays between steps."""
+        for name, tensor in (*self._model.named_parameters(), *self._model.named_buffers()):
+            self._meter.watch(tensor, "parameters", area(name))
+        _watch_optimizer(self._meter, self._moments, self._average)
+        if self._reducer is not None:
+            self._meter.watch(self._reducer, "gradients", "reducer")
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """As the optimizer's."""
+        for parameter in self._parameters.values():
+            parameter.grad = None
+
+    def step(self) -> None:
+        """As the optimizer's: nothing is allocated."""
+
+    def _gradient_is_there(self, place: str, offset: int, parameter: Tensor) -> None:
+        if self._reducer is not None:
+            parameter.grad = self._reducer[offset : offset + parameter.numel()].view_as(parameter)
+        elif parameter.grad is not None:
+            self._meter.watch(parameter.grad, "gradients", place)
+
+
+def _watch_optimizer(meter: LiveBytes, moments: Iterable[Tensor], average: Iterable[Tensor]) -> None:
+    for tensor in moments:
+        meter.watch(tensor, "optimizer", "optimizer")
+    for tensor in average:
+        meter.watch(tensor, "optimizer", "average")
+
+
+class _Unit:
+    """A module that FSDP2 gathers as one: `module`, and what it has on this rank at the moment.
+
+    `buffer` is an all-gather's output, `gathered` the whole weights copied from it, `gradients` this rank's part after
+    the reduce-scatter. Dimension 0 of a parameter is padded to a multiple of the ranks.
+    """
+
+    def __init__(self, module: nn.Module, parameters: dict[str, nn.Parameter], world_size: int) -> None:
+        self.module, self.parameters = module, parameters
+        self.place = area(next(iter(parameters)))
+        self.shard_sizes = [_shard_size(parameter, world_size) for parameter in parameters.values()]
+        self.padded_sizes = [size * world_size for size in self.shard_sizes]
+        self.buffer: Tensor | None = None
+        self.gathered: list[Tensor] = []
+        self.gradients: Tensor | None = None
+        self.in_backward = False
+
+
+def _shard_size(parameter: Tensor, world_size: int) -> int:
+    rows = parameter.shape[0] if parameter.ndim else 1
+    return -(-rows // world_size) * (parameter.numel() // max(rows, 1))
+
+
+class _AfterBackward(torch.autograd.Function):
+    """Identity that calls `after` once a module's backward pass has come to its inputs."""
+
+    @staticmethod
+    def forward(ctx: Any, after: Callable[[], None], *inputs: Tensor) -> tuple[Tensor, ...]:
+        ctx.after = after
+        return inputs
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
+        ctx.after()
+        return (None, *gradients)
+
+
+class ShardedRank:
+    """The first of `world_size` ranks of a model that `sharded.shard` spreads; it has the most where parts differ.
+
+    The traced model's own parameters count nothing: they stand for whole weights, whose storage FSDP2 frees between
+    uses. What counts is this rank's parts of weights, moments and averages; and while a block is in use, its gathered
+    weights and the all-gather's buffer, which in forward lives until the next block is gathered. In backward the block
+    before is gathered ahead. A block's whole gradients are copied to the reduce-scatter's input, which lives until the
+    next block's; this rank's part of the result stays until the update. Weights outside of the blocks stay gathered
+    from the start of forward to the end of backward. In micro-batches before the last gradients stay whole.
+
+    gloo copies what it reduces and gathers; NCCL does neither.
+    """
+
+    def __init__(self, model: Canary, meter: LiveBytes, world_size: int, averaged: bool, device_type: str) -> None:
+        self._model, self._meter, self._copies = model, meter, device_type == "cpu"
+        self._world_size, self._reduces = world_size, True
+        blocks = [*model.encoder.layers, *model.transf_decoder._decoder.layers]
+        names = {id(parameter): name for name, parameter in _trained(model).items()}
+        of_blocks = [{names[id(parameter)]: parameter for parameter in block.parameters()} for block in blocks]
+        inside = {name for parameters in of_blocks for name in parameters}
+        rest = {name: parameter for name, parameter in _trained(model).items() if name not in inside}
+        self._root = _Unit(model, rest, world_size)
+        self._units = [
+            self._root,
+            *(_Unit(*block, world_size) for block in zip(blocks, of_blocks, strict=True)),
+        ]
+        sizes = [size for unit in self._units for size in unit.shard_sizes]
+        self._weights = [(unit.place, _empty(size)) for unit in self._units for size in unit.shard_sizes]
+        self._moments = [_empty(size) for size in sizes for _ in range(2)] + [_empty(1) for _ in sizes]
+        self._average = [_empty(size) for size in sizes] if averaged else []
+        self._order: list[_Unit] = []
+        self._deferred: Tensor | None = None
+        self._reducing: Tensor | None = None
+        self._ends_backward = False
+        for name, parameter in _trained(model).items():
+            parameter.register_post_accumulate_grad_hook(partial(self._gradient_is_there, area(name)))
+        for unit in self._units:
+            unit.module.register_forward_pre_hook(partial(self._before_forward, unit))
+            unit.module.register_forward_hook(partial(self._after_forward, unit))
+        model.set_requires_gradient_sync = self._set_sync  # what `train_step` asks of FSDP2
+
+    def watch(self) -> None:
+        """Count what stays between steps."""
+        for place, tensor in self._weights:
+            self._meter.watch(tensor, "parameters", place)
+        for name, buffer in self._model.named_buffers():
+            self._meter.watch(buffer, "parameters", area(name))
+        _watch_optimizer(self._meter, self._moments, self._average)
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """As the optimizer's; a step that was broken off leaves nothing behind either."""
+        for parameter in self._model.parameters():
+            parameter.grad = None
+        for unit in self._units:
+            unit.buffer, unit.gradients, unit.in_backward = None, None, False
+            unit.gathered.clear()
+        self._order.clear()
+        self._deferred = self._reducing = None
+        self._reduces, self._ends_backward = True, False
+
+    def step(self) -> None:
+        """As the optimizer's: nothing is allocated."""
+
+    def _set_sync(self, reduces: bool) -> None:
+        self._reduces = reduces
+
+    def _make(self, num_elements: int, phase: str, place: str) -> Tensor:
+        tensor = _empty(num_elements)
+        self._meter.watch(tensor, phase, place)
+        return tensor
+
+    def _gradient_is_there(self, place: str, parameter: Tensor) -> None:
+        if parameter.grad is not None:
+            self._meter.watch(parameter.grad, "gradients", place)
+
+    # --- weights
+
+    def _gather(self, unit: _Unit) -> None:
+        """Start a unit's all-gather, unless its weights are there or on their way."""
+        if unit.buffer is None and not unit.gathered:
+            size = sum(unit.padded_sizes)
+            unit.buffer = self._make(size, "parameters", "all-gather")
+            if self._copies:
+                self._make(size, "parameters", "all-gather")
+
+    def _copy_out(self, unit: _Unit, *, in_forward: bool) -> None:
+        if unit.buffer is None:
+            return
+        if in_forward:
+            self._deferred = None
+        unit.gathered = [self._make(size, "parameters", unit.place) for size in unit.padded_sizes]
+        if in_forward:
+            self._deferred = unit.buffer
+        unit.buffer = None
+
+    def _before_forward(self, unit: _Unit, module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...] | None:
+        self._gather(unit)
+        self._copy_out(unit, in_forward=not unit.in_backward)
+        if unit.in_backward:  # computed again
+            return None
+        tracked = [value for value in inputs if isinstance(value, Tensor) and value.requires_grad]
+        if not tracked:
+            return None
+        replaced = iter(_AfterBackward.apply(partial(self._after_backward, unit), *tracked))
+        return tuple(next(replaced) if isinstance(value, Tensor) and value.requires_grad else value for value in inputs)
+
+    def _after_forward(self, unit: _Unit, module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
+        if unit.in_backward:
+            return
+        if unit is self._root:
+            self._deferred = None
+        else:
+            unit.gathered.clear()
+        self._order.append(unit)
+        for value in output if isinstance(output, tuple) else (output,):
+            if isinstance(value, Tensor) and value.requires_grad:
+                value.register_hook(partial(self._before_backward, unit))
+
+    # --- gradients
+
+    def _before_backward(self, unit: _Unit, gradient: Tensor) -> None:
+        if unit.in_backward:
+            return
+        if not self._ends_backward:
+            self._ends_backward = True
+            Variable._execution_engine.queue_callback(self._end_backward)
+        unit.in_backward = True
+        self._gather(unit)
+        self._copy_out(unit, in_forward=False)
+        before = self._order.index(unit) - 1
+        if before >= 0:
+            self._gather(self._order[before])
+
+    def _after_backward(self, unit: _Unit) -> None:
+        gradients = [parameter.grad for parameter in unit.parameters.values() if parameter.grad is not None]
+        unit.in_backward = False
+        unit.gathered.clear()
+        if not self._reduces or not gradients:
+            return
+        for parameter in unit.parameters.values():
+            parameter.grad = None
+        self._reducing = None
+        self._reducing = self._make(sum(unit.padded_sizes), "gradients", "reduce-scatter")
+        gradients.clear()
+        unit.gradients = self._make(sum(unit.shard_sizes), "gradients", unit.place)
+        if self._copies:
+            self._make(sum(unit.padded_sizes), "gradients", "reduce-scatter")
+
+    def _end_backward(self) -> None:
+        for unit in self._units:
+            if unit.in_backward:
+                self._after_backward(unit)
+        self._reducing = None
+        self._order.clear()
+        self._ends_backward = False

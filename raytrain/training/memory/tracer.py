@@ -1,0 +1,311 @@
+"""Predict the memory of a training step without the device: trace it on `meta` tensors.
+
+Meta tensors have shapes and no data. Run the real step on them and note when each storage is made and when it is freed,
+and the highest sum of live bytes is the step's peak. The peak is close to affine in the batch size, so two traces say
+where to look for the largest batch that fits.
+
+    tracer = StepTracer(model_config, settings, precision="bf16", world_size=8)
+    tracer.trace(batch_size=16, max_duration_ms=4000, max_tokens=40).peak_bytes
+"""
+
+from __future__ import annotations
+
+import gc
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+
+from raytrain.data.batch import SpeechBatch
+from raytrain.model.canary import Canary
+from raytrain.model.config import ModelConfig
+from raytrain.training.memory.live_bytes import DeviceLike, LiveBytes, cuda_block, rounded
+from raytrain.training.memory.ranks import ShardedRank, WholeRank, area
+from raytrain.training.parallel import is_sharded, micro_batches
+from raytrain.training.settings import TrainSettings
+from raytrain.training.step import train_step
+
+TRACER_VERSION = 2  # raised where predictions change: sizes by an older one are found anew
+_FIRST_SIZE = 8
+
+
+@dataclass(frozen=True)
+class StepMemory:
+    """Bytes of one step: what stays between steps (parameters, optimizer, reducer), the highest point, and what was
+    live there.
+
+    `at_peak` is bytes by (phase, place): parameters, gradients and optimizer; activations, which forward made and
+    backward needs; and temporary, what backward makes on its way. The place is the module, as far as one made it.
+    """
+
+    resident_bytes: int
+    peak_bytes: int
+    at_peak: dict[tuple[str, str], int] = field(default_factory=dict)
+
+    def by_phase(self) -> dict[str, int]:
+        """Bytes at the peak by phase, the largest first."""
+        return _summed(self.at_peak, 0)
+
+    def by_module(self) -> dict[str, int]:
+        """Bytes at the peak by module, the largest first."""
+        return _summed(self.at_peak, 1)
+
+
+def _summed(at_peak: dict[tuple[str, str], int], part: int) -> dict[str, int]:
+    sums: Counter[str] = Counter()
+    for origin, size in at_peak.items():
+        sums[origin[part]] += size
+    return dict(sums.most_common())
+
+
+class StepTracer:
+    """Traces training steps of one model as a `device_type` (cuda or cpu) would run them. `precision` is fp32 or bf16.
+
+    With a `world_size` above 1 the step is that of one of as many ranks: of a model in DDP, or with `shard` (by default
+    as the settings say) of one that FSDP2 spreads over the ranks; see `traced_ranks`.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        settings: TrainSettings,
+        *,
+        precision: str = "fp32",
+        world_size: int = 1,
+        device_type: str = "cuda",
+        remember: bool = True,
+        shard: bool | None = None,
+    ) -> None:
+        self._config, self._settings, self._precision = config, settings, precision
+        self._device_type, self._num_batches = device_type, micro_batches(settings, world_size)
+        with torch.device("meta"):
+            self._model = Canary(config).train()
+        self._model.encoder.checkpoint_blocks = settings.activation_checkpointing
+        self._meter = LiveBytes(remember, cuda_block if device_type == "cuda" else rounded)
+        averaged = settings.average_decay is not None
+        if is_sharded(settings, world_size) if shard is None else shard and world_size > 1:
+            self._rank: Any = ShardedRank(self._model, self._meter, world_size, averaged, device_type)
+        else:
+            self._rank = WholeRank(self._model, self._meter, world_size, averaged)
+
+    def trace(self, batch_size: int, max_duration_ms: int, max_tokens: int) -> StepMemory:
+        """Bytes of a step of `batch_size` utterances at a bucket's upper edges."""
+        meter = self._meter
+        meter.reset()
+        with torch.device("meta"):
+            batch = SpeechBatch.synthetic(
+                batch_size,
+                max_duration_ms,
+                max_tokens,
+                vocab=self._config.vocab_size,
+                device="meta",
+                sample_rate=self._config.sample_rate,
+            )
+        self._rank.watch()
+        resident = meter.live
+        for tensor in batch.tensors():
+            meter.watch(tensor, "activations", "batch")
+        self._run(batch)
+        return StepMemory(resident, meter.peak, {origin: size for origin, size in meter.at_peak.items() if size})
+
+    def _run(self, batch: SpeechBatch) -> None:
+        meter, bf16 = self._meter, self._precision == "bf16"
+
+        def backward_begins() -> None:
+            meter.phase, meter.place = "temporary", "backward"
+
+        device_like = DeviceLike(self._device_type, bf16, backward_begins)
+        with _autocast_hooks(self._model, device_like), _places(self._model, meter), _without_gc():
+            try:
+                with meter, device_like:
+                    train_step(
+                        self._model,
+                        [batch] * self._num_batches,
+                        self._rank,
+                        self._settings,
+                        precision=self._precision,
+                        label_smoothing=self._config.label_smoothing,
+                    )
+            finally:
+                self._rank.zero_grad()
+
+
+@contextmanager
+def _without_gc() -> Iterator[None]:
+    """Thousands of objects come and go in a trace, without cycles; looking for some takes a fifth of its time."""
+    collects = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if collects:
+            gc.enable()
+
+
+@contextmanager
+def _autocast_hooks(model: Canary, device_like: DeviceLike) -> Iterator[None]:
+    """Tell `device_like` where the forward pass ends, and where a block begins and ends that is computed again."""
+    hooks = [model.register_forward_hook(device_like.end_autocast)]
+    for block in model.encoder.layers:
+        hooks.append(block.register_forward_pre_hook(device_like.block_begins))
+        # Recomputation stops with an exception as soon as it has what backward needs.
+        hooks.append(block.register_forward_hook(device_like.block_ends, always_call=True))
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+@contextmanager
+def _places(model: Canary, meter: LiveBytes) -> Iterator[None]:
+    """Name the modules of the first two levels while they run."""
+    handles: list[Any] = []
+    before: list[str] = []
+
+    def enter(place: str) -> None:
+        before.append(meter.place)
+        meter.place = place
+
+    def leave(*_: Any) -> None:
+        meter.place = before.pop()
+
+    for name, module in model.named_modules():
+        # A list of layers is never called itself.
+        if name and (name.count(".") < 2 or name.split(".")[2].isdigit() and name.count(".") == 2):
+            place = area(name)
+            handles.append(module.register_forward_pre_hook(lambda *_, place=place: enter(place)))
+            handles.append(module.register_forward_hook(leave, always_call=True))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@dataclass(frozen=True)
+class MemoryLine:
+    """Peak bytes as an affine function of the batch size: `base_bytes + batch_size · slope_bytes`."""
+
+    base_bytes: float
+    slope_bytes: float
+
+    @classmethod
+    def through(cls, small: int, small_peak: int, large: int, large_peak: int) -> MemoryLine:
+        """The line through two traced points; `small` and `large` are batch sizes."""
+        slope = (large_peak - small_peak) / (large - small)
+        return cls(base_bytes=small_peak - small * slope, slope_bytes=slope)
+
+    def largest_batch(self, budget_bytes: int) -> int:
+        """The largest batch size on the line within the budget, at least 1."""
+        return max(1, int((budget_bytes - self.base_bytes) // max(self.slope_bytes, 1.0)))
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """The largest batch that fits a budget by the tracer, None where not even 1 does; `peak_bytes` at that size (or at
+    1), the `line` near it, the step of the largest size traced, that size, and how many traces it took."""
+
+    batch_size: int | None
+    peak_bytes: int
+    line: MemoryLine
+    step: StepMemory
+    traced_size: int
+    num_traces: int
+
+
+@dataclass
+class Neighbours:
+    """What other buckets' predictions suggest for the next: bytes per utterance are close to a polynomial in its edges
+    (frames, frames² of attention, tokens, frames·tokens), which a few buckets determine."""
+
+    edges: list[tuple[int, int]] = field(default_factory=list)
+    lines: list[MemoryLine] = field(default_factory=list)
+
+    def add(self, max_duration_ms: int, max_tokens: int, line: MemoryLine) -> None:
+        """One bucket's line."""
+        self.edges.append((max_duration_ms, max_tokens))
+        self.lines.append(line)
+
+    def guess(self, max_duration_ms: int, max_tokens: int) -> MemoryLine | None:
+        """The line to expect for a bucket; None before the first is known."""
+        if not self.lines:
+            return None
+        base = self.lines[-1].base_bytes
+        if len(self.lines) < _UNKNOWNS:
+            return MemoryLine(base, self.lines[-1].slope_bytes * max_duration_ms / self.edges[-1][0])
+        slopes = np.array([line.slope_bytes for line in self.lines])
+        terms = np.array([_terms(*edges) for edges in self.edges])
+        # Relative errors count, since the largest size that fits goes with 1 / slope.
+        weights = np.linalg.lstsq(terms / slopes[:, None], np.ones(len(slopes)), rcond=None)[0]
+        slope = float(np.dot(weights, _terms(max_duration_ms, max_tokens)))
+        return MemoryLine(base, slope if slope > 0 else float(slopes[-1]))
+
+
+_UNKNOWNS = 5
+
+
+def _terms(max_duration_ms: int, max_tokens: int) -> tuple[float, ...]:
+    seconds, tokens = max_duration_ms / 1000, max_tokens / 10
+    return (1.0, seconds, seconds * seconds, tokens, seconds * tokens)
+
+
+_CLOSE = 0.02  # where two lines through traced sizes differ by less, another trace teaches nothing
+
+
+def predict_batch_size(
+    tracer: StepTracer,
+    max_duration_ms: int,
+    max_tokens: int,
+    budget_bytes: int,
+    max_size: int,
+    guess: MemoryLine | None = None,
+) -> Prediction:
+    """The largest batch of one bucket that fits `budget_bytes`, by one to three traces as a rule; `guess` is what a
+    neighbouring bucket suggests.
+
+    A step's peak is the highest of several moments (the end of forward, the update, …), each affine in the batch size,
+    so it is convex: a line through two sizes lies below it beyond them, hence the answer is at most what the line says;
+    and above it between them, hence what the line says there is safe.
+    """
+    known: dict[int, StepMemory] = {}
+
+    def trace(size: int) -> None:
+        known[size] = tracer.trace(size, max_duration_ms, max_tokens)
+
+    def line(sizes: list[int]) -> MemoryLine:
+        """Through the two of `sizes` next to the answer, or from where a step without utterances should be."""
+        if len(sizes) > 1:
+            small, large = sizes[:2]
+            return MemoryLine.through(small, known[small].peak_bytes, large, known[large].peak_bytes)
+        memory = known[sizes[0]]
+        base = guess.base_bytes if guess is not None else memory.resident_bytes
+        return MemoryLine(base, (memory.peak_bytes - base) / sizes[0])
+
+    def answer(size: int | None, near: MemoryLine) -> Prediction:
+        traced = max(known)
+        at = size or 1
+        peak = known[at].peak_bytes if at in known else round(near.base_bytes + at * near.slope_bytes)
+        return Prediction(size, peak, near, known[traced], traced, len(known))
+
+    trace(min(max_size, guess.largest_batch(budget_bytes) if guess is not None else _FIRST_SIZE))
+    while True:
+        fits = sorted((size for size in known if known[size].peak_bytes <= budget_bytes), reverse=True)
+        fails = sorted(size for size in known if known[size].peak_bytes > budget_bytes)
+        if not fits:
+            if fails[0] == 1:
+                return answer(None, line(fails))
+            trace(min(fails[0] - 1, line(fails).largest_batch(budget_bytes)))
+            continue
+        low = fits[0]
+        near = line([low, fails[0]] if fails else fits)
+        size = min(max_size, near.largest_batch(budget_bytes))
+        if fails and (size <= low or fails[0] <= low * (1 + 5 * _CLOSE)):
+            return answer(max(low, min(size, fails[0] - 1)), near)
+        if size <= low * (1 + _CLOSE):
+            return answer(low, near)
+        trace(size)

@@ -1,0 +1,272 @@
+"""What makes decoding fast changes no text: seldom looks at the device, steps of fixed shape, packed linear layers."""
+
+import copy
+
+import pytest
+import torch
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
+from training_parts import Syncs
+
+from raytrain.decoding import graphs
+from raytrain.decoding.graphs import Programs, kept_programs, programs_for
+from raytrain.decoding.precision import prepare_for_inference
+from raytrain.decoding.search import DecodeSettings, _beam, _greedy, decode
+from raytrain.errors import DataError
+from raytrain.model.canary import Canary, count_parameters
+from raytrain.model.config import ModelConfig
+from raytrain.model.linear import PreparedLinear, affine
+
+EOS, PROMPT = 3, [7, 4, 8]
+SMALL = ModelConfig(
+    encoder_layers=1,
+    encoder_width=32,
+    encoder_heads=2,
+    subsampling_channels=8,
+    decoder_layers=2,
+    decoder_width=48,
+    decoder_heads=2,
+    max_positions=160,
+    vocab_size=29,
+)
+CPU = torch.device("cpu")
+LONG = DecodeSettings(max_generation_delta=90)
+
+
+def talker(config: ModelConfig = SMALL, bias: float = 1.0) -> Canary:
+    """A model with random weights whose texts vary and end at different steps, some at the cap."""
+    torch.manual_seed(7)
+    model = Canary(config).eval()
+    for name, weight in model.named_parameters():
+        if "transf_decoder" in name and weight.ndim == 2:
+            weight.data *= 3
+    model.log_softmax.mlp["layer0"].bias.data[EOS] = bias
+    return model
+
+
+@pytest.fixture(scope="module")
+def spoken():
+    """A model and the encoder states of seven utterances that differ much."""
+    torch.manual_seed(2)
+    states = 3 * torch.randn(7, 13, SMALL.decoder_width)
+    return talker(), states, torch.tensor([13, 8, 3, 10, 1, 12, 6])
+
+
+def run(spoken, search, settings, rows=slice(None), **options):
+    """`search` of some rows; what it finds."""
+    model, states, lengths = spoken[0], spoken[1][rows], spoken[2][rows].clamp_min(1)
+    limits = (lengths + settings.max_generation_delta).clamp_max(model.config.max_positions) - len(PROMPT)
+    prompt = torch.tensor([PROMPT] * len(lengths), device=states.device)
+    with torch.inference_mode():
+        return search(model, states, lengths, prompt, limits, EOS, settings, **options)
+
+
+def assert_same(found, wanted):
+    assert [[one.ids for one in row] for row in found] == [[one.ids for one in row] for row in wanted]
+    for one, other in zip(sum(found, []), sum(wanted, []), strict=True):
+        assert one.ended == other.ended and one.score == pytest.approx(other.score, abs=1e-4)
+        assert one.token_log_probs == pytest.approx(other.token_log_probs, abs=1e-4)
+
+
+@pytest.mark.parametrize("look_every", [3, 8, 64])
+@pytest.mark.parametrize(
+    ("search", "settings"),
+    [
+        (_greedy, LONG),
+        (_beam, DecodeSettings(beam_size=3, n_best=3, max_generation_delta=40)),
+        (_beam, DecodeSettings(beam_size=4, n_best=2, max_generation_delta=60, length_penalty=1.0)),
+    ],
+)
+def test_texts_do_not_depend_on_when_the_host_looks(spoken, search, settings, look_every):
+    wanted = run(spoken, search, settings, look_every=1)
+    assert_same(run(spoken, search, settings, look_every=look_every), wanted)
+    ends = {len(row[0].ids) for row in wanted if row[0].ended}
+    assert len(ends) > 2 and not all(row[0].ended for row in wanted), "texts should end at different steps"
+
+
+class Looks(TorchFunctionMode):
+    """Counts values read from tensors: on a GPU the host waits for each."""
+
+    READS = (torch.Tensor.tolist, torch.Tensor.item, torch.Tensor.__bool__, torch.Tensor.__int__, torch.Tensor.cpu)
+
+    def __init__(self):
+        super().__init__()
+        self.number = 0
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        self.number += func in self.READS
+        return func(*args, **(kwargs or {}))
+
+
+def looks(spoken, search, settings, **options) -> int:
+    with Looks() as reads, Syncs() as syncs:
+        run(spoken, search, settings, **options)
+    assert syncs.found == ["is_nonzero"]  # whether frames are padded
+    return reads.number
+
+
+def test_nothing_is_read_between_two_looks(spoken):
+    model = spoken[0]
+    bias = model.log_softmax.mlp["layer0"].bias
+    bias.data[EOS] -= 100
+    try:
+        one = slice(0, 1)
+        steps = len(run(spoken, _greedy, LONG, one)[0][0].ids)
+        assert steps > 80
+        for programs in (None, Programs(model, spoken[1])):
+            often, seldom, never = (
+                looks(spoken, _greedy, LONG, rows=one, look_every=every, programs=programs) for every in (1, 8, 1000)
+            )
+            assert often - never == steps - 1 and seldom - never == -(-steps // 8) - 1
+            assert never < 6
+        beam = DecodeSettings(beam_size=2, max_generation_delta=50)
+        often, seldom = (looks(spoken, _beam, beam, rows=one, look_every=every) for every in (1, 8))
+        assert 0 < seldom < often / 4
+    finally:
+        bias.data[EOS] += 100
+
+
+@pytest.mark.parametrize("look_every", [1, 8])
+def test_steps_of_fixed_shape_give_the_same_texts(spoken, look_every):
+    programs = Programs(spoken[0], spoken[1])
+    for rows in (slice(None), slice(2, 4), slice(None), slice(4, 5)):  # programs are used again
+        wanted = run(spoken, _greedy, LONG, rows)
+        assert_same(run(spoken, _greedy, LONG, rows, look_every=look_every, programs=programs), wanted)
+    sizes = set(programs._held)
+    assert (8, 64, 64) in sizes and {positions for _, positions, _ in sizes} == {64, 128}, "texts outgrow 64 positions"
+    assert len({rows for rows, _, _ in sizes}) > 2, "the batch shrinks"
+
+
+def test_a_program_is_as_good_as_new_after_a_batch_of_nonsense(spoken):
+    model, states, lengths = spoken
+    programs = Programs(model, states)
+    broken = (model, torch.full_like(states, float("nan")), lengths)
+    run(broken, _greedy, LONG, look_every=8, programs=programs)
+    shorter = (model, states[:, :9], lengths.clamp_max(9))
+    assert_same(run(shorter, _greedy, LONG, programs=programs), run(shorter, _greedy, LONG))
+
+
+def test_programs_are_bounded_in_memory(spoken, monkeypatch):
+    programs = Programs(spoken[0], spoken[1])
+    monkeypatch.setattr(graphs, "MAX_BYTES", 3 * programs.num_bytes(8, 64, 64))
+    assert programs.have_room(8, 13, 60) and not programs.have_room(8, 13, 200) and not programs.have_room(9, 13, 60)
+    with torch.inference_mode():
+        for rows in (8, 4, 2, 1, 7, 3):
+            program = programs.get(rows, 60, 13)
+            assert sum(programs.num_bytes(*key) for key in programs._held) <= graphs.MAX_BYTES
+            assert programs.get(rows, 64, 64) is program and program.rows == graphs.size_class(rows)
+    own = program.cache[0]
+    assert programs.num_bytes(4, 64, 64) == len(program.cache) * sum(
+        part.nbytes for part in (own.self_keys_values, own.cross_keys, own.cross_values)
+    )
+    wanted = run(spoken, _greedy, LONG)
+    assert_same(run(spoken, _greedy, LONG, programs=programs), wanted)  # too large: without programs
+
+
+def test_programs_of_changed_weights_are_dropped(spoken):
+    model, states = talker(), spoken[1]
+    first = kept_programs(model, states)
+    assert kept_programs(model, states) is first
+    with torch.no_grad():
+        model.transf_decoder._decoder.layers[1].first_sub_layer.key_net.weight.mul_(1.5)
+    second = kept_programs(model, states)
+    assert second is not first
+    model.load_state_dict(talker(bias=2.0).state_dict(), assign=True)
+    assert kept_programs(model, states) is not second
+    with torch.inference_mode():
+        assert programs_for(model, states) is None, "a CPU needs none"
+
+
+@pytest.mark.gpu
+def test_graphs_give_the_texts_of_eager_steps(spoken, monkeypatch):
+    model = talker().cuda()
+    states, lengths = (part.clone().cuda() for part in spoken[1:])
+    there = (model, states, lengths)
+    wanted = run(there, _greedy, LONG, look_every=1, programs=None)
+    monkeypatch.setenv(graphs.VARIABLE, "0")
+    with torch.inference_mode():
+        assert programs_for(model, states) is None
+    eager = run(there, _greedy, LONG, look_every=1)
+    monkeypatch.delenv(graphs.VARIABLE)
+    assert_same(wanted, eager)
+    for rows in (slice(None), slice(1, 4), slice(None)):
+        assert_same(run(there, _greedy, LONG, rows), eager[rows])
+    assert len(kept_programs(model, states)._held) > 2
+
+
+# Large enough for oneDNN's kernels, which are taken for weights of 2¹⁷ numbers on.
+WIDE = ModelConfig(
+    encoder_layers=2,
+    encoder_width=256,
+    encoder_heads=4,
+    subsampling_channels=16,
+    decoder_layers=2,
+    decoder_width=384,
+    decoder_heads=4,
+    max_positions=64,
+    vocab_size=512,
+)
+
+
+@pytest.mark.parametrize("shape", [(7, 5), (384, 512)])
+@pytest.mark.parametrize("rows", [1, 3, 40])
+def test_linear_maps_are_linear_maps(shape, rows):
+    torch.manual_seed(0)
+    weight, bias, x = torch.randn(shape), torch.randn(shape[0]), torch.randn(rows, 2, shape[1])
+    for own in (bias, None):
+        wanted = F.linear(x, weight, own)
+        assert torch.allclose(affine(weight, own)(x), wanted, atol=1e-4)
+        errors = [
+            (PreparedLinear(weight, own, name)(x) - wanted).std() / wanted.std() for name in ("fp32", "bf16", "int8")
+        ]
+        assert errors[0] < 1e-6 < 5e-4 < errors[1] < 5e-3 and 2e-3 < errors[2] < 2e-2
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert affine(weight, bias)(x).dtype == torch.bfloat16
+
+
+def test_a_prepared_model_gives_the_same_texts():
+    model = talker(WIDE, bias=-9.0)
+    torch.manual_seed(1)
+    audio, lengths = torch.randn(3, 24000), torch.tensor([24000, 16000, 9000])
+    ids, sizes = torch.randint(4, 500, (3, 20)), torch.full((3,), 3)
+
+    def outputs(one):
+        with torch.inference_mode():
+            states, frames = one.encode(audio, lengths)
+            found = decode(one, states, frames, torch.tensor([PROMPT] * 3), sizes, EOS)
+            return states, one.decode_logits(ids, states, frames).log_softmax(-1), found
+
+    states, log_probs, found = outputs(model)
+    errors = {}
+    for name in ("fp32", "bf16", "int8"):
+        other = prepare_for_inference(copy.deepcopy(model), name, CPU)
+        assert count_parameters(other) < 0.1 * count_parameters(model)
+        own_states, own_log_probs, own_found = outputs(other)
+        errors[name] = float((own_states - states).std() / states.std())
+        assert (own_log_probs - log_probs).abs().mean() < (1e-4 if name == "fp32" else 0.5)
+        if name == "fp32":
+            assert_same(own_found, found)
+        # Steps with a cache go through the packed layers too, as the whole pass does.
+        text = [*PROMPT, *own_found[0][0].ids]
+        with torch.inference_mode():
+            frames = other.encode(audio, lengths)[1]
+            again = other.decode_logits(torch.tensor([text] * 3), own_states, frames).log_softmax(-1)[0]
+        told = [float(again[len(PROMPT) - 1 + i, token]) for i, token in enumerate(own_found[0][0].ids)]
+        assert own_found[0][0].token_log_probs == pytest.approx(told, abs=1e-3 if name == "fp32" else 0.5)
+    assert errors["fp32"] < 1e-5 and 1e-4 < errors["bf16"] < 0.03 and 1e-4 < errors["int8"] < 0.1
+
+
+def test_precisions_that_are_not_there():
+    with pytest.raises(DataError, match="no such precision; got fp8; allowed: fp32, bf16, int8"):
+        prepare_for_inference(talker(), "fp8", CPU)
+    with pytest.raises(DataError, match="int8 weights need a CPU; got device cuda; to do: ask for bf16"):
+        prepare_for_inference(talker(), "int8", torch.device("cuda"))
+
+
+def test_packed_layers_run_in_fixed_shapes_too(spoken):
+    model = prepare_for_inference(talker(), "int8", CPU)
+    there = (model, *spoken[1:])
+    wanted = run(there, _greedy, LONG, slice(1, 2))
+    programs = Programs(model, spoken[1])
+    assert_same(run(there, _greedy, LONG, slice(1, 2), programs=programs), wanted)
+    assert programs._held

@@ -1,0 +1,109 @@
+"""References and hypotheses are compared in one form: what a model learnt by heart has no error, however a text is
+spelt in Unicode."""
+
+import io
+import unicodedata
+from functools import cache
+
+import pytest
+import sentencepiece
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from raytrain.data.assignment import Row
+from raytrain.data.text.tokenizer import SPECIALS, CanaryTokenizer, train_specials
+from raytrain.errors import TokenizerError
+from raytrain.evaluation.error_counts import count_errors
+from raytrain.evaluation.scoring import score, texts_of
+from raytrain.evaluation.worst import worst
+from raytrain.stages.evaluate import result_of
+
+RULES = ("nmt_nfkc", "nfkc_cf", "identity")
+_ACCENTED = st.text(st.characters(max_codepoint=0x24F) | st.characters(min_codepoint=0x300, max_codepoint=0x36F))
+_TYPOGRAPHY = st.text(st.sampled_from("ab …´ﬁ½N°’“”–\u00a0\u200b\u1e9b\u0344\u212b▁ﬂ①"))
+_TEXTS = st.text(max_size=30) | _ACCENTED | _TYPOGRAPHY
+
+
+@cache
+def tokenizer(rule: str) -> CanaryTokenizer:
+    """A tokenizer that writes any text, by bytes where it has no piece, with one of SentencePiece's normalisers."""
+    writer = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(["déjà vu été", "hello world"] * 5),
+        model_writer=writer,
+        model_type="bpe",
+        vocab_size=300,
+        character_coverage=1.0,
+        bos_id=-1,
+        eos_id=-1,
+        pad_id=-1,
+        unk_id=0,
+        hard_vocab_limit=False,
+        minloglevel=2,
+        byte_fallback=True,
+        normalization_rule_name=rule,
+    )
+    return CanaryTokenizer({SPECIALS: train_specials(["en"]), "en": writer.getvalue()})
+
+
+def row(text: str) -> Row:
+    return Row("/audio/1.wav", 0, 1200, " ".join(text.split()), "en", 5, (1, 2, 3))
+
+
+def results(one: CanaryTokenizer, text: str, hypothesis: str) -> list[dict]:
+    return [result_of(0, row(text), False, {"text": hypothesis}, one.normalize)]
+
+
+@pytest.mark.parametrize("rule", RULES)
+@settings(max_examples=150, deadline=None)
+@given(text=_TEXTS)
+def test_a_text_learnt_by_heart_has_no_error(rule, text):
+    one = tokenizer(rule)
+    found = results(one, text, one.decode(one.encode_text(row(text).text, "en")))
+    assert found[0]["hypothesis"] == found[0]["reference"]
+    body = score(texts_of(found))
+    assert body["errors"] == 0 and body["wer"] in (0.0, None)
+    assert worst(texts_of(found))["without_error"] == 1
+
+
+@pytest.mark.parametrize("rule", RULES)
+@settings(max_examples=150, deadline=None)
+@given(text=_TEXTS, hypothesis=_TEXTS)
+def test_the_error_rate_does_not_depend_on_how_a_text_is_composed(rule, text, hypothesis):
+    one = tokenizer(rule)
+    forms = {
+        (count.errors, count.reference_length)
+        for form in ("NFC", "NFD")
+        for other in ("NFC", "NFD")
+        for count in [
+            count_errors(
+                [one.normalize(unicodedata.normalize(form, text), "en")],
+                [one.normalize(unicodedata.normalize(other, hypothesis), "en")],
+            )
+        ]
+    }
+    assert len(forms) == 1
+
+
+@pytest.mark.parametrize("rule", RULES)
+@settings(max_examples=150, deadline=None)
+@given(text=_TEXTS)
+def test_what_is_in_that_form_stays_as_it_is(rule, text):
+    normal = tokenizer(rule).normalize(text, "en")
+    assert tokenizer(rule).normalize(normal, "en") == normal == " ".join(normal.split())
+
+
+def test_case_and_words_are_not_touched_and_changed_references_are_counted():
+    one = tokenizer("nmt_nfkc")
+    plain = results(one, "Ab  C.", "Ab C.")
+    assert plain[0]["reference"] == plain[0]["text"] == "Ab C."
+    text = unicodedata.normalize("NFD", "déjà")
+    changed = results(one, text, "déjà")
+    assert changed[0]["text"] == text and changed[0]["reference"] == "déjà" and changed[0]["wer"] == 0
+    assert score(texts_of([*plain, *changed]))["references_changed"] == 1
+    assert score(texts_of([*plain, *changed]))["wer"] == 0
+
+
+def test_an_unknown_language_has_no_form():
+    with pytest.raises(TokenizerError, match="unknown language; got fr; allowed: en; to do"):
+        tokenizer("identity").normalize("a", "fr")
