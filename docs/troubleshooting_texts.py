@@ -139,7 +139,7 @@ WARNINGS = {
     "… asks for no token: whoever reaches its ports can run code there as its user (CVE-2023-48022); start Ray with "
     "RAY_AUTH_MODE=token": "[Security](security.md) says how to start it.",
     "training waits for data …% of its time: …": "GPUs are idle meanwhile; the warning names what helps ([schedule](schedule.md)).",
-    "MLflow is away (…); metrics.jsonl keeps everything": "Training goes on, and what is missing is sent when the server answers. Check tracking.uri.",
+    "MLflow is unavailable (…); metrics.jsonl keeps everything": "Training continues, and what is missing is sent when the server answers. Check tracking.uri.",
     "the tokenizer can't write all characters of the texts, nor will a model:‹listing›": "Clean the texts of these characters, or take a tokenizer that has them; above tokenizer.max_unknown_fraction "
     "it is an error.",
     "corpus ‹name› has no row that training can use: ‹files›": "The file is empty, or all of its rows are left out, see the table. Mend it, or leave the corpus out of "
@@ -158,7 +158,7 @@ WARNINGS = {
 INDIRECT_WARNINGS = {
     "raytrain/stages/stages.py": ["training waits for data …% of its time: …"],
     "raytrain/tracking/mlflow.py": [
-        "MLflow is away (…); metrics.jsonl keeps everything",
+        "MLflow is unavailable (…); metrics.jsonl keeps everything",
         "MLflow refused an entry (…)",
         "MLflow's database is damaged (…); move it away, and a new one is made; metrics.jsonl keeps everything",
     ],

@@ -1,4 +1,4 @@
-"""The error tree: every failure that a user can cause or mend is a `RaytrainError`.
+"""The error tree: every failure that a user can cause or fix is a `RaytrainError`.
 
     RaytrainError
     ├── ConfigError          a setting is unknown, of the wrong type or contradicts another
@@ -11,7 +11,7 @@
     ├── StorageError         the run folder can't be written (full, read-only, not a folder)
     ├── OwnedError           another process owns the run folder
     ├── ClusterError         a cluster or its Jobs server can't be reached, or refuses
-    └── TrainingError        training can't start or go on
+    └── TrainingError        training can't start or continue
         └── CheckpointError  no checkpoint can be read
 
 A message says what happened, what was got, what is allowed, why, and what to do:
@@ -21,6 +21,11 @@ A message says what happened, what was got, what is allowed, why, and what to do
 """
 
 from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 
 class RaytrainError(Exception):
@@ -52,13 +57,15 @@ class RaytrainError(Exception):
         parts = {"what": self.what, "got": self.got, "allowed": self.allowed, "why": self.why, "remedy": self.remedy}
         return {name: None if part is None else str(part) for name, part in parts.items()}
 
-    def __reduce__(self):
+    def __reduce__(self) -> tuple[Callable[..., RaytrainError], tuple[object, ...]]:
         # Exceptions cross process borders by pickle (Ray); keyword arguments need help there.
         return _rebuild, (type(self), self.what, self.got, self.allowed, self.why, self.remedy)
 
 
-def _rebuild(cls, what, got, allowed, why, remedy):
-    return cls(what, got=got, allowed=allowed, why=why, remedy=remedy)
+def _rebuild(
+    kind: type[RaytrainError], what: str, got: object, allowed: object, why: str | None, remedy: str | None
+) -> RaytrainError:
+    return kind(what, got=got, allowed=allowed, why=why, remedy=remedy)
 
 
 class ConfigError(RaytrainError):
@@ -102,7 +109,7 @@ class ClusterError(RaytrainError):
 
 
 class TrainingError(RaytrainError):
-    """Training can't start or go on."""
+    """Training can't start or continue."""
 
 
 class CheckpointError(TrainingError):

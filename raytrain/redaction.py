@@ -1,6 +1,6 @@
 """Secrets stay in the process: what is written, sent to MLflow or printed goes through `redacted` first.
 
-Hidden are user and password of a URL, query parameters that sign or authorise, and the values of environment variables
+Hidden are user and password of a URL, query parameters that sign or authorize, and the values of environment variables
 whose names say that they are secret:
 
     >>> redacted({"uri": "https://ann:pw@mlflow.example/a?page=2&token=abc"})
@@ -17,9 +17,11 @@ import os
 import re
 import sys
 import traceback
-from typing import Any
+from types import TracebackType
+from typing import Any, TypeVar
 from urllib.parse import quote
 
+T = TypeVar("T")
 HIDDEN = "***"
 TRACKING_VARIABLE = "RAYTRAIN_TRACKING_URI"
 MLFLOW_VARIABLE = "MLFLOW_TRACKING_URI"
@@ -45,17 +47,17 @@ _SECRET_NAME = re.compile(
     re.IGNORECASE,
 )
 # GOOGLE_APPLICATION_CREDENTIALS and the like name a file.
-_NAMES_A_PLACE = re.compile(
+_NAMES_A_LOCATION = re.compile(
     r"(?:_PATH|_FILE|_DIR|_URL|_URI|_ENDPOINT|_EXPIRATION|_MODE|_TYPE)$|^GOOGLE_APPLICATION_CREDENTIALS$", re.IGNORECASE
 )
 
 
-def redacted(value: Any) -> Any:
+def redacted(value: T) -> T:
     """The same text, or nested lists and dicts, with secrets replaced by `***`; other values as they are."""
     return _redacted(value, _secret_values(), {})
 
 
-def _redacted(value: Any, secrets: list[str], done: dict[int, Any]) -> Any:
+def _redacted(value: Any, secrets: list[str], done: dict[int, object]) -> Any:
     if isinstance(value, str):
         return _text(value, secrets)
     if not isinstance(value, dict) and type(value) not in (list, tuple):
@@ -63,9 +65,9 @@ def _redacted(value: Any, secrets: list[str], done: dict[int, Any]) -> Any:
     # What YAML's aliases stand for is one value that hangs in many places.
     if id(value) not in done:
         if isinstance(value, dict):
-            done[id(value)] = {key: _redacted(one, secrets, done) for key, one in value.items()}
+            done[id(value)] = {key: _redacted(item, secrets, done) for key, item in value.items()}
         else:
-            done[id(value)] = type(value)(_redacted(one, secrets, done) for one in value)
+            done[id(value)] = type(value)(_redacted(item, secrets, done) for item in value)
     return done[id(value)]
 
 
@@ -95,13 +97,13 @@ def with_credentials(uri: str) -> str:
 
 def is_secret(name: str, value: str) -> bool:
     """Whether an environment variable holds a secret, as its name or its value tells."""
-    return holds_credentials(value) or bool(_SECRET_NAME.search(name) and not _NAMES_A_PLACE.search(name))
+    return holds_credentials(value) or bool(_SECRET_NAME.search(name) and not _NAMES_A_LOCATION.search(name))
 
 
 def guard_output() -> None:
     """From here on tracebacks and log records of this process are redacted too."""
 
-    def hook(kind: type[BaseException], error: BaseException, trace: Any) -> None:
+    def hook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
         sys.stderr.write(redacted("".join(traceback.format_exception(kind, error, trace))))
 
     def make_record(*arguments: Any, **options: Any) -> logging.LogRecord:
@@ -122,9 +124,9 @@ def _text(text: str, secrets: list[str]) -> str:
 
 def _secret_values() -> list[str]:
     """Values of secret variables, as they are and as a URL spells them; the longest first, for one may hold another."""
-    found = set()
+    values = set()
     for name in list(os.environ):  # another thread may take a variable away
         value = os.environ.get(name, "")
         if len(value) >= _SHORTEST and is_secret(name, ""):
-            found |= {value, quote(value, safe="")}
-    return sorted(found, key=lambda value: (-len(value), value))
+            values |= {value, quote(value, safe="")}
+    return sorted(values, key=lambda value: (-len(value), value))

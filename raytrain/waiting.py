@@ -13,52 +13,61 @@ from raytrain.redaction import redacted
 
 T = TypeVar("T")
 AFTER_SECONDS = 10.0
-EVERY_SECONDS = 60.0
+INTERVAL_SECONDS = 60.0
 _END = object()
 
 
 @contextlib.contextmanager
-def repeating(function: Callable[[], object], seconds: float, name: str = "progress") -> Iterator[None]:
-    """While the body runs, a thread calls `function` every `seconds`, and once more when the body has ended."""
+def repeating(
+    function: Callable[[], float | None],
+    seconds: float,
+    *,
+    name: str = "progress",
+    first: float | None = None,
+    at_end: bool = True,
+    join_seconds: float | None = 10.0,
+) -> Iterator[threading.Thread]:
+    """While the body runs, a thread calls `function` after each `seconds`, or the seconds that it returns.
+
+    The first call comes after `first` seconds, if given; with `at_end` another one comes when the body has ended, for
+    which the end waits `join_seconds` at most (None: as long as it takes).
+    """
     stopped = threading.Event()
 
     def repeat() -> None:
-        while True:
-            is_last = stopped.wait(seconds)
+        pause = seconds if first is None else first
+        while not stopped.wait(pause):
+            pause = function() or seconds
+        if at_end:
             function()
-            if is_last:
-                return
 
     thread = threading.Thread(target=repeat, name=name, daemon=True)
     thread.start()
     try:
-        yield
+        yield thread
     finally:
         stopped.set()
-        thread.join(timeout=10)
+        thread.join(join_seconds)
 
 
 @contextlib.contextmanager
-def telling(what: str | Callable[[], str], after: float | None = None, every: float = EVERY_SECONDS) -> Iterator[None]:
+def telling(
+    what: str | Callable[[], str], after: float | None = None, interval: float = INTERVAL_SECONDS
+) -> Iterator[None]:
     """Say on standard error what the body waits for (`what` may be asked anew each time) when it has taken `after`
-    seconds (10 if left out), and `every` so many again."""
-    stderr, ended, start = os.dup(2), threading.Event(), time.monotonic()  # the body may have fd 2 elsewhere
+    seconds (10 if left out), and again after each `interval` seconds."""
+    stderr, start = os.dup(2), time.monotonic()  # the body may have fd 2 elsewhere
 
-    def watch() -> None:
-        pause = AFTER_SECONDS if after is None else after
-        while not ended.wait(pause):
-            with contextlib.suppress(Exception):  # to ask may fail while what is waited for is away
-                text = what if isinstance(what, str) else what()
-                tell(text, time.monotonic() - start, stderr)
-            pause = every
+    def say() -> None:
+        with contextlib.suppress(Exception):  # asking may fail while what the body waits for is unavailable
+            text = what if isinstance(what, str) else what()
+            tell(text, time.monotonic() - start, stderr)
 
-    thread = threading.Thread(target=watch, name="telling", daemon=True)
-    thread.start()
+    first = AFTER_SECONDS if after is None else after
     try:
-        yield
+        with repeating(say, interval, name="telling", first=first, at_end=False, join_seconds=1) as thread:
+            yield
     finally:
-        ended.set()
-        thread.join(timeout=1)
         if not thread.is_alive():
             os.close(stderr)
 

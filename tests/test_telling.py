@@ -6,7 +6,7 @@ from raytrain import waiting as telling
 
 
 def test_long_waits_say_what_for_and_short_ones_nothing(capfd):
-    with telling.telling("a train", after=0.1, every=0.1):
+    with telling.telling("a train", after=0.1, interval=0.1):
         time.sleep(0.35)
     said = capfd.readouterr().err
     assert said.startswith("  waiting for a train; 0 s so far\n") and said.count("\n") >= 2

@@ -37,7 +37,7 @@ from raytrain.data.corpora.rows import Block
 from raytrain.data.materialize import AudioFinder
 from raytrain.data.text.sequences import EncodedBlock
 from raytrain.errors import ArtifactError, RaytrainError
-from raytrain.storage.artifacts import HashingFile, atomic_write, content_id, json_artefact, read_json, write_json
+from raytrain.storage.artifacts import HashingFile, atomic_write, content_id, json_artifact, read_json, write_json
 from raytrain.storage.filesystem import is_uri, write_bytes
 from raytrain.storage.run_store import DamagedFileError, RunStore
 
@@ -262,7 +262,7 @@ class IndexBody:
 
 def write_note(place: str | Path, note: dict[str, Any]) -> None:
     """Write a chunk's note to a path or URI, after its files: a chunk without one is made again."""
-    write_bytes(str(place), json_artefact(NOTE_FORMAT, note)[1])
+    write_bytes(str(place), json_artifact(NOTE_FORMAT, note)[1])
 
 
 def read_note(path: Path) -> dict[str, Any] | None:
@@ -322,7 +322,7 @@ def write_index(
         "corpora": corpora,  # names and numbers of chunks, in the order of chunks
         "rows": assigned,
         "rows_id": content_id([grid, parts, sources] if sources else [grid, parts]),
-        "notes": [json_artefact(NOTE_FORMAT, note)[0] for note in notes],
+        "notes": [json_artifact(NOTE_FORMAT, note)[0] for note in notes],
         "rejected": dict(sorted(rejected.items())),
         "rejected_examples": [
             {"corpus": corpus, "reason": reason, "rows": number, "first": examples[corpus, reason]}

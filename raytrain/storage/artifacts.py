@@ -1,6 +1,6 @@
-"""Artefacts: files with a format, a content id and their parents' ids, written atomically.
+"""Artifacts: files with a format, a content id and their parents' ids, written atomically.
 
-The id of an artefact is a hash of its body and format alone, so two equal runs write equal bytes and a
+The id of an artifact is a hash of its body and format alone, so two equal runs write equal bytes and a
 stage can tell whether its inputs changed. A reader names the format it expects:
 
     >>> import tempfile; from pathlib import Path
@@ -23,18 +23,22 @@ import tempfile
 from collections.abc import Iterator, Mapping
 from functools import cache
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 from raytrain.errors import ArtifactError, StorageError
 
+if TYPE_CHECKING:
+    from pydantic import TypeAdapter
+    from typing_extensions import Buffer
 
-def canonical_json(value: Any) -> bytes:
+
+def canonical_json(value: object) -> bytes:
     """UTF-8 JSON with sorted keys: equal values give equal bytes. NaN and infinity are refused."""
     text = json.dumps(value, sort_keys=True, indent=1, ensure_ascii=False, allow_nan=False)
     return text.encode() + b"\n"
 
 
-def content_id(value: Any) -> str:
+def content_id(value: object) -> str:
     """16 hex digits that name a JSON value, or bytes, by its content."""
     data = value if isinstance(value, bytes | memoryview) else canonical_json(value)
     return hashlib.blake2b(data, digest_size=8).hexdigest()
@@ -87,7 +91,7 @@ class HashingFile(io.RawIOBase):
         """Bytes written so far."""
         return self._size
 
-    def write(self, data: Any) -> int:
+    def write(self, data: Buffer) -> int:
         """Append bytes."""
         view = memoryview(data).cast("B")
         self._digest.update(view)
@@ -110,7 +114,7 @@ def storage_error(path: Path | str, error: OSError) -> StorageError:
     return StorageError(
         f"can't write {path}",
         why=(error.strerror or str(error)).lower(),
-        remedy="free space, or choose another folder (run.root); finished artefacts are kept as they were",
+        remedy="free space, or choose another folder (run.root); finished artifacts are kept as they were",
     )
 
 
@@ -128,7 +132,7 @@ def atomic_write(path: Path) -> Iterator[BinaryIO]:
             yield file
             file.flush()
             os.fsync(file.fileno())
-        # mkstemp makes files private; artefacts are for whoever may read the folder.
+        # mkstemp makes files private; artifacts are for whoever may read the folder.
         os.chmod(temporary, 0o666 & ~_umask())
         os.replace(temporary, path)
     except OSError as error:
@@ -142,13 +146,13 @@ def check_absent(path: Path, overwrite: bool) -> None:
     """Raises `StorageError` where a command would write over something unasked."""
     path = Path(path)
     try:
-        kind = stat.S_IFMT(os.stat(path).st_mode)
+        kind: int | None = stat.S_IFMT(os.stat(path).st_mode)
     except FileNotFoundError:
         kind = stat.S_IFREG if path.is_symlink() else None
     except OSError as error:
         raise storage_error(path, error) from error
     if kind not in (None, stat.S_IFREG):  # a device would be replaced, for everybody
-        raise StorageError(f"{path} exists already", why="it is no file", remedy="name a file")
+        raise StorageError(f"{path} exists already", why="it is not a file", remedy="name a file")
     if kind is not None and not overwrite:
         remedy = "choose another name, or say --overwrite"
         raise StorageError(f"{path} exists already", why="it would be overwritten", remedy=remedy)
@@ -166,21 +170,21 @@ def atomic_write_bytes(path: Path, data: bytes) -> None:
         file.write(data)
 
 
-def json_artefact(format: str, body: Any, parents: Mapping[str, str] | None = None) -> tuple[str, bytes]:
-    """An artefact's id and bytes; `parents` maps a role to the id of the artefact it came from."""
+def json_artifact(format: str, body: object, parents: Mapping[str, str] | None = None) -> tuple[str, bytes]:
+    """An artifact's id and bytes; `parents` maps a role to the id of the artifact it came from."""
     identity = content_id({"format": format, "body": body})
     return identity, canonical_json({"format": format, "id": identity, "parents": dict(parents or {}), "body": body})
 
 
-def write_json(path: Path, format: str, body: Any, parents: Mapping[str, str] | None = None) -> str:
-    """Write an artefact and return its id; see `json_artefact`."""
-    identity, data = json_artefact(format, body, parents)
+def write_json(path: Path, format: str, body: object, parents: Mapping[str, str] | None = None) -> str:
+    """Write an artifact and return its id; see `json_artifact`."""
+    identity, data = json_artifact(format, body, parents)
     atomic_write_bytes(path, data)
     return identity
 
 
-def read_json(path: Path, format: str, kind: Any = None) -> dict[str, Any]:
-    """Read an artefact: a dict with `format`, `id`, `parents`, `body`. The body fits `kind` (see `fitting`), if given.
+def read_json(path: Path, format: str, kind: object = None) -> dict[str, Any]:
+    """Read an artifact: a dict with `format`, `id`, `parents`, `body`. The body fits `kind` (see `fitting`), if given.
 
     Raises `ArtifactError`.
     """
@@ -190,9 +194,9 @@ def read_json(path: Path, format: str, kind: Any = None) -> dict[str, Any]:
         raise ArtifactError(f"{path} is missing", remedy="run the stage that makes it") from error
     except (OSError, ValueError) as error:
         raise ArtifactError(f"{path} can't be read", why=str(error), remedy=_RERUN) from error
-    found = document.get("format") if isinstance(document, dict) else None
-    if found != format:
-        got = found if isinstance(found, str) else type(document).__name__
+    stated = document.get("format") if isinstance(document, dict) else None
+    if stated != format:
+        got = stated if isinstance(stated, str) else type(document).__name__
         raise ArtifactError(f"{path} has another format", got=got, allowed=format, remedy=_RERUN)
     parents, why = document.get("parents"), None
     if not isinstance(parents, dict) or not all(isinstance(parent, str) for parent in parents.values()):
@@ -212,10 +216,10 @@ def read_json(path: Path, format: str, kind: Any = None) -> dict[str, Any]:
 _RERUN = "delete it and rerun its stage"
 
 
-def read_state(path: Path, kind: Any) -> Any:
+def read_state(path: Path, kind: object) -> Any:
     """The JSON values of a file of small state that fit `kind` (see `fitting`).
 
-    None where the file is missing, can't be read, or holds anything else: whoever asks goes on without it.
+    None where the file is missing, can't be read, or holds anything else: the caller continues without it.
     """
     try:
         return fitting(parse_json(read_at_once(path)), kind)
@@ -231,10 +235,10 @@ def parse_json(data: bytes) -> Any:
         raise ValueError("it is nested too deeply") from error
 
 
-def fitting(value: Any, kind: Any) -> Any:
+def fitting(value: object, kind: object) -> Any:
     """The JSON value as it is, where it fits a type: of a dataclass the fields, beside which there may be more.
 
-    Nothing is converted. Raises `ValueError` that names the first place which does not fit.
+    Nothing is converted. Raises `ValueError` that names the first field that does not fit.
     """
     # Where models alone run there is no pydantic; what they read is checked by hand.
     from pydantic import ValidationError
@@ -243,32 +247,32 @@ def fitting(value: Any, kind: Any) -> Any:
         _adapter(kind).validate_json(json.dumps(value, allow_nan=False), strict=True)
     except ValidationError as error:
         first = error.errors(include_url=False, include_input=False)[0]
-        place = ".".join(str(part) for part in first["loc"])
-        raise ValueError(f"{place or 'it'}: {first['msg'].removeprefix('Value error, ')}") from error
+        field = ".".join(str(part) for part in first["loc"])
+        raise ValueError(f"{field or 'it'}: {first['msg'].removeprefix('Value error, ')}") from error
     except RecursionError as error:
         raise ValueError("it is nested too deeply") from error
     return value
 
 
 @cache
-def _adapter(kind: Any) -> Any:
+def _adapter(kind: Any) -> TypeAdapter[object]:
     from pydantic import TypeAdapter
 
     return TypeAdapter(kind)
 
 
-def is_count(value: Any, least: int = 0) -> bool:
+def is_count(value: object, least: int = 0) -> bool:
     """Whether a JSON value is a whole number from `least` on."""
     return isinstance(value, int) and not isinstance(value, bool) and value >= least
 
 
-def is_number(value: Any) -> bool:
+def is_number(value: object) -> bool:
     """Whether a JSON value is a finite number."""
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def _refuse(name: str) -> Any:
-    raise ValueError(f"{name} is no number in JSON")
+    raise ValueError(f"{name} is not a number in JSON")
 
 
 def _finite(text: str) -> float:

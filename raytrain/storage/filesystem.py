@@ -1,12 +1,12 @@
 """Files wherever they are: a local path, or a URI of any filesystem that pyarrow or fsspec knows.
 
-    expand("s3://speech/manifest_{0..7}.jsonl")      # eight URIs; _OP_0..7_CL_ is NeMo's spelling of the same
     with open_stream("corpus.jsonl.gz") as file: ... # decompressed by its ending
     read_range("s3://speech/audio_0.tar", 512, 64044)
 
 Credentials, endpoints and regions come from the environment, as each filesystem reads them (`AWS_ENDPOINT_URL`,
-`AWS_ACCESS_KEY_ID`, …). A filesystem that is away (no connection, overloaded, an error of its own) is asked again for
-`$RAYTRAIN_STORAGE_PATIENCE` seconds, 120 if unset; what it refuses (no such file, no permission) is told at once.
+`AWS_ACCESS_KEY_ID`, …). A filesystem that is unavailable (no connection, overloaded, an internal error) is asked again
+for `$RAYTRAIN_STORAGE_PATIENCE` seconds, 120 if unset; what it refuses (no such file, no permission) is an error at
+once.
 """
 
 from __future__ import annotations
@@ -14,141 +14,47 @@ from __future__ import annotations
 import fnmatch
 import functools
 import io
-import itertools
-import math
 import os
-import random
-import re
 import shutil
 import stat
 import sys
 import tempfile
-import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, BinaryIO, Concatenate, NamedTuple, ParamSpec, TypeVar
 
-from raytrain.errors import DataError, StorageError
 from raytrain.storage.artifacts import atomic_write_bytes, make_folder, storage_error
-from raytrain.waiting import AFTER_SECONDS, EVERY_SECONDS, tell
+from raytrain.storage.locations import CHECK_THE_PATH, StorageReadError, is_uri, locate, natural_key, parent
+from raytrain.storage.locations import absolute as absolute  # TEMPORARY
+from raytrain.storage.patience import PATIENCE_VARIABLE as PATIENCE_VARIABLE  # TEMPORARY
+from raytrain.storage.patience import is_away as is_away  # TEMPORARY
+from raytrain.storage.patience import patiently
 
-_URI = re.compile(r"^[A-Za-z][A-Za-z0-9+.-]+://")
-_COMPRESSION = {".gz": "gzip", ".gzip": "gzip", ".zst": "zstd", ".zstd": "zstd"}
-_BRACES = re.compile(r"\{([^{}]*)\}|_OP_(.*?)_CL_")
-_NUMBERS = re.compile(r"([+-]?[0-9]+)\.\.([+-]?[0-9]+)(?:\.\.([+-]?[0-9]+))?")
-_PADDED = re.compile(r"-?0[0-9]")
-_LETTERS = re.compile(r"([a-z])\.\.([a-z])|([A-Z])\.\.([A-Z])")
-_MAX_EXPANDED = 1_000_000
-_CONNECTIONS = 32
-_BLOCK = 8 << 20
-PATIENCE_VARIABLE = "RAYTRAIN_STORAGE_PATIENCE"
-# How filesystems say that it is they who can't, and not the request that is wrong.
-_AWAY = re.compile(
-    r"NETWORK_CONNECTION|curlCode|SLOW_DOWN|THROTTLING|SERVICE_UNAVAILABLE|INTERNAL_FAILURE|REQUEST_TIMEOUT"
-    r"|HTTP status 5\d\d|timed? ?out|connection (?:refused|reset|aborted|closed)|can't connect|couldn't connect"
-    r"|temporarily unavailable|name resolution",
-    re.IGNORECASE,
-)
-
-
-_REACHED = (
-    "check the path, data.root (or $RAYTRAIN_DATA_ROOT) and who may read it; `raytrain doctor` tries the storage on "
-    "every node"
-)
-
-
-class StorageReadError(DataError):
-    """A file or folder can't be listed or read."""
-
-
-def is_uri(path: str) -> bool:
-    """Whether a path names a filesystem, as `s3://bucket/key` does."""
-    return bool(_URI.match(path))
-
-
-def absolute(path: str, root: str = "") -> str:
-    """`path` below `root` unless it is a URI or absolute; a local result is absolute."""
-    if is_uri(path):
-        return path
-    path = os.path.expanduser(path)
-    if root and not os.path.isabs(path):
-        path = os.path.expanduser(f"{root.rstrip('/')}/{path}")
-    return path if is_uri(path) else os.path.abspath(path)
-
-
-def parent(path: str) -> str:
-    """The folder that holds `path`."""
-    head, slash, _ = path.rpartition("/")
-    return head or slash
-
-
-@functools.lru_cache(maxsize=64)
-def _filesystem(root: str) -> tuple[Any, str]:
-    """The pyarrow filesystem of `scheme://host`, and how it spells that root."""
+if TYPE_CHECKING:
+    import pyarrow
     import pyarrow.fs
 
-    try:
-        return pyarrow.fs.FileSystem.from_uri(root)
-    except (pyarrow.ArrowInvalid, pyarrow.ArrowNotImplementedError):
-        pass  # not one of pyarrow's own
-    except OSError as error:
-        raise StorageReadError(f"can't reach {root}", why=str(error), remedy=_REACHED) from error
-    import fsspec
-
-    try:
-        filesystem, base = fsspec.core.url_to_fs(root)
-    except (ValueError, ImportError) as error:
-        raise StorageReadError(
-            f"no filesystem for {root}",
-            why=str(error),
-            allowed="what pyarrow or fsspec knows",
-            remedy="correct the address, or install the package that fsspec names for it",
-        ) from error
-    return pyarrow.fs.PyFileSystem(pyarrow.fs.FSSpecHandler(filesystem)), base
+P = ParamSpec("P")
+T = TypeVar("T")
+_COMPRESSION = {".gz": "gzip", ".gzip": "gzip", ".zst": "zstd", ".zstd": "zstd"}
+_CONNECTIONS = 32
+_BLOCK = 8 << 20
 
 
-def locate(path: str) -> tuple[Any, str]:
-    """The pyarrow filesystem of a path, and the path as that filesystem spells it."""
-    if not is_uri(path) or path.startswith("file://"):
-        import pyarrow.fs
+class Entry(NamedTuple):
+    """A file or a folder, by its path or URI."""
 
-        return pyarrow.fs.LocalFileSystem(), path.removeprefix("file://")
-    scheme, _, rest = path.partition("://")
-    host, _, key = rest.partition("/")
-    # One connection for a bucket; pyarrow takes the region from it.
-    filesystem, base = _filesystem(f"{scheme}://{host}")
-    return filesystem, f"{base.rstrip('/')}/{key}" if key else base
+    path: str
+    is_file: bool
 
 
-def is_away(error: BaseException) -> bool:
-    """Whether an error says that a filesystem can't be reached or can't answer now, so that asking again may help."""
-    if isinstance(error, FileNotFoundError | PermissionError | IsADirectoryError | NotADirectoryError):
-        return False
-    return isinstance(error, ConnectionError | TimeoutError) or bool(_AWAY.search(str(error)))
+def _guarded(action: str) -> Callable[[Callable[Concatenate[str, P], T]], Callable[Concatenate[str, P], T]]:
+    """Let a function of a path wait for an unavailable filesystem, and raise `StorageReadError`."""
 
-
-def patiently(function: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
-    """Call a function that may be called again, until no filesystem that it asks is away, or patience is at its end."""
-    until = time.monotonic() + float(os.environ.get(PATIENCE_VARIABLE) or 120)
-    wait, told, start = 0.25, AFTER_SECONDS, time.monotonic()
-    while True:
-        try:
-            return function(*arguments, **options)
-        except (OSError, DataError, StorageError) as error:
-            if not is_away(error) or time.monotonic() + wait > until:
-                raise
-            if time.monotonic() - start > told:
-                told += EVERY_SECONDS
-                tell(f"storage to answer ({' '.join(str(error).split())[:200]})", time.monotonic() - start)
-        time.sleep(wait * random.uniform(0.5, 1.5))  # many workers ask at the same time
-        wait = min(2 * wait, 8.0)
-
-
-def _guarded(action: str):
-    def decorate(function):
+    def decorate(function: Callable[Concatenate[str, P], T]) -> Callable[Concatenate[str, P], T]:
         @functools.wraps(function)
-        def call(path: str, *arguments: Any, **options: Any) -> Any:
+        def call(path: str, /, *arguments: P.args, **options: P.kwargs) -> T:
             try:
                 if is_uri(path):
                     return patiently(function, path, *arguments, **options)
@@ -156,7 +62,7 @@ def _guarded(action: str):
             except OSError as error:
                 missing = isinstance(error, FileNotFoundError)
                 why = "no such file or directory" if missing else error.strerror or str(error)
-                raise StorageReadError(f"can't {action} {path}", why=why, remedy=_REACHED) from error
+                raise StorageReadError(f"can't {action} {path}", why=why, remedy=CHECK_THE_PATH) from error
 
         return call
 
@@ -164,7 +70,7 @@ def _guarded(action: str):
 
 
 @_guarded("read")
-def open_file(path: str) -> Any:
+def open_file(path: str) -> pyarrow.NativeFile:
     """A file with `read`, `seek` and `size`, as it lies there. Raises `StorageReadError`."""
     filesystem, name = locate(path)
     _check_regular(path, name)
@@ -201,7 +107,7 @@ def _not_compressed(path: str, kind: str, why: str) -> StorageReadError:
 class _Stream(io.RawIOBase):
     """What pyarrow reads and decompresses, whose errors name neither the file nor what to do."""
 
-    def __init__(self, path: str, kind: str | None, stream: Any) -> None:
+    def __init__(self, path: str, kind: str | None, stream: pyarrow.NativeFile) -> None:
         self._path, self._kind, self._stream = path, kind, stream
 
     def readable(self) -> bool:
@@ -254,7 +160,7 @@ def file_size(path: str) -> int:
     info = filesystem.get_file_info(name)
     if not info.is_file:
         kind = "is a directory" if info.type.name == "Directory" else "no such file or directory"
-        raise StorageReadError(f"can't read {path}", why=kind, remedy=_REACHED)
+        raise StorageReadError(f"can't read {path}", why=kind, remedy=CHECK_THE_PATH)
     if not is_uri(path):
         with open(path, "rb"):  # a forbidden file fails here, not on a worker
             pass
@@ -276,51 +182,52 @@ def is_folder(path: str) -> bool:
     return filesystem.get_file_info(name).type.name == "Directory"
 
 
-def natural_key(path: str) -> tuple[Any, ...]:
-    """Sorts `m_2` before `m_10`, as their numbers are."""
-    parts: list[Any] = re.split(r"([0-9]+)", path)
-    parts[1::2] = map(int, parts[1::2])
-    return tuple(parts), path
-
-
 def list_files(folder: str, pattern: str = "*", *, recursive: bool = False, missing_ok: bool = False) -> list[str]:
     """Files in a folder, in natural order, whose name matches a shell pattern; with `recursive` those of its folders
     too.
 
     Raises `StorageReadError`, with `missing_ok` not for a folder that is not there."""
-    return [path for path, is_file in _list(folder, pattern, recursive=recursive, missing_ok=missing_ok) if is_file]
+    entries = list_entries(folder, pattern, recursive=recursive, missing_ok=missing_ok)
+    return [entry.path for entry in entries if entry.is_file]
 
 
 @_guarded("list")
-def _list(folder: str, pattern: str, *, recursive: bool = False, missing_ok: bool = False) -> list[tuple[str, bool]]:
-    """(path, whether it is a file) of what `list_files` looks at, and of folders."""
+def list_entries(folder: str, pattern: str, *, recursive: bool = False, missing_ok: bool = False) -> list[Entry]:
+    """What `list_files` looks at, with folders."""
     import pyarrow.fs
 
     filesystem, name = locate(folder)
     selector = pyarrow.fs.FileSelector(name, recursive=recursive, allow_not_found=missing_ok)
     base, skipped = folder.rstrip("/"), len(name.rstrip("/")) + 1
-    found = [
-        (f"{base}/{one.path[skipped:].rstrip('/')}", one.is_file)
-        for one in filesystem.get_file_info(selector)
-        if fnmatch.fnmatchcase(one.base_name, pattern)
+    entries = [
+        Entry(f"{base}/{info.path[skipped:].rstrip('/')}", info.is_file)
+        for info in filesystem.get_file_info(selector)
+        if fnmatch.fnmatchcase(info.base_name, pattern)
     ]
-    return sorted(found, key=lambda one: natural_key(one[0]))
+    return sorted(entries, key=lambda entry: natural_key(entry.path))
+
+
+class Fingerprint(NamedTuple):
+    """Tells that a file changed without reading it; `mtime_ns` is its time of change."""
+
+    size: int
+    mtime_ns: int | None
 
 
 @_guarded("read")
-def fingerprint(path: str) -> list[Any] | None:
-    """Size and time of change: tells that a file changed without reading it; None for a folder.
+def fingerprint(path: str) -> Fingerprint | None:
+    """A file's size and time of change; None for a folder.
 
     Raises `StorageReadError` where there is nothing.
     """
     filesystem, name = locate(path)
     info = filesystem.get_file_info(name)
     if info.type.name == "NotFound":
-        raise StorageReadError(f"can't read {path}", why="no such file or directory", remedy=_REACHED)
-    return [info.size, info.mtime_ns] if info.is_file else None
+        raise StorageReadError(f"can't read {path}", why="no such file or directory", remedy=CHECK_THE_PATH)
+    return Fingerprint(info.size, info.mtime_ns) if info.is_file else None
 
 
-def fingerprints(paths: Sequence[str]) -> list[list[Any] | None]:
+def fingerprints(paths: Sequence[str]) -> list[Fingerprint | None]:
     """`fingerprint` of many files; remote ones are asked for at the same time."""
     with ThreadPoolExecutor(_CONNECTIONS) as pool:
         return list(pool.map(fingerprint, paths))
@@ -357,7 +264,7 @@ def _download(path: str, target: Path, check: Callable[[Path], None]) -> None:
         Path(temporary).unlink(missing_ok=True)
 
 
-def make_parent(filesystem: Any, name: str) -> None:
+def make_parent(filesystem: pyarrow.fs.FileSystem, name: str) -> None:
     """Create the folder of a file where the filesystem has folders; object stores have names with slashes."""
     if filesystem.type_name not in ("s3", "gcs", "abfs"):
         filesystem.create_dir(parent(name), recursive=True)
@@ -376,12 +283,12 @@ def write_bytes(path: str, data: bytes) -> None:
         atomic_write_bytes(Path(path.removeprefix("file://")), data)
 
 
-def _copy_into(source: Path, out: Any) -> None:
+def _copy_into(source: Path, out: BinaryIO) -> None:
     with open(source, "rb") as data:
         shutil.copyfileobj(data, out, _BLOCK)
 
 
-def _put(path: str, write: Callable[[Any], Any]) -> None:
+def _put(path: str, write: Callable[[BinaryIO], object]) -> None:
     """An object store shows an object when it is whole; on other filesystems a reader may see half of it."""
 
     def put() -> None:
@@ -417,7 +324,7 @@ def remove_files(folder: str) -> None:
 
 
 def move_files(source: str, target: str) -> None:
-    """Move a file, or all files of a folder, to another place of the same filesystem. Raises `StorageError`."""
+    """Move a file, or all files of a folder, within a filesystem. Raises `StorageError`."""
     names = [source] if exists(source) else list_files(source, recursive=True, missing_ok=True)
 
     def move(name: str) -> None:
@@ -445,60 +352,7 @@ def bare_name(path: str) -> str:
     return name[: -len(Path(name).suffix)] if compression(name) else name
 
 
-def expand(pattern: str) -> list[str]:
-    """Paths that a pattern stands for: `{0..7}`, `{a,b}`, `_OP_0..7_CL_`, and `*`, `?` in the last part.
+def expand(pattern: str) -> list[str]:  # TEMPORARY
+    from raytrain.storage import patterns
 
-    Braces mean what they mean to a shell, but do not nest: `{0..11}` is 0 to 11, `{00..11}` keeps the zeros,
-    `{8..0..2}` goes down by 2. What a `*` stands for comes in natural order (2 before 10): files, or folders where no
-    file matches, and none whose name begins with a dot. Raises `StorageReadError` where a `*` matches nothing.
-    """
-    parts, end = [], 0
-    for match in _BRACES.finditer(pattern):
-        parts += [[pattern[end : match.start()]], _choices(match)]
-        end = match.end()
-    parts.append([pattern[end:]])
-    if math.prod(map(len, parts)) > _MAX_EXPANDED:
-        raise _too_many(pattern)
-    found: list[str] = []
-    for name in map("".join, itertools.product(*parts)):
-        folder, slash, last = name.rpartition("/")
-        if not any(mark in last for mark in "*?"):
-            found.append(name)
-            continue
-        matches = [
-            one for one in _list(folder or slash or ".", last) if last[0] == "." or "/." not in one[0][len(folder) :]
-        ]
-        chosen = [path for path, is_file in matches if is_file] or [path for path, _ in matches]
-        if not chosen:
-            raise StorageReadError(
-                f"no file matches {name}", remedy="check the pattern and data.root (or $RAYTRAIN_DATA_ROOT)"
-            )
-        found += chosen
-    return found
-
-
-def _too_many(pattern: str) -> StorageReadError:
-    return StorageReadError(
-        f"{pattern} stands for too many files", allowed=f"{_MAX_EXPANDED}", remedy="check the numbers in its braces"
-    )
-
-
-def _choices(match: re.Match) -> Sequence[str]:
-    inner = match[1] if match[1] is not None else match[2]
-    if letters := _LETTERS.fullmatch(inner):
-        first, last = (ord(letter) for letter in letters.groups() if letter)
-        return [chr(number) for number in _span(first, last, 1)]
-    span = _NUMBERS.fullmatch(inner)
-    if not span:
-        # As in a shell, {name} is a name.
-        return inner.split(",") if "," in inner else [match[0]]
-    first, last, step = int(span[1]), int(span[2]), abs(int(span[3] or 1)) or 1
-    if abs(last - first) // step >= _MAX_EXPANDED:
-        raise _too_many(match.string)
-    ends = span[1], span[2]
-    width = max(map(len, ends)) if any(map(_PADDED.match, ends)) else 0
-    return [f"{number:0{width}d}" for number in _span(first, last, step)]
-
-
-def _span(first: int, last: int, step: int) -> range:
-    return range(first, last + 1, step) if last >= first else range(first, last - 1, -step)
+    return patterns.expand(pattern)

@@ -1,4 +1,4 @@
-"""Finished parts of an output file, so that a job that was stopped does only what is missing.
+"""Finished parts of an output file, so that a stopped job does only what is missing.
 
     parts = FinishedParts(Path("out.jsonl"), key="5f0c…")       # in out.jsonl.parts/
     parts.write(0, rows_id, [b'{"pred_text":"one"}'], num_failed=0)
@@ -63,14 +63,14 @@ class FinishedParts:
         self.folder = make_folder(self.output.with_name(self.output.name + ".parts"))
 
     def find(self, number: int, rows_id: str) -> Finished | None:
-        """What is known of a part; None where it is missing, damaged, or of another model, setting or row."""
+        """A part that is done; None where it is missing, damaged, or of another model, setting or row."""
         try:
             head, _, body = self._path(number).read_bytes().partition(b"\n")
             note = fitting(parse_json(head), PartNote)
         except (OSError, ValueError):
             return None
-        known = (note["format"], note["key"], note["rows_id"], note["body_id"])
-        if known != (_FORMAT, self._key, rows_id, content_id(body)):
+        identity = (note["format"], note["key"], note["rows_id"], note["body_id"])
+        if identity != (_FORMAT, self._key, rows_id, content_id(body)):
             return None
         return Finished(note["num_rows"], note["num_failed"])
 
@@ -90,15 +90,15 @@ class FinishedParts:
 
     def join(self, num_parts: int) -> None:
         """Make the output of the first `num_parts` parts, and remove the folder. Raises `StorageError`."""
-        check_absent(self.output, self._overwrite)  # it may have come while the parts were made
+        check_absent(self.output, self._overwrite)  # it may have appeared while the parts were made
         try:
             with atomic_write(self.output) as output:
                 for number in range(num_parts):
                     with open(self._path(number), "rb") as part:
                         part.readline()
                         shutil.copyfileobj(part, output)
-            for part in self.folder.glob("*part-*.jsonl*"):
-                part.unlink(missing_ok=True)
+            for path in self.folder.glob("*part-*.jsonl*"):
+                path.unlink(missing_ok=True)
         except OSError as error:
             raise storage_error(self.output, error) from error
         with contextlib.suppress(OSError):  # not empty: there are files that are not ours

@@ -19,7 +19,8 @@ from pathlib import Path
 
 from raytrain.cluster.sockets import short_folders
 from raytrain.errors import StorageError
-from raytrain.storage.filesystem import file_sizes, is_uri, list_files, remove_files
+from raytrain.storage.filesystem import file_sizes, list_files, remove_files
+from raytrain.storage.locations import is_uri
 
 RAY_FOLDER = "ray"
 OWNER_FILE = "owner.json"

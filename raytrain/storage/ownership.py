@@ -20,153 +20,41 @@ import fcntl
 import functools
 import os
 import secrets
-import shlex
 import signal
-import socket
-import stat
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
-
-import psutil
-import pydantic
+from types import FrameType
+from typing import Protocol, TypeVar
 
 from raytrain.errors import OwnedError, RaytrainError
-from raytrain.redaction import redacted
-from raytrain.storage.artifacts import atomic_write_bytes, canonical_json, make_folder, storage_error
-from raytrain.storage.filesystem import (
-    StorageReadError,
-    exists,
-    fingerprint,
-    is_uri,
-    read_range,
-    remove_file,
-    write_bytes,
-)
-from raytrain.storage.leftovers import OWNER_FILE as FILE
-from raytrain.storage.leftovers import remove_temporaries
+from raytrain.storage.artifacts import atomic_write_bytes, make_folder, storage_error
+from raytrain.storage.filesystem import Fingerprint, fingerprint, remove_file, write_bytes
+from raytrain.storage.leftovers import OWNER_FILE, remove_temporaries
+from raytrain.storage.locations import is_uri
+from raytrain.storage.owner import Owner, Record, read_record, write_owner
+from raytrain.storage.owner import read_owner as read_owner  # TEMPORARY
+from raytrain.storage.owner import this_machine as this_machine  # TEMPORARY
 
 LEASE_SECONDS = 120.0
 RENEW_SECONDS = 20.0
 STOP_SECONDS = 30.0  # what a displaced owner gets to notice and to end its workers
-_LOOK_SECONDS = 2.0
+_CHECK_SECONDS = 2.0
 _SETTLE_SECONDS = 1.0
-_COMMAND_CHARACTERS = 200
-_MOST_BYTES = 1 << 20
 _DISPLACED = signal.SIGUSR2  # Ctrl-C may be ignored: shells start background jobs so
 
 Say = Callable[[str], None]
+T = TypeVar("T")
 
 
-@dataclass(frozen=True)
-class Owner:
-    """Who writes to a run folder: a process of a machine, `since` a time in UTC. `machine` names a boot and a space of
-    process ids, `start` when in it the process began."""
-
-    token: str
-    host: str
-    machine: str
-    pid: int
-    start: str
-    command: str
-    since: datetime
-
-    @classmethod
-    def here(cls) -> Owner:
-        """This process."""
-        started = start_of(os.getpid()) or ""
-        return cls(
-            secrets.token_hex(8),
-            socket.gethostname(),
-            this_machine(),
-            os.getpid(),
-            started,
-            _command(),
-            datetime.now(UTC).replace(microsecond=0),
-        )
-
+class _Configuration(Protocol):
     @property
-    def is_local(self) -> bool:
-        """Whether its process id means something here."""
-        return (self.host, self.machine) == (socket.gethostname(), this_machine())
-
-    @property
-    def is_gone(self) -> bool:
-        """Whether the process is known to write no more: it has ended, or is this one, which could not remove it."""
-        return self.is_local and (self.pid == os.getpid() or start_of(self.pid) != self.start)
-
-    def __str__(self) -> str:
-        since = self.since.astimezone().strftime("%Y-%m-%d %H:%M:%S")
-        shown = f"process {self.pid} on {self.host} (`{self.command}`, since {since})"
-        return "".join(one if one.isprintable() else "?" for one in shown)  # a terminal obeys some characters
+    def run_location(self) -> str: ...
 
 
-_RECORD = pydantic.TypeAdapter(Owner)
-
-
-def write_owner(owner: Owner) -> bytes:
-    """A record's bytes."""
-    return canonical_json(_RECORD.dump_python(owner, mode="json"))
-
-
-def read_owner(data: bytes) -> Owner | None:
-    """The owner in a record's bytes, None where they are no record."""
-    try:
-        owner = _RECORD.validate_json(data)
-        owner.since.astimezone()  # years at either end of the calendar have no local time
-    except (ValueError, OverflowError, OSError):
-        return None
-    return owner if owner.pid > 0 else None
-
-
-def this_machine() -> str:
-    """Names this boot of this machine and this space of process ids, of which containers have their own."""
-    with contextlib.suppress(OSError):
-        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-        return f"{boot} {os.readlink('/proc/self/ns/pid')}"
-    return f"boot {psutil.boot_time():.0f}"
-
-
-def start_of(pid: int) -> str | None:
-    """When a process began, as text that tells it from a later one of the same id; None where it is no more."""
-    try:
-        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-        return None if fields[0] in "ZX" else fields[19]
-    except ProcessLookupError:
-        return None
-    except (OSError, IndexError):
-        with contextlib.suppress(psutil.Error):
-            process = psutil.Process(pid)
-            if process.status() != psutil.STATUS_ZOMBIE:
-                return f"{process.create_time():.0f}"
-    return None
-
-
-def _command() -> str:
-    program = Path(sys.argv[0]).name if sys.argv and sys.argv[0] else "python"
-    text = redacted(shlex.join(["raytrain" if program == "__main__.py" else program, *sys.argv[1:]]))
-    return text if len(text) <= _COMMAND_CHARACTERS else f"{text[:_COMMAND_CHARACTERS]}…"
-
-
-@dataclass(frozen=True)
-class Record:
-    """What lies in a run folder: bytes, and what changes when they are touched."""
-
-    data: bytes
-    stamp: Any
-
-    @property
-    def owner(self) -> Owner | None:
-        """None where the bytes can't be read as a record."""
-        return read_owner(self.data)
-
-    def __str__(self) -> str:
-        return str(self.owner or f"a process that can't be told from {FILE}")
+class _Console(Protocol):
+    def say(self, text: str) -> None: ...
 
 
 class RunLock:
@@ -178,12 +66,13 @@ class RunLock:
 
     def __init__(self, location: str, say: Say = lambda line: None) -> None:
         self.location, self._say = location, say
-        self._path, self._is_remote = f"{location}/{FILE}", is_uri(location)
+        self._path, self._is_remote = f"{location}/{OWNER_FILE}", is_uri(location)
         self._me = Owner.here()
         self._displaced_by: Record | None = None
         self._released, self._ending = threading.Event(), threading.Lock()
         self._thread = threading.Thread(target=self._renew, name="ownership", daemon=True)
-        self._before, self._listens = None, False
+        self._before: Callable[[int, FrameType | None], object] | int | None = None
+        self._listens = False
         self.depth = 1
 
     # --- getting it
@@ -197,7 +86,7 @@ class RunLock:
         until = 0.0
         while True:
             with self._alone() as is_alone:
-                record = self._look()
+                record = read_record(self.location)
                 if record is None or take_over or self._is_free(record, first, until):
                     if self._claim(record, is_alone):
                         break
@@ -206,7 +95,7 @@ class RunLock:
                     first, until = record, time.monotonic() + LEASE_SECONDS - self._age(record)
                     left = max(0.0, until - time.monotonic())
                     self._say(f"  waiting for the lease of {record} to expire, {left:.0f} s, or to be renewed")
-            time.sleep(min(_LOOK_SECONDS, max(0.0, until - time.monotonic())))
+            time.sleep(min(_CHECK_SECONDS, max(0.0, until - time.monotonic())))
         self._listen()
         self._thread.start()
         if record is not None:
@@ -248,7 +137,7 @@ class RunLock:
                 raise storage_error(self._path, error) from error
         if not is_alone:
             time.sleep(_SETTLE_SECONDS)
-        return self._is_mine(self._look())
+        return self._is_mine(read_record(self.location))
 
     def _succeed(self, record: Record, take_over: bool) -> None:
         """Let a displaced owner come to its end, or clear up after a dead one."""
@@ -264,7 +153,7 @@ class RunLock:
             self._say(f"  taking {self.location} over from {record}; it gets {STOP_SECONDS:.0f} s to notice")
             time.sleep(STOP_SECONDS)
         else:
-            self._say(f"  {record} is gone and did not finish; going on")
+            self._say(f"  {record} is gone and did not finish; resuming")
             if not self._is_remote:
                 remove_temporaries(Path(self.location), before=time.time())
 
@@ -286,19 +175,19 @@ class RunLock:
     # --- keeping it
 
     def _renew(self) -> None:
-        looked = touched = time.monotonic()
-        every = RENEW_SECONDS if self._is_remote else _LOOK_SECONDS
-        while not self._released.wait(max(0.0, looked + every - time.monotonic())):
-            looked = time.monotonic()
-            with contextlib.suppress(RaytrainError, OSError):  # storage that is away; the next time may do better
-                record = self._look()
+        checked = touched = time.monotonic()
+        interval = RENEW_SECONDS if self._is_remote else _CHECK_SECONDS
+        while not self._released.wait(max(0.0, checked + interval - time.monotonic())):
+            checked = time.monotonic()
+            with contextlib.suppress(RaytrainError, OSError):  # unavailable storage; the next attempt may succeed
+                record = read_record(self.location)
                 if not self._is_mine(record):
                     self._displaced_by = record or Record(b"", None)
                     self._interrupt()
                     return
-                if looked - touched >= RENEW_SECONDS - 0.5:
+                if checked - touched >= RENEW_SECONDS - 0.5:
                     self._touch()
-                    touched = looked
+                    touched = checked
 
     def _is_mine(self, record: Record | None) -> bool:
         return record is not None and record.owner is not None and record.owner.token == self._me.token
@@ -312,14 +201,14 @@ class RunLock:
     def _interrupt(self) -> None:
         with self._ending:
             if not self._released.is_set() and self._listens:
-                signal.pthread_kill(threading.main_thread().ident, _DISPLACED)
+                signal.pthread_kill(threading.main_thread().ident or 0, _DISPLACED)
 
     def _listen(self) -> None:
         """Have the main thread, where this is it, end as with Ctrl-C once the folder is another's."""
         if threading.current_thread() is not threading.main_thread():
             return
 
-        def displaced(number: int, frame: Any) -> None:
+        def displaced(number: int, frame: FrameType | None) -> None:
             if self._displaced_by is not None:
                 raise KeyboardInterrupt
             if callable(self._before):
@@ -334,12 +223,12 @@ class RunLock:
         removed = self._displaced_by.stamp is None
         raise OwnedError(
             f"{self.location} was taken over while this command wrote to it; it has stopped",
-            got=f"no {FILE}" if removed else str(self._displaced_by),
-            remedy="let the new owner finish; the same command goes on from there",
+            got=f"no {OWNER_FILE}" if removed else str(self._displaced_by),
+            remedy="let the new owner finish; then run the same command to resume",
         )
 
     def release(self) -> None:
-        """Own it no more; a record that can't be removed is left to be found dead."""
+        """End the ownership; a record that can't be removed is left, and later taken for that of a dead process."""
         with self._ending:
             self._released.set()
         if self._thread.is_alive():
@@ -347,66 +236,22 @@ class RunLock:
         if self._listens and threading.current_thread() is threading.main_thread():
             signal.signal(_DISPLACED, self._before or signal.SIG_DFL)
         with contextlib.suppress(RaytrainError, OSError), self._alone():
-            if self._is_mine(self._look()):
+            if self._is_mine(read_record(self.location)):
                 remove_file(self._path)
 
     # --- inside
-
-    def _look(self) -> Record | None:
-        return look_at(self.location)
 
     def _age(self, record: Record) -> float:
         """Seconds since a record was touched, by the storage's own clock; 0 where it can't be told."""
         probe = f"{self.location}/.owner.{secrets.token_hex(4)}"
         try:
             write_bytes(probe, b"now")
-            return max(0.0, (fingerprint(probe)[1] - record.stamp[1]) / 1e9)
+            return max(0.0, (_changed(fingerprint(probe)) - _changed(record.stamp)) / 1e9)
         except (RaytrainError, OSError, TypeError):
             return 0.0
         finally:
             with contextlib.suppress(RaytrainError):
                 remove_file(probe)
-
-
-def look_at(location: str) -> Record | None:
-    """The record in a run folder, None where nobody owns it. Raises `StorageReadError` where that can't be told."""
-    path = f"{location.rstrip('/')}/{FILE}"
-    for attempt in range(3):
-        try:
-            if not _is_there(path):
-                return None
-            stamp = fingerprint(path)
-            record = Record(read_range(path, 0, min(stamp[0], _MOST_BYTES)), stamp)
-        except RaytrainError:  # it may have gone between two calls
-            if attempt == 2:
-                raise
-            record = None
-        if record is not None and record.owner is not None:
-            return record
-        time.sleep(0.05)  # a record is seen while it is written
-    return record
-
-
-def _is_there(path: str) -> bool:
-    """Whether there is a record. Raises `StorageReadError` where something else has its name: no record could ever
-    stand there, or it would be written where a link leads."""
-    if is_uri(path):
-        return exists(path)
-    try:
-        is_file = stat.S_ISREG(os.lstat(path).st_mode)
-    except FileNotFoundError:
-        return False
-    except OSError as error:
-        raise StorageReadError(
-            f"can't read {path}", why=(error.strerror or str(error)).lower(), remedy="choose another folder (run.root)"
-        ) from error
-    if not is_file:
-        raise StorageReadError(
-            f"{path} is no file",
-            why="raytrain notes there who owns the run folder",
-            remedy="remove it, or choose another folder (run.root)",
-        )
-    return True
 
 
 _HELD: dict[str, RunLock] = {}
@@ -447,12 +292,14 @@ def owned(location: str, say: Say = lambda line: None, take_over: bool = False) 
                 lock.release()
 
 
-def owning(function: Callable[..., Any]) -> Callable[..., Any]:
-    """A function of a configuration, a console and more, for whose time this process owns the run folder; it gets
-    the option `take_over`."""
+def owning(function: Callable[..., T]) -> Callable[..., T]:
+    """Let this process own the run folder while a function of a configuration, a console and more runs; it gets the
+    option `take_over`."""
 
     @functools.wraps(function)
-    def call(config: Any, console: Any, *arguments: Any, take_over: bool = False, **options: Any) -> Any:
+    def call(
+        config: _Configuration, console: _Console, *arguments: object, take_over: bool = False, **options: object
+    ) -> T:
         with owned(config.run_location, console.say, take_over):
             return function(config, console, *arguments, **options)
 
@@ -461,9 +308,16 @@ def owning(function: Callable[..., Any]) -> Callable[..., Any]:
 
 def describe_owner(location: str) -> tuple[str, bool] | None:
     """A sentence on who owns a run folder, and whether it may be alive; None where nobody does."""
-    record = look_at(location if is_uri(location) else os.path.realpath(location))
+    record = read_record(location if is_uri(location) else os.path.realpath(location))
     if record is None:
         return None
     if record.owner is not None and record.owner.is_gone:
-        return f"{location} was left by {record}, which is gone; the next command goes on", False
+        return f"{location} was left by {record}, which is gone; the next command resumes", False
     return f"{location} is owned by {record}", True
+
+
+def _changed(stamp: Fingerprint | None) -> int:
+    """When a file changed. Raises `TypeError` where that is unknown."""
+    if stamp is None or stamp.mtime_ns is None:
+        raise TypeError("the storage has no times of change")
+    return stamp.mtime_ns

@@ -17,7 +17,6 @@ import contextlib
 import fnmatch
 import os
 import shutil
-import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -25,7 +24,9 @@ from pathlib import Path, PurePosixPath
 
 from raytrain.errors import ArtifactError, StorageError
 from raytrain.storage.artifacts import content_id, file_id, make_folder, read_json, write_json
-from raytrain.storage.filesystem import download, is_uri, list_files, move_files, remove_file, remove_files, upload
+from raytrain.storage.filesystem import download, list_files, move_files, remove_file, remove_files, upload
+from raytrain.storage.locations import is_uri
+from raytrain.waiting import repeating
 
 CACHE_VARIABLE = "RAYTRAIN_CACHE"
 DEFAULT_CACHE_BYTES = 50 << 30
@@ -204,29 +205,20 @@ class RunStore:
         if not self.is_remote:
             yield
             return
-        stopped = threading.Event()
+        shared = -1
 
-        def watch() -> None:
-            shared, wait = -1, seconds
-            while True:
-                last = stopped.wait(wait)
-                began = time.monotonic()
-                size = path.stat().st_size if path.exists() else -1
-                if size != shared:
-                    with contextlib.suppress(StorageError):  # the next time may do better
-                        self.share(name, path)
-                        shared = size
-                wait = max(seconds, 20 * (time.monotonic() - began))  # a large file is put less often
-                if last:
-                    return
+        def share() -> float:
+            nonlocal shared
+            began = time.monotonic()
+            size = path.stat().st_size if path.exists() else -1
+            if size != shared:
+                with contextlib.suppress(StorageError):  # the next attempt may succeed
+                    self.share(name, path)
+                    shared = size
+            return max(seconds, 20 * (time.monotonic() - began))  # a large file is put less often
 
-        thread = threading.Thread(target=watch, name="sharing", daemon=True)
-        thread.start()
-        try:
+        with repeating(share, seconds, name="sharing", join_seconds=None):
             yield
-        finally:
-            stopped.set()
-            thread.join()
 
     # --- parts of the assignment
 

@@ -1,4 +1,4 @@
-"""Where numbers go: a small protocol, one that does nothing, one that writes JSON lines, one for several."""
+"""Where numbers go: a small protocol, and trackers that drop everything, write JSON lines, or pass on to several."""
 
 from __future__ import annotations
 
@@ -9,11 +9,13 @@ from typing import Any, Protocol
 
 from raytrain.storage.artifacts import is_count, is_number, lines_of, make_folder, storage_error
 
+Line = dict[str, Any]  # `step` and `time_s`, and numbers by name, of which a loss may be NaN or None
+
 
 class Tracker(Protocol):
-    """Takes what a run has to tell. No method raises because a server is away."""
+    """Takes the numbers and files of a run. No method raises because a server is unavailable."""
 
-    def log_params(self, params: Mapping[str, Any]) -> None:
+    def log_params(self, params: Mapping[str, object]) -> None:
         """Settings, once."""
 
     def log_metrics(self, metrics: Mapping[str, float], step: int, seconds: float) -> None:
@@ -27,9 +29,9 @@ class Tracker(Protocol):
 
 
 class NullTracker:
-    """Tells nobody."""
+    """Drops everything."""
 
-    def log_params(self, params: Mapping[str, Any]) -> None:
+    def log_params(self, params: Mapping[str, object]) -> None:
         """Drop them."""
 
     def log_metrics(self, metrics: Mapping[str, float], step: int, seconds: float) -> None:
@@ -67,7 +69,7 @@ class JsonLinesTracker(NullTracker):
         self._file.close()
 
 
-def read_metrics(path: Path) -> list[dict[str, Any]]:
+def read_metrics(path: Path) -> list[Line]:
     """The lines of `JsonLinesTracker` that are whole, each with `step` and numbers; [] without the file.
 
     A writer that was killed leaves half a line, and a damaged disk worse ones: these are left out.
@@ -75,8 +77,8 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     return [line for line in map(metrics_of, lines_of(path)) if line is not None]
 
 
-def metrics_of(line: bytes) -> dict[str, Any] | None:
-    """One line of `JsonLinesTracker`, None where it is none."""
+def metrics_of(line: bytes) -> Line | None:
+    """One line of `JsonLinesTracker`, None where it is not one."""
     try:
         values = json.loads(line)
     except (ValueError, RecursionError):
@@ -88,12 +90,12 @@ def metrics_of(line: bytes) -> dict[str, Any] | None:
 
 
 class MultiTracker:
-    """Tells several trackers in order."""
+    """Passes everything on to several trackers in order."""
 
     def __init__(self, *trackers: Tracker) -> None:
         self.trackers = trackers
 
-    def log_params(self, params: Mapping[str, Any]) -> None:
+    def log_params(self, params: Mapping[str, object]) -> None:
         """Tell all."""
         for tracker in self.trackers:
             tracker.log_params(params)

@@ -2,7 +2,7 @@
 
 One background thread sends what the queue holds. When the server does not answer, it warns once, keeps what it could
 not send and tries again, opening the run included; only what a full queue can't take is lost (metrics.jsonl has it
-all). What the server or the disk refuses (a missing artefact, a changed parameter) costs that one item only.
+all). What the server or the disk refuses (a missing artifact, a changed parameter) costs that item only.
 
     tracker = MlflowTracker.open(tracking_uri="sqlite:////runs/a/mlflow.db", experiment="raytrain", run_name="a")
     child = MlflowTracker.open(..., run_name="train", parent_run_id=tracker.run_id)
@@ -10,6 +10,7 @@ all). What the server or the disk refuses (a missing artefact, a changed paramet
 
 from __future__ import annotations
 
+import functools
 import itertools
 import logging
 import math
@@ -19,37 +20,51 @@ import queue
 import sqlite3
 import threading
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from raytrain.redaction import redacted, with_credentials
+
+if TYPE_CHECKING:
+    from mlflow.entities import Metric, Param
+    from mlflow.tracking import MlflowClient
+
 
 _LOG = logging.getLogger("raytrain.tracking")
 _RETRY_SECONDS = 30.0
 _SYSTEM_SECONDS = 10.0
 _CLOSE_SECONDS = 20.0
-_LAST_TRIES_SECONDS = 8.0  # of those for a server that is away
+_LAST_TRIES_SECONDS = 8.0  # of those, for an unavailable server
 _MAX_QUEUED = 10_000
 _MAX_BATCH = 500  # metrics in one request; the server takes 1000
-_AWAY = "MLflow is away (%s); metrics.jsonl keeps everything"
+_UNAVAILABLE = "MLflow is unavailable (%s); metrics.jsonl keeps everything"
 _DAMAGED = "MLflow's database is damaged (%s); move it away, and a new one is made; metrics.jsonl keeps everything"
 # The server is there and said no: the next item may well go through.
 _REFUSALS = {"INVALID_PARAMETER_VALUE", "BAD_REQUEST", "RESOURCE_DOES_NOT_EXIST", "RESOURCE_ALREADY_EXISTS"}
 
 
-class MlflowTracker:
-    """One MLflow run. Made by `open`; `run_id` is None where the server was away at that time."""
+@dataclass(frozen=True)
+class _End:
+    status: str
 
-    def __init__(self, connect: Callable[[], tuple[Any, str, dict[str, int]]], patience: float = 0.0) -> None:
+
+# Metrics, which may share a request, a call, or the end.
+_Item: TypeAlias = "list[Metric] | Callable[[], object] | _End | None"
+
+
+class MlflowTracker:
+    """One MLflow run. Made by `open`; `run_id` is None where the server was unavailable at that time."""
+
+    def __init__(self, connect: Callable[[], tuple[MlflowClient, str, dict[str, int]]], patience: float = 0.0) -> None:
         """`connect` returns client, run id and the last step of each metric; it may raise and is tried again, for
-        `patience` seconds before this comes back."""
+        `patience` seconds before this returns."""
         self._connect = connect
-        self._client: Any = None
+        self._client: Any = None  # an `MlflowClient` once that the run is open
         self.run_id: str | None = None
         self._last_steps: dict[str, int] = {}
-        self._queue: queue.Queue = queue.Queue(_MAX_QUEUED)
+        self._queue: queue.Queue[_Item] = queue.Queue(_MAX_QUEUED)
         self._give_up_at = time.monotonic() + patience
         self._given_up = False
         self._warned: set[str] = set()
@@ -72,7 +87,7 @@ class MlflowTracker:
         system_metrics: bool = False,
         patience: float = 0.0,
     ) -> MlflowTracker:
-        """Start a run, or go on with `run_id` where it is on the server; metrics up to the steps already there are not
+        """Start a run, or resume `run_id` where it is on the server; metrics up to the steps already there are not
         sent again. With `system_metrics` this machine's CPU, memory, disk, network and GPU load too, every ten seconds.
         A server that does not answer is asked again for `patience` seconds; after that the run is opened in the
         background."""
@@ -82,11 +97,11 @@ class MlflowTracker:
         for name in ("alembic", "mlflow", "urllib3"):
             logging.getLogger(name).setLevel(logging.ERROR)
 
-        def connect() -> tuple[Any, str, dict[str, int]]:
+        def connect() -> tuple[MlflowClient, str, dict[str, int]]:
             from mlflow.tracking import MlflowClient
 
             client = MlflowClient(tracking_uri=with_credentials(tracking_uri))
-            if run_id is None or not _goes_on(client, run_id):
+            if run_id is None or not _is_resumed(client, run_id):
                 return client, _start_run(client, experiment, run_name, parent_run_id, artifact_location), {}
             return client, run_id, _last_steps(client, run_id)
 
@@ -95,14 +110,14 @@ class MlflowTracker:
             tracker._watch_system(tracking_uri)
         return tracker
 
-    def log_params(self, params: Mapping[str, Any]) -> None:
+    def log_params(self, params: Mapping[str, object]) -> None:
         """Flat settings, without secrets; values are cut at MLflow's limit."""
         from mlflow.entities import Param
 
         entries = [Param(str(key), redacted(str(value))[:500]) for key, value in params.items()]
         for start in range(0, len(entries), 100):
             part = entries[start : start + 100]
-            self._put(lambda part=part: self._client.log_batch(self.run_id, params=part))
+            self._put(functools.partial(self._send_batch, params=part))
 
     def log_metrics(self, metrics: Mapping[str, float], step: int, seconds: float) -> None:
         """Numbers by step; WER also by wall time, as `wer_by_second`."""
@@ -130,7 +145,7 @@ class MlflowTracker:
                 self.log_metrics(metrics, line["step"], line.get("time_s", 0.0))
 
     def log_artifact(self, path: Path) -> None:
-        """Copy a file to the run's artefacts."""
+        """Copy a file to the run's artifacts."""
         self._put(lambda: self._client.log_artifact(self.run_id, str(path)))
 
     def _watch_system(self, tracking_uri: str) -> None:
@@ -146,8 +161,8 @@ class MlflowTracker:
                     return
                 monitor.collect_metrics()
                 metrics = {f"system/{name}": value for name, value in monitor.aggregate_metrics().items()}
-                for one in monitor.monitors:
-                    one.clear_metrics()
+                for sensor in monitor.monitors:
+                    sensor.clear_metrics()
                 self.log_metrics(metrics, number, 0.0)
 
         threading.Thread(target=watch, name="system metrics", daemon=True).start()
@@ -163,7 +178,7 @@ class MlflowTracker:
             self._warn("its queue is full")
         self._thread.join(max(0.0, until - time.monotonic()))
 
-    def _put(self, item: list | Callable) -> None:
+    def _put(self, item: _Item) -> None:
         try:
             self._queue.put_nowait(item)
         except queue.Full:
@@ -172,24 +187,30 @@ class MlflowTracker:
     def _send(self) -> None:
         ended = False
         while not ended:
-            points: list = []
+            points: list[Metric] = []
             item = self._queue.get()
-            # Take all metrics that wait into one request; anything else keeps its place in the order.
+            # Take all waiting metrics into one request; anything else keeps its position in the order.
             while isinstance(item, list):
                 points += item
                 full = len(points) >= _MAX_BATCH
-                item = _NOTHING if full or self._queue.empty() else self._queue.get()
+                item = None if full or self._queue.empty() else self._queue.get()
             if points:
-                # Sent twice, where the answer was lost, a point is the same one to MLflow.
-                self._insist(lambda points=points: self._client.log_batch(self.run_id, metrics=points))
+                # Sent twice, because an answer was lost, a point is the same point to MLflow.
+                self._insist(functools.partial(self._send_batch, metrics=points))
             if isinstance(item, _End):
                 ended = True
-                self._insist(lambda status=item.status: self._client.set_terminated(self.run_id, status))
-            elif item is not _NOTHING:
+                self._insist(functools.partial(self._end_run, item.status))
+            elif item is not None:
                 self._insist(item)
 
-    def _insist(self, call: Callable[[], Any]) -> None:
-        """Call until the server takes or refuses it, or it is time to give up; at the end, on what comes after too."""
+    def _send_batch(self, **entries: Sequence[Metric | Param]) -> None:
+        self._client.log_batch(self.run_id, **entries)
+
+    def _end_run(self, status: str) -> None:
+        self._client.set_terminated(self.run_id, status)
+
+    def _insist(self, call: Callable[[], object]) -> None:
+        """Call until the server accepts or refuses it, or it is time to give up, at the end on all later items too."""
         wait = 0.5
         while not self._given_up and not self._try(call):
             if time.monotonic() > self._give_up_at:
@@ -198,8 +219,8 @@ class MlflowTracker:
             time.sleep(0.5) if self._closed.is_set() else self._closed.wait(wait)
             wait = min(2 * wait, _RETRY_SECONDS)
 
-    def _try(self, call: Callable[[], Any]) -> bool:
-        """Whether the server took it, or said that it does not want it."""
+    def _try(self, call: Callable[[], object]) -> bool:
+        """Whether the server accepted or refused it."""
         try:
             if self._client is None:
                 self._client, self.run_id, self._last_steps = self._connect()
@@ -217,35 +238,27 @@ class MlflowTracker:
             return False
         return True
 
-    def _warn(self, why: str, text: str = _AWAY) -> None:
+    def _warn(self, why: str, text: str = _UNAVAILABLE) -> None:
         if text not in self._warned:
             self._warned.add(text)
             _LOG.warning(text, why)
 
 
-@dataclass(frozen=True)
-class _End:
-    status: str
-
-
-_NOTHING = object()
-
-
 def _damage(error: BaseException | None) -> sqlite3.DatabaseError | None:
-    """What SQLite says of a file that is no database, or a broken one; None where something else is wrong."""
+    """What SQLite says of a file that is not a database, or a damaged one; None for any other error."""
     seen: set[int] = set()
     while error is not None and id(error) not in seen:
         seen.add(id(error))
         original = getattr(error, "orig", None)  # SQLAlchemy's errors hold the database's
-        for one in (error, original):
+        for candidate in (error, original):
             # Of its kinds, an OperationalError may pass: a lock, a full disk.
-            if type(one) is sqlite3.DatabaseError:
-                return one
+            if type(candidate) is sqlite3.DatabaseError:
+                return candidate
         error = error.__cause__ or error.__context__
     return None
 
 
-def _goes_on(client: Any, run_id: str) -> bool:
+def _is_resumed(client: MlflowClient, run_id: str) -> bool:
     """Whether a run is on the server, and runs again. It is not after the database was moved away."""
     from mlflow.exceptions import MlflowException
 
@@ -258,16 +271,16 @@ def _goes_on(client: Any, run_id: str) -> bool:
     return True
 
 
-def _last_steps(client: Any, run_id: str) -> dict[str, int]:
+def _last_steps(client: MlflowClient, run_id: str) -> dict[str, int]:
     keys = client.get_run(run_id).data.metrics
     return {key: max(point.step for point in client.get_metric_history(run_id, key)) for key in keys}
 
 
-def _start_run(client: Any, experiment: str, run_name: str, parent: str | None, location: str | None) -> str:
-    found = client.get_experiment_by_name(experiment)
+def _start_run(client: MlflowClient, experiment: str, run_name: str, parent: str | None, location: str | None) -> str:
+    existing = client.get_experiment_by_name(experiment)
     # Else its pages open as those of a chat application, without the list of runs.
     kind = {"mlflow.experimentKind": "custom_model_development"}
-    experiment_id = found.experiment_id if found else client.create_experiment(experiment, location, tags=kind)
+    experiment_id = existing.experiment_id if existing else client.create_experiment(experiment, location, tags=kind)
     tags = {"mlflow.parentRunId": parent} if parent else {}
     return client.create_run(experiment_id, run_name=run_name, tags=tags).info.run_id
 

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from raytrain.config import Config
 from raytrain.redaction import MLFLOW_VARIABLE, without_credentials
 from raytrain.storage.artifacts import atomic_write_bytes, canonical_json, read_state
 from raytrain.tracking import NullTracker, Tracker
+
+if TYPE_CHECKING:
+    from raytrain.tracking.mlflow import MlflowTracker
 
 RUN_NOTE = "mlflow_run.json"
 _PATIENCE_SECONDS = 60.0
@@ -44,7 +47,7 @@ class RunTracking:
 
     def __init__(self, config: Config, run_dir: Path) -> None:
         self._config, self._run_dir = config, run_dir
-        self._parent: Any = None
+        self._parent: MlflowTracker | None = None
         self.current: Tracker = NullTracker()
         self._child_id: str | None = None
         self._status = "FINISHED"
@@ -52,24 +55,25 @@ class RunTracking:
     def __enter__(self) -> RunTracking:
         return self
 
-    def __exit__(self, kind: Any, *_: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         if self._parent is not None:
             self._parent.close("FAILED" if kind else "FINISHED")
 
     @contextlib.contextmanager
     def stage(self, name: str, goes_on: bool = False) -> Iterator[None]:
-        """A child run around one stage, that of its last time where it `goes_on`; FAILED where the body raises."""
+        """A child run around a stage, the run of its last time where it `goes_on`; FAILED where the body raises."""
         if not self._config.tracking.enabled:
             yield
             return
         if self._parent is None:
             self._parent = self._open_parent()
-        known = self._note().get("stages", {}).get(name) if goes_on else None
-        child = self._open(name, self._parent.run_id, run_id=known)
+        note = self._note()
+        earlier = note.stages.get(name) if note and goes_on else None
+        child = self._open(name, self._parent.run_id, run_id=earlier)
         if child.run_id:
             note = self._note()
-            stages = {**note.get("stages", {}), name: child.run_id}
-            atomic_write_bytes(self._run_dir / RUN_NOTE, canonical_json({**note, "stages": stages}))
+            if note is not None:
+                self._write_note(replace(note, stages={**note.stages, name: child.run_id}))
         self.current, self._child_id = child, child.run_id
         status = "FAILED"
         try:
@@ -108,21 +112,29 @@ class RunTracking:
             "system_metrics": True,
         }
 
-    def _open_parent(self) -> Any:
-        known = self._note().get("run_id")
-        parent = self._open(self._config.name, None, run_id=known)
-        if parent.run_id and parent.run_id != known:
-            body = {"uri": tracking_uri(self._config, self._run_dir), "run_id": parent.run_id}
-            atomic_write_bytes(self._run_dir / RUN_NOTE, canonical_json(body))
+    def _open_parent(self) -> MlflowTracker:
+        note = self._note()
+        earlier = note.run_id if note else None
+        parent = self._open(self._config.name, None, run_id=earlier)
+        if parent.run_id and parent.run_id != earlier:
+            self._write_note(RunNote(tracking_uri(self._config, self._run_dir), parent.run_id))
             parent.log_params(_flat(self._config.model_dump(mode="json")))
         return parent
 
-    def _note(self) -> dict[str, Any]:
-        """Ids of this run folder's runs on the configured server, by which they are gone on with."""
-        note = read_state(self._run_dir / RUN_NOTE, RunNote)
-        return note if note and note["uri"] == tracking_uri(self._config, self._run_dir) else {}
+    def _note(self) -> RunNote | None:
+        """Ids of this run folder's runs on the configured server, by which they are resumed."""
+        values = read_state(self._run_dir / RUN_NOTE, RunNote)
+        if not values or values["uri"] != tracking_uri(self._config, self._run_dir):
+            return None
+        return RunNote(values["uri"], values["run_id"], values.get("stages", {}))
 
-    def _open(self, name: str, parent: str | None, run_id: str | None = None) -> Any:
+    def _write_note(self, note: RunNote) -> None:
+        values = asdict(note)
+        if not note.stages:
+            del values["stages"]
+        atomic_write_bytes(self._run_dir / RUN_NOTE, canonical_json(values))
+
+    def _open(self, name: str, parent: str | None, run_id: str | None = None) -> MlflowTracker:
         from raytrain.tracking.mlflow import MlflowTracker
 
         location = None if _server(self._config) else (self._run_dir / "mlartifacts").as_uri()
@@ -133,13 +145,13 @@ class RunTracking:
             run_id=run_id,
             parent_run_id=parent,
             artifact_location=location,
-            # A server that these runs are on already comes back.
+            # A server that has these runs already is expected to come back.
             patience=_PATIENCE_SECONDS if run_id or parent else 0.0,
         )
 
 
-def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
+def _flat(values: Mapping[str, object], prefix: str = "") -> dict[str, object]:
+    flat: dict[str, object] = {}
     for key, value in values.items():
         if isinstance(value, dict):
             flat.update(_flat(value, f"{prefix}{key}."))

@@ -119,7 +119,7 @@ def test_what_is_no_file_is_never_replaced(order, tmp_path):
     for name in ("pipe", "null"):
         for overwrite in (False, True):
             said = refusal(replace(order, output=tmp_path / name, overwrite=overwrite))
-            assert "exists already; because it is no file" in said
+            assert "exists already; because it is not a file" in said
     assert "can't write" in refusal(replace(order, output=tmp_path / ("x" * 300)))
 
 

@@ -8,20 +8,17 @@ import pyarrow as pa
 import pytest
 
 from raytrain.storage.filesystem import (
-    StorageReadError,
-    absolute,
     bare_name,
-    expand,
     file_size,
     file_sizes,
     fingerprint,
     is_folder,
     list_files,
-    locate,
     open_stream,
-    parent,
     read_range,
 )
+from raytrain.storage.locations import StorageReadError, absolute, locate, parent
+from raytrain.storage.patterns import expand
 
 
 @pytest.fixture(params=["local", "file", "s3", "memory"])

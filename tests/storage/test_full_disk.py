@@ -83,7 +83,7 @@ def test_a_damaged_database_is_told_as_that_at_once(tmp_path, caplog, content):
         tracker.close()
     text = " ".join(record.getMessage() for record in caplog.records)
     assert "damaged" in text and "move it away" in text and "metrics.jsonl keeps everything" in text
-    assert "is away" not in text
+    assert "is unavailable" not in text
     assert tracker.run_id is None and (tmp_path / "mlflow.db").read_bytes() == content
 
 

@@ -26,7 +26,8 @@ from raytrain.cluster import supervisor
 from raytrain.cluster.supervision import NOTE, dead_sessions
 from raytrain.storage.artifacts import atomic_write
 from raytrain.storage.leftovers import previous, remove_temporaries, temporaries, trainings
-from raytrain.storage.ownership import Owner, owned, start_of, write_owner
+from raytrain.storage.owner import Owner, start_of, write_owner
+from raytrain.storage.ownership import owned
 
 NAMES = st.text(st.characters(exclude_characters="/\0", exclude_categories=["Cs"]), min_size=1, max_size=40).filter(
     lambda name: name not in (".", "..")

@@ -16,13 +16,15 @@ import pytest
 
 from raytrain.errors import OwnedError
 from raytrain.storage import ownership
-from raytrain.storage.filesystem import StorageReadError
-from raytrain.storage.ownership import FILE, Owner, describe_owner, look_at, owned, read_owner, write_owner
+from raytrain.storage.leftovers import OWNER_FILE
+from raytrain.storage.locations import StorageReadError
+from raytrain.storage.owner import Owner, read_owner, read_record, write_owner
+from raytrain.storage.ownership import describe_owner, owned
 
 
 def write_record(folder: Path, owner: Owner, age: float = 0.0) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    path = folder / FILE
+    path = folder / OWNER_FILE
     path.write_bytes(write_owner(owner))
     os.utime(path, (time.time() - age,) * 2)
 
@@ -64,13 +66,13 @@ def short(monkeypatch):
     monkeypatch.setattr(ownership, "LEASE_SECONDS", 1.0)
     monkeypatch.setattr(ownership, "RENEW_SECONDS", 0.2)
     monkeypatch.setattr(ownership, "STOP_SECONDS", 0.3)
-    monkeypatch.setattr(ownership, "_LOOK_SECONDS", 0.1)
+    monkeypatch.setattr(ownership, "_CHECK_SECONDS", 0.1)
     monkeypatch.setattr(ownership, "_SETTLE_SECONDS", 0.05)
 
 
 def test_owner_is_named_and_gone_afterwards(tmp_path):
     with owned(str(tmp_path / "run")):
-        assert str(os.getpid()) in str(look_at(str(tmp_path / "run")))
+        assert str(os.getpid()) in str(read_record(str(tmp_path / "run")))
     assert list((tmp_path / "run").iterdir()) == []
     with pytest.raises(ZeroDivisionError), owned(str(tmp_path / "run")):
         raise ZeroDivisionError
@@ -83,10 +85,10 @@ def test_one_process_may_own_a_folder_within_itself_and_what_is_below(tmp_path):
     with owned(str(tmp_path / "run")):
         with owned(str(link)), owned(str(tmp_path / "run" / "ablate" / "A")):
             pass
-        assert look_at(str(tmp_path / "run")) is not None
-        assert look_at(str(tmp_path / "run" / "ablate" / "A")) is None
+        assert read_record(str(tmp_path / "run")) is not None
+        assert read_record(str(tmp_path / "run" / "ablate" / "A")) is None
         with owned(str(tmp_path / "run-2")):
-            assert look_at(str(tmp_path / "run-2")) is not None
+            assert read_record(str(tmp_path / "run-2")) is not None
 
 
 def test_living_owner_is_named_and_its_death_frees_the_folder(tmp_path):
@@ -108,7 +110,7 @@ def test_living_owner_is_named_and_its_death_frees_the_folder(tmp_path):
         assert not describe_owner(str(tmp_path))[1]
         with owned(str(tmp_path), lines.append):
             assert "gone" in lines[0]
-            assert sorted(path.name for path in tmp_path.rglob("*")) == [FILE, "tokenizer"]
+            assert sorted(path.name for path in tmp_path.rglob("*")) == [OWNER_FILE, "tokenizer"]
 
 
 def test_reused_process_id_is_not_the_owner(tmp_path):
@@ -125,13 +127,13 @@ def test_displaced_owner_stops(tmp_path):
             assert f"taken over while this command wrote to it; it has stopped; got process {os.getpid()}" in (
                 first.stdout.read()
             )
-        assert look_at(str(tmp_path)) is None
+        assert read_record(str(tmp_path)) is None
 
 
 def test_displaced_owner_stops_also_where_the_new_one_has_ended(tmp_path):
     with holder(tmp_path) as first:
         assert first.stdout.readline() == "owns\n"
-        (tmp_path / FILE).unlink()
+        (tmp_path / OWNER_FILE).unlink()
         assert first.wait(10) == 3
 
 
@@ -142,10 +144,10 @@ def test_lease_of_an_owner_elsewhere(location, tmp_path, short, request):
     if location == "s3":
         run = request.getfixturevalue("s3") + "/owner/run"
         ownership.LEASE_SECONDS = 3.0  # clocks of object stores tell whole seconds
-        put = lambda: ownership.write_bytes(f"{run}/{FILE}", record)  # noqa: E731
+        put = lambda: ownership.write_bytes(f"{run}/{OWNER_FILE}", record)  # noqa: E731
     else:
         run = str(tmp_path)
-        put = lambda: (tmp_path / FILE).write_bytes(record)  # noqa: E731
+        put = lambda: (tmp_path / OWNER_FILE).write_bytes(record)  # noqa: E731
     owner = elsewhere()
     record = write_owner(owner)
     put()
@@ -169,8 +171,8 @@ def test_lease_of_an_owner_elsewhere(location, tmp_path, short, request):
         ended.set()
         thread.join()
     with owned(run, take_over=True):
-        assert look_at(run).owner.pid == os.getpid()
-    assert look_at(run) is None
+        assert read_record(run).owner.pid == os.getpid()
+    assert read_record(run) is None
 
 
 def test_old_record_is_nobodys(tmp_path, short):
@@ -182,18 +184,18 @@ def test_old_record_is_nobodys(tmp_path, short):
 
 def test_owner_renews_its_record(tmp_path, short):
     with owned(str(tmp_path)):
-        before = look_at(str(tmp_path))
+        before = read_record(str(tmp_path))
         time.sleep(0.6)
-        after = look_at(str(tmp_path))
+        after = read_record(str(tmp_path))
         assert before.owner == after.owner and before.stamp != after.stamp
 
 
 @pytest.mark.parametrize("damaged", [b"", b"7", b"{}", b'{"pid": "x"}', b"\xff\xfe{", b"[" * 5000])
 def test_damaged_record_is_an_owner_that_is_waited_for(damaged, tmp_path, short):
-    (tmp_path / FILE).write_bytes(damaged)
+    (tmp_path / OWNER_FILE).write_bytes(damaged)
     assert read_owner(damaged) is None
     with owned(str(tmp_path)):
-        assert look_at(str(tmp_path)).owner.pid == os.getpid()
+        assert read_record(str(tmp_path)).owner.pid == os.getpid()
 
 
 def test_of_many_that_come_at_once_one_owns(tmp_path):
@@ -332,14 +334,14 @@ def test_what_is_no_file_is_no_record(tmp_path):
     for name, make in kinds.items():
         folder = tmp_path / name
         folder.mkdir()
-        make(folder / FILE)
+        make(folder / OWNER_FILE)
         for take_over in (False, True):
             with (
-                pytest.raises(StorageReadError, match=f"{FILE} is no file.*remove it"),
+                pytest.raises(StorageReadError, match=f"{OWNER_FILE} is not a file.*remove it"),
                 owned(str(folder), take_over=take_over),
             ):
                 pass
-        assert [path.name for path in folder.iterdir()] == [FILE] and os.path.lexists(folder / FILE)
+        assert [path.name for path in folder.iterdir()] == [OWNER_FILE] and os.path.lexists(folder / OWNER_FILE)
 
 
 def test_a_record_that_no_process_wrote_names_nobody():

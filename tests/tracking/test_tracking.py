@@ -99,7 +99,7 @@ def test_a_server_that_is_down_warns_and_stops_nothing(caplog, monkeypatch):
     tracker.close()
     assert time.monotonic() - start < 20
     assert tracker.run_id is None
-    assert "is away" in caplog.text and caplog.text.count("WARNING") == 1
+    assert "is unavailable" in caplog.text and caplog.text.count("WARNING") == 1
 
 
 @pytest.mark.parametrize("status", ["FINISHED"])
