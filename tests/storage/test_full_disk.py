@@ -99,7 +99,7 @@ def test_after_a_database_was_moved_away_runs_begin_anew(tmp_path, monkeypatch):
     for _ in range(2):
         with RunTracking(config, config.run_dir) as tracking, tracking.stage("train", goes_on=True):
             note = tracking._note()
-            ids.append((note["run_id"], note["stages"]["train"]))
+            ids.append((note.run_id, note.stages["train"]))
     assert ids[0] == ids[1] and not {*ids[0]} & {"0" * 32, "1" * 32}
     assert MlflowClient(tracking_uri=uri).get_run(ids[0][1]).data.tags["mlflow.parentRunId"] == ids[0][0]
 

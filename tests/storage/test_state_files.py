@@ -191,7 +191,7 @@ def read_faults(folder: Path) -> Any:
 
 def read_mlflow(folder: Path) -> Any:
     note = RunTracking(a_config(folder), folder)._note()
-    return note.get("stages", {}).get("train"), note.get("run_id")
+    return (note.stages.get("train"), note.run_id) if note else (None, None)
 
 
 def read_workspace(read: Callable[[Workspace], Any]) -> Callable[[Path], Any]:
