@@ -1,4 +1,4 @@
-"""What commands that were killed leave behind, and is no run's.
+"""What killed commands leave behind.
 
 Everything raytrain writes appears under its name when it is whole; until then its name begins with a dot and ends with
 eight random characters. Ray Train keeps notes of each training in `ray/train-*`, which nothing reads once it is over. A
@@ -58,9 +58,9 @@ class Leftover:
 
 def temporaries(folder: Path, before: float) -> Iterator[Leftover]:
     """Files and folders below `folder` that were never finished, last changed before a time in seconds; links are not
-    followed, and run folders of others left alone."""
+    followed, and run folders with an owner are left alone."""
     for parent, folders, files in os.walk(folder):
-        _leave_other_runs(parent, folders)
+        _skip_owned_runs(parent, folders)
         for name in [name for name in [*folders, *files] if _TEMPORARY.fullmatch(name)]:
             path = Path(parent, name)
             with contextlib.suppress(FileNotFoundError):
@@ -77,8 +77,8 @@ def _is_unfinished(path: Path) -> bool:
     return "." in name or name in ("writing", "fetching") or not path.lstat().st_mode & 0o077
 
 
-def _leave_other_runs(parent: str, folders: list[str]) -> None:
-    """Take folders that have an owner of their own out of a walk: that one may be at work."""
+def _skip_owned_runs(parent: str, folders: list[str]) -> None:
+    """Take folders with an owner of their own out of a walk: the owner may be at work."""
     folders[:] = [name for name in folders if not os.path.lexists(os.path.join(parent, name, OWNER_FILE))]
 
 
@@ -103,7 +103,7 @@ def trainings(location: str) -> Iterator[Leftover]:
             yield Leftover(f"{base}/{name}", what, sum(file_sizes(paths)))
         return
     for parent, folders, _ in os.walk(location):
-        _leave_other_runs(parent, folders)
+        _skip_owned_runs(parent, folders)
         if Path(parent).name == RAY_FOLDER:
             for name in filter(_TRAINING.fullmatch, folders):
                 yield Leftover(f"{parent}/{name}", what, size_of(Path(parent, name)))

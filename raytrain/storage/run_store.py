@@ -1,9 +1,9 @@
 """A run folder on another filesystem (`run.root: s3://…`), as one machine sees it.
 
-Every process works in a folder of its machine's cache and brings what it needs, checked by content id; what it writes
-for others it puts back. The folder over there is the truth: what is not there does not count here.
+Every process works in a folder of its machine's cache and fetches what it needs, checked by content id; what it writes
+for others it uploads. The remote folder is the truth: a file that is not there does not count here.
 
-    s3://bucket/runs/NAME/files.json         content ids of the artefacts, written after them
+    s3://bucket/runs/NAME/files.json         content ids of the artifacts, written after them
                          stages.json …       small state without an id, read anew each time
                          assignment/…        parts, whose ids stand in their chunk's note
                          checkpoints/…       each with a meta.json that has its files' ids
@@ -31,7 +31,7 @@ from raytrain.waiting import repeating
 CACHE_VARIABLE = "RAYTRAIN_CACHE"
 DEFAULT_CACHE_BYTES = 50 << 30
 _INDEX, _INDEX_FORMAT = "files.json", "raytrain.run_files/1"
-# What the driver publishes; parts and checkpoints are put by who writes them.
+# What the driver publishes; parts and checkpoints are uploaded by their writers.
 _PUBLISHED = (
     "*.json",
     "*.parquet",
@@ -71,7 +71,7 @@ class RunStore:
     """The files of the run folder at `location`, a path or a URI; names are relative, with slashes.
 
     Raises `StorageReadError` and `StorageError` where the other filesystem can't be read or written, after waiting for
-    one that is only away (`raytrain.storage.filesystem`).
+    one that is only unavailable (`raytrain.storage.patience`).
     """
 
     def __init__(self, location: str | Path, cache_bytes: int = DEFAULT_CACHE_BYTES) -> None:
@@ -89,10 +89,10 @@ class RunStore:
         """Where a process writes a growing file that others read by its name; `sharing` puts it there."""
         return self._file(f"own/{name}" if self.is_remote else name)
 
-    # --- artefacts with an id
+    # --- artifacts with an id
 
     def adopt(self) -> None:
-        """Make this machine's copy what the folder over there holds; for the driver, before it begins."""
+        """Make this machine's copy what the remote folder holds; for the driver, before it begins."""
         if not self.is_remote:
             return
         make_folder(self.local)
@@ -100,59 +100,59 @@ class RunStore:
         for name in _STATE:
             self.look(name)
         ids = self._published()
-        for name in {*self._own(), *ids}:
-            if name not in ids or not self._brought(name, ids[name]):
+        for name in {*self._artifacts(), *ids}:
+            if name not in ids or not self._is_fetched(name, ids[name]):
                 self._file(name).unlink(missing_ok=True)
-        steps = {Path(one).parent.name for one in self._below("checkpoints", "meta.json")}
+        steps = {Path(path).parent.name for path in self._below("checkpoints", "meta.json")}
         for folder in self.local.glob("checkpoints/step_*"):
             if folder.name not in steps:
                 shutil.rmtree(folder, ignore_errors=True)
 
     def bring(self, *names: str) -> None:
-        """Have these artefacts here as they were published; one that was not is not here either."""
+        """Get these artifacts as they were published; an artifact that was not published is removed here too."""
         for name in names if self.is_remote else ():
             identity = self._published().get(name)
-            if identity is None or not self._brought(name, identity):
+            if identity is None or not self._is_fetched(name, identity):
                 self._ids = None  # published anew meanwhile
                 identity = self._published().get(name)
                 if identity is None:
                     self._file(name).unlink(missing_ok=True)
-                elif not self._brought(name, identity):
+                elif not self._is_fetched(name, identity):
                     raise StorageError(
                         f"{self.place(name)} is not what was written there",
-                        why="its content has another id than files.json says",
+                        why="its content id is not the one in files.json",
                         remedy="rerun its stage",
                     )
 
     def bring_folder(self, folder: str) -> None:
-        """Have all published artefacts below a folder here."""
+        """Get all published artifacts below a folder."""
         if self.is_remote:
             self.bring(*(name for name in self._published() if name.startswith(f"{folder}/")))
 
     def publish(self) -> None:
-        """Put what changed of the artefacts over there, their ids last; for the driver."""
+        """Upload the artifacts that changed, their ids last; for the driver."""
         if not self.is_remote:
             return
-        known, ids = self._published(), {name: file_id(self._file(name)) for name in self._own()}
+        published, ids = self._published(), {name: file_id(self._file(name)) for name in self._artifacts()}
         for name, identity in ids.items():
-            if known.get(name) != identity:
+            if published.get(name) != identity:
                 upload(self._file(name), self.place(name))
-        if ids != known:
+        if ids != published:
             write_json(self._file(_INDEX), _INDEX_FORMAT, ids)
             self.share(_INDEX)
             self._ids = ids
-        for name in known.keys() - ids.keys():
+        for name in published.keys() - ids.keys():
             self.discard(name)
 
     # --- files without an id
 
     def share(self, name: str, source: Path | None = None) -> None:
-        """Put a file over there as it is now, this machine's one of its name or another."""
+        """Upload a file as it is now, from its path here or from another `source`."""
         if self.is_remote:
             upload(source or self._file(name), self.place(name))
 
     def look(self, name: str) -> Path:
-        """The path of a file, brought as it is there now; where it is not there, it is not here."""
+        """The path of a file, fetched as it is now; a file that is not in the remote folder is removed here too."""
         path = self._file(name)
         if self.is_remote:
             with contextlib.suppress(FileNotFoundError):
@@ -164,11 +164,11 @@ class RunStore:
     def names(self, folder: str, pattern: str) -> set[str]:
         """Names of the files in a folder, where the run is."""
         if self.is_remote:
-            return {Path(one).name for one in self._below(folder, pattern, depth=0)}
+            return {Path(path).name for path in self._below(folder, pattern, depth=0)}
         return {path.name for path in self._file(folder).glob(pattern)}
 
     def look_at_all(self, folder: str, pattern: str) -> None:
-        """`look` for all files of a folder whose names match; those that are here already are not brought again."""
+        """`look` for all files of a folder whose names match; those that are here already are not fetched again."""
         if not self.is_remote:
             return
         there = self.names(folder, pattern)
@@ -179,19 +179,19 @@ class RunStore:
             list(pool.map(self.look, [f"{folder}/{name}" for name in sorted(there - here)]))
 
     def discard(self, name: str) -> None:
-        """Remove a file here and there; one that is not there is fine."""
+        """Remove a file here and in the remote folder, if there is one."""
         self._file(name).unlink(missing_ok=True)
         if self.is_remote:
             remove_file(self.place(name))
 
     def clear(self, folder: str) -> None:
-        """Remove a folder with all files in it, here and there."""
+        """Remove a folder with all files in it, here and in the remote folder."""
         shutil.rmtree(self._file(folder), ignore_errors=True)
         if self.is_remote:
             remove_files(self.place(folder))
 
     def set_aside(self, *names: str) -> None:
-        """Move files and folders into `previous/` over there, over what it holds, and drop them here."""
+        """Move files and folders of the remote folder into its `previous/`, over what it holds, and drop them here."""
         if not self.is_remote:
             return
         for name in names:
@@ -201,7 +201,7 @@ class RunStore:
 
     @contextlib.contextmanager
     def sharing(self, name: str, path: Path, seconds: float = 5.0) -> Iterator[None]:
-        """Put a growing file over there every few seconds, and at the end; a thread of its own does it."""
+        """Upload a growing file every few seconds, and at the end, in a thread beside the body."""
         if not self.is_remote:
             yield
             return
@@ -215,7 +215,7 @@ class RunStore:
                 with contextlib.suppress(StorageError):  # the next attempt may succeed
                     self.share(name, path)
                     shared = size
-            return max(seconds, 20 * (time.monotonic() - began))  # a large file is put less often
+            return max(seconds, 20 * (time.monotonic() - began))  # a large file is uploaded less often
 
         with repeating(share, seconds, name="sharing", join_seconds=None):
             yield
@@ -223,7 +223,7 @@ class RunStore:
     # --- parts of the assignment
 
     def put_part(self, name: str, identity: str, keep: bool = True) -> None:
-        """Put a part that this process wrote over there, and with `keep` into the cache under its content id."""
+        """Upload a part that this process wrote, and with `keep` put it into the cache under its content id."""
         path = self._file(name)
         upload(path, self.place(name))
         if keep:
@@ -233,7 +233,7 @@ class RunStore:
             path.unlink()
 
     def part(self, name: str, identity: str) -> Path:
-        """A part in this machine's cache, brought and checked where it is not there yet. Least used ones make way."""
+        """A part in this machine's cache, fetched and checked if needed. The least used parts are evicted."""
         path = self._part(name, identity)
         try:
             os.utime(path)
@@ -248,16 +248,16 @@ class RunStore:
         return self.local / f"{name}.{identity}"
 
     def _evict(self) -> None:
-        found = []
+        parts = []
         for path in cache_folder().glob(_PARTS):
             with contextlib.suppress(FileNotFoundError):
                 stat = path.stat()
-                found.append((stat.st_mtime_ns, stat.st_size, path))
-        total = sum(size for _, size, _ in found)
+                parts.append((stat.st_mtime_ns, stat.st_size, path))
+        total = sum(size for _, size, _ in parts)
         if total <= self._cache_bytes:
             return
         # The newest stays: it is about to be read.
-        for _, size, path in sorted(found)[:-1]:
+        for _, size, path in sorted(parts)[:-1]:
             path.unlink(missing_ok=True)
             total -= size
             if total <= 0.9 * self._cache_bytes:
@@ -268,9 +268,9 @@ class RunStore:
     def _file(self, name: str) -> Path:
         return self.local / name
 
-    def _own(self) -> list[str]:
-        """Names of the artefacts that are here."""
-        names = {path.relative_to(self.local).as_posix() for one in _PUBLISHED for path in self.local.glob(one)}
+    def _artifacts(self) -> list[str]:
+        """Names of the artifacts that are here."""
+        names = {path.relative_to(self.local).as_posix() for name in _PUBLISHED for path in self.local.glob(name)}
         hidden = {name for name in names if Path(name).name.startswith(".")}
         return sorted(names - hidden - {_INDEX, *_STATE})
 
@@ -282,25 +282,25 @@ class RunStore:
                 parts = PurePosixPath(name).parts
                 if not parts or parts[0] == "/" or ".." in parts or "\0" in name:
                     raise ArtifactError(
-                        f"{self.place(_INDEX)} names a file outside of its folder", got=repr(name), remedy="delete it"
+                        f"{self.place(_INDEX)} names a file outside its folder", got=repr(name), remedy="delete it"
                     )
             self._ids = ids
         return self._ids
 
-    def _brought(self, name: str, identity: str) -> bool:
+    def _is_fetched(self, name: str, identity: str) -> bool:
         path = self._file(name)
         if not (path.exists() and file_id(path) == identity):
             self.look(name)
         return path.exists() and file_id(path) == identity
 
     def _below(self, folder: str, pattern: str, depth: int = 1) -> list[str]:
-        found = list_files(self.place(folder), recursive=depth > 0, missing_ok=True)
-        return [one for one in found if fnmatch.fnmatchcase(one.rpartition("/")[2], pattern)]
+        paths = list_files(self.place(folder), recursive=depth > 0, missing_ok=True)
+        return [path for path in paths if fnmatch.fnmatchcase(path.rpartition("/")[2], pattern)]
 
 
-def _check(path: Path, identity: str, place: str) -> None:
-    found = file_id(path)
-    if found != identity:
+def _check(path: Path, identity: str, location: str) -> None:
+    actual = file_id(path)
+    if actual != identity:
         raise DamagedFileError(
-            f"{place} is damaged", got=f"content id {found}", allowed=identity, remedy="rerun assign"
+            f"{location} is damaged", got=f"content id {actual}", allowed=identity, remedy="rerun assign"
         )

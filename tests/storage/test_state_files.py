@@ -497,7 +497,7 @@ def test_json_is_finite_or_refused(value):
         (b"[1,2]", "another format; got list"),
         (b'{"format":"x/1"}', "changed after it was written"),
         (b"[" * 2_000_000, "nested too deeply"),
-        (b'{"format": "x/1", "body": NaN}', "NaN is no number"),
+        (b'{"format": "x/1", "body": NaN}', "NaN is not a number"),
         (b'{"format": ["x"]}', "another format; got dict"),
         (b"\xff", "can't be read"),
     ],
