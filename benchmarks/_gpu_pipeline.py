@@ -34,7 +34,7 @@ def gpu_tests(bench: Bench) -> None:
     need_modules(["pytest"])
     if not bench.on_cuda:
         raise Skipped("the tests marked gpu need CUDA")
-    files = [str(path.relative_to(ROOT)) for path in sorted((ROOT / "tests").glob("test_*.py")) if is_marked(path)]
+    files = [str(path.relative_to(ROOT)) for path in sorted((ROOT / "tests").rglob("test_*.py")) if is_marked(path)]
     # addopts of pyproject.toml leave these tests out.
     options = ["-m", "gpu", "-v", "-ra", "--tb=short", "-o", "addopts=", "-p", "no:cacheprovider"]
     options += ["--continue-on-collection-errors"]

@@ -44,7 +44,7 @@ PACKAGES = {
     "redaction": set(),
     "waiting": set(),
     "console": {"rich"},
-    "storage": {"fsspec", "numpy", "orjson", "pyarrow", "pydantic", "yaml"},
+    "storage": {"fsspec", "numpy", "orjson", "psutil", "pyarrow", "pydantic", "typing_extensions", "yaml"},
     "lengths": {"numpy"},
     "data": {
         "fsspec",
