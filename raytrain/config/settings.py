@@ -29,8 +29,8 @@ from raytrain.errors import ConfigError
 from raytrain.lengths.plan import BucketSettings
 from raytrain.lengths.schemes import SCHEMES
 from raytrain.model.config import ModelConfig
-from raytrain.ranges import Range
 from raytrain.redaction import MLFLOW_VARIABLE, TRACKING_VARIABLE, holds_credentials, redacted, without_credentials
+from raytrain.settings import Range
 from raytrain.storage.filesystem import absolute, is_uri
 from raytrain.storage.run_store import DEFAULT_CACHE_BYTES, local_folder
 from raytrain.storage.yaml_loading import load_yaml, read_yaml
@@ -533,6 +533,9 @@ def _describe(item: Any) -> str:
         return f"{dotted}: missing"
     message = item["msg"].removeprefix("Value error, ")
     given = item.get("input")
+    if item["type"] == "literal_error":
+        choices = item["ctx"]["expected"].replace("'", "").replace(" or ", ", ")
+        message = f"must be one of {choices}, got {_shown(given)}"
     if item["type"] == "string_type" and isinstance(given, bool | int | float | datetime.date):
         message += f"; {_NOT_TEXT}"
     shown = "" if isinstance(given, dict) or "got" in message else f"; got {_shown(given)}"
