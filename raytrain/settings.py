@@ -19,9 +19,9 @@ Pydantic, where a configuration is read, names the setting with its section; not
 from __future__ import annotations
 
 import typing
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:
     from pydantic import GetCoreSchemaHandler
@@ -58,10 +58,14 @@ class Range:
         return bool(high and (number > self.low if self.above else number >= self.low))  # NaN is in no range
 
     def __str__(self) -> str:
+        return self.text(_plain)
+
+    def text(self, show: Callable[[float], str]) -> str:
+        """The range in words, its ends as `show` writes them."""
+        low, high = show(self.low), show(self.high)
         if not self.above and not self.below:
-            return f"from {_plain(self.low)} to {_plain(self.high)}"
-        low, high = "above" if self.above else "at least", "below" if self.below else "at most"
-        return f"{low} {_plain(self.low)} and {high} {_plain(self.high)}"
+            return f"from {low} to {high}"
+        return f"{'above' if self.above else 'at least'} {low} and {'below' if self.below else 'at most'} {high}"
 
     def problem(self, value: object) -> str | None:
         """What is wrong with a value, None where nothing is."""
@@ -136,21 +140,21 @@ def refuse(problems: Sequence[str]) -> None:
         raise ValueError("; ".join(problems))
 
 
-def _facts(hint: Any) -> Facts:
-    parts = list(_parts(hint))
+def _facts(hint: object) -> Facts:
+    parts = list(parts_of(hint))
     setting = next((part for part in parts if isinstance(part, Setting)), None)
     range = next((part for part in parts if isinstance(part, Range)), None)
     literals = (typing.get_args(part) for part in parts if typing.get_origin(part) is Literal)
     return Facts(setting, range, next(literals, ()), allows_text=str in parts)
 
 
-def _parts(hint: Any) -> Iterator[Any]:
+def parts_of(hint: object) -> Iterator[object]:
     """A type with all that it is made of and annotated with."""
     yield hint
     yield from getattr(hint, "__metadata__", ())
     if typing.get_origin(hint) is not Literal:
         for part in typing.get_args(hint):
-            yield from _parts(part)
+            yield from parts_of(part)
 
 
 def _is_numeric(value: object) -> bool:

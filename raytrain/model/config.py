@@ -67,6 +67,7 @@ class ModelConfig:
             "Ids of the tokenizer; embedding and head are padded to a multiple of 8. A run takes the number from its "
             "tokenizer.",
             unit="tokens",
+            lineage=False,
         ),
     ] = 5248
     prompt_format: Annotated[
@@ -84,7 +85,8 @@ class ModelConfig:
         bool,
         Setting(
             "Give the encoder a linear CTC output, which helps training start and is left out of exported models. A "
-            "run sets it where train.ctc_weight is above 0."
+            "run sets it where train.ctc_weight is above 0.",
+            lineage=False,
         ),
     ] = False
 
