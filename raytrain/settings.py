@@ -24,7 +24,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:
-    from pydantic import GetCoreSchemaHandler
     from pydantic_core import CoreSchema
 
 
@@ -73,7 +72,7 @@ class Range:
         wrong = [number for number in numbers if isinstance(number, int | float) and number not in self]
         return f"must be {self}, got {list(numbers) if numbers is value else value}" if wrong else None
 
-    def __get_pydantic_core_schema__(self, source: object, handler: GetCoreSchemaHandler) -> CoreSchema:
+    def __get_pydantic_core_schema__(self, source: object, handler: Callable[[object], CoreSchema]) -> CoreSchema:
         """How pydantic checks a field that is annotated with a range."""
         from pydantic_core import core_schema
 

@@ -7,19 +7,13 @@ Each setting says so itself (`raytrain.settings.Setting.lineage`).
 
 from __future__ import annotations
 
-from dataclasses import asdict
-from typing import TYPE_CHECKING, Any
-
 from raytrain.settings import Setting, facts_of
 
-if TYPE_CHECKING:
-    from _typeshed import DataclassInstance
 
-
-def lineage_settings(settings: DataclassInstance) -> dict[str, Any]:
+def lineage_settings(settings: object) -> dict[str, object]:
     """The values of a settings dataclass that belong to the lineage, by name, in the order of its fields."""
     facts = facts_of(type(settings))
-    return {name: value for name, value in asdict(settings).items() if _is_lineage(facts[name].setting)}
+    return {name: getattr(settings, name) for name, fact in facts.items() if _is_lineage(fact.setting)}
 
 
 def _is_lineage(setting: Setting | None) -> bool:

@@ -12,7 +12,7 @@ import datetime
 import difflib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from pydantic import ValidationError
 
@@ -21,9 +21,6 @@ from raytrain.config.reference import keys_below
 from raytrain.errors import ConfigError
 from raytrain.redaction import redacted
 from raytrain.storage.yaml_loading import load_yaml, read_yaml
-
-if TYPE_CHECKING:
-    from pydantic_core import ErrorDetails
 
 _LONGEST_SHOWN = 200  # characters of a value in a message
 _MOST_PROBLEMS = 50
@@ -114,7 +111,7 @@ def _shown(value: object) -> str:
     return text if len(text) <= _LONGEST_SHOWN else f"{text[:_LONGEST_SHOWN]}…"
 
 
-def _describe(item: ErrorDetails) -> str:
+def _describe(item: Mapping[str, Any]) -> str:
     """One problem that pydantic reports, in a line that begins with the dotted key."""
     parts = [str(part) for part in item["loc"]]
     key = ".".join(parts)
@@ -128,7 +125,7 @@ def _describe(item: ErrorDetails) -> str:
     return f"{key}: {message[0].lower() + message[1:]}{shown}"
 
 
-def _message(item: ErrorDetails) -> str:
+def _message(item: Mapping[str, Any]) -> str:
     value = item.get("input")
     if item["type"] == "literal_error":
         choices = item["ctx"]["expected"].replace("'", "").replace(" or ", ", ")
