@@ -26,14 +26,14 @@ def selects(selector: str, value: str | None) -> bool:
     """
     match = _SELECTOR.fullmatch(selector)
     if match is None:
-        raise ValueError(f"{selector!r} is no selector of labels")
+        raise ValueError(f"{selector!r} is not a selector of labels")
     negated, single, several = match.groups()
     return (value in (single or several).replace(" ", "").split(",")) != bool(negated)
 
 
 def check_labels(labels: Mapping[str, str]) -> list[str]:
     """What is wrong with label selectors, nothing where they are right."""
-    problems = [f"label {key!r} is no name that a label can have" for key in labels if not _KEY.fullmatch(key)]
+    problems = [f"label {key!r} is not a valid name" for key in labels if not _KEY.fullmatch(key)]
     return problems + [
         f"label {key} must be value, !value, in(value, value) or !in(value, value), got {selector!r}"
         for key, selector in labels.items()

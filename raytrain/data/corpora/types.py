@@ -19,7 +19,7 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from importlib import import_module
-from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple, get_args
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
 
 import numpy as np
 
@@ -38,11 +38,10 @@ from raytrain.storage.filesystem import (
 if TYPE_CHECKING:
     from raytrain.data.corpora.rows import Block, RawRow
 
+Format = Literal["nemo", "nemo_tarred", "lhotse_cuts", "lhotse_shar", "parquet", "audiofolder"]
 # Format → module with `make_chunks(corpus, paths, chunk_bytes)`, which yields chunks without number and languages, and
 # `read(chunk)`, which yields (place of the first row in the chunk, rows as `rows.RawRow`), a few thousand at a time.
 # Where a chunk's `first_line` can be 0, also `first_line(chunk)`.
-Format = Literal["nemo", "nemo_tarred", "lhotse_cuts", "lhotse_shar", "parquet", "audiofolder"]
-FORMATS: tuple[Format, ...] = get_args(Format)
 _READERS = {
     "nemo": "manifest",
     "nemo_tarred": "tarred",
