@@ -16,7 +16,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal
 
 import numpy as np
 
@@ -28,7 +28,6 @@ from raytrain.lengths.optimal import GridRow, optimal_rows, optimal_token_edges
 from raytrain.settings import Range, Setting, refuse, setting_problems
 
 Policy = Literal["equal_mass", "optimal"]
-POLICIES: tuple[Policy, ...] = get_args(Policy)
 Rate = Annotated[float, Range(0, 10**6, above=True)]  # tokens per second
 REASONS = ("", "too_short", "too_long", "too_many_tokens", "tps_outlier")
 
