@@ -13,6 +13,7 @@ from typer.core import TyperGroup
 from raytrain.cli import jobs as jobs_commands
 from raytrain.cli import stopping
 from raytrain.cli.clean import clean
+from raytrain.cli.config import config as explain_config
 from raytrain.cli.doctor import doctor
 from raytrain.cli.options import ConfigOption, SetOption, StagesArgument, TakeOverOption
 from raytrain.cli.transcribe import transcribe
@@ -403,6 +404,7 @@ def convert(
     typer.echo(f"{target} written: {describe(parts)}")
 
 
+app.command("config")(explain_config)
 for _command in (
     transcribe,
     doctor,

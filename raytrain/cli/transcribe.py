@@ -191,7 +191,7 @@ def _manifests(
     if audio and len(audio) != len(manifests):
         raise typer.BadParameter(f"{len(audio)} for {len(manifests)} manifests", param_hint="--audio")
     try:
-        options["device_memory"] = parse_bytes(device_memory)
+        options["device_memory"] = None if device_memory is None else parse_bytes(device_memory)
     except ValueError as error:
         raise typer.BadParameter(str(error), param_hint="--device-memory") from None
     places = zip(manifests, audio or [None] * len(manifests), strict=True)

@@ -14,23 +14,26 @@ _NAME = r"[A-Za-z0-9](?:[A-Za-z0-9._-]{0,61}[A-Za-z0-9])?"
 _KEY = re.compile(rf"(?:[A-Za-z0-9][A-Za-z0-9.-]{{0,252}}/)?{_NAME}")
 _SELECTOR = re.compile(rf"(!?)(?:({_NAME})|in\(({_NAME}(?:, ?{_NAME})*)\))")
 _ACCELERATOR = "accelerator_type:"
-_OWN = ("GPU", "TPU", "memory", "object_store_memory")
+_BUILT_IN = ("GPU", "TPU", "memory", "object_store_memory")
 SMALLEST_SHARE = 1e-4  # of a resource: Ray counts in these
 
 
 def selects(selector: str, value: str | None) -> bool:
-    """Whether a node with this value of a label (None without it) is one that a checked selector means.
+    """Whether a selector selects a node with this value of a label (None without it).
 
-    A selector is `value`, `!value`, `in(value, value)` or `!in(value, value)`; those with `!` also mean nodes without
-    the label.
+    A selector is `value`, `!value`, `in(value, value)` or `!in(value, value)`; those with `!` also select nodes without
+    the label. Raises `ValueError` for what is none of these.
     """
-    negated, one, several = _SELECTOR.fullmatch(selector).groups()
-    return (value in (one or several).replace(" ", "").split(",")) != bool(negated)
+    match = _SELECTOR.fullmatch(selector)
+    if match is None:
+        raise ValueError(f"{selector!r} is not a selector of labels")
+    negated, single, several = match.groups()
+    return (value in (single or several).replace(" ", "").split(",")) != bool(negated)
 
 
 def check_labels(labels: Mapping[str, str]) -> list[str]:
     """What is wrong with label selectors, nothing where they are right."""
-    problems = [f"label {key!r} is no name that a label can have" for key in labels if not _KEY.fullmatch(key)]
+    problems = [f"label {key!r} is not a valid name" for key in labels if not _KEY.fullmatch(key)]
     return problems + [
         f"label {key} must be value, !value, in(value, value) or !in(value, value), got {selector!r}"
         for key, selector in labels.items()
@@ -45,7 +48,7 @@ def check_resources(resources: Mapping[str, float], allowed: tuple[str, ...] = (
     for name, amount in resources.items():
         if name.startswith(_ACCELERATOR):
             problems.append(f"resource {name} is Ray's own; set accelerator_type: {name.removeprefix(_ACCELERATOR)}")
-        elif name in (*_OWN, "CPU") and name not in allowed:
+        elif name in (*_BUILT_IN, "CPU") and name not in allowed:
             problems.append(f"resource {name} is Ray's own; name one that nodes were started with")
         elif not SMALLEST_SHARE <= amount < float("inf"):
             problems.append(f"resource {name} must be at least {SMALLEST_SHARE}, got {amount:g}")

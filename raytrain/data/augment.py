@@ -15,7 +15,7 @@ import numpy as np
 
 from raytrain.data.audio import AudioError, read_audio
 from raytrain.errors import DataError
-from raytrain.ranges import Range, range_problems, refuse
+from raytrain.settings import Range, Setting, refuse, setting_problems
 from raytrain.storage.filesystem import expand
 
 Probability = Annotated[float, Range(0, 1)]
@@ -24,24 +24,31 @@ Decibels = Annotated[float, Range(-200, 200)]
 
 @dataclass(frozen=True)
 class AugmentSettings:
-    """How recordings are changed in training; nothing by default.
-
-    `speeds` are drawn alike, as [0.9, 1.0, 1.1]. `noise` and `impulse_responses` are patterns of audio files, local or
-    remote (`/noise/*.flac`); each is used with its probability. `noise_snr_db` and `gain_db` are ranges to draw from.
-    """
+    """How recordings are changed in training; nothing by default."""
 
     __pydantic_config__ = {"extra": "forbid"}
 
-    speeds: tuple[Annotated[float, Range(0.5, 2)], ...] = ()
-    noise: tuple[str, ...] = ()
-    noise_probability: Probability = 0.5
-    noise_snr_db: tuple[Decibels, Decibels] = (10.0, 30.0)
-    impulse_responses: tuple[str, ...] = ()
-    reverb_probability: Probability = 0.3
-    gain_db: tuple[Decibels, Decibels] | None = None
+    speeds: Annotated[
+        tuple[Annotated[float, Range(0.5, 2)], ...],
+        Setting("Speeds of which each recording gets one, all equally likely, as [0.9, 1.0, 1.1]."),
+    ] = ()
+    noise: Annotated[
+        tuple[str, ...], Setting("Patterns of audio files with noise, local or remote, as /noise/*.flac.")
+    ] = ()
+    noise_probability: Annotated[Probability, Setting("How likely a recording gets noise.")] = 0.5
+    noise_snr_db: Annotated[
+        tuple[Decibels, Decibels], Setting("Lowest and highest ratio of speech to noise to draw from.", unit="dB")
+    ] = (10.0, 30.0)
+    impulse_responses: Annotated[
+        tuple[str, ...], Setting("Patterns of audio files with impulse responses of rooms, for reverberation.")
+    ] = ()
+    reverb_probability: Annotated[Probability, Setting("How likely a recording gets reverberation.")] = 0.3
+    gain_db: Annotated[
+        tuple[Decibels, Decibels] | None, Setting("Lowest and highest gain to draw from.", unit="dB")
+    ] = None
 
     def __post_init__(self) -> None:
-        refuse(range_problems(self))
+        refuse(setting_problems(self))
         problems = []
         for name in ("noise_snr_db", "gain_db"):
             values = getattr(self, name)

@@ -13,52 +13,22 @@ Shapes: B utterances, K beams, T encoder frames, V vocabulary.
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from typing import Annotated, Any
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from raytrain.decoding.graphs import Programs, StaticSteps, programs_for
+from raytrain.decoding.settings import DecodeSettings as DecodeSettings
 from raytrain.decoding.steps import EagerSteps
 from raytrain.errors import DataError
 from raytrain.model.canary import Canary
 from raytrain.model.decoder import LayerCache
 from raytrain.model.linear import affine_of
-from raytrain.ranges import Range, range_problems, refuse
 
 # Steps between two looks of the host at a GPU. A wait costs about as much as a step; so does a step after the end.
 LOOK_EVERY = 8
-
-
-@dataclass(frozen=True)
-class DecodeSettings:
-    """How to search.
-
-    `beam_size` 1 is greedy. Hypotheses of n generated tokens (the end included) rank by
-    log-probability / ((5 + n) / 6)^`length_penalty` (Wu et al. 2016); `n_best` of them are returned. The prompt
-    and what is generated take at most min(max positions, encoder frames + `max_generation_delta`) tokens.
-
-    With `ctc_weight` w the hypotheses of a beam rank by (1 − w)·score + w·log-probability of the CTC head (Watanabe et
-    al. 2017): attention may lose its place where words repeat, CTC does not.
-    """
-
-    __pydantic_config__ = {"extra": "forbid"}
-
-    beam_size: Annotated[int, Range(1, 4096)] = 1
-    length_penalty: Annotated[float, Range(0, 1000)] = 0.0
-    n_best: Annotated[int, Range(1, 4096)] = 1
-    max_generation_delta: Annotated[int, Range(1, 1 << 20)] = 50
-    ctc_weight: Annotated[float, Range(0, 1, below=True)] = 0.0
-
-    def __post_init__(self) -> None:
-        refuse(range_problems(self))
-        problems = []
-        if self.n_best > self.beam_size:
-            problems.append(f"n_best must be from 1 to beam_size ({self.beam_size}), got {self.n_best}")
-        if self.ctc_weight and self.beam_size == 1:
-            problems.append(f"ctc_weight needs a beam_size above 1, got ctc_weight {self.ctc_weight}")
-        refuse(problems)
 
 
 @dataclass(frozen=True)

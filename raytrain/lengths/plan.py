@@ -16,7 +16,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import numpy as np
 
@@ -25,50 +25,68 @@ from raytrain.lengths.cost import CANARY_1B, CostModel
 from raytrain.lengths.grid import Bucket, BucketGrid
 from raytrain.lengths.histogram import LengthHistogram
 from raytrain.lengths.optimal import GridRow, optimal_rows, optimal_token_edges
-from raytrain.ranges import Range, range_problems, refuse
+from raytrain.settings import Range, Setting, refuse, setting_problems
 
-POLICIES = ("equal_mass", "optimal")
+Policy = Literal["equal_mass", "optimal"]
 Rate = Annotated[float, Range(0, 10**6, above=True)]  # tokens per second
 REASONS = ("", "too_short", "too_long", "too_many_tokens", "tps_outlier")
 
 
 @dataclass(frozen=True)
 class BucketSettings:
-    """How to cut the grid.
-
-    `policy` is `equal_mass` (NeMo's rule) or `optimal` (least padded compute by dynamic programming). Both make
-    `num_duration_buckets` × `num_token_buckets` cells; with `num_cells`, `optimal` spreads that many over the
-    durations by need instead.
-
-    `tps_sigma` unset turns the tokens-per-second filter off; `max_tps` fixes its limit: one number, or with
-    `equal_mass` one per duration bucket, as many as the plan has (repeated edges are one bucket).
-    """
+    """How to cut the grid."""
 
     __pydantic_config__ = {"extra": "forbid"}
 
-    num_duration_buckets: Annotated[int, Range(1, 100_000)] = 30
-    num_token_buckets: Annotated[int, Range(1, 100_000)] = 2
-    policy: str = "equal_mass"
-    num_cells: Annotated[int, Range(1, 100_000)] | None = None
-    min_duration_ms: Annotated[int, Range(1, 10**9)] = 100
-    max_duration_ms: Annotated[int, Range(2, 10**9)] = 40_000
-    max_tokens: Annotated[int, Range(1, 1 << 40)] = 1024
-    tps_sigma: Annotated[float, Range(0, 10**6)] | None = 4.0
-    max_tps: Rate | tuple[Rate, ...] | None = None
+    num_duration_buckets: Annotated[int, Range(1, 100_000), Setting("Buckets by duration.", unit="buckets")] = 30
+    num_token_buckets: Annotated[
+        int, Range(1, 100_000), Setting("Buckets by tokens in each bucket by duration.", unit="buckets")
+    ] = 2
+    policy: Annotated[
+        Policy,
+        Setting("equal_mass is NeMo's rule; optimal finds the edges with the least padded compute."),
+    ] = "equal_mass"
+    num_cells: Annotated[
+        int | None,
+        Range(1, 100_000),
+        Setting(
+            "With optimal: this many cells, spread over the durations by need, instead of as many for each duration.",
+            unit="cells",
+        ),
+    ] = None
+    min_duration_ms: Annotated[int, Range(1, 10**9), Setting("Shorter utterances are rejected.", unit="ms")] = 100
+    max_duration_ms: Annotated[int, Range(2, 10**9), Setting("Longer utterances are rejected.", unit="ms")] = 40_000
+    max_tokens: Annotated[
+        int, Range(1, 1 << 40), Setting("Utterances of more tokens, with their prompt, are rejected.", unit="tokens")
+    ] = 1024
+    tps_sigma: Annotated[
+        float | None,
+        Range(0, 10**6),
+        Setting(
+            "Utterances are rejected whose tokens per second are further above the mean of their duration bucket. "
+            "null turns this off.",
+            unit="standard deviations",
+        ),
+    ] = 4.0
+    max_tps: Annotated[
+        Rate | tuple[Rate, ...] | None,
+        Setting(
+            "A fixed limit instead of tps_sigma: one number, or with equal_mass one per duration bucket of the plan.",
+            unit="tokens/s",
+        ),
+    ] = None
 
     def __post_init__(self) -> None:
-        refuse(range_problems(self))
+        refuse(setting_problems(self))
         problems = []
         if self.max_duration_ms <= self.min_duration_ms:
             problems.append(f"max_duration_ms {self.max_duration_ms} must exceed min_duration_ms")
-        if self.policy not in POLICIES:
-            problems.append(f"policy must be one of {', '.join(POLICIES)}, got {self.policy!r}")
         if self.num_cells is not None and self.policy != "optimal":
             problems.append(f"num_cells needs the policy optimal, got {self.policy!r}")
         refuse(problems + self._max_tps_problems())
 
     def _max_tps_problems(self) -> list[str]:
-        problems = []
+        problems: list[str] = []
         if self.max_tps is None:
             return problems
         limits = self.max_tps if isinstance(self.max_tps, tuple) else (self.max_tps,)

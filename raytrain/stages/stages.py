@@ -15,6 +15,7 @@ from raytrain.cluster.gpus import device_names
 from raytrain.cluster.placement import Placement
 from raytrain.cluster.session import ray_session
 from raytrain.config import Config
+from raytrain.config.lineage import lineage_settings
 from raytrain.console import Console
 from raytrain.data.assignment import INDEX_FORMAT, IndexBody, note_name, write_index
 from raytrain.data.corpora.rejected import RejectedRows
@@ -58,34 +59,6 @@ from raytrain.training.data_wait import DataPath, DataWaitMonitor
 from raytrain.training.memory.meter import Probe
 from raytrain.training.memory.probing import ProbeOutcome
 from raytrain.training.memory.tracer import TRACER_VERSION
-
-# Settings of training that say when to stop, look and save, but not what is learnt: a run goes on when they change.
-_NOT_LINEAGE = (
-    "max_steps",
-    "max_epochs",
-    "max_minutes",
-    "stop_at_wer",
-    "validate_every_steps",
-    "max_validation_utterances",
-    "checkpoint_every_steps",
-    "storage_path",
-    "keep_checkpoints",
-    "keep_best",
-    "patience",
-    "max_skipped_steps",
-    "accumulate",
-    "log_every_steps",
-    "num_loader_threads",
-    "prefetch_batches",
-    "max_failures",
-    "stall_minutes",
-    "num_workers",
-    "device",
-    "activation_checkpointing",
-    "shard",
-    "init_from",  # its content counts, wherever it lies
-)
-
 
 _HASHED_BYTES = 64 << 20
 _NUM_EXAMPLES = 3
@@ -541,7 +514,7 @@ def describe_schedule(
 
 def _lineage(workspace: Workspace) -> str:
     """Names what a checkpoint was learnt from: another lineage's checkpoints can't be gone on with."""
-    settings = {name: value for name, value in asdict(workspace.config.train).items() if name not in _NOT_LINEAGE}
+    settings = lineage_settings(workspace.config.train)
     if workspace.config.train.schedule == "cosine":  # which ends at max_steps
         settings["max_steps"] = workspace.config.train.max_steps
     data = workspace.config.data

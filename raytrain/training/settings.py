@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, Literal
 
-from raytrain.ranges import Range, range_problems, refuse
+from raytrain.settings import Range, Setting, refuse, setting_problems
 
 MAX_WORKERS = 65_536
 LearningRate = Annotated[float, Range(0, 100, above=True)]
@@ -17,82 +17,176 @@ Moment = Annotated[float, Range(0, 1, above=True, below=True)]
 
 @dataclass(frozen=True)
 class TrainSettings:
-    """Settings of training; the defaults are the recipe of arXiv 2503.05931 where it states one.
-
-    `precision` is `auto` (bf16 autocast on a GPU, fp32 on a CPU), `fp32` or `bf16`. `ctc_weight` mixes an
-    auxiliary CTC loss on the encoder into the total: (1 − w)·CE + w·CTC; a decoder trained from scratch on
-    few hours does not learn to attend without it. `device` is `auto`, `cpu` or `cuda`. `init_from` names a model to
-    start from: a `.nemo` file, a run, a checkpoint or a Hugging Face folder, where every worker can read it.
-    `mask_prompt` trains on the text alone and not on the prompt's tokens. `activation_checkpointing` computes the
-    encoder's blocks twice, for less memory. `shard` spreads weights, gradients and moments over all workers (FSDP2),
-    for models that one GPU does not hold. Training ends at `max_steps`, `max_epochs` or `max_minutes`, whichever comes
-    first, or where the best WER is `patience` validations old.
-
-    `accumulate` micro-batches of one bucket make a step, as if there were that many times more workers: the same rows
-    in the same steps. `schedule` is what follows the warm-up: `inverse_sqrt`, or `cosine` down to `min_learning_rate`
-    at `max_steps`. With `average_decay` (0.999) a moving average of the weights is kept, validated and saved too. After
-    `max_skipped_steps` steps in a row whose gradients were not finite training ends; the run folder's `bad_steps` has
-    their rows. A worker that does nothing for `stall_minutes` is ended, and training starts again from the last
-    checkpoint, as it does after any failure, up to `max_failures` times.
-
-    `storage_path` (a folder or `s3://bucket/path`) gets copies of the checkpoints, from which training goes on where
-    the run folder is lost.
-
-    `num_loader_threads` read and decode audio ahead of a worker's steps; `auto` is its node's CPUs over the node's
-    workers, less one, from 1 to 16.
-
-    `num_workers` may be [least, most]: training then goes on with as many workers as there is room for, and with fewer
-    of them each accumulates more, so that the steps stay the same.
-    """
+    """Settings of training; the defaults are the recipe of arXiv 2503.05931 where it states one."""
 
     __pydantic_config__ = {"extra": "forbid"}
 
-    init_from: str | None = None
-    activation_checkpointing: bool = False
-    shard: bool = False
-    num_workers: Annotated[int | tuple[int, int], Range(1, MAX_WORKERS)] = (1, 2)
-    accumulate: Annotated[int, Range(1, 65_536)] = 1
-    device: str = "auto"
-    precision: str = "auto"
-    max_steps: Steps = 1000
-    max_epochs: Annotated[int, Range(1, 10**9)] | None = None
-    max_minutes: Minutes | None = None
-    stop_at_wer: ErrorRate | None = None
-    learning_rate: LearningRate = 3e-4
-    min_learning_rate: Annotated[float, Range(0, 100)] = 1e-6
-    warmup_steps: Steps = 2500
-    schedule: str = "inverse_sqrt"
-    beta1: Moment = 0.9
-    beta2: Moment = 0.98
-    weight_decay: Annotated[float, Range(0, 100)] = 1e-3
-    clip_norm: Annotated[float, Range(0, 10**9, above=True)] = 1.0
-    average_decay: Moment | None = None
-    max_skipped_steps: Steps = 10
-    ctc_weight: Annotated[float, Range(0, 1, below=True)] = 0.0
-    mask_prompt: bool = False
-    validate_every_steps: Steps = 500
-    max_validation_utterances: Annotated[int, Range(1, 10**9)] = 500
-    checkpoint_every_steps: Steps = 500
-    keep_checkpoints: Annotated[int, Range(1, 10**6)] = 2
-    keep_best: Annotated[int, Range(1, 10**6)] = 1
-    storage_path: str | None = None
-    patience: Annotated[int, Range(1, 10**9)] | None = None
-    log_every_steps: Steps = 10
-    num_loader_threads: Annotated[int | str, Range(1, 4096)] = "auto"
-    prefetch_batches: Annotated[int, Range(1, 4096)] = 4
-    max_failures: Annotated[int, Range(0, 10**6)] = 3
-    stall_minutes: Minutes = 30.0
+    init_from: Annotated[
+        str | None,
+        Setting(
+            "A model to start from, where every worker can read it: a .nemo file, a run, a checkpoint or a Hugging "
+            "Face folder. Its content decides whether training can be resumed, not its path.",
+            lineage=False,
+        ),
+    ] = None
+    activation_checkpointing: Annotated[
+        bool, Setting("Compute the encoder's blocks twice, which takes less memory.", lineage=False)
+    ] = False
+    shard: Annotated[
+        bool,
+        Setting(
+            "Spread weights, gradients and moments over all workers (FSDP2), for models that one GPU can't hold.",
+            lineage=False,
+        ),
+    ] = False
+    num_workers: Annotated[
+        int | tuple[int, int],
+        Range(1, MAX_WORKERS),
+        Setting(
+            "Training workers, or [least, most]: as many as there is room for. Fewer workers accumulate more each, so "
+            "that the steps stay the same.",
+            unit="workers",
+            lineage=False,
+        ),
+    ] = (1, 2)
+    accumulate: Annotated[
+        int,
+        Range(1, 65_536),
+        Setting(
+            "Micro-batches of one bucket that make a step, as if there were that many times more workers.",
+            unit="batches",
+            lineage=False,
+        ),
+    ] = 1
+    device: Annotated[
+        Literal["auto", "cpu", "cuda"],
+        Setting("Where workers compute: auto takes a GPU where there is one.", lineage=False),
+    ] = "auto"
+    precision: Annotated[
+        Literal["auto", "fp32", "bf16"],
+        Setting("Precision of the computation: auto is bf16 autocast on a GPU and fp32 on a CPU."),
+    ] = "auto"
+    max_steps: Annotated[
+        Steps,
+        Setting(
+            "Training ends after this many steps. With the cosine schedule, which ends there too, training can't be "
+            "resumed with another number.",
+            unit="steps",
+            lineage=False,
+        ),
+    ] = 1000
+    max_epochs: Annotated[
+        int | None, Range(1, 10**9), Setting("Training ends after this many epochs.", unit="epochs", lineage=False)
+    ] = None
+    max_minutes: Annotated[Minutes | None, Setting("Training ends after this time.", unit="minutes", lineage=False)] = (
+        None
+    )
+    stop_at_wer: Annotated[
+        ErrorRate | None,
+        Setting("Training ends once the validation WER (0.1 is 10 %) is at most this.", lineage=False),
+    ] = None
+    learning_rate: Annotated[LearningRate, Setting("Peak learning rate, reached after the warm-up.")] = 3e-4
+    min_learning_rate: Annotated[
+        float, Range(0, 100), Setting("Lowest learning rate after the warm-up, at most the peak.")
+    ] = 1e-6
+    warmup_steps: Annotated[Steps, Setting("Steps over which the learning rate rises to its peak.", unit="steps")] = (
+        2500
+    )
+    schedule: Annotated[
+        Literal["inverse_sqrt", "cosine"],
+        Setting("The learning rate after the warm-up; cosine reaches min_learning_rate at max_steps."),
+    ] = "inverse_sqrt"
+    beta1: Annotated[Moment, Setting("AdamW's decay of the mean of gradients.")] = 0.9
+    beta2: Annotated[Moment, Setting("AdamW's decay of the mean of squared gradients.")] = 0.98
+    weight_decay: Annotated[float, Range(0, 100), Setting("AdamW's weight decay.")] = 1e-3
+    clip_norm: Annotated[
+        float, Range(0, 10**9, above=True), Setting("Gradients of a larger norm are scaled down to this.")
+    ] = 1.0
+    average_decay: Annotated[
+        Moment | None,
+        Setting("With it (0.999) a moving average of the weights is kept, validated and saved too."),
+    ] = None
+    max_skipped_steps: Annotated[
+        Steps,
+        Setting(
+            "Training ends after this many steps in a row with non-finite gradients; the run folder's bad_steps has "
+            "their rows.",
+            unit="steps",
+            lineage=False,
+        ),
+    ] = 10
+    ctc_weight: Annotated[
+        float,
+        Range(0, 1, below=True),
+        Setting(
+            "Share w of a CTC loss on the encoder in the total, (1 − w)·CE + w·CTC. A decoder trained from scratch on "
+            "few hours doesn't learn to attend without it."
+        ),
+    ] = 0.0
+    mask_prompt: Annotated[bool, Setting("Train on the text alone and not on the prompt's tokens.")] = False
+    validate_every_steps: Annotated[Steps, Setting("Steps between two validations.", unit="steps", lineage=False)] = 500
+    max_validation_utterances: Annotated[
+        int,
+        Range(1, 10**9),
+        Setting("The most utterances that a validation decodes.", unit="utterances", lineage=False),
+    ] = 500
+    checkpoint_every_steps: Annotated[Steps, Setting("Steps between two checkpoints.", unit="steps", lineage=False)] = (
+        500
+    )
+    keep_checkpoints: Annotated[
+        int, Range(1, 10**6), Setting("How many of the newest checkpoints are kept.", lineage=False)
+    ] = 2
+    keep_best: Annotated[
+        int, Range(1, 10**6), Setting("How many of the checkpoints with the best validation are kept.", lineage=False)
+    ] = 1
+    storage_path: Annotated[
+        str | None,
+        Setting(
+            "A folder or s3://bucket/path that gets copies of the checkpoints, from which training resumes where the "
+            "run folder is lost.",
+            lineage=False,
+        ),
+    ] = None
+    patience: Annotated[
+        int | None,
+        Range(1, 10**9),
+        Setting("Training ends when the best WER is this many validations old.", unit="validations", lineage=False),
+    ] = None
+    log_every_steps: Annotated[Steps, Setting("Steps between two lines of metrics.", unit="steps", lineage=False)] = 10
+    num_loader_threads: Annotated[
+        int | str,
+        Range(1, 4096),
+        Setting(
+            "Threads that read and decode audio ahead of a worker's steps. auto is its node's CPUs over the node's "
+            "workers, less one, from 1 to 16.",
+            unit="threads",
+            lineage=False,
+        ),
+    ] = "auto"
+    prefetch_batches: Annotated[
+        int, Range(1, 4096), Setting("Batches that are read ahead of a worker's steps.", unit="batches", lineage=False)
+    ] = 4
+    max_failures: Annotated[
+        int,
+        Range(0, 10**6),
+        Setting("How often training restarts from the last checkpoint after a failure.", lineage=False),
+    ] = 3
+    stall_minutes: Annotated[
+        Minutes,
+        Setting(
+            "A worker without progress for this long is ended, and training restarts as after any failure.",
+            unit="minutes",
+            lineage=False,
+        ),
+    ] = 30.0
 
     def __post_init__(self) -> None:
-        problems = range_problems(self)
-        for name, allowed in _ONE_OF.items():
-            if getattr(self, name) not in allowed:
-                problems.append(f"{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}")
+        problems = setting_problems(self)
         threads = self.num_loader_threads
         if isinstance(threads, str) and threads != "auto":
             problems.append(f"num_loader_threads must be auto or a number from 1 on, got {threads!r}")
         refuse(problems)
-        if self.least_workers > self.most_workers:
+        if isinstance(self.num_workers, tuple | list) and self.least_workers > self.most_workers:
             problems.append(f"num_workers must be a number, or [least, most], got {list(self.num_workers)}")
         if self.min_learning_rate > self.learning_rate:
             problems.append(
@@ -110,10 +204,3 @@ class TrainSettings:
     def most_workers(self) -> int:
         """The number of workers to train with if there is room."""
         return self.num_workers if isinstance(self.num_workers, int) else self.num_workers[1]
-
-
-_ONE_OF = {
-    "device": ("auto", "cpu", "cuda"),
-    "precision": ("auto", "fp32", "bf16"),
-    "schedule": ("inverse_sqrt", "cosine"),
-}

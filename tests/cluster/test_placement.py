@@ -169,7 +169,7 @@ def test_labels_select_as_ray_says():
     ("section", "problem"),
     [
         ({"train_labels": {"role": "in(a"}}, "train_labels: label role must be value, !value, in"),
-        ({"data_labels": {"ro le": "a"}}, "data_labels: label 'ro le' is no name"),
+        ({"data_labels": {"ro le": "a"}}, "data_labels: label 'ro le' is not a valid name"),
         ({"data_labels": {"role": True}}, "data_labels.role: input should be a valid string"),
         ({"train_label": {"role": "a"}}, "train_label: unknown key; did you mean train_labels"),
         ({"train_resources": {"GPU": 1}}, "train_resources: resource GPU is Ray's own"),

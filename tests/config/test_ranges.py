@@ -19,7 +19,7 @@ from raytrain.decoding.search import DecodeSettings
 from raytrain.errors import ConfigError
 from raytrain.lengths.plan import BucketSettings
 from raytrain.model.config import ModelConfig, SpecAugmentSettings
-from raytrain.ranges import Range, range_problems
+from raytrain.settings import Range, setting_problems
 from raytrain.training.settings import TrainSettings
 
 START = {"name": "a", "data": {"train": [{"name": "c", "path": "a.jsonl"}]}, "tracking": {"enabled": False}}
@@ -102,7 +102,7 @@ def test_ranges_hold_without_pydantic(kind):
     """Settings are also made from a checkpoint's description, and by code."""
     given = {"name": "a", "path": "a"} if kind is Corpus else {}
     whole = kind(**given)
-    assert range_problems(whole) == []
+    assert setting_problems(whole) == []
     for name, hint in typing.get_type_hints(kind, include_extras=True).items():
         found = [one for path, _, one in numbers(hint, name) if path == name and one is not None]
         for wrong in (math.nan, math.inf, -(10**30), b"x") if found else ():

@@ -19,12 +19,12 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from importlib import import_module
-from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
 
 import numpy as np
 
 from raytrain.errors import ManifestError
-from raytrain.ranges import Range, range_problems
+from raytrain.settings import Range, Setting, refuse, setting_problems
 from raytrain.storage.filesystem import (
     StorageReadError,
     absolute,
@@ -38,6 +38,7 @@ from raytrain.storage.filesystem import (
 if TYPE_CHECKING:
     from raytrain.data.corpora.rows import Block, RawRow
 
+Format = Literal["nemo", "nemo_tarred", "lhotse_cuts", "lhotse_shar", "parquet", "audiofolder"]
 # Format → module with `make_chunks(corpus, paths, chunk_bytes)`, which yields chunks without number and languages, and
 # `read(chunk)`, which yields (place of the first row in the chunk, rows as `rows.RawRow`), a few thousand at a time.
 # Where a chunk's `first_line` can be 0, also `first_line(chunk)`.
@@ -49,42 +50,41 @@ _READERS = {
     "parquet": "parquet",
     "audiofolder": "audiofolder",
 }
-FORMATS = tuple(_READERS)
 DEFAULT_CHUNK_BYTES = 16 << 20
 
 
 @dataclass(frozen=True)
 class Corpus:
-    """One corpus of a split.
-
-    `path` names its files: local paths or URIs, with `{0..7}`, `_OP_0..7_CL_` or `*`; relative ones lie below
-    `data.root`. `format` is told from the files where it is not given. `audio` names the tars of `nemo_tarred`, and
-    for other formats the folder that relative audio paths are in (by default the manifest's own). `language` and
-    `target_language` stand in where rows name none. `weight` multiplies the corpus' share in training.
-    """
+    """One corpus of a split."""
 
     __pydantic_config__ = {"extra": "forbid"}
 
-    name: str
-    path: str | tuple[str, ...]
-    format: str | None = None
-    audio: str | tuple[str, ...] | None = None
-    language: str | None = None
-    target_language: str | None = None
-    weight: Annotated[float, Range(0, 10**9, above=True)] = 1.0
+    name: Annotated[str, Setting("The corpus' name, which no other corpus of the split has.")]
+    path: Annotated[
+        str | tuple[str, ...],
+        Setting("Its files: local paths, relative to data.root, or URIs, with {0..7}, _OP_0..7_CL_ or * for several."),
+    ]
+    format: Annotated[Format | None, Setting("What the files are; detected from them by default.")] = None
+    audio: Annotated[
+        str | tuple[str, ...] | None,
+        Setting(
+            "The tars of nemo_tarred, and for other formats the folder of relative audio paths, by default the "
+            "manifest's."
+        ),
+    ] = None
+    language: Annotated[str | None, Setting("The spoken language of rows that name none.")] = None
+    target_language: Annotated[str | None, Setting("The language of the text of rows that name none.")] = None
+    weight: Annotated[float, Range(0, 10**9, above=True), Setting("Multiplies the corpus' share in training.")] = 1.0
 
     def __post_init__(self) -> None:
-        problems = range_problems(self)
+        problems = setting_problems(self)
         if not self.name:
             problems.append("a corpus needs a name")
-        if self.format is not None and self.format not in FORMATS:
-            problems.append(f"format must be one of {', '.join(FORMATS)}, got {self.format!r}")
         if not self.path:
             problems.append(f"corpus {self.name} names no path")
         if self.format == "nemo_tarred" and not self.audio:
             problems.append(f"corpus {self.name}: nemo_tarred needs audio, the names of its tars")
-        if problems:
-            raise ValueError("; ".join(problems))
+        refuse(problems)
 
     @property
     def paths(self) -> tuple[str, ...]:
