@@ -13,7 +13,7 @@ PACKAGE = Path(__file__).parents[1] / "raytrain"
 # From the ground up: a room imports from itself and from those before it.
 ROOMS = (
     "errors",
-    "ranges",
+    "settings",
     "redaction",
     "waiting",
     "console",
@@ -40,7 +40,7 @@ ROOMS = (
 # What rooms with few dependencies take from outside the standard library.
 PACKAGES = {
     "errors": set(),
-    "ranges": {"pydantic_core"},
+    "settings": {"pydantic_core"},
     "redaction": set(),
     "waiting": set(),
     "console": {"rich"},
