@@ -11,7 +11,7 @@ from raytrain.errors import CheckpointError
 from raytrain.lengths.profile import BatchProfile, choose_profile, least_sizes
 from raytrain.model.device import Device
 from raytrain.training.checkpoint import Checkpoint, CheckpointFolder
-from raytrain.training.loop import GaveUp
+from raytrain.training.limits import GaveUp
 
 T = TypeVar("T")
 

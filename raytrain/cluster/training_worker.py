@@ -9,10 +9,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from ray import train
-from torch import nn
 
 from raytrain.cluster.failures import cause_of_kind
 from raytrain.cluster.ingest import RankInput, open_batches
@@ -37,7 +37,9 @@ from raytrain.training.average import WeightAverage
 from raytrain.training.checkpoint import Checkpoint, CheckpointFolder
 from raytrain.training.conversion import load_model
 from raytrain.training.faults import SAVING, FaultNotes, Watchdog, kills_for_memory
-from raytrain.training.loop import GaveUp, TrainingLoop, sharded_module
+from raytrain.training.hooks import LoopHooks
+from raytrain.training.limits import GaveUp
+from raytrain.training.loop import TrainingLoop
 from raytrain.training.optim import make_optimizer
 from raytrain.training.parallel import is_sharded, parallel_model
 from raytrain.training.run_notes import (
@@ -49,7 +51,9 @@ from raytrain.training.run_notes import (
     note_lowered,
     shared_fault_notes,
 )
+from raytrain.training.state import Progress, RankShares, TrainState
 from raytrain.training.step import resolve_precision
+from raytrain.training.window import FlopsEstimate
 
 Mark = Callable[[int | None, int, int], None]  # see `FaultNotes.marking`
 
@@ -82,9 +86,9 @@ def _train(job: TrainingJob) -> None:
             note_giving_up(rank.store, error, CheckpointError)
         return
     fetch_fault_notes(rank.store)
-    parts = build(rank, model, checkpoint)
-    restore(parts, checkpoint)
-    _run(rank, parts, checkpoint)
+    state = build(rank, model, checkpoint)
+    progress = restore(state, checkpoint, rank.device.torch)
+    run(rank, state, progress, checkpoint.meta.get("schedule") if checkpoint else None)
     if rank.is_first:
         rank.checkpoints.settle()
 
@@ -154,18 +158,6 @@ def _learn_from_faults(rank: Rank) -> None:
 # --- build
 
 
-@dataclass(frozen=True)
-class Parts:
-    """What a rank trains: the bare `model`, what a step calls (`wrapped`: the model itself or DDP around it), its
-    optimizer, and the average of its weights where there is one. `sharded` where each rank holds a part (FSDP2)."""
-
-    model: Canary
-    wrapped: nn.Module
-    optimizer: torch.optim.Optimizer
-    average: WeightAverage | None
-    sharded: bool
-
-
 def build_model(rank: Rank) -> Canary:
     """The model on the rank's device with its first weights, which the run's seed gives."""
     device = rank.device.torch
@@ -177,7 +169,7 @@ def build_model(rank: Rank) -> Canary:
     return model
 
 
-def build(rank: Rank, model: Canary, checkpoint: Checkpoint | None) -> Parts:
+def build(rank: Rank, model: Canary, checkpoint: Checkpoint | None) -> TrainState:
     """The model with the weights to start from, and what trains it: it is wrapped with its weights loaded, and its
     optimizer made after that."""
     settings, device = rank.config.train, rank.device.torch
@@ -185,7 +177,7 @@ def build(rank: Rank, model: Canary, checkpoint: Checkpoint | None) -> Parts:
         model.load_state_dict(checkpoint.load("model", device))
     elif settings.init_from:
         initialise_from(model, rank.workspace.tokenizer.models, load_model(Path(settings.init_from).expanduser()))
-    return Parts(
+    return TrainState(
         model=model,
         wrapped=parallel_model(model, settings, rank.world_size, device),
         optimizer=make_optimizer(model, settings),
@@ -197,32 +189,26 @@ def build(rank: Rank, model: Canary, checkpoint: Checkpoint | None) -> Parts:
 # --- restore
 
 
-def restore(parts: Parts, checkpoint: Checkpoint | None) -> None:
-    """Load the state of the optimizer and of the average; `build` has loaded the weights."""
-    if checkpoint is None:
-        return
-    device = next(parts.model.parameters()).device
-    state = checkpoint.load("optimizer", device)
-    if parts.sharded:
-        sharded_module().load_optimizer(parts.model, parts.optimizer, state)
-    else:
-        parts.optimizer.load_state_dict(state)
-    if parts.average is not None:
-        parts.average.load_state_dict(checkpoint.load("average", device))
+def restore(state: TrainState, checkpoint: Checkpoint | None, device: torch.device) -> Progress:
+    """Load the optimizer and the average, since `build` has loaded the weights; how far training has come."""
+    if checkpoint is not None:
+        state.load(checkpoint, device)
+    return Progress.of_checkpoint(checkpoint)
 
 
 # --- run
 
 
-def _run(rank: Rank, parts: Parts, checkpoint: Checkpoint | None) -> None:
-    job, notes, step = rank.job, rank.notes, checkpoint.step if checkpoint else 0
+def run(rank: Rank, state: TrainState, progress: Progress, schedule: dict[str, Any] | None) -> None:
+    """Train to the end; `schedule` is how far the schedule had come."""
+    job, notes = rank.job, rank.notes
     with (
-        metrics_log(rank.store, step, job.mlflow) if rank.is_first else no_log() as log,
-        open_batches(rank.workspace, _input(rank, checkpoint)) as batches,
+        metrics_log(rank.store, progress.step, job.mlflow) if rank.is_first else no_log() as log,
+        open_batches(rank.workspace, _input(rank, schedule)) as batches,
         notes.marking() as mark,
         Watchdog(rank.config.train.stall_minutes * 60, notes.note_stall) as watchdog,
     ):
-        loop = make_loop(rank, parts, checkpoint, batches, log, mark, watchdog.beat)
+        loop = make_loop(rank, state, progress, batches, make_hooks(rank, log, mark, watchdog.beat))
         try:
             loop.run()
         except GaveUp as error:
@@ -233,10 +219,10 @@ def _run(rank: Rank, parts: Parts, checkpoint: Checkpoint | None) -> None:
             rank.workspace.share_quarantine()
 
 
-def _input(rank: Rank, checkpoint: Checkpoint | None) -> RankInput:
+def _input(rank: Rank, schedule: dict[str, Any] | None) -> RankInput:
     return RankInput(
         batch_sizes=_batch_sizes(rank),
-        state=checkpoint.meta.get("schedule") if checkpoint else None,
+        state=schedule,
         shares=rank.shares,
         num_shares=rank.job.num_shares,
         rank=rank.rank,
@@ -255,24 +241,28 @@ def _batch_sizes(rank: Rank) -> tuple[int, ...]:
     return lowered
 
 
+def make_hooks(rank: Rank, log: Log, mark: Mark, beat: Callable[[str], None]) -> LoopHooks:
+    """What the loop calls: it logs with `log`, and tells `mark` and `beat` what it does."""
+    notes = rank.notes
+    return LoopHooks(
+        log=log,
+        validate=rank.workspace.validator(rank.rank, rank.world_size, notes, beat, mark),
+        before_step=lambda step, loaded: mark(step, loaded.plan.bucket, max(loaded.plan.sizes)),
+        before_saving=lambda: mark(None, SAVING, 0),
+        on_activity=beat,
+        on_out_of_memory=lambda bucket, size: notes.lower(bucket, size, "out of memory in a training step"),
+        should_save=PreemptionNotices().has_new,
+        should_stop=rank.workspace.path(STOP).exists,
+    )
+
+
 def make_loop(
-    rank: Rank,
-    parts: Parts,
-    checkpoint: Checkpoint | None,
-    batches: Iterable[LoadedStep],
-    log: Log,
-    mark: Mark,
-    beat: Callable[[str], None],
+    rank: Rank, state: TrainState, progress: Progress, batches: Iterable[LoadedStep], hooks: LoopHooks
 ) -> TrainingLoop:
-    """The loop over `batches`, from where the checkpoint's steps end; it tells `beat` and `mark` what it does."""
-    config, device, notes = rank.config, rank.device, rank.notes
-    model_config, meta = parts.model.config, checkpoint.meta if checkpoint else {}
+    """The loop of a rank over its batches."""
+    config, device, model_config = rank.config, rank.device, rank.workspace.model_config()
     return TrainingLoop(
-        model=parts.model,
-        wrapped=parts.wrapped,
-        optimizer=parts.optimizer,
-        average=parts.average,
-        sharded=parts.sharded,
+        state=state,
         settings=config.train,
         batches=batches,
         checkpoints=rank.checkpoints,
@@ -280,25 +270,13 @@ def make_loop(
         checkpoint_meta=rank.job.meta,
         seed=config.seed,
         sample_rate=model_config.sample_rate,
+        hooks=hooks,
+        progress=progress,
+        shares=RankShares(rank.rank, rank.shares, rank.job.num_shares),
         label_smoothing=model_config.label_smoothing,
-        rank=rank.rank,
-        shares=rank.shares,
-        num_shares=rank.job.num_shares,
-        step=checkpoint.step if checkpoint else 0,
-        seconds_before=meta.get("seconds", 0.0),
-        audio_seconds=meta.get("audio_seconds", 0.0),
-        flops=_flops(model_config),
-        peak_flops=None if device.is_emulated else peak_flops(device.name),
         precision=resolve_precision(config.train.precision, device.kind),
+        flops=FlopsEstimate(_flops(model_config), None if device.is_emulated else peak_flops(device.name)),
         max_replaced=config.data.max_bad_fraction,
-        log=log,
-        validate=rank.workspace.validator(rank.rank, rank.world_size, notes, beat, mark),
-        on_out_of_memory=lambda bucket, size: notes.lower(bucket, size, "out of memory in a training step"),
-        before_step=lambda step, loaded: mark(step, loaded.plan.bucket, max(loaded.plan.sizes)),
-        before_saving=lambda: mark(None, SAVING, 0),
-        doing=beat,
-        save_now=PreemptionNotices().has_new,
-        stop_now=rank.workspace.path(STOP).exists,
     )
 
 
