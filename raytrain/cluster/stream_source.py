@@ -86,7 +86,7 @@ def stream_work(workspace: Workspace, rank_input: RankInput) -> Iterator[StepWor
 
 def _shares(source: ActorHandle[StreamSource], rank_input: RankInput) -> Iterator[StepWork]:
     rank, shares = rank_input.rank, rank_input.shares
-    next_work = source.take.remote(rank, shares, 0)
+    next_work: ray.ObjectRef[list[StepWork] | RaytrainError] = source.take.remote(rank, shares, 0)
     for index in itertools.count(1):
         work = ray.get(next_work)
         if isinstance(work, RaytrainError):

@@ -25,7 +25,7 @@ from raytrain.training.run_notes import GAVE_UP, LOWERED, STOP, fetch_fault_note
 
 if TYPE_CHECKING:
     from ray.actor import ActorHandle
-    from ray.train.torch import TorchTrainer
+    from ray.train.v2.torch.torch_trainer import TorchTrainer
 
 _DEATH_SECONDS = 1.0
 _ABORT_SECONDS = 3.0  # Ctrl-C has ten for everything
@@ -135,8 +135,9 @@ def _run_worker(settings: dict[str, TrainingJob]) -> None:
 def _make_trainer(
     config: Config, store: RunStore, job: TrainingJob, workers: Workers, max_failures: int
 ) -> TorchTrainer:
-    from ray.train.torch import TorchConfig, TorchTrainer
+    from ray.train.torch import TorchConfig
     from ray.train.v2.api.config import FailureConfig, RunConfig, ScalingConfig
+    from ray.train.v2.torch.torch_trainer import TorchTrainer
 
     class Trainer(TorchTrainer):
         """Ray Train's own handler swallows Ctrl-C while workers wait for room, and ends the process with 0 at last."""

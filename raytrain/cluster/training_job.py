@@ -65,6 +65,10 @@ def make_job(
 
 def _with_absolute_paths(config: Config) -> Config:
     """Workers have other working folders."""
-    train = config.train
-    paths = {name: absolute(path) for name in ("init_from", "storage_path") if (path := getattr(train, name))}
-    return config.model_copy(update={"train": replace(train, **paths)})
+    init_from, storage_path = config.train.init_from, config.train.storage_path
+    train = replace(
+        config.train,
+        init_from=absolute(init_from) if init_from else init_from,
+        storage_path=absolute(storage_path) if storage_path else storage_path,
+    )
+    return config.model_copy(update={"train": train})

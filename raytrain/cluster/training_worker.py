@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from ray import train
+from ray.train.torch import get_device
 
 from raytrain.cluster.failures import cause_of_kind
 from raytrain.cluster.ingest import RankInput, open_batches
@@ -117,7 +118,7 @@ class Rank:
             workspace=workspace,
             checkpoints=workspace.checkpoints(mirror_of(job.config)),
             notes=shared_fault_notes(workspace.store, job.profile_id, rank),
-            device=worker_device(job.cuda, lambda: train.torch.get_device().index),
+            device=worker_device(job.cuda, lambda: get_device().index),
             rank=rank,
             world_size=context.get_world_size(),
             local_workers=context.get_local_world_size(),
@@ -244,13 +245,17 @@ def _batch_sizes(rank: Rank) -> tuple[int, ...]:
 def make_hooks(rank: Rank, log: Log, mark: Mark, beat: Callable[[str], None]) -> LoopHooks:
     """What the loop calls: it logs with `log`, and tells `mark` and `beat` what it does."""
     notes = rank.notes
+
+    def lower(bucket: int, size: int) -> None:
+        notes.lower(bucket, size, "out of memory in a training step")
+
     return LoopHooks(
         log=log,
         validate=rank.workspace.validator(rank.rank, rank.world_size, notes, beat, mark),
         before_step=lambda step, loaded: mark(step, loaded.plan.bucket, max(loaded.plan.sizes)),
         before_saving=lambda: mark(None, SAVING, 0),
         on_activity=beat,
-        on_out_of_memory=lambda bucket, size: notes.lower(bucket, size, "out of memory in a training step"),
+        on_out_of_memory=lower,
         should_save=PreemptionNotices().has_new,
         should_stop=rank.workspace.path(STOP).exists,
     )

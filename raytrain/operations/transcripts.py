@@ -203,7 +203,7 @@ class _Part:
     number: int
     rows: list[ManifestRow]
     first: int
-    results: dict[int, dict[str, Any]] = field(default_factory=dict)
+    results: dict[int, RecognizedText] = field(default_factory=dict)
     waiting: int = 0
 
     def __post_init__(self) -> None:

@@ -11,7 +11,7 @@ from functools import partial
 from typing import Any
 
 from raytrain.cluster.inference import batch_sizes, make_batches, recognize
-from raytrain.cluster.inference_worker import Job
+from raytrain.cluster.inference_worker import Job, RecognizedText
 from raytrain.cluster.pool import find_pool
 from raytrain.config import Config, check_config
 from raytrain.data.assignment import Row
@@ -72,7 +72,7 @@ def trained_checkpoint(workspace: Workspace, which: str) -> Checkpoint:
 
 
 def result_of(
-    identity: int, row: Row, translated: bool, found: dict[str, Any], normalize: Callable[[str, str], str]
+    identity: int, row: Row, translated: bool, found: RecognizedText, normalize: Callable[[str, str], str]
 ) -> dict[str, Any]:
     """A line of `hypotheses.jsonl`; see `raytrain.evaluation.scoring`. `normalize` takes a text and its language."""
     result = {
