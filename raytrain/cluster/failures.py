@@ -1,19 +1,34 @@
-"""What Ray's errors mean: the cause that a person can act on, and what training may go on after."""
+"""What Ray's errors mean: what follows a failure of training, and the error that a person can act on."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from enum import Enum
 
 from raytrain.config import Config
 from raytrain.errors import RaytrainError, TrainingError
 
 
+class Failure(Enum):
+    """Why Ray Train gave up, as far as it matters to what follows."""
+
+    KILLED_FOR_MEMORY = "a worker was killed for its memory"
+    ANY = "Ray Train has used up its own attempts"
+
+
 @dataclass(frozen=True)
 class Restart:
-    """Training starts again from its last checkpoint, with `attempts_left` more restarts if it fails again."""
+    """Training restarts from its last checkpoint; `attempts_left` more restarts remain."""
 
     attempts_left: int
+    because: str
+
+
+@dataclass(frozen=True)
+class Lower:
+    """Training restarts from its last checkpoint with smaller batches, which costs no attempt."""
+
     because: str
 
 
@@ -22,24 +37,26 @@ class GiveUp:
     """Training ends with the error that there was."""
 
 
-def decide(was_killed_for_memory: bool, lowered: Sequence[str], attempts_left: int) -> Restart | GiveUp:
+def decide(failure: Failure, lowered: Sequence[str], attempts_left: int) -> Restart | Lower | GiveUp:
     """What follows when Ray Train has given up. `lowered` says which batches the failed attempt made smaller.
 
-    A batch that did not fit has been made smaller, so that this comes to an end by itself and costs no attempt; a
-    worker that Ray's memory monitor killed may be killed again. Ray Train itself has retried everything else.
+    A batch that did not fit has been made smaller, so these restarts come to an end by themselves; a worker that Ray's
+    memory monitor killed may be killed again. Ray Train itself has retried everything else.
     """
     if lowered:
-        return Restart(attempts_left, lowered[-1])
-    if was_killed_for_memory and attempts_left > 0:
-        return Restart(attempts_left - 1, "a worker was killed for its memory")
+        return Lower(lowered[-1])
+    if failure is Failure.KILLED_FOR_MEMORY and attempts_left > 0:
+        return Restart(attempts_left - 1, failure.value)
     return GiveUp()
 
 
-def killed_for_memory(error: BaseException) -> bool:
-    """Whether Ray's memory monitor ended a worker, after which Ray Train does not start again by itself."""
+def failure_of(error: BaseException) -> Failure:
+    """The kind of failure that an error of Ray Train stands for: after Ray's memory monitor has killed a worker, Ray
+    Train does not restart by itself."""
     import ray
 
-    return any(isinstance(one, ray.exceptions.OutOfMemoryError) for one in _causes(error))
+    killed = any(isinstance(cause, ray.exceptions.OutOfMemoryError) for cause in _causes(error))
+    return Failure.KILLED_FOR_MEMORY if killed else Failure.ANY
 
 
 def stalled(stalls: list[str], config: Config) -> TrainingError:
@@ -47,8 +64,8 @@ def stalled(stalls: list[str], config: Config) -> TrainingError:
     return TrainingError(
         f"training made no progress for {config.train.stall_minutes:g} minutes and was ended",
         got=f"last of all {'; '.join(sorted(set(stalls)))}",
-        remedy="the worker that does not wait for others is the one to look at: its storage, its GPU, its network; "
-        "raise train.stall_minutes where a step or a validation batch may take as long; `raytrain train` goes on from "
+        remedy="check the worker that does not wait for others: its storage, its GPU, its network; "
+        "raise train.stall_minutes where a step or a validation batch may take as long; `raytrain train` resumes from "
         "the last checkpoint",
     )
 
@@ -62,9 +79,9 @@ def readable(error: BaseException) -> Exception:
     """The `RaytrainError` inside Ray's wrapping, or a `TrainingError` with the last line of its cause."""
     if (cause := cause_of_kind(error, RaytrainError)) is not None:
         return cause
-    seen = _causes(error)
-    lines = [line for line in str(seen[-1]).strip().splitlines() if line.strip()]
-    if any(type(item).__name__ == "WorkerGroupStartupTimeoutError" for item in seen):
+    causes = _causes(error)
+    lines = [line for line in str(causes[-1]).strip().splitlines() if line.strip()]
+    if any(type(cause).__name__ == "WorkerGroupStartupTimeoutError" for cause in causes):
         return TrainingError(
             "there was no room for the training workers",
             why=next((line for line in lines if "timed out" in line), None),
@@ -73,17 +90,17 @@ def readable(error: BaseException) -> Exception:
     return TrainingError(
         "training failed",
         why=lines[-1] if lines else type(error).__name__,
-        remedy="mend the cause, then run the same command, which goes on from the last checkpoint; `raytrain doctor` "
-        "looks at every node",
+        remedy="fix the cause, then run the same command, which resumes from the last checkpoint; `raytrain doctor` "
+        "checks every node",
     )
 
 
 def _causes(error: BaseException) -> list[BaseException]:
     """The error and all that it wraps, outermost first."""
-    seen = [error]
-    for item in seen:
-        failures = getattr(item, "worker_failures", None) or {}
-        inner = [*failures.values(), item.__cause__, getattr(item, "cause", None)]
-        inner += [getattr(item, "_exc", None), getattr(item, "controller_failure", None)]
-        seen.extend(one for one in inner if isinstance(one, BaseException) and one not in seen)
-    return seen
+    causes = [error]
+    for cause in causes:
+        failures = getattr(cause, "worker_failures", None) or {}
+        wrapped = [*failures.values(), cause.__cause__, getattr(cause, "cause", None)]
+        wrapped += [getattr(cause, "_exc", None), getattr(cause, "controller_failure", None)]
+        causes.extend(inner for inner in wrapped if isinstance(inner, BaseException) and inner not in causes)
+    return causes

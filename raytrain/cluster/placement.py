@@ -2,24 +2,50 @@
 
     data, train = Placement.data(config.cluster), Placement.train(config.cluster)
     ray.remote(**data.remote_options())(function)                    # a task; Ray Data's `map_batches` takes the same
-    tune.with_resources(trainable, train.trial_resources(gpus=0.5))
+    tune.with_resources(trainable, train.trial_resources(gpus=1))
     ScalingConfig(num_workers=8, **train.scaling(gpus=1))
 
-Without settings every node will do, as if there were no placement.
+Without settings work may run on every node, as if there were no placement.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypedDict
 
 from raytrain.config import ClusterSection
-from raytrain.config.selectors import SMALLEST_SHARE, accelerator_of, accelerator_resource, selects
+from raytrain.config.selectors import accelerator_of, accelerator_resource, selects
 from raytrain.errors import ConfigError
+
+if TYPE_CHECKING:
+    from ray.tune import PlacementGroupFactory
 
 Node = dict[str, Any]  # as `ray.nodes()` has it
 NODE_LABEL = "ray.io/node-id"  # which Ray gives every node
+
+
+class RemoteOptions(TypedDict, total=False):
+    """Options of a task, of an actor, and of Ray Data's `map_batches`."""
+
+    num_cpus: float
+    num_gpus: float
+    resources: dict[str, float]
+    label_selector: dict[str, str]
+    accelerator_type: str
+
+
+class ScalingOptions(TypedDict):
+    """The part of Ray Train's `ScalingConfig` that says which nodes a worker may run on, and what it takes there."""
+
+    use_gpu: bool
+    resources_per_worker: dict[str, float]
+    label_selector: dict[str, str] | None
+    accelerator_type: str | None
+
+
+class _Selectors(TypedDict, total=False):
+    bundle_label_selector: list[dict[str, str]]
 
 
 @dataclass(frozen=True)
@@ -27,7 +53,7 @@ class Placement:
     """The nodes that one kind of `work` may run on, and what it takes there beside CPUs and GPUs.
 
     `labels` are selectors (`raytrain.config.selectors`), `resources` amounts of custom resources for each task or
-    worker, `cpus` the CPUs of a training worker.
+    worker, which has whole GPUs or none, `cpus` the CPUs of a training worker.
     """
 
     work: str = ""
@@ -54,21 +80,24 @@ class Placement:
 
     # --- for Ray
 
-    def remote_options(self, cpus: float = 1.0, gpus: float = 0.0) -> dict[str, Any]:
+    def remote_options(self, cpus: float = 1.0, gpus: float = 0.0) -> RemoteOptions:
         """Options of a task, of an actor, and of Ray Data's `map_batches`."""
-        options: dict[str, Any] = {"num_cpus": cpus, "num_gpus": gpus}
-        custom = self._custom(gpus)
-        options |= {"resources": custom} if custom else {}
-        options |= {"label_selector": dict(self.labels)} if self.labels else {}
-        return options | ({"accelerator_type": self.accelerator_type} if self.accelerator_type else {})
+        options: RemoteOptions = {"num_cpus": cpus, "num_gpus": gpus}
+        if self.resources:
+            options["resources"] = dict(self.resources)
+        if self.labels:
+            options["label_selector"] = dict(self.labels)
+        if self.accelerator_type:
+            options["accelerator_type"] = self.accelerator_type
+        return options
 
-    def trial_resources(self, cpus: float = 1.0, gpus: float = 0.0) -> Any:
+    def trial_resources(self, cpus: float = 1.0, gpus: float = 0.0) -> PlacementGroupFactory:
         """What Ray Tune reserves for a trial of one process."""
         from ray import tune
 
         return tune.PlacementGroupFactory([self._bundle(cpus, gpus)], **self._selectors(1))
 
-    def group_resources(self, world_size: int, cpus: float = 1.0, gpus: float = 0.0) -> Any:
+    def group_resources(self, world_size: int, cpus: float = 1.0, gpus: float = 0.0) -> PlacementGroupFactory:
         """What Ray Tune reserves for a trial whose work is done by `world_size` actors: a bundle for each, after a
         small one for the trial itself."""
         from ray import tune
@@ -76,17 +105,8 @@ class Placement:
         bundles = [{"CPU": 0.01}, *(self._bundle(cpus, gpus) for _ in range(world_size))]
         return tune.PlacementGroupFactory(bundles, **self._selectors(len(bundles)))
 
-    def _bundle(self, cpus: float, gpus: float) -> dict[str, float]:
-        bundle = {"CPU": cpus, "GPU": gpus, **self._custom(gpus)}
-        if self.accelerator_type:
-            bundle[accelerator_resource(self.accelerator_type)] = 0.001
-        return bundle
-
-    def _selectors(self, number: int) -> dict[str, Any]:
-        return {"bundle_label_selector": [dict(self.labels)] * number} if self.labels else {}
-
-    def scaling(self, gpus: float = 0.0) -> dict[str, Any]:
-        """The part of Ray Train's `ScalingConfig` that is about a worker's place."""
+    def scaling(self, gpus: float = 0.0) -> ScalingOptions:
+        """What Ray Train needs to know of the nodes of its workers."""
         return {
             "use_gpu": gpus > 0,
             "resources_per_worker": {"CPU": self.cpus, **({"GPU": gpus} if gpus else {}), **self.resources},
@@ -94,28 +114,29 @@ class Placement:
             "accelerator_type": self.accelerator_type,
         }
 
-    def _custom(self, gpus: float) -> dict[str, float]:
-        """Two that share a GPU share what a worker on a whole one takes."""
-        share = gpus if 0 < gpus < 1 else 1.0
-        return {
-            name: max(SMALLEST_SHARE, int(amount * share / SMALLEST_SHARE) * SMALLEST_SHARE) if share < 1 else amount
-            for name, amount in self.resources.items()
-        }
+    def _bundle(self, cpus: float, gpus: float) -> dict[str, float]:
+        bundle = {"CPU": cpus, "GPU": gpus, **self.resources}
+        if self.accelerator_type:
+            bundle[accelerator_resource(self.accelerator_type)] = 0.001
+        return bundle
+
+    def _selectors(self, num_bundles: int) -> _Selectors:
+        return {"bundle_label_selector": [dict(self.labels)] * num_bundles} if self.labels else {}
 
     # --- the cluster
 
     def nodes(self) -> list[Node]:
         """The nodes that are up and fit. Raises `ConfigError` where there are settings and none fits: Ray would wait
         for one without a word."""
-        found, up = self.present(), alive()
-        if found or not (self.labels or self.resources or self.accelerator_type):
-            return found
+        present = self.present()
+        if present or not (self.labels or self.resources or self.accelerator_type):
+            return present
         names = ["labels", "resources"]
         settings = [f"{self.work}_{name} {dict(getattr(self, name))}" for name in names if getattr(self, name)]
         settings += [f"accelerator_type {self.accelerator_type}"] if self.accelerator_type else []
         raise ConfigError(
             f"no node of the cluster is as the cluster section wants it for {self.work}",
-            got=", ".join(sorted({_described(node) for node in up})),
+            got=", ".join(sorted({_described(node) for node in alive()})),
             allowed=" and ".join(settings),
             remedy="start nodes with these (ray start --labels, --resources), or change the settings",
         )
@@ -126,9 +147,9 @@ class Placement:
 
     def slots(self, node: Node, cpus: float = 1.0, gpus: float = 0.0) -> int:
         """How many tasks or workers a node that fits has room for."""
-        asked = {"CPU": cpus, "GPU": gpus, **self._custom(gpus)}
-        has = node["Resources"]
-        return int(min(has.get(name, 0.0) / amount + 1e-6 for name, amount in asked.items() if amount))
+        taken = {"CPU": cpus, "GPU": gpus, **self.resources}
+        available = node["Resources"]
+        return int(min(available.get(name, 0.0) / amount + 1e-6 for name, amount in taken.items() if amount))
 
     def misled(self, gpus: float = 0.0) -> list[Node]:
         """Nodes with room for a training worker, but other labels. Ray Train counts them where `num_workers` is a
@@ -140,13 +161,13 @@ class Placement:
         ]
 
     def _has_labels(self, node: Node) -> bool:
-        own = node.get("Labels") or {}
-        return all(selects(selector, own.get(key)) for key, selector in self.labels.items())
+        labels = node.get("Labels") or {}
+        return all(selects(selector, labels.get(key)) for key, selector in self.labels.items())
 
     def _has_resources(self, node: Node) -> bool:
-        has = node["Resources"]
-        kind_fits = self.accelerator_type is None or accelerator_resource(self.accelerator_type) in has
-        return kind_fits and all(has.get(name, 0.0) >= amount for name, amount in self.resources.items())
+        available = node["Resources"]
+        kind_fits = self.accelerator_type is None or accelerator_resource(self.accelerator_type) in available
+        return kind_fits and all(available.get(name, 0.0) >= amount for name, amount in self.resources.items())
 
 
 ANYWHERE = Placement()
@@ -160,14 +181,14 @@ def alive() -> list[Node]:
 
 
 def total(nodes: list[Node], resource: str) -> float:
-    """What some nodes have of a resource together."""
+    """What the nodes have of a resource together."""
     return sum(node["Resources"].get(resource, 0.0) for node in nodes)
 
 
 def _described(node: Node) -> str:
-    own = {key: value for key, value in (node.get("Labels") or {}).items() if not key.startswith("ray.io/node-id")}
+    labels = {key: value for key, value in (node.get("Labels") or {}).items() if not key.startswith("ray.io/node-id")}
     kind = accelerator_of(node["Resources"])
     builtin = ("CPU", "GPU", "TPU", "memory", "object_store_memory")
     custom = [name for name in node["Resources"] if name not in builtin and ":" not in name]
-    parts = [f"{key}={value}" for key, value in sorted(own.items())] + sorted(custom) + ([kind] if kind else [])
+    parts = [f"{key}={value}" for key, value in sorted(labels.items())] + sorted(custom) + ([kind] if kind else [])
     return f"a node with {', '.join(parts) or 'neither labels nor resources'}"

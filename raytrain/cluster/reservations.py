@@ -1,12 +1,13 @@
-"""What Ray keeps for training workers that are no more: placement groups, which hold their CPUs and GPUs.
+"""What Ray keeps for training workers that have ended: placement groups, which hold their CPUs and GPUs.
 
-Ray Train frees them itself as a rule. It does not where the memory monitor killed what would have, nor where a run is
-aborted while it still waits for room; whoever needs the same GPUs next would wait for ever.
+Ray Train usually frees them. It does not where the memory monitor killed the process that would have, nor where a run
+is aborted while it still waits for room; the next work that needs these GPUs would wait forever.
 """
 
 from __future__ import annotations
 
 import contextlib
+import importlib
 import json
 import time
 
@@ -18,7 +19,7 @@ _DEATH_SECONDS = 5.0
 
 
 def note_reservation(store: RunStore) -> None:
-    """Write down what holds the CPUs and GPUs of the workers that run now; for one of them to call."""
+    """Note the placement group of the workers that run now; for one of them to call."""
     import ray
 
     group = ray.util.get_current_placement_group()
@@ -28,7 +29,7 @@ def note_reservation(store: RunStore) -> None:
 
 
 def free_noted(store: RunStore) -> None:
-    """Give back what the last attempt's workers had."""
+    """Free what the last attempt's workers had reserved."""
     import ray
 
     group = read_state(store.look(_NOTE), str)
@@ -39,7 +40,7 @@ def free_noted(store: RunStore) -> None:
 
 
 def free_orphans(seconds: float = _DEATH_SECONDS) -> None:
-    """Give back what dead actors of this job had reserved; waits up to `seconds` for the first one."""
+    """Free what dead actors of this job had reserved; waits up to `seconds` for the first of them to be dead."""
     until = time.monotonic() + seconds
     while True:
         orphans = _orphans()
@@ -51,20 +52,20 @@ def free_orphans(seconds: float = _DEATH_SECONDS) -> None:
 
 
 def _orphans() -> list[bytes]:
-    """This job's placement groups whose creator, an actor, is dead; Ray's public table does not tell creators."""
+    """This job's placement groups whose creator, an actor, is dead; Ray's public table does not name creators."""
     import ray
     from ray._private.state import state
-    from ray.core.generated.gcs_pb2 import PlacementGroupTableData as Group
 
+    table = importlib.import_module("ray.core.generated.gcs_pb2").PlacementGroupTableData  # generated, without types
     job = ray.get_runtime_context().get_job_id()
-    groups = map(Group.FromString, state._connect_and_get_accessor().get_placement_group_table())
+    groups = map(table.FromString, state._connect_and_get_accessor().get_placement_group_table())
     return [
         group.placement_group_id
         for group in groups
         if group.creator_actor_dead  # of what the driver made, too, which has no creator
         and any(byte != 0xFF for byte in group.creator_actor_id)
         and group.creator_job_id.hex() == job
-        and group.state != Group.REMOVED
+        and group.state != table.REMOVED
     ]
 
 

@@ -1,4 +1,4 @@
-"""Is there room for the training workers, and for how many? Decided before Ray waits for it without a word."""
+"""Is there room for the training workers, and for how many? Decided before Ray would wait for it silently."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class Room:
 def choose_workers(wanted: Workers, room: Room, each: str) -> Workers:
     """The `num_workers` to give Ray Train: as wanted, or less where that is a range. `each` says what a worker takes.
 
-    Raises `TrainingError` where not even the least have room.
+    Raises `TrainingError` where there is no room for even the least number.
     """
     least, most = (wanted, wanted) if isinstance(wanted, int) else wanted
     if room.most < least:
@@ -52,7 +52,7 @@ def choose_workers(wanted: Workers, room: Room, each: str) -> Workers:
 
 
 def waiting_for(wanted: Workers, room: Room, each: str) -> str | None:
-    """What training will wait for, as a line for a person; None where it can start now."""
+    """What training will wait for, as a line to print; None where it can start now."""
     least = wanted if isinstance(wanted, int) else wanted[0]
     if room.workers < least:
         return f"waiting for nodes: {least} workers ({each} each), the cluster has room for {room.workers} so far"
@@ -81,7 +81,7 @@ def find_room(config: Config, cuda: bool) -> Room:
         if cuda:
             whole_gpus(node)
     workers = sum(placement.slots(node, placement.cpus, gpus) for node in nodes)
-    free = sum(placement.slots(node, placement.cpus, gpus) for node in _with_what_is_free(nodes))
+    free = sum(placement.slots(node, placement.cpus, gpus) for node in _with_free_resources(nodes))
     return Room(workers, free, max(workers, _most(placement, gpus)), bool(placement.misled(gpus)))
 
 
@@ -94,8 +94,8 @@ def describe_worker(config: Config, cuda: bool) -> str:
     return ", ".join(parts)
 
 
-def _with_what_is_free(nodes: list[Node]) -> list[Node]:
-    """The nodes with what nobody uses instead of all that they have; asked for once, however many there are."""
+def _with_free_resources(nodes: list[Node]) -> list[Node]:
+    """The nodes with what is free instead of all that they have; Ray is asked once for all of them."""
     from ray._private.state import available_resources_per_node
 
     free = available_resources_per_node()
@@ -103,11 +103,11 @@ def _with_what_is_free(nodes: list[Node]) -> list[Node]:
 
 
 def _most(placement: Placement, gpus: float) -> int:
-    """Workers on all nodes that an autoscaler may start; 0 where there is none, or it does not tell."""
+    """Workers on all nodes that an autoscaler may start; 0 where there is none, or it sets no limit."""
     from ray._private.state import state
 
     most = state.get_max_resources_from_cluster_config()
     if not most:
         return 0
-    asked = {"CPU": placement.cpus, **({"GPU": gpus} if gpus else {}), **placement.resources}
-    return int(min(most.get(name, 0) / amount for name, amount in asked.items() if amount))
+    taken = {"CPU": placement.cpus, **({"GPU": gpus} if gpus else {}), **placement.resources}
+    return int(min(most.get(name, 0) / amount for name, amount in taken.items() if amount))

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from raytrain.cluster.session import ray_session
-from raytrain.cluster.trials import check_on_disk, run_grid
+from raytrain.cluster.trials import run_grid
 from raytrain.config import Config
 from raytrain.console import Console
 from raytrain.errors import ConfigError
@@ -29,6 +29,7 @@ from raytrain.lengths.schemes import (
     title_of,
 )
 from raytrain.model.cost import cost_of, peak_flops
+from raytrain.run_folder.trial_folder import check_on_disk
 from raytrain.run_folder.workspace import PROFILE_FORMAT, ProfileBody, Workspace
 from raytrain.stages.pipeline import read_stages, run_pipeline
 from raytrain.stages.stages import read_histogram

@@ -15,7 +15,7 @@ from typing import Any
 from raytrain.cluster.placement import Placement
 from raytrain.cluster.room import trains_on_gpus
 from raytrain.cluster.session import ray_session
-from raytrain.cluster.trials import check_on_disk, run_grid
+from raytrain.cluster.trials import run_grid
 from raytrain.config import Config, check_config
 from raytrain.console import Console
 from raytrain.errors import ConfigError
@@ -23,6 +23,7 @@ from raytrain.experiments.ablate import histogram_of, prepare_folder, training_l
 from raytrain.model.config import ModelConfig
 from raytrain.model.cost import cost_of
 from raytrain.model.device import worker_device
+from raytrain.run_folder.trial_folder import check_on_disk
 from raytrain.run_folder.workspace import Workspace
 from raytrain.storage.artifacts import write_json
 from raytrain.storage.ownership import owned

@@ -19,7 +19,9 @@ from typing import Any
 
 import orjson
 
-from raytrain.cluster.inference import MAX_BATCH, Job, Pool, batch_sizes, find_pool, make_batches, recognise
+from raytrain.cluster.inference import MAX_BATCH, batch_sizes, make_batches, recognize
+from raytrain.cluster.inference_worker import Job, RecognizedText
+from raytrain.cluster.pool import Pool, find_pool
 from raytrain.cluster.session import ray_session
 from raytrain.config import ClusterSection
 from raytrain.console import Console
@@ -201,7 +203,7 @@ class _Part:
     number: int
     rows: list[ManifestRow]
     first: int
-    results: dict[int, dict[str, Any]] = field(default_factory=dict)
+    results: dict[int, RecognizedText] = field(default_factory=dict)
     waiting: int = 0
 
     def __post_init__(self) -> None:
@@ -255,7 +257,7 @@ class _Run:
     def go(self, rows: Iterable[ManifestRow], part_rows: int) -> Summary:
         """Do what is not done yet."""
         summary, start = self._summary, time.perf_counter()
-        for done in recognise(self._batches(cut_parts(rows, part_rows)), self._job, self._pool):
+        for done in recognize(self._batches(cut_parts(rows, part_rows)), self._job, self._pool):
             summary.audio_s += done.audio_s
             summary.part_seconds.update(done.seconds)
             self._take(done.texts)
@@ -286,7 +288,7 @@ class _Run:
                 summary.batches += 1
                 yield batch
 
-    def _take(self, texts: Sequence[dict[str, Any]]) -> None:
+    def _take(self, texts: Sequence[RecognizedText]) -> None:
         for found in texts:
             part = self._part_of.pop(found["id"])
             part.results[found["id"]] = found

@@ -10,7 +10,9 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from raytrain.cluster.inference import Job, batch_sizes, find_pool, make_batches, recognise
+from raytrain.cluster.inference import batch_sizes, make_batches, recognize
+from raytrain.cluster.inference_worker import Job, RecognizedText
+from raytrain.cluster.pool import find_pool
 from raytrain.config import Config, check_config
 from raytrain.data.assignment import Row
 from raytrain.data.text.tokenizer import CanaryTokenizer
@@ -70,7 +72,7 @@ def trained_checkpoint(workspace: Workspace, which: str) -> Checkpoint:
 
 
 def result_of(
-    identity: int, row: Row, translated: bool, found: dict[str, Any], normalize: Callable[[str, str], str]
+    identity: int, row: Row, translated: bool, found: RecognizedText, normalize: Callable[[str, str], str]
 ) -> dict[str, Any]:
     """A line of `hypotheses.jsonl`; see `raytrain.evaluation.scoring`. `normalize` takes a text and its language."""
     result = {
@@ -111,7 +113,7 @@ def transcribe_rows(config: Config, location: str, rows: list[Row]) -> Iterator[
         )
         for row in rows
     ]
-    for done in recognise(make_batches(list(enumerate(requests)), sizes, job, pool), job, pool):
+    for done in recognize(make_batches(list(enumerate(requests)), sizes, job, pool), job, pool):
         for found in done.texts:
             row = rows[found["id"]]
             translated = workspace.is_translation(row)

@@ -566,7 +566,9 @@ def training_meta(workspace: Workspace) -> dict[str, Any]:
 
 
 def run_train(context: Context) -> str:
-    from raytrain.cluster.trainer import METRICS, mirror_of, run_training
+    from raytrain.cluster.trainer import run_training
+    from raytrain.run_folder.checkpoint_mirror import mirror_of
+    from raytrain.tracking.metrics_file import METRICS
 
     workspace, config = context.workspace, context.config
     lineage = _lineage(workspace)

@@ -12,7 +12,7 @@ from conftest import tiny_config, tiny_values
 from typer.testing import CliRunner
 
 from raytrain.cli.app import app
-from raytrain.cluster.ingest import RayBatches
+from raytrain.cluster.ingest import RankInput, RayBatches
 from raytrain.config import check_config
 from raytrain.console import Console
 from raytrain.data.augment import AugmentSettings
@@ -38,7 +38,7 @@ def test_ray_data_gives_the_batches_of_the_threads(prepared):
     with workspace.loader(sizes, None, [1], 2) as batches:
         expected = list(batches)
     state = expected[2].state.to_dict()
-    with RayBatches(workspace, sizes, state, [1], 2, world_size=2) as batches:
+    with RayBatches(workspace, RankInput(sizes, state, [1], 2, world_size=2)) as batches:
         found = list(batches)
     assert len(found) == len(expected) - 3 > 3
     for one, other in zip(found, expected[3:], strict=True):
@@ -57,7 +57,7 @@ def test_a_broken_recording_is_replaced_and_listed_by_who_trains(corpus, tmp_pat
     for row in rows[:2]:
         (copied / row["audio_filepath"]).write_bytes(b"no audio")
     workspace = Workspace(config, config.run_dir)
-    with RayBatches(workspace, workspace.profiles()[0].batch_sizes, None, [0], 1) as batches:
+    with RayBatches(workspace, RankInput(workspace.profiles()[0].batch_sizes, None, [0], 1)) as batches:
         assert sum(loaded.num_replaced for loaded in batches) == 2
     listed = [json.loads(line) for line in workspace.path("quarantine.jsonl").read_text().splitlines()]
     assert sorted(Path(line["audio_path"]).name for line in listed) == sorted(

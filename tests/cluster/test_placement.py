@@ -9,9 +9,9 @@ import pytest
 from conftest import tiny_values
 
 from raytrain.cluster import placement
-from raytrain.cluster.inference import find_pool
 from raytrain.cluster.ingest import free_cpus
 from raytrain.cluster.placement import Placement
+from raytrain.cluster.pool import find_pool
 from raytrain.config import ClusterSection, check_config
 from raytrain.config.selectors import selects
 from raytrain.errors import ConfigError
@@ -130,7 +130,7 @@ def test_every_stage_runs_on_the_nodes_that_are_for_it(corpus, tmp_path):
     # Counting, assigning and tracing are `work`; then training's audio, evaluation's audio, evaluation's model.
     for name in ("work", "decode", "read"):
         assert ran_on(f"MapBatches({name})") == {"data"}
-    assert ran_on("MapWorker(MapBatches(Listener)).submit") == {"data"}
+    assert ran_on("MapWorker(MapBatches(RecognizerActor)).submit") == {"data"}
     assert ran_on("ProbeCoordinator.tell") == {"data"}
     assert ran_on("ImplicitFunc.train") == set(KINDS)
     assert ran_on("RayTrainWorker.run_train_fn") == {"T4"}
@@ -191,10 +191,10 @@ def test_options_say_no_more_than_the_settings():
         train_labels={"role": "train"}, train_resources={"gpu_host": 1, "CPU": 8}, accelerator_type="A100"
     )
     train = Placement.train(cluster)
-    assert train.remote_options(gpus=0.5) == {
+    assert train.remote_options(gpus=1) == {
         "num_cpus": 1,
-        "num_gpus": 0.5,
-        "resources": {"gpu_host": 0.5},
+        "num_gpus": 1,
+        "resources": {"gpu_host": 1},
         "label_selector": {"role": "train"},
         "accelerator_type": "A100",
     }
@@ -204,10 +204,8 @@ def test_options_say_no_more_than_the_settings():
         "label_selector": {"role": "train"},
         "accelerator_type": "A100",
     }
-    asked = train.trial_resources(gpus=1 / 3)
-    assert asked.bundles == [
-        {"CPU": 1, "GPU": 1 / 3, "gpu_host": pytest.approx(0.3333), "accelerator_type:A100": 0.001}
-    ]
+    asked = train.trial_resources(gpus=1)
+    assert asked.bundles == [{"CPU": 1, "GPU": 1, "gpu_host": 1, "accelerator_type:A100": 0.001}]
     assert asked._kwargs == {"bundle_label_selector": [{"role": "train"}]}
     assert Placement().trial_resources().bundles == [{"CPU": 1}]
 

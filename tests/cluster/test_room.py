@@ -1,8 +1,7 @@
-"""Room for training workers: how many to start, what is waited for, and what follows a failure."""
+"""Room for training workers: how many to start, and what is waited for."""
 
 import pytest
 
-from raytrain.cluster.failures import GiveUp, Restart, decide
 from raytrain.cluster.room import Room, choose_workers, waiting_for
 from raytrain.errors import TrainingError
 
@@ -51,18 +50,3 @@ def test_a_range_on_nodes_that_are_to_come_needs_a_resource():
 )
 def test_a_wait_says_what_for(wanted, room, line):
     assert waiting_for(wanted, room, EACH) == line
-
-
-@pytest.mark.parametrize(
-    ("killed", "lowered", "attempts_left", "decision"),
-    [
-        (False, ["bucket 3 takes 9"], 0, Restart(0, "bucket 3 takes 9")),
-        (True, ["bucket 3 takes 9", "bucket 1 takes 4"], 2, Restart(2, "bucket 1 takes 4")),
-        (True, [], 2, Restart(1, "a worker was killed for its memory")),
-        (True, [], 0, GiveUp()),
-        (False, [], 3, GiveUp()),  # Ray Train has used up its own attempts
-        (False, [], 0, GiveUp()),
-    ],
-)
-def test_what_follows_a_failure(killed, lowered, attempts_left, decision):
-    assert decide(killed, lowered, attempts_left) == decision

@@ -22,7 +22,9 @@ from hypothesis import strategies as st
 from typer.testing import CliRunner
 
 from raytrain.cli.app import app
-from raytrain.cluster.inference import Job, Pool, find_pool, make_batches, read_batch, recognise
+from raytrain.cluster.inference import make_batches, recognize
+from raytrain.cluster.inference_worker import Batch, Job, read_batch
+from raytrain.cluster.pool import Pool, find_pool
 from raytrain.console import Console
 from raytrain.data.corpora.types import Corpus, plan_chunks
 from raytrain.data.text.tokenizer import CanaryTokenizer, train_tokenizer
@@ -268,8 +270,7 @@ def test_rows_of_other_formats_are_requests_for_the_same_audio(parts, corpus, fo
     for name, one in corpora.items():
         found = list(read_requests(plan_chunks([one]), prompts_of(parts)))
         assert [row.error for row in found] == [None] * 3, name
-        batch = orjson.dumps([[0, 1, 2], [tuple(row.request) for row in found], 3])
-        table = read_batch(batch, job)
+        table = read_batch(Batch((0, 1, 2), tuple(row.request for row in found), 3), job)
         audio[name] = (table["tensor_0"][0].as_py(), [row.request.prompt for row in found])
         assert audio[name] == audio["plain"], name
 
@@ -417,7 +418,7 @@ def test_audio_is_decoded_beside_the_model(parts, checkpoint, corpus, folder, lo
     numbered = [(number, row.request) for number, row in enumerate(rows)]
     sizes = BatchSizes(DecodeTracer(parts.config, job.settings), pool.budget_bytes, max_size=3)
     batches = make_batches(numbered, sizes, job, pool)
-    found = list(recognise(batches, job, pool))
+    found = list(recognize(batches, job, pool))
     assert [[text["id"] for text in one.texts] for one in found] == [list(batch.ids) for batch in batches]
     models, readers = ({one.processes[name] for one in found} for name in ("model", "reader"))
     assert len(models) == 1 and not models & readers and os.getpid() not in models | readers
@@ -431,7 +432,7 @@ def test_a_worker_that_can_not_load_the_model_is_an_error_that_says_so(corpus, f
     sizes = BatchSizes(DecodeTracer(parts.config, job.settings), pool.budget_bytes)
     batches = make_batches([(number, row.request) for number, row in enumerate(rows)], sizes, job, pool)
     with pytest.raises(RaytrainError, match="a worker failed; because .*nowhere.* to do: check"):
-        list(recognise(batches, job, pool))
+        list(recognize(batches, job, pool))
 
 
 def test_what_a_pool_can_not_have_is_refused(local_ray):

@@ -10,10 +10,11 @@ from mlflow.tracking import MlflowClient
 from typer.testing import CliRunner
 
 from raytrain.cli.app import app
-from raytrain.cluster.trials import RunningTrial, with_settings
+from raytrain.cluster.running_trial import RunningTrial
 from raytrain.config import check_config
 from raytrain.errors import ArtifactError, ConfigError
 from raytrain.experiments.tune import TUNE_FORMAT, nested
+from raytrain.run_folder.trial_folder import with_settings
 from raytrain.storage.artifacts import read_json
 from raytrain.training.checkpoint import CheckpointFolder
 

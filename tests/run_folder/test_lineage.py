@@ -8,13 +8,14 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from raytrain.cluster.trainer import _agreed_checkpoint, run_training
+from raytrain.cluster.ranks import agree_on_checkpoint
+from raytrain.cluster.trainer import run_training
 from raytrain.errors import CheckpointError
 from raytrain.stages.evaluate import trained_checkpoint
 from raytrain.storage.artifacts import canonical_json
 from raytrain.storage.run_store import RunStore
 from raytrain.training.checkpoint import CheckpointFolder
-from raytrain.training.loop import GaveUp
+from raytrain.training.limits import GaveUp
 
 
 def save(folder: CheckpointFolder, step: int, lineage: str, value: float = 0.0):
@@ -32,19 +33,19 @@ def test_checkpoint_of_another_lineage_is_refused_by_all_ranks(rank, tmp_path, m
     monkeypatch.setattr("ray.train.collective.broadcast_from_rank_zero", broadcast)
     folder = CheckpointFolder(tmp_path, keep=9)
     save(folder, 3, "mine")
-    assert _agreed_checkpoint(folder, 0, {"ids": {"lineage": "mine"}}).step == 3
-    assert _agreed_checkpoint(folder, 1, {"ids": {"lineage": "mine"}}).step == 3
+    assert agree_on_checkpoint(folder, 0, {"ids": {"lineage": "mine"}}).step == 3
+    assert agree_on_checkpoint(folder, 1, {"ids": {"lineage": "mine"}}).step == 3
     said.clear()
     save(folder, 5, "theirs")
     with pytest.raises(GaveUp, match=r"step_00000005.*got lineage theirs; allowed: lineage mine"):
-        _agreed_checkpoint(folder, 0, {"ids": {"lineage": "mine"}})
+        agree_on_checkpoint(folder, 0, {"ids": {"lineage": "mine"}})
     with pytest.raises(GaveUp, match="lineage theirs"):
-        _agreed_checkpoint(folder, rank, {"ids": {"lineage": "mine"}})
+        agree_on_checkpoint(folder, rank, {"ids": {"lineage": "mine"}})
 
 
 def test_without_a_checkpoint_training_begins(tmp_path, monkeypatch):
     monkeypatch.setattr("ray.train.collective.broadcast_from_rank_zero", lambda value: value)
-    assert _agreed_checkpoint(CheckpointFolder(tmp_path), 0, {"ids": {"lineage": "mine"}}) is None
+    assert agree_on_checkpoint(CheckpointFolder(tmp_path), 0, {"ids": {"lineage": "mine"}}) is None
 
 
 @pytest.fixture

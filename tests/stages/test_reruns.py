@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from in_process import keys_of, pipeline_in_process
 from pydantic import BaseModel
 
-from raytrain.cluster.trials import training_inputs
+from raytrain.cluster.running_trial import training_inputs
 from raytrain.config import Config, check_config
 from raytrain.data.assignment import Assignment
 from raytrain.data.corpora.types import Corpus

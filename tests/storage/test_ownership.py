@@ -259,11 +259,11 @@ def config(tmp_path):
 
 
 def test_commands_leave_the_folder_of_a_living_owner_as_it_is(config):
-    from raytrain.cluster.trials import SHARED
     from raytrain.console import Console
     from raytrain.experiments.ablate import PredictOptions, predict_ablation, run_ablation
     from raytrain.experiments.depths import run_depths
     from raytrain.experiments.tune import run_tune
+    from raytrain.run_folder.trial_folder import SHARED
     from raytrain.stages.pipeline import STAGE_NAMES, run_pipeline
 
     console = Console(quiet=True)

@@ -18,7 +18,6 @@ from hypothesis import strategies as st
 
 from raytrain.cluster.assigning import standing_note
 from raytrain.cluster.probing import read_answers
-from raytrain.cluster.trainer import _gave_up, keep_metrics_until
 from raytrain.config import check_config
 from raytrain.data.assignment import INDEX_FORMAT, NOTE_FORMAT, Assignment, part_name
 from raytrain.data.corpora.types import Chunk
@@ -38,12 +37,14 @@ from raytrain.storage.artifacts import content_id, lines_of, parse_json, read_js
 from raytrain.storage.finished import FinishedParts
 from raytrain.storage.run_store import RunStore
 from raytrain.tracking import read_metrics
+from raytrain.tracking.metrics_file import keep_metrics_until
 from raytrain.tracking.runs import RunTracking
 from raytrain.training.checkpoint import CheckpointFolder, read_checkpoint
 from raytrain.training.conversion import model_config_of
 from raytrain.training.faults import FaultNotes
 from raytrain.training.memory.meter import Probe
 from raytrain.training.memory.probing import Answer, ProbeJob, Task, answers_to_json
+from raytrain.training.run_notes import error_in_note
 from raytrain.training.settings import TrainSettings
 
 JSON = st.recursive(
@@ -238,7 +239,7 @@ FILES = [
     File("faults/validation-1.json", {"batch_size": 3}, read_faults),
     File("faults/stalled-1.json", {"doing": "x", "time": 1.0}, read_faults),
     File("faults/placement-group", "00ff", lambda f: read_state(f / "faults/placement-group", str)),
-    File("gave_up.json", {"what": "w", "got": None, "why": "y"}, lambda f: str(_gave_up(f / "gave_up.json"))),
+    File("gave_up.json", {"what": "w", "got": None, "why": "y"}, lambda f: str(error_in_note(f / "gave_up.json"))),
     File("note.json", NOTE, lambda f: standing_note(f / "note.json", CHUNK, PLAN), NOTE_FORMAT),
     File(
         "batch_probes.json",
@@ -479,8 +480,8 @@ def test_the_report_is_written_whatever_the_run_folder_holds(tmp_path, data):
 
 def test_a_missing_reason_to_give_up_is_said_too(tmp_path):
     (tmp_path / "gave_up.json").write_text("[1]")
-    assert isinstance(_gave_up(tmp_path / "gave_up.json"), TrainingError)
-    assert "see the messages above" in str(_gave_up(tmp_path / "gave_up.json"))
+    assert isinstance(error_in_note(tmp_path / "gave_up.json"), TrainingError)
+    assert "see the messages above" in str(error_in_note(tmp_path / "gave_up.json"))
 
 
 @given(JSON)

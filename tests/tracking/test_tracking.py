@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 from conftest import free_port, wait_for
 
-from raytrain.cluster.trainer import keep_metrics_until
 from raytrain.errors import StorageError
 from raytrain.tracking import JsonLinesTracker, MultiTracker
+from raytrain.tracking.metrics_file import keep_metrics_until
 from raytrain.tracking.mlflow import MlflowTracker
 
 

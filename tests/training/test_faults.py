@@ -15,7 +15,8 @@ from conftest import copied
 from ray.train import RunConfig, ScalingConfig
 from ray.train.torch import TorchTrainer
 
-from raytrain.cluster.trainer import _job, train_worker
+from raytrain.cluster.training_job import make_job
+from raytrain.cluster.training_worker import train_worker
 from raytrain.config import Config
 from raytrain.console import Console
 from raytrain.errors import TrainingError
@@ -50,10 +51,10 @@ def train_in_turn(*configs: Config) -> None:
     jobs = []
     for config in configs:
         workspace = Workspace(config, config.run_dir)
-        jobs.append(_job(config, workspace.store, training_meta(workspace), None))
+        jobs.append(make_job(config, workspace.store, training_meta(workspace)))
         checkpoints = config.run_dir / "checkpoints"
         checkpoints.mkdir(exist_ok=True)
-        (checkpoints / "lineage.json").write_text(json.dumps({"lineage": jobs[-1]["meta"]["ids"]["lineage"]}))
+        (checkpoints / "lineage.json").write_text(json.dumps({"lineage": jobs[-1].meta["ids"]["lineage"]}))
 
     def train_all(settings: dict) -> None:
         for job in settings["jobs"]:

@@ -1,0 +1,134 @@
+"""One trial: a training on Ray Train, in a run folder of its own, read validation by validation."""
+
+from __future__ import annotations
+
+import math
+import queue
+import threading
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from raytrain.cluster.trainer import run_training
+from raytrain.config import Config, check_config
+from raytrain.run_folder.trial_folder import TrialJob, with_settings
+from raytrain.run_folder.workspace import Workspace
+from raytrain.storage.artifacts import atomic_write_bytes, canonical_json, content_id, file_id, read_state
+from raytrain.tracking import read_metrics
+from raytrain.tracking.metrics_file import METRICS
+from raytrain.training.run_notes import STOP
+
+if TYPE_CHECKING:
+    from raytrain.tracking.mlflow import MlflowTracker
+
+DONE_NOTE = "trial.json"
+_REPORTED = ("step", "error", "wer", "bleu", "val_loss")
+_STOP_SECONDS = 180
+
+
+def training_inputs(config: Config, run_dir: Path, files: Mapping[str, str] | None = None) -> list[Any]:
+    """Names all that a training on the artifacts in `run_dir` depends on; `files` stand for artifacts there."""
+    from raytrain.stages.stages import train_key
+
+    profile = Path((files or {}).get("batch_profile.json", run_dir / "batch_profile.json"))
+    return [train_key(Workspace(config, run_dir)), file_id(profile)]
+
+
+class RunningTrial:
+    """A training run in a thread, which resumes as any training does; one that is done is not done again.
+
+    `params` has a `job` (see `TrialJob`) and more `settings`.
+    """
+
+    def __init__(self, params: Mapping[str, Any]) -> None:
+        from raytrain.stages.stages import training_meta
+
+        job = TrialJob.from_json(params["job"])
+        settings = {**job.settings, **params["settings"]}
+        config, run_dir = with_settings(check_config(job.config), settings), Path(job.run_dir)
+        meta = training_meta(Workspace(config, run_dir))
+        self.folder = job.folder(settings, meta["ids"]["lineage"])
+        self._key = content_id(training_inputs(config, run_dir, job.files))
+        self._lines: queue.Queue[Mapping[str, Any] | Exception | None] = queue.Queue()
+        self._max_steps = config.train.max_steps
+        self._result: dict[str, Any] = {"error": math.inf, "best_error": math.inf, "folder": str(self.folder)}
+        self._tracker: MlflowTracker | None = None
+        self._status, mlflow = "FINISHED", None
+        if self._is_done():
+            for line in read_metrics(self.folder / METRICS):
+                self._update(line)
+            self._lines.put(None)
+            return
+        if config.tracking.enabled and job.parent_run_id:
+            self._tracker, mlflow = _open_run(config, job, self.folder, settings)
+        self._status = "KILLED"
+        self._thread = threading.Thread(target=self._train, args=(config, meta, mlflow), name="training", daemon=True)
+        self._thread.start()
+
+    def next(self) -> dict[str, Any]:
+        """The newest validation and the best so far; `done` where training is over. Raises what training raised."""
+        while (line := self._lines.get()) is not None:
+            if isinstance(line, Exception):
+                self._status = "FAILED"
+                raise line
+            if self._update(line):
+                return {**self._result, "done": False}
+        self._finish()
+        return {**self._result, "done": True}
+
+    def end(self) -> None:
+        """Stop training where it has not ended, so that nothing of it is left when the next trial begins."""
+        if self._status == "KILLED":
+            (self.folder / STOP).touch()
+            self._thread.join(timeout=_STOP_SECONDS)
+            if self._result.get("step", 0) >= self._max_steps:  # Tune may end it before it reports that it is done
+                self._finish()
+        if self._tracker is not None:
+            self._tracker.close(self._status)
+
+    def _finish(self) -> None:
+        if self._status == "KILLED":
+            self._status = "FINISHED"
+            result = {name: value for name, value in self._result.items() if value != math.inf}
+            atomic_write_bytes(self.folder / DONE_NOTE, canonical_json({**result, "key": self._key}))
+
+    def _is_done(self) -> bool:
+        note = read_state(self.folder / DONE_NOTE, dict[str, Any])
+        return note is not None and note.get("key") == self._key
+
+    def _train(self, config: Config, meta: dict[str, Any], mlflow: Mapping[str, Any] | None) -> None:
+        try:
+            run_training(config, self.folder, meta=meta, mlflow=mlflow, on_metrics=self._lines.put)
+            self._lines.put(None)
+        except Exception as error:
+            self._lines.put(error)
+
+    def _update(self, line: Mapping[str, Any]) -> bool:
+        """Take in a line of metrics; true if it is a validation's."""
+        if "error" not in line:
+            return False
+        self._result |= {name: line[name] for name in _REPORTED if name in line}
+        self._result["best_error"] = min(self._result["best_error"], line["error"])
+        return True
+
+
+def _open_run(
+    config: Config, job: TrialJob, folder: Path, settings: Mapping[str, Any]
+) -> tuple[MlflowTracker, Mapping[str, Any] | None]:
+    """The trial's MLflow run, the same one where the trial is resumed, and what training needs to write into it."""
+    from raytrain.tracking.mlflow import MlflowTracker
+
+    note = folder / "mlflow_run_id"
+    noted_id = note.read_bytes().decode(errors="replace") if note.exists() else None
+    name, experiment = job.label or folder.name, config.tracking.experiment
+    tracker = MlflowTracker.open(job.tracking_uri, experiment, name, run_id=noted_id, parent_run_id=job.parent_run_id)
+    if noted_id is None and tracker.run_id:
+        tracker.log_params(settings)
+        atomic_write_bytes(note, tracker.run_id.encode())
+    arguments = {
+        "tracking_uri": job.tracking_uri,
+        "experiment": experiment,
+        "run_name": name,
+        "run_id": tracker.run_id,
+    }
+    return tracker, arguments if tracker.run_id else None

@@ -1,0 +1,74 @@
+"""What a worker of Ray Train gets: frozen values, from which it builds everything."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from raytrain.cluster.gpus import backend
+from raytrain.cluster.ingest import free_cpus
+from raytrain.cluster.placement import Placement, total
+from raytrain.cluster.room import trains_on_gpus
+from raytrain.config import Config
+from raytrain.errors import TrainingError
+from raytrain.storage.artifacts import file_id
+from raytrain.storage.filesystem import absolute
+from raytrain.storage.run_store import RunStore
+
+
+@dataclass(frozen=True)
+class TrainingJob:
+    """A training run, for all of its workers.
+
+    `location` is the run folder's path or URI, `meta` what every checkpoint says of where it comes from, `mlflow` the
+    arguments of `MlflowTracker.open` where the run is tracked. `backend` is that of `torch.distributed`, `cpus` the
+    CPUs of all nodes for training, `num_shares` the shares of each step, and `profile_id` names the batch profile.
+    """
+
+    config: Config
+    location: str
+    meta: dict[str, Any]
+    mlflow: Mapping[str, Any] | None
+    cuda: bool
+    backend: str
+    cpus: int
+    num_shares: int
+    profile_id: str
+
+
+def make_job(
+    config: Config, store: RunStore, meta: dict[str, Any], mlflow: Mapping[str, Any] | None = None
+) -> TrainingJob:
+    """The job of a run folder. Raises `TrainingError` where the cluster can't train so."""
+    cuda = trains_on_gpus(config)
+    cpus = int(total(Placement.train(config.cluster).nodes(), "CPU"))
+    if config.data.workers == "ray" and free_cpus(config, config.train.most_workers) < 1:
+        raise TrainingError(
+            "data.workers is ray, but training leaves no CPU to decode audio",
+            got=f"{cpus} CPUs for {config.train.most_workers} training workers",
+            allowed="a CPU for each worker and at least one more",
+            remedy="add CPU nodes, or unset data.workers",
+        )
+    return TrainingJob(
+        config=_with_absolute_paths(config),
+        location=store.location,
+        meta=meta,
+        mlflow=mlflow,
+        cuda=cuda,
+        backend=backend(config, cuda),
+        cpus=cpus,
+        num_shares=config.train.most_workers * config.train.accumulate,
+        profile_id=file_id(store.local / "batch_profile.json"),
+    )
+
+
+def _with_absolute_paths(config: Config) -> Config:
+    """Workers have other working folders."""
+    init_from, storage_path = config.train.init_from, config.train.storage_path
+    train = replace(
+        config.train,
+        init_from=absolute(init_from) if init_from else init_from,
+        storage_path=absolute(storage_path) if storage_path else storage_path,
+    )
+    return config.model_copy(update={"train": train})
