@@ -25,9 +25,8 @@ import orjson
 
 from raytrain.cluster.gpus import find_gpus, least_bytes, whole_gpus
 from raytrain.cluster.ingest import pack_batch, unpack
-from raytrain.cluster.nodes import last_line
+from raytrain.cluster.mapping import results_of_workers
 from raytrain.cluster.placement import ANYWHERE, Placement, total
-from raytrain.cluster.session import results_of_workers
 from raytrain.config import ClusterSection
 from raytrain.data.audio import AudioError, read_audio
 from raytrain.data.batch import SpeechBatch
@@ -35,7 +34,7 @@ from raytrain.decoding.batching import sorted_batches
 from raytrain.decoding.longform import most_windows, windows
 from raytrain.decoding.requests import Request
 from raytrain.decoding.search import DecodeSettings
-from raytrain.errors import ConfigError, DataError, RaytrainError
+from raytrain.errors import ConfigError, DataError, RaytrainError, last_line
 from raytrain.model.canary import Canary
 from raytrain.model.config import ModelConfig
 from raytrain.model.device import worker_device

@@ -7,6 +7,8 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
+from raytrain.errors import last_line
+
 
 def ask_nodes(
     function: Callable[[Any], Any], arguments: Mapping[str, Any], seconds: float
@@ -40,9 +42,3 @@ def ask_nodes(
         with contextlib.suppress(Exception):
             ray.cancel(reference, force=True)
         yield node_id, f"no answer within {seconds:.0f} s", time.time()
-
-
-def last_line(error: BaseException) -> str:
-    """What an error ends with, as a worker's traceback does: the line that says what happened."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[-1][:300] if lines else type(error).__name__

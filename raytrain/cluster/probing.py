@@ -17,9 +17,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
-from raytrain.cluster.nodes import last_line
 from raytrain.cluster.placement import Placement
-from raytrain.errors import ProfileError
+from raytrain.errors import ProfileError, last_line
 from raytrain.model.device import emulated_gpu
 from raytrain.storage.artifacts import atomic_write_bytes, canonical_json, read_state
 from raytrain.training.memory.isolated import IsolatedMeter, make_step_meter

@@ -15,12 +15,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from raytrain.cluster.nodes import last_line
 from raytrain.cluster.room import find_room, trains_on_gpus
 from raytrain.cluster.trainer import STOP
 from raytrain.config import Config, check_config
 from raytrain.console import Console
-from raytrain.errors import ConfigError
+from raytrain.errors import ConfigError, last_line
 from raytrain.run_folder.workspace import Workspace
 from raytrain.storage.artifacts import atomic_write_bytes, canonical_json, content_id, file_id, make_folder, read_state
 from raytrain.storage.filesystem import is_uri

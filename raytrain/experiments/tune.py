@@ -13,7 +13,6 @@ from typing import Any
 
 import yaml
 
-from raytrain.cluster.nodes import last_line
 from raytrain.cluster.session import ray_session
 from raytrain.cluster.trials import (
     SHARED,
@@ -26,7 +25,7 @@ from raytrain.cluster.trials import (
 )
 from raytrain.config import Config, Distribution
 from raytrain.console import Console
-from raytrain.errors import ArtifactError, ConfigError, TrainingError
+from raytrain.errors import ArtifactError, ConfigError, TrainingError, last_line
 from raytrain.storage.artifacts import atomic_write_bytes, content_id, make_folder, write_json
 from raytrain.storage.ownership import owned
 from raytrain.tracking.runs import RunTracking, tracking_uri
