@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from raytrain.config import Config
-from raytrain.errors import RaytrainError, TrainingError
+from raytrain.errors import RaytrainError, TrainingError, last_line
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ def readable(error: BaseException) -> Exception:
         )
     return TrainingError(
         "training failed",
-        why=lines[-1] if lines else type(error).__name__,
+        why=last_line(seen[-1]),
         remedy="mend the cause, then run the same command, which goes on from the last checkpoint; `raytrain doctor` "
         "looks at every node",
     )

@@ -1,8 +1,8 @@
 """Ends a local Ray with its driver, also where that was killed: `python -P supervisor.py DRIVER`, a process beside it.
 
 The kernel ends what the driver has started itself, Ray's servers. What those have started, agents and workers, may run
-forever. Standard input is a pipe that only the driver writes to: first the session's folder, as soon as Ray has made it,
-at last `done` where all went well and nobody will need that folder; the pipe ends with the driver or the session.
+forever. Standard input is a pipe that only the driver writes to: first the session's folder, once Ray has made it, at
+last `done` where all went well and nobody will need that folder; the pipe ends with the driver or the session.
 A process is the session's where it writes to a file of that folder; the driver, and drivers that joined, write there
 too, to files of their own names.
 """
