@@ -267,7 +267,7 @@ def _job(details: JobDetails) -> Job:
         for stamp in (details.start_time, details.end_time)
     )
     return Job(
-        details.submission_id,
+        details.submission_id or "",
         str(details.status.value),
         metadata.get("run", ""),
         metadata.get("stages", ""),

@@ -141,7 +141,7 @@ def _refuses(channel: grpc.Channel, token: str | None) -> bool:
 def _channel(address: str) -> grpc.Channel:
     """A channel as Ray makes it, but without a token that it adds by itself."""
     import grpc
-    from ray._private.grpc_utils import load_certs_from_env
+    from ray._common.tls_utils import load_certs_from_env
 
     if os.environ.get("RAY_USE_TLS", "0").lower() not in ("1", "true"):
         return grpc.insecure_channel(address)
