@@ -52,13 +52,15 @@ class RaytrainError(Exception):
         parts = {"what": self.what, "got": self.got, "allowed": self.allowed, "why": self.why, "remedy": self.remedy}
         return {name: None if part is None else str(part) for name, part in parts.items()}
 
-    def __reduce__(self):
+    def __reduce__(self) -> tuple[object, ...]:
         # Exceptions cross process borders by pickle (Ray); keyword arguments need help there.
         return _rebuild, (type(self), self.what, self.got, self.allowed, self.why, self.remedy)
 
 
-def _rebuild(cls, what, got, allowed, why, remedy):
-    return cls(what, got=got, allowed=allowed, why=why, remedy=remedy)
+def _rebuild(
+    kind: type[RaytrainError], what: str, got: object, allowed: object, why: str | None, remedy: str | None
+) -> RaytrainError:
+    return kind(what, got=got, allowed=allowed, why=why, remedy=remedy)
 
 
 def last_line(error: BaseException | str) -> str:
