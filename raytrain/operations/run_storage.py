@@ -73,14 +73,14 @@ def measure_speed(root: str, size: int, seconds: float) -> Speed:
     try:
         probe = _SpeedProbe(name, seconds)
         probe.write(size)
-        probe.read()
+        equal = probe.read()
     except Exception as error:
         why = " ".join(str(error).split())[:300] or type(error).__name__
         return probe.speed(why) if probe else Speed(error=why)
     finally:
         if probe is not None:
             probe.remove()
-    return probe.speed()
+    return probe.speed("" if equal else "what was read is not what was written")
 
 
 class _SpeedProbe:
@@ -101,8 +101,8 @@ class _SpeedProbe:
             _push_out(self._path)
         self._bytes, self._write_mib_s = written, written / MIB / (time.perf_counter() - start)
 
-    def read(self) -> None:
-        """Raises `ValueError` where something else is read than was written."""
+    def read(self) -> bool:
+        """Whether what is read is what was written."""
         start, read, equal = time.perf_counter(), 0, True
         with self._filesystem.open_input_stream(self._path) as file:
             while read < self._bytes and time.perf_counter() - start < self._seconds:
@@ -112,10 +112,9 @@ class _SpeedProbe:
                 if not data:
                     break
         self._read_mib_s = read / MIB / (time.perf_counter() - start)
-        if not equal:
-            raise ValueError("what was read is not what was written")
+        return equal
 
-    def speed(self, error: str = "") -> Speed:
+    def speed(self, error: str) -> Speed:
         """As far as it was measured."""
         return Speed(self._write_mib_s, self._read_mib_s, self._bytes, error)
 
