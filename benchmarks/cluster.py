@@ -77,7 +77,8 @@ def run_stages(config: Config, nodes: int) -> dict[str, Any]:
     os.environ.setdefault("RAY_TRAIN_V2_ENABLED", "1")
     from ray.cluster_utils import Cluster
 
-    from raytrain.cluster.session import map_on_workers, ray_session
+    from raytrain.cluster.mapping import map_on_workers
+    from raytrain.cluster.session import ray_session
     from raytrain.console import Console
     from raytrain.stages.pipeline import run_pipeline
 

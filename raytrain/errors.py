@@ -68,6 +68,25 @@ def _rebuild(
     return kind(what, got=got, allowed=allowed, why=why, remedy=remedy)
 
 
+def last_line(error: BaseException | str) -> str:
+    """The end of an error's message, where a worker's traceback says what happened, or of a program's output.
+
+    An error without a message gives the name of its type.
+
+    >>> last_line(RuntimeError("Traceback (most recent call last):\\n  ...\\nOSError: disk full\\n"))
+    'OSError: disk full'
+    """
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    if lines:
+        return lines[-1][:300]
+    return "" if isinstance(error, str) else type(error).__name__
+
+
+def first_line(error: BaseException) -> str:
+    """The beginning of an error's message, where libraries say what is wrong; the error's type if there is none."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+
+
 class ConfigError(RaytrainError):
     """A setting is unknown, of the wrong type or contradicts another one."""
 

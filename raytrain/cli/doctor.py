@@ -11,6 +11,7 @@ from raytrain.cli.options import SetOption
 
 if TYPE_CHECKING:
     from raytrain.operations.doctor import Report
+    from raytrain.operations.facts import Storage
 
 Config = Annotated[
     Path | None,
@@ -55,7 +56,8 @@ def doctor(
 
 def _show(report: Report) -> None:
     from raytrain.console import Console
-    from raytrain.operations.checks import FAIL, GIB, OK, WARN, fold
+    from raytrain.operations.checks import FAIL, OK, WARN, fold
+    from raytrain.operations.facts import GIB
 
     console = Console()
     console.say(f"Ray at {report.address}" if report.address else "a Ray on this machine alone: no address was given")
@@ -87,5 +89,6 @@ def _show(report: Report) -> None:
     console.say(f"{bad} failed, {doubtful} warnings, {len(folded) - bad - doubtful} in order")
 
 
-def _speed(storage: dict) -> str:
-    return f"{storage['write_mib_s']:,.0f} / {storage['read_mib_s']:,.0f}" if storage.get("write_mib_s") else "–"
+def _speed(storage: Storage | None) -> str:
+    speed = storage.speed if storage else None
+    return f"{speed.write_mib_s:,.0f} / {speed.read_mib_s:,.0f}" if speed and speed.write_mib_s else "–"

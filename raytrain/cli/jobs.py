@@ -59,7 +59,7 @@ def submit(
     Takes the resolved configuration along, never data. The same configuration again goes on where its artefacts stand.
     Exit code 0 if the job succeeded. Ctrl-C ends the following, not the job.
     """
-    from raytrain.cluster.jobs import Jobs, Order, server_address
+    from raytrain.cluster.jobs import JobRequest, Jobs, server_address
     from raytrain.config import load_config
     from raytrain.console import Console
     from raytrain.operations import submission
@@ -80,7 +80,7 @@ def submit(
     with tempfile.TemporaryDirectory(prefix="raytrain-job-") as folder:
         submission.pack(Path(folder), submission.job_settings(loaded, given.values), with_source)
         command = submission.entrypoint(names, python, take_over)
-        job = server.submit(Order(loaded.name, command, Path(folder), given.values, about))
+        job = server.submit(JobRequest(loaded.name, command, Path(folder), given.values, about))
     if not follow:
         typer.echo(job)
         return

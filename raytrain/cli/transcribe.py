@@ -178,7 +178,7 @@ def _manifests(
     from raytrain.config import parse_bytes
     from raytrain.console import Console
     from raytrain.data.corpora.types import Corpus
-    from raytrain.operations.transcripts import Order, transcribe_manifests
+    from raytrain.operations.transcription import TranscriptionSpec, transcribe_manifests
     from raytrain.redaction import holds_credentials
 
     stopping.say_at_stop(stopping.GOES_ON)
@@ -198,7 +198,7 @@ def _manifests(
     corpora = tuple(Corpus(path, path, audio=own).below(root) for path, own in places)
     chosen = {name: value for name, value in options.items() if value is not None}
     console = Console()
-    done = transcribe_manifests(Order(corpora, output.expanduser(), **chosen), console)
+    done = transcribe_manifests(TranscriptionSpec(corpora, output.expanduser(), **chosen), console)
     found = done.to_dict()
     if json:
         typer.echo(orjson.dumps(found).decode())

@@ -19,8 +19,8 @@ import orjson
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from raytrain.cluster.mapping import map_on_workers
 from raytrain.cluster.placement import ANYWHERE, Placement
-from raytrain.cluster.session import map_on_workers
 from raytrain.data.assignment import (
     ROW_SCHEMA,
     PartsWriter,

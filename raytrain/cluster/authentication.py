@@ -1,22 +1,24 @@
 """Ray's token authentication: on wherever raytrain starts Ray, and on for a cluster wherever there is a token.
 
-A token is looked for where Ray does: RAY_AUTH_TOKEN, RAY_AUTH_TOKEN_PATH, ~/.ray/auth_token. RAY_AUTH_MODE, where it is
-set, decides: `disabled` switches it off.
+A token is read from where Ray reads it: RAY_AUTH_TOKEN, RAY_AUTH_TOKEN_PATH, ~/.ray/auth_token. RAY_AUTH_MODE, if set,
+decides: `disabled` switches it off.
 """
 
 from __future__ import annotations
 
 import contextlib
+import importlib
 import logging
 import os
 import secrets
 from collections.abc import Iterator
+from types import ModuleType
 
 from raytrain.errors import ClusterError
 
 _LOG = logging.getLogger("raytrain.cluster")
 _MODE, _TOKEN = "RAY_AUTH_MODE", "RAY_AUTH_TOKEN"
-PLACES = "RAY_AUTH_TOKEN, RAY_AUTH_TOKEN_PATH or ~/.ray/auth_token"
+TOKEN_SOURCES = "RAY_AUTH_TOKEN, RAY_AUTH_TOKEN_PATH or ~/.ray/auth_token"
 NO_AUTHENTICATION = (
     "%s asks for no token: whoever reaches its ports can run code there as its user (CVE-2023-48022); start Ray with "
     "RAY_AUTH_MODE=token"
@@ -49,11 +51,10 @@ def token_authentication(local: bool) -> Iterator[bool]:
 
 def has_token() -> bool:
     """Whether there is a token. Raises `ClusterError` where RAY_AUTH_TOKEN_PATH names no file with one."""
-    from ray._raylet import AuthenticationTokenLoader
     from ray.exceptions import AuthenticationError
 
     try:
-        return AuthenticationTokenLoader.instance().has_token(ignore_auth_mode=True)
+        return bool(_raylet().AuthenticationTokenLoader.instance().has_token(ignore_auth_mode=True))
     except AuthenticationError as error:
         raise ClusterError(
             "Ray's token can't be read",
@@ -64,27 +65,36 @@ def has_token() -> bool:
 
 def token() -> str | None:
     """The token, None where there is none."""
-    from ray._raylet import AuthenticationTokenLoader
-
-    return AuthenticationTokenLoader.instance().get_raw_token(ignore_auth_mode=True) if has_token() else None
+    return _raylet().AuthenticationTokenLoader.instance().get_raw_token(ignore_auth_mode=True) if has_token() else None
 
 
 def token_header() -> dict[str, str]:
     """The HTTP header with the token; empty without one."""
-    found = token()
-    return {"Authorization": f"Bearer {found}"} if found else {}
+    secret = token()
+    return {"Authorization": f"Bearer {secret}"} if secret else {}
 
 
-def warn_once(place: str) -> None:
+def auth_mode() -> str:
+    """`token` or `disabled`, as this process talks to Ray."""
+    from ray._private.authentication.authentication_utils import get_authentication_mode_name
+
+    return get_authentication_mode_name(_raylet().get_authentication_mode())
+
+
+def warn_once(server: str) -> None:
     """Name the risk of a cluster that asks for no token."""
-    if place not in _warned:
-        _warned.add(place)
-        _LOG.warning(NO_AUTHENTICATION, place)
+    if server not in _warned:
+        _warned.add(server)
+        _LOG.warning(NO_AUTHENTICATION, server)
 
 
 def refresh() -> None:
     """Ray reads both variables once; let it read them again."""
-    from ray._raylet import AuthenticationTokenLoader, Config
+    raylet = _raylet()
+    raylet.AuthenticationTokenLoader.instance().reset_cache()
+    raylet.Config.initialize("")
 
-    AuthenticationTokenLoader.instance().reset_cache()
-    Config.initialize("")
+
+def _raylet() -> ModuleType:
+    """Ray's compiled part, whose type stubs lack what is used here."""
+    return importlib.import_module("ray._raylet")

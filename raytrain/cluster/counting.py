@@ -14,8 +14,8 @@ from typing import Any
 
 import numpy as np
 
+from raytrain.cluster.mapping import map_on_workers
 from raytrain.cluster.placement import Placement
-from raytrain.cluster.session import map_on_workers
 from raytrain.config import Config, TokenizerSection
 from raytrain.data.corpora.rejected import NUM_EXAMPLES, RejectedRows
 from raytrain.data.corpora.rows import Block

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from enum import Enum
 
 from raytrain.config import Config
-from raytrain.errors import RaytrainError, TrainingError
+from raytrain.errors import RaytrainError, TrainingError, last_line
 
 
 class Failure(Enum):
@@ -89,7 +89,7 @@ def readable(error: BaseException) -> Exception:
         )
     return TrainingError(
         "training failed",
-        why=lines[-1] if lines else type(error).__name__,
+        why=last_line(causes[-1]),
         remedy="fix the cause, then run the same command, which resumes from the last checkpoint; `raytrain doctor` "
         "checks every node",
     )

@@ -11,10 +11,9 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass, replace
-from typing import Any
 
-from raytrain.cluster.node_facts import installed_gpus
-from raytrain.cluster.nodes import ask_nodes
+from raytrain.cluster.gpu_driver import installed_gpus
+from raytrain.cluster.nodes import NoAnswer, ask_nodes
 from raytrain.cluster.placement import Node, Placement, total
 from raytrain.cluster.session import ray_session
 from raytrain.config import Config
@@ -44,7 +43,8 @@ class GpuKind:
         return [placement.on_node(node) for node, number in self.nodes for _ in range(number)]
 
 
-_ANSWERS: dict[tuple[Any, ...], list[GpuKind]] = {}
+# The last answer, by Ray's job and the GPUs of its nodes.
+_ANSWERS: dict[tuple[str, tuple[tuple[str, int], ...]], list[GpuKind]] = {}
 
 
 def has_gpus(placement: Placement) -> bool:
@@ -73,16 +73,17 @@ def find_gpus(placement: Placement) -> list[GpuKind]:
     import ray
 
     counts = {node["NodeID"]: (whole_gpus(node), node["NodeManagerHostname"]) for node in placement.nodes()}
-    counts = {node: answer for node, answer in counts.items() if answer[0]}
+    counts = {node: (number, host) for node, (number, host) in counts.items() if number}
     session = ray.get_runtime_context().get_job_id()
-    key = (session, *sorted((node, number) for node, (number, _) in counts.items()))
+    key = (session, tuple(sorted((node, number) for node, (number, _) in counts.items())))
     if key not in _ANSWERS:
         _ANSWERS.clear()
-        _ANSWERS[key] = _asked(counts)
+        _ANSWERS[key] = _ask_kinds(counts)
     return _ANSWERS[key]
 
 
-def _asked(counts: dict[str, tuple[int, str]]) -> list[GpuKind]:
+def _ask_kinds(counts: dict[str, tuple[int, str]]) -> list[GpuKind]:
+    """The kinds of GPU of nodes, by id with their number of GPUs and their host's name."""
     kinds: dict[Device, list[tuple[str, int]]] = {}
     for node, answer, _ in ask_nodes(_gpus_here, dict.fromkeys(counts), _SECONDS):
         number, host = counts[node]
@@ -101,9 +102,9 @@ def _gpus_here(_: None) -> list[Device] | ClusterError:
         return error
 
 
-def _single_kind(answer: list[Device] | ClusterError | str, host: str) -> Device:
-    if isinstance(answer, str):
-        raise ClusterError(f"the GPUs of {host} can't be asked", why=answer, remedy="run `raytrain doctor`")
+def _single_kind(answer: list[Device] | ClusterError | NoAnswer, host: str) -> Device:
+    if isinstance(answer, NoAnswer):
+        raise ClusterError(f"the GPUs of {host} can't be asked", why=answer.why, remedy="run `raytrain doctor`")
     if isinstance(answer, ClusterError):
         raise ClusterError(f"{answer.what} (on {host})", why=answer.why, remedy=answer.remedy)
     kinds = {replace(device, torch_name=device.torch.type) for device in answer}
@@ -140,7 +141,7 @@ def device_names(config: Config) -> list[str]:
 
 
 def backend(config: Config, cuda: bool) -> str:
-    """The `torch.distributed` backend of training. Raises as `find_gpus`: what can't work is found before it starts."""
+    """The `torch.distributed` backend of training. Raises as `find_gpus`, before training starts."""
     if not cuda:
         return "gloo"
     kinds = find_gpus(Placement.train(config.cluster))  # none where an autoscaler is to bring them

@@ -18,13 +18,12 @@ from itertools import islice
 from typing import TYPE_CHECKING
 
 from raytrain.cluster.inference_worker import Batch, Job, RecognizedBatch, RecognizerActor, read_batch
-from raytrain.cluster.nodes import last_line
+from raytrain.cluster.mapping import results_of_workers
 from raytrain.cluster.pool import Pool
-from raytrain.cluster.session import results_of_workers
 from raytrain.decoding.batching import sorted_batches
 from raytrain.decoding.requests import Request
 from raytrain.decoding.search import DecodeSettings
-from raytrain.errors import RaytrainError
+from raytrain.errors import RaytrainError, last_line
 from raytrain.model.config import ModelConfig
 from raytrain.training.memory.decoding import BatchSizes, DecodeTracer
 from raytrain.waiting import told

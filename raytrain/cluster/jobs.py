@@ -1,10 +1,10 @@
 """Jobs on a cluster, over Ray's Jobs server: submit, follow, list, stop.
 
     jobs = Jobs("http://127.0.0.1:8265")
-    name = jobs.submit(Order("digits", "python -m pipelines.run …", folder, {}, {"run": "digits"}))
+    name = jobs.submit(JobRequest("digits", "python -m pipelines.run …", folder, {}, {"run": "digits"}))
     jobs.follow(name, print).succeeded
 
-The token is sent to a server that asks for one, and to no other.
+The token is sent only to a server that asks for it.
 """
 
 from __future__ import annotations
@@ -18,14 +18,17 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from raytrain.cluster.authentication import NO_AUTHENTICATION, PLACES, token_header
-from raytrain.errors import ClusterError
+from raytrain.cluster.authentication import NO_AUTHENTICATION, TOKEN_SOURCES, token_header
+from raytrain.errors import ClusterError, first_line, last_line
 from raytrain.redaction import redacted, without_credentials
 from raytrain.waiting import telling
+
+if TYPE_CHECKING:
+    import requests
+    from ray.job_submission import JobDetails, JobSubmissionClient
 
 DEFAULT_ADDRESS = "http://127.0.0.1:8265"
 _ADDRESSES = ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS")
@@ -42,7 +45,7 @@ _ENDED = ("SUCCEEDED", "FAILED", "STOPPED")
 
 
 @dataclass(frozen=True)
-class Order:
+class JobRequest:
     """A job to submit: its shell `command` runs in a copy of `folder`."""
 
     run: str
@@ -84,8 +87,8 @@ class Job:
 
 def server_address(given: str | None, configured: str | None) -> str:
     """The Jobs server: as `given`, as `configured` where that is one, as the environment says, or on this machine."""
-    found = [given, *(one for one in (configured, *map(os.environ.get, _ADDRESSES)) if _is_http(one))]
-    address = next((one for one in found if one), DEFAULT_ADDRESS)
+    fallbacks = [address for address in (configured, *map(os.environ.get, _ADDRESSES)) if _is_http(address)]
+    address = next((address for address in (given, *fallbacks) if address), DEFAULT_ADDRESS)
     return (address if "://" in address else f"http://{address}").rstrip("/")
 
 
@@ -103,8 +106,6 @@ class Jobs:
         self.address = address
         self._shown = without_credentials(address)
         with self._readable():
-            from ray.job_submission import JobSubmissionClient
-
             for name in _TALKATIVE:
                 logging.getLogger(name).setLevel(logging.ERROR)
             headers = token_header() if self._asks_for_token() else {}
@@ -112,20 +113,21 @@ class Jobs:
             if not headers:
                 warn(NO_AUTHENTICATION % self._shown)
             with _without(*_ADDRESSES):  # they would win over the address
-                self._client = JobSubmissionClient(address, headers=headers)
-            # Without a limit a server that falls silent would be waited for for ever.
-            self._client._do_request = partial(self._client._do_request, timeout=_SILENT_SECONDS)
+                self._client = _client(address, headers)
 
-    def submit(self, order: Order) -> str:
+    def submit(self, request: JobRequest) -> str:
         """Start a job; returns its id."""
-        name = f"{order.run}-{secrets.token_hex(4)}"
+        name = f"{request.run}-{secrets.token_hex(4)}"
         until = time.monotonic() + _AGENT_SECONDS
-        environment = {"working_dir": str(order.folder), "env_vars": order.variables}
+        environment = {"working_dir": str(request.folder), "env_vars": request.variables}
         while True:
             try:
                 with self._readable(), telling(f"the Jobs server at {self._shown} to take the job"):
                     return self._client.submit_job(
-                        entrypoint=order.command, submission_id=name, runtime_env=environment, metadata=order.metadata
+                        entrypoint=request.command,
+                        submission_id=name,
+                        runtime_env=environment,
+                        metadata=request.metadata,
                     )
             except ClusterError as error:
                 if "No available agent" not in str(error) or time.monotonic() > until:
@@ -135,8 +137,8 @@ class Jobs:
     def list(self) -> list[Job]:
         """All submitted jobs, the newest first."""
         with self._readable():
-            found = [_job(one) for one in self._client.list_jobs() if one.submission_id]
-        return sorted(found, key=lambda job: (job.started or datetime.now(UTC), job.id), reverse=True)
+            jobs = [_job(details) for details in self._client.list_jobs() if details.submission_id]
+        return sorted(jobs, key=lambda job: (job.started or datetime.now(UTC), job.id), reverse=True)
 
     def get(self, name: str) -> Job:
         """One job."""
@@ -157,7 +159,7 @@ class Jobs:
             while (job := self.get(name)).state == "PENDING":
                 time.sleep(1.0)
         while True:
-            with contextlib.suppress(RuntimeError, aiohttp.ClientError):  # a lost connection; `get` finds out more
+            with contextlib.suppress(RuntimeError, aiohttp.ClientError):  # a lost connection; `get` says more
                 asyncio.run(self._tail(name, printed))
             job = self.get(name)
             if job.is_over:
@@ -180,7 +182,7 @@ class Jobs:
             printed.add(text)
 
     def _asks_for_token(self) -> bool:
-        """Whether it does; asked without one, so that none goes to a server that has no use for it."""
+        """Whether it does. The request carries no token, so that none goes to a server that has no use for it."""
         import requests
 
         answer = requests.get(f"{self.address}/api/version", timeout=_ANSWER_SECONDS)
@@ -209,10 +211,9 @@ class Jobs:
                 "one, with ray[default]; `ssh -L 8265:127.0.0.1:8265 HEAD` brings a distant one here",
             ) from None
         except (requests.RequestException, KeyError, ValueError) as error:
-            why = (str(error).splitlines() or [type(error).__name__])[0]
             raise ClusterError(
                 f"what answers at {self._shown} is no Jobs server",
-                why=redacted(why),
+                why=redacted(first_line(error)),
                 remedy="name the address of the head's dashboard (port 8265 unless it was started with another)",
             ) from None
         except RuntimeError as error:
@@ -220,23 +221,22 @@ class Jobs:
                 raise _needs_default() from None
             if job and "404" in str(error):
                 raise ClusterError(f"{self._shown} knows no job {job}", remedy="`raytrain status` lists them") from None
-            lines = redacted(str(error)).strip().splitlines()
             raise ClusterError(
                 f"the Jobs server at {self._shown} refused",
-                why=lines[-1] if lines else None,
-                remedy="mend what it names; `raytrain doctor --address` looks at the server",
+                why=last_line(redacted(str(error))),
+                remedy="fix what it names; `raytrain doctor --address` checks the server",
             ) from None
 
     def _refused(self, wrong: bool) -> ClusterError:
         return ClusterError(
             f"the Jobs server at {self._shown} asks for the cluster's token",
             got="another token" if wrong else "none",
-            remedy=f"put the token that the cluster was started with into {PLACES}",
+            remedy=f"put the token that the cluster was started with into {TOKEN_SOURCES}",
         )
 
 
 class _Lines:
-    """Whole lines of a text that may start anew: each is written once."""
+    """Whole lines of a text that may start over: each is written once."""
 
     def __init__(self, write: Callable[[str], None]) -> None:
         self._write, self._rest = write, ""
@@ -260,23 +260,34 @@ class _Lines:
         self._rest = ""
 
 
-def _job(details: Any) -> Job:
-    known = details.metadata or {}
+def _job(details: JobDetails) -> Job:
+    metadata = details.metadata or {}
     started, ended = (
         None if stamp is None else datetime.fromtimestamp(stamp / 1000, UTC)
         for stamp in (details.start_time, details.end_time)
     )
     return Job(
-        details.submission_id,
+        details.submission_id or "",
         str(details.status.value),
-        known.get("run", ""),
-        known.get("stages", ""),
-        known.get("raytrain", ""),
+        metadata.get("run", ""),
+        metadata.get("stages", ""),
+        metadata.get("raytrain", ""),
         started,
         ended,
         redacted(details.message or ""),
         details.driver_exit_code,
     )
+
+
+def _client(address: str, headers: dict[str, str]) -> JobSubmissionClient:
+    """Ray's client, with a limit on how long it waits for a server that falls silent."""
+    from ray.job_submission import JobSubmissionClient
+
+    class BoundedClient(JobSubmissionClient):
+        def _do_request(self, method: str, endpoint: str, **options: Any) -> requests.Response:
+            return super()._do_request(method, endpoint, **{"timeout": _SILENT_SECONDS, **options})
+
+    return BoundedClient(address, headers=headers)
 
 
 def _needs_default() -> ClusterError:
@@ -286,13 +297,14 @@ def _needs_default() -> ClusterError:
 
 
 def _is_http(address: str | None) -> bool:
-    return bool(address) and address.startswith(("http://", "https://"))
+    return address is not None and address.startswith(("http://", "https://"))
 
 
 @contextlib.contextmanager
 def _without(*names: str) -> Iterator[None]:
-    kept = {name: os.environ.pop(name) for name in names if name in os.environ}
+    """Take variables out of the environment for a while."""
+    removed = {name: os.environ.pop(name) for name in names if name in os.environ}
     try:
         yield
     finally:
-        os.environ.update(kept)
+        os.environ.update(removed)

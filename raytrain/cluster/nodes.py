@@ -1,31 +1,87 @@
-"""Run a small function on every node of a cluster, whatever else they do."""
+"""The nodes of a cluster as Ray lists them, and a small function run on each, whatever else they do."""
 
 from __future__ import annotations
 
 import contextlib
 import time
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from raytrain.cluster.placement import alive
+from raytrain.errors import last_line
+
+Question = TypeVar("Question")
+Answer = TypeVar("Answer")
+
+
+@dataclass(frozen=True)
+class ClusterNode:
+    """A node that is up, with what Ray hands out on it; `object_store` in bytes."""
+
+    id: str
+    host: str
+    address: str
+    is_head: bool
+    cpus: float
+    gpus: float
+    object_store: int
+
+
+@dataclass(frozen=True)
+class NoAnswer:
+    """What a node gave instead of an answer: the function raised, the node went away, or time was up."""
+
+    why: str
+
+
+def alive_nodes() -> list[ClusterNode]:
+    """All nodes that are up."""
+    return [
+        ClusterNode(
+            id=node["NodeID"],
+            host=node["NodeManagerHostname"],
+            address=node["NodeManagerAddress"],
+            is_head="node:__internal_head__" in node["Resources"],
+            cpus=node["Resources"].get("CPU", 0),
+            gpus=node["Resources"].get("GPU", 0),
+            object_store=int(node["Resources"].get("object_store_memory", 0)),
+        )
+        for node in alive()
+    ]
+
+
+def wait_for_nodes(least_nodes: int, deadline: float) -> None:
+    """Return when so many nodes are up, or at `deadline` (`time.monotonic()`)."""
+    while len(alive()) < least_nodes and time.monotonic() < deadline:
+        time.sleep(1)
+
+
+def jobs_api() -> str | None:
+    """The URL at which the head's Jobs API lists jobs, None where no dashboard runs."""
+    from ray._private.services import get_webui_url_from_internal_kv
+
+    dashboard = get_webui_url_from_internal_kv()
+    return f"http://{dashboard}/api/jobs/" if dashboard else None
 
 
 def ask_nodes(
-    function: Callable[[Any], Any], arguments: Mapping[str, Any], seconds: float
-) -> Iterator[tuple[str, Any, float]]:
-    """Call `function` with its argument once on each node of `arguments` (node id → argument), in a process that ends
-    afterwards, and takes neither CPUs nor GPUs.
+    function: Callable[[Question], Answer], questions: Mapping[str, Question], seconds: float
+) -> Iterator[tuple[str, Answer | NoAnswer, float]]:
+    """Call `function` once on each node of `questions` (node id → argument), in a process that ends afterwards, and
+    takes neither CPUs nor GPUs.
 
-    Yields node, answer, and when it came (`time.time()`), in the order of answers; the answer is a text that says what
-    went wrong where the function raised, the node went away, or `seconds` were over.
+    Yields node, answer, and when it came (`time.time()`), in the order of answers.
     """
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-    pending = {}
-    for node_id, argument in arguments.items():
+    pending: dict[ray.ObjectRef[Answer], str] = {}
+    for node_id, question in questions.items():
         strategy = NodeAffinitySchedulingStrategy(node_id, soft=False)
         # A process that looked at GPUs must not serve a task that Ray gives some of them.
-        task = ray.remote(num_cpus=0, max_retries=0, max_calls=1)(function).options(scheduling_strategy=strategy)
-        pending[task.remote(argument)] = node_id
+        task: Any = ray.remote(num_cpus=0, max_retries=0, max_calls=1)(function)
+        pending[task.options(scheduling_strategy=strategy).remote(question)] = node_id
     deadline = time.monotonic() + seconds
     while pending and (left := deadline - time.monotonic()) > 0:
         ready, _ = ray.wait(list(pending), timeout=left)
@@ -35,14 +91,8 @@ def ask_nodes(
             try:
                 yield node_id, ray.get(reference), received
             except Exception as error:
-                yield node_id, last_line(error), received
+                yield node_id, NoAnswer(last_line(error)), received
     for reference, node_id in pending.items():
         with contextlib.suppress(Exception):
             ray.cancel(reference, force=True)
-        yield node_id, f"no answer within {seconds:.0f} s", time.time()
-
-
-def last_line(error: BaseException) -> str:
-    """What an error ends with, as a worker's traceback does: the line that says what happened."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[-1][:300] if lines else type(error).__name__
+        yield node_id, NoAnswer(f"no answer within {seconds:.0f} s"), time.time()

@@ -1,18 +1,22 @@
-"""Look who answers at a cluster's address before Ray does: Ray tries for many minutes without a word, and a token that
-only one side has lets Ray Data wait for ever."""
+"""Check what answers at a cluster's address before Ray connects: Ray tries for many minutes without a word, and a token
+that only one side has makes Ray Data wait forever."""
 
 from __future__ import annotations
 
 import contextlib
+import importlib
 import os
 import re
 import socket
 import time
-from typing import Any
+from typing import TYPE_CHECKING
 
-from raytrain.cluster.authentication import PLACES
+from raytrain.cluster.authentication import TOKEN_SOURCES
 from raytrain.errors import ClusterError
 from raytrain.redaction import without_credentials
+
+if TYPE_CHECKING:
+    import grpc
 
 _TRY_SECONDS = 5.0
 _ANSWER_SECONDS = 20.0
@@ -29,7 +33,7 @@ def check_cluster(address: str, token: str | None) -> None:
     if match is None:
         shown = without_credentials(address)
         raise ClusterError(
-            "this is no address of a cluster",
+            "this is not the address of a cluster",
             got=repr(shown if "://" in shown else re.sub(r".*@", "***@", shown, flags=re.DOTALL)),
             allowed=_ALLOWED,
             remedy=_REMEDY,
@@ -41,12 +45,12 @@ def check_cluster(address: str, token: str | None) -> None:
 def _running() -> str:
     from ray._private.services import get_ray_address_from_environment
 
-    found = None
+    address = None
     with contextlib.suppress(ConnectionError):
-        found = get_ray_address_from_environment("auto", None)
-    if not found:
+        address = get_ray_address_from_environment("auto", None)
+    if not address:
         raise ClusterError("no cluster runs on this machine", got="the address auto", allowed=_ALLOWED, remedy=_REMEDY)
-    return found
+    return address
 
 
 def _check_port(address: str, host: str, port: int) -> None:
@@ -74,26 +78,35 @@ def _check_port(address: str, host: str, port: int) -> None:
 
 
 def _check_answer(address: str, token: str | None) -> None:
-    import grpc
-    from ray.core.generated import gcs_service_pb2 as messages
-    from ray.core.generated.gcs_service_pb2_grpc import NodeInfoGcsServiceStub
+    """Compare the token that the cluster asks for with the one that there is here."""
+    refused = _refused_tokens(address, token)
+    if None in refused and (token is None or token in refused):
+        raise ClusterError(
+            f"the cluster at {address} asks for its token",
+            got="none" if token is None else "another token",
+            remedy=f"put the token that the cluster was started with into {TOKEN_SOURCES}",
+        )
+    if None not in refused and token is not None:
+        raise ClusterError(
+            f"the cluster at {address} asks for no token, but there is one here",
+            why="work would wait forever for answers that this side refuses",
+            remedy=f"set RAY_AUTH_MODE=disabled, or take the token out of {TOKEN_SOURCES}; better, start the cluster "
+            "with it",
+        )
 
-    def refuses(shown: str | None) -> bool:
-        """Whether the cluster refuses whoever shows this token, or none."""
-        metadata = [("authorization", f"Bearer {shown}")] if shown else []
-        try:
-            stub.GetAllNodeInfo(messages.GetAllNodeInfoRequest(), timeout=_ANSWER_SECONDS, metadata=metadata)
-        except grpc.RpcError as error:
-            if error.code() in (grpc.StatusCode.UNAUTHENTICATED, grpc.StatusCode.PERMISSION_DENIED):
-                return True
-            raise
-        return False
+
+def _refused_tokens(address: str, token: str | None) -> set[str | None]:
+    """Which of no token (None) and `token` the cluster refuses; `token` is shown only to a cluster that asks for one.
+    Raises `ClusterError` where what listens there is no cluster."""
+    import grpc
 
     channel = _channel(address)
+    refused: set[str | None] = set()
     try:
-        stub = NodeInfoGcsServiceStub(channel)
-        asks = refuses(None)
-        is_wrong = asks and token is not None and refuses(token)
+        if _refuses(channel, None):
+            refused.add(None)
+            if token is not None and _refuses(channel, token):
+                refused.add(token)
     except grpc.RpcError as error:
         silent = error.code() == grpc.StatusCode.DEADLINE_EXCEEDED
         raise ClusterError(
@@ -104,24 +117,31 @@ def _check_answer(address: str, token: str | None) -> None:
         ) from None
     finally:
         channel.close()
-    if asks and (token is None or is_wrong):
-        raise ClusterError(
-            f"the cluster at {address} asks for its token",
-            got="another token" if is_wrong else "none",
-            remedy=f"put the token that the cluster was started with into {PLACES}",
-        )
-    if not asks and token is not None:
-        raise ClusterError(
-            f"the cluster at {address} asks for no token, but there is one here",
-            why="work would wait for ever for answers that this side refuses",
-            remedy=f"set RAY_AUTH_MODE=disabled, or take the token out of {PLACES}; better, start the cluster with it",
-        )
+    return refused
 
 
-def _channel(address: str) -> Any:
-    """As Ray makes one, but without a token of its own accord."""
+def _refuses(channel: grpc.Channel, token: str | None) -> bool:
+    """Whether a cluster refuses a request that shows this token, or none."""
     import grpc
-    from ray._private.grpc_utils import load_certs_from_env
+    from ray.core.generated.gcs_service_pb2_grpc import NodeInfoGcsServiceStub
+
+    messages = importlib.import_module("ray.core.generated.gcs_service_pb2")  # generated, without types
+    metadata = [("authorization", f"Bearer {token}")] if token else []
+    try:
+        NodeInfoGcsServiceStub(channel).GetAllNodeInfo(
+            messages.GetAllNodeInfoRequest(), timeout=_ANSWER_SECONDS, metadata=metadata
+        )
+    except grpc.RpcError as error:
+        if error.code() in (grpc.StatusCode.UNAUTHENTICATED, grpc.StatusCode.PERMISSION_DENIED):
+            return True
+        raise
+    return False
+
+
+def _channel(address: str) -> grpc.Channel:
+    """A channel as Ray makes it, but without a token that it adds by itself."""
+    import grpc
+    from ray._common.tls_utils import load_certs_from_env
 
     if os.environ.get("RAY_USE_TLS", "0").lower() not in ("1", "true"):
         return grpc.insecure_channel(address)

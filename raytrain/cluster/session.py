@@ -10,22 +10,20 @@ import contextlib
 import gc
 import logging
 import os
-import pickle
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
-from raytrain.cluster.authentication import PLACES, token, token_authentication, warn_once
-from raytrain.cluster.placement import ANYWHERE, Placement, total
+from raytrain.cluster.authentication import TOKEN_SOURCES, token, token_authentication, warn_once
 from raytrain.cluster.reach import check_cluster
 from raytrain.cluster.sockets import socket_folder
 from raytrain.cluster.supervision import supervised
 from raytrain.config import ClusterSection
-from raytrain.errors import ClusterError, RaytrainError
+from raytrain.errors import ClusterError
 from raytrain.redaction import without_credentials
-from raytrain.waiting import telling, told
+from raytrain.waiting import telling
 
 _QUIET = {
     "RAY_memory_monitor_refresh_ms": "0",
@@ -59,36 +57,11 @@ def ray_session(settings: ClusterSection) -> Iterator[None]:
         quiet_data()
         yield
         return
-    address = settings.address or os.environ.get("RAY_ADDRESS")
-    if address == "local":
-        address = None
-    _check_address(address)
-    common = {"logging_level": logging.ERROR, "log_to_driver": False, "configure_logging": True}
-    if not address:
-        common |= {
-            "num_cpus": settings.num_cpus or max(2, os.cpu_count() or 2),
-            "include_dashboard": False,
-            "_node_ip_address": "127.0.0.1",
-            **socket_folder(),
-        }
-    start = f"the cluster at {address}" if address else "a Ray to start on this machine"
-    with token_authentication(local=not address) as with_token, supervised(is_local=not address) as tell_session:
-        if address:
-            with telling(start):
-                check_cluster(address, token() if with_token else None)
-        with (
-            telling(start),
-            _no_native_stderr(),
-            _on_loopback(not address),
-            _readable(address, with_token),
-            _same_handlers(),
-        ):
-            try:
-                ray.init(address=address or "local", **common)
-            except BaseException:
-                ray.shutdown()  # what has started of it
-                raise
-        tell_session(ray._private.worker.global_worker.node.get_session_dir_path())
+    address = _address(settings)
+    options = _init_options(address, settings.num_cpus)
+    with token_authentication(local=not address) as with_token, supervised(is_local=not address) as report_session:
+        _initialize(address, options, with_token)
+        report_session(session_folder())
         if address and not with_token:
             warn_once(f"the cluster at {address}")
         try:
@@ -99,9 +72,68 @@ def ray_session(settings: ClusterSection) -> Iterator[None]:
             ray.shutdown()
 
 
+def _address(settings: ClusterSection) -> str | None:
+    """The cluster to join, None where Ray is to start on this machine."""
+    address = settings.address or os.environ.get("RAY_ADDRESS")
+    _check_address(address)
+    return None if address == "local" else address or None
+
+
+def _init_options(address: str | None, num_cpus: int | None) -> dict[str, Any]:
+    """The options of `ray.init`."""
+    options: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": False, "configure_logging": True}
+    if address:
+        return options | {"address": address}
+    return options | {
+        "address": "local",
+        "num_cpus": num_cpus or max(2, os.cpu_count() or 2),
+        "include_dashboard": False,
+        "_node_ip_address": "127.0.0.1",
+        "_temp_dir": socket_folder(),
+    }
+
+
+def _initialize(address: str | None, options: dict[str, Any], with_token: bool) -> None:
+    """Join the cluster at `address`, or start Ray here."""
+    import ray
+
+    target = f"the cluster at {address}" if address else "a Ray to start on this machine"
+    if address:
+        with telling(target):
+            check_cluster(address, token() if with_token else None)
+    with (
+        telling(target),
+        _no_native_stderr(),
+        _on_loopback(not address),
+        _readable(address, with_token),
+        _same_handlers(),
+    ):
+        try:
+            ray.init(**options)
+        except BaseException:
+            ray.shutdown()  # what has started of it
+            raise
+
+
+def session_folder() -> str:
+    """Where the Ray that this process uses keeps its sockets and logs on this machine."""
+    return str(_node().get_session_dir_path())
+
+
+def temp_folder() -> str:
+    """Ray's folder for temporary files, which is the same on all nodes."""
+    return str(_node().get_temp_dir_path())
+
+
+def _node() -> Any:
+    from ray._private.worker import global_worker
+
+    return global_worker.node
+
+
 @contextlib.contextmanager
 def _same_handlers() -> Iterator[None]:
-    """Ray's handler of SIGTERM ends a driver as if all were well; let the one that there was stay."""
+    """Ray's handler of SIGTERM ends a driver as if all were well; this keeps the driver's."""
     handler = signal.getsignal(signal.SIGTERM)
     try:
         yield
@@ -132,7 +164,7 @@ def _readable(address: str | None, with_token: bool) -> Iterator[None]:
             f"the cluster at {address} can't be joined",
             got="a token, which may be the wrong one" if with_token else "no token",
             allowed="a running cluster, and the token that it was started with if it asks for one",
-            remedy=f"check cluster.address and RAY_ADDRESS (without both Ray is started here), and {PLACES}",
+            remedy=f"check cluster.address and RAY_ADDRESS (without both Ray is started here), and {TOKEN_SOURCES}",
         ) from None
 
 
@@ -153,52 +185,17 @@ def _on_loopback(local: bool) -> Iterator[None]:
         ray_constants.ENABLE_RAY_CLUSTER = before
 
 
-def map_on_workers(
-    items: list[Any], function: Callable[[list[Any]], Any], tasks_per_cpu: int, placement: Placement = ANYWHERE
-) -> Iterator[Any]:
-    """Call `function` on lists of items on Ray Data's workers; yields what it returns, in order.
-
-    There are `tasks_per_cpu` lists for each CPU of the nodes of `placement`. A `RaytrainError` of a worker is raised
-    here as it is: Ray Data would wrap it in its own and lose it. Raises `ConfigError` where there is no such node.
-    """
-    import ray
-
-    def work(batch: dict[str, Any]) -> dict[str, Any]:
-        try:
-            result: Any = function([pickle.loads(item) for item in batch["item"]])
-        except RaytrainError as error:
-            result = error
-        return {"result": [pickle.dumps(result)]}
-
-    tasks = min(len(items), tasks_per_cpu * max(1, int(total(placement.nodes(), "CPU"))))
-    data = ray.data.from_items([{"item": pickle.dumps(item)} for item in items], override_num_blocks=tasks)
-    rows = data.map_batches(work, batch_size=None, **placement.remote_options()).iter_rows()
-    for row in told(rows, results_of_workers):
-        result = pickle.loads(row["result"])  # made by our own workers a moment ago
-        if isinstance(result, RaytrainError):
-            raise result
-        yield result
-
-
-def results_of_workers() -> str:
-    """What a job of Ray Data waits for, with what there is to work on."""
-    import ray
-
-    free, there = ray.available_resources().get("CPU", 0), ray.cluster_resources().get("CPU", 0)
-    return f"results of Ray's workers ({free:g} of {there:g} CPUs are free)"
-
-
 @contextlib.contextmanager
 def _no_native_stderr() -> Iterator[None]:
     """Drop what Ray's C++ parts print while they start; what goes wrong there is raised as an exception."""
     sys.stderr.flush()
-    kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    stderr, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, 2)
     try:
         yield
     finally:
-        os.dup2(kept, 2)
-        os.close(kept)
+        os.dup2(stderr, 2)
+        os.close(stderr)
         os.close(nowhere)
 
 

@@ -15,18 +15,18 @@ LONGEST = 43  # bytes of the folder's name: 107 less /session_2026-01-31_23-59-5
 _LOG = logging.getLogger("raytrain.cluster")
 
 
-def socket_folder() -> dict[str, str]:
-    """The option of `ray.init` for its folder, which it takes from TMPDIR as that is: also where it is not there, or
-    has a name that its native parts can't read. Raises `ClusterError` where no folder is both short and writable."""
+def socket_folder() -> str:
+    """The folder for `ray.init`, which by itself takes TMPDIR even where that does not exist or has a name that its
+    native parts can't read. Raises `ClusterError` where no folder is both short and writable."""
     default = os.path.join(os.environ.get("RAY_TMPDIR") or tempfile.gettempdir(), "ray")
     problem = "too long a name" if len(os.fsencode(default)) > LONGEST else _problem(default)
     if problem is None:
-        return {"_temp_dir": default}
+        return default
     folders = short_folders()
     for folder in folders:
         if len(os.fsencode(folder)) <= LONGEST and folder.isascii() and _is_mine(Path(folder).parent):
             _LOG.warning("%s has %s for Ray's sockets: they are in %s", default, problem, folder)
-            return {"_temp_dir": folder}
+            return folder
     raise ClusterError(
         "there is no folder for Ray's sockets",
         got=f"{default}, a name of {len(os.fsencode(default))} bytes",
@@ -40,24 +40,31 @@ def _problem(folder: str) -> str | None:
     """What Ray would trip over, None where it would not."""
     if not folder.isascii():
         return "other characters than ASCII"
-    place = next(path for path in (folder, *map(str, Path(folder).absolute().parents)) if os.path.exists(path))
-    usable = os.path.isdir(place) and os.access(place, os.W_OK | os.X_OK)
-    return None if usable else "no place that this user can write to"
+    existing = next(path for path in (folder, *map(str, Path(folder).absolute().parents)) if os.path.exists(path))
+    usable = os.path.isdir(existing) and os.access(existing, os.W_OK | os.X_OK)
+    return None if usable else "no folder that this user can write to"
 
 
 def short_folders() -> list[str]:
     """Folders with short names, in the order in which they are tried."""
     parents = ["/tmp", "/var/tmp", os.environ.get("XDG_RUNTIME_DIR"), "/dev/shm"]
-    # Ray opens its folder to everybody, so that it lies in one that is not.
+    # Ray opens its folder to everybody, so it lies in a private one.
     return [os.path.join(parent, f"raytrain-{os.getuid()}", "r") for parent in parents if parent]
 
 
+def ray_folders() -> list[Path]:
+    """Folders in which a Ray that starts on this machine puts its sessions."""
+    parents = (os.environ.get("RAY_TMPDIR"), os.environ.get("TMPDIR"), tempfile.gettempdir(), "/tmp")
+    folders = [Path(parent) / "ray" for parent in parents if parent]
+    return sorted({folder.resolve() for folder in (*folders, *map(Path, short_folders()))})
+
+
 def _is_mine(folder: Path) -> bool:
-    """Make the folder, for nobody else; false where that can't be, or somebody else could change what is in it."""
+    """Make the folder, for nobody else; false where that is impossible, or somebody else could change its contents."""
     try:
         folder.mkdir(mode=0o700, exist_ok=True)
-        found = folder.lstat()
+        status = folder.lstat()
     except OSError:
         return False
-    private = stat.S_ISDIR(found.st_mode) and found.st_uid == os.getuid() and not found.st_mode & 0o077
+    private = stat.S_ISDIR(status.st_mode) and status.st_uid == os.getuid() and not status.st_mode & 0o077
     return private and os.access(folder, os.W_OK | os.X_OK)

@@ -1,4 +1,4 @@
-"""A local Ray ends with its driver: starts the process that sees to it (`supervisor`), and knows what sessions left."""
+"""A local Ray ends with its driver: starts the process that sees to it (`supervisor`), and lists what sessions left."""
 
 from __future__ import annotations
 
@@ -12,17 +12,18 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from raytrain.cluster import supervisor
-from raytrain.storage.leftovers import Leftover, ray_folders, size_of
+from raytrain.cluster.sockets import ray_folders
+from raytrain.storage.leftovers import Leftover, size_of
 from raytrain.storage.ownership import Owner, read_owner, this_machine, write_owner
 
 NOTE = "raytrain.json"
-_STARTED: list[subprocess.Popen] = []  # so that one which still looks is not taken for forgotten
+_STARTED: list[subprocess.Popen[bytes]] = []  # keeps each supervisor that still runs from a ResourceWarning
 
 
 @contextlib.contextmanager
 def supervised(is_local: bool) -> Iterator[Callable[[str], None]]:
-    """Around a Ray that starts here (`is_local`): what is left of it when the body or this process ends, is ended; and
-    where the body ends well, the session's folder is removed.
+    """Around a Ray that starts here (`is_local`): what is left of it when the body or this process ends is ended, and
+    where the body succeeds, the session's folder is removed.
 
     The body gives the session's folder to what is yielded. A Ray that was joined is left alone.
     """
@@ -39,37 +40,39 @@ def supervised(is_local: bool) -> Iterator[Callable[[str], None]]:
         start_new_session=True,
     )
     _STARTED.append(process)
+    pipe = process.stdin
+    assert pipe is not None
 
-    def say(line: str) -> None:
+    def send(line: str) -> None:
         with contextlib.suppress(OSError):  # the supervisor was ended: Ray then is as without it
-            process.stdin.write(f"{line}\n".encode())
-            process.stdin.flush()
+            pipe.write(f"{line}\n".encode())
+            pipe.flush()
 
-    def tell(session: str) -> None:
-        say(session)
+    def report_session(session: str) -> None:
+        send(session)
         with contextlib.suppress(OSError):
             (Path(session) / NOTE).write_bytes(write_owner(Owner.here()))
 
     try:
-        yield tell
-        say(supervisor.DONE)
+        yield report_session
+        send(supervisor.DONE)
     finally:
         with contextlib.suppress(OSError):
-            process.stdin.close()
+            pipe.close()
 
 
 def dead_sessions() -> Iterator[Leftover]:
     """Folders of local sessions that raytrain started on this machine and of which no process is left."""
-    over = {}
+    over: dict[str, Owner] = {}
     for folder in sorted(path for root in ray_folders() for path in root.glob("session_*") if not path.is_symlink()):
         with contextlib.suppress(OSError):  # not raytrain's, or another user's
             owner = read_owner((folder / NOTE).read_bytes())
             if owner is not None and _is_over(owner):
                 over[str(folder)] = owner
     in_use = {path for _, path in supervisor.written("|".join(map(re.escape, over)))} if over else set()
-    for folder, owner in over.items():
-        if folder not in in_use:
-            yield Leftover(folder, f"Ray's session of `{owner.command}`", size_of(Path(folder)))
+    for path, owner in over.items():
+        if path not in in_use:
+            yield Leftover(path, f"Ray's session of `{owner.command}`", size_of(Path(path)))
 
 
 def _is_over(owner: Owner) -> bool:

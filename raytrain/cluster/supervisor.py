@@ -1,8 +1,8 @@
 """Ends a local Ray with its driver, also where that was killed: `python -P supervisor.py DRIVER`, a process beside it.
 
-The kernel ends what the driver has started itself, Ray's servers. What those have started, agents and workers, may go
-on for ever. Standard input is a pipe that only the driver writes to: first the session's folder, once that is known,
-at last `done` where all went well, so that nobody will look into that folder; its end is the driver's or the session's.
+The kernel ends what the driver has started itself, Ray's servers. What those have started, agents and workers, may run
+forever. Standard input is a pipe that only the driver writes to: first the session's folder, once Ray has made it, at
+last `done` where all went well and nobody will need that folder; the pipe ends with the driver or the session.
 A process is the session's where it writes to a file of that folder; the driver, and drivers that joined, write there
 too, to files of their own names.
 """
@@ -16,10 +16,13 @@ import shutil
 import sys
 import time
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import psutil
 
 DONE = "done"
-_LOOK_SECONDS = 1.0
+_POLL_SECONDS = 1.0
 _GRACE_SECONDS = 3.0  # in which the processes of a session that was shut down end by themselves
 _ROUNDS = 20
 _ROUND_SECONDS = 0.25
@@ -27,19 +30,19 @@ _DRIVERS_LOG = "python-core-driver"
 
 
 def wait_for_end(driver: int) -> tuple[list[str], bool]:
-    """The lines that the driver said, and whether it is dead; returns when the session is over."""
-    said = b""
+    """The lines that the driver sent, and whether it is dead; returns when the session is over."""
+    received = b""
     while os.getppid() == driver:
-        if select.select([0], [], [], _LOOK_SECONDS)[0]:
+        if select.select([0], [], [], _POLL_SECONDS)[0]:
             data = os.read(0, 4096)
             if not data:
                 time.sleep(0.1)  # a killed process closes its files before it is gone
                 break
-            said += data
-    return said.decode().splitlines(), os.getppid() != driver
+            received += data
+    return received.decode().splitlines(), os.getppid() != driver
 
 
-def written(folder: str, since: float = 0.0) -> Iterator[tuple[Any, str]]:
+def written(folder: str, since: float = 0.0) -> Iterator[tuple[psutil.Process, str]]:
     """Processes begun after a time in seconds that write to a file in a folder whose path matches the expression
     `folder`, and that path; more than once where there are several."""
     import psutil
@@ -60,8 +63,8 @@ def written(folder: str, since: float = 0.0) -> Iterator[tuple[Any, str]]:
 def main() -> None:
     """See the module's docstring."""
     driver, began = int(sys.argv[1]), time.time() - 2
-    said, is_dead = wait_for_end(driver)
-    session = said[0] if said else ""
+    lines, is_dead = wait_for_end(driver)
+    session = lines[0] if lines else ""
     if not session and not is_dead:
         return  # Ray did not start
     if not is_dead:
@@ -77,7 +80,7 @@ def main() -> None:
             except Exception:  # noqa: S112, BLE001
                 continue
         time.sleep(_ROUND_SECONDS)
-    if said[1:] == [DONE]:
+    if lines[1:] == [DONE]:
         shutil.rmtree(session, ignore_errors=True)
 
 

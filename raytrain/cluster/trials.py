@@ -12,11 +12,11 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypedDict
 
-from raytrain.cluster.nodes import last_line
 from raytrain.cluster.room import find_room, trains_on_gpus
 from raytrain.cluster.running_trial import DONE_NOTE, RunningTrial, training_inputs
 from raytrain.config import Config, check_config
 from raytrain.console import Console
+from raytrain.errors import last_line
 from raytrain.run_folder.trial_folder import TrialJob, with_settings
 from raytrain.storage.artifacts import content_id, make_folder
 from raytrain.waiting import repeating

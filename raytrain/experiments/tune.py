@@ -13,13 +13,12 @@ from typing import Any
 
 import yaml
 
-from raytrain.cluster.nodes import last_line
 from raytrain.cluster.running_trial import training_inputs
 from raytrain.cluster.session import ray_session
 from raytrain.cluster.trials import concurrent_trials, restored, trial_progress
 from raytrain.config import Config, Distribution
 from raytrain.console import Console
-from raytrain.errors import ArtifactError, ConfigError, TrainingError
+from raytrain.errors import ArtifactError, ConfigError, TrainingError, last_line
 from raytrain.run_folder.trial_folder import SHARED, check_on_disk, with_settings
 from raytrain.storage.artifacts import atomic_write_bytes, content_id, make_folder, write_json
 from raytrain.storage.ownership import owned

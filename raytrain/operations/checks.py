@@ -3,24 +3,24 @@
     check_open_files(NodeFacts(host="gpu-1", open_files=(1024, 524288)))
     # [Check("open files", "warn", "gpu-1", "1024 of at most 524288", "run `ulimit -n 65536` …")]
 
-`raytrain.cluster.node_facts` measures, `raytrain.operations.doctor` asks every node. Sizes are bytes, speeds MiB/s.
+`machine` and `run_storage` measure, `doctor` asks every node.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field, fields, replace
-from typing import Any
+from dataclasses import dataclass, replace
+
+from raytrain.operations.facts import GIB, Folder, JobsApi, Mlflow, NodeFacts, Storage
 
 OK, WARN, FAIL = "ok", "warn", "fail"
-GIB = 1 << 30
 MIN_SHM = 2 * GIB
 MIN_OPEN_FILES = 65_536
 MIN_FREE = 20 * GIB
 FULL_SHARE = 0.95  # Ray refuses to spill objects to a disk that is fuller
 CLOCK_WARN_S, CLOCK_FAIL_S = 2.0, 300.0
 SLOW_MIB_S = 30.0
-# Objects that cross nodes belong to these; the others may differ where no stage notices.
+# Objects that cross nodes belong to these; the rest may differ where no stage notices.
 _MUST_MATCH = ("python", "ray", "torch", "raytrain")
 _RISK = "whoever reaches it runs code as its user (CVE-2023-48022)"
 _TOKEN_REMEDY = (
@@ -40,59 +40,18 @@ class Check:
     remedy: str = ""
 
 
-@dataclass(frozen=True)
-class NodeFacts:
-    """What one node said. `error` is set where it could not say anything; then the other fields are empty.
-
-    `open_files` are the soft and the hard limit; `clock_s` is how far the node's clock is ahead of the driver's;
-    `memory_monitor` is the raylet's RAY_memory_monitor_refresh_ms, None where it is not set; `jobs_api` is what the
-    Jobs API answers without a token, `url` and `status` (None: it does not answer), None where it was not asked.
-    """
-
-    host: str = ""
-    address: str = ""
-    is_head: bool = False
-    versions: dict[str, str] = field(default_factory=dict)
-    cpus: float = 0
-    memory: int = 0
-    gpus: tuple[dict[str, Any], ...] = ()
-    ray_gpus: float = 0
-    installed_gpus: int = 0
-    gpu_driver: str = ""
-    gpu_error: str = ""
-    shm_total: int = 0
-    shm_free: int = 0
-    object_store: int = 0
-    open_files: tuple[int, int] = (0, 0)
-    clock_s: float = 0.0
-    temp_folder: dict[str, Any] = field(default_factory=dict)
-    cache_folder: dict[str, Any] = field(default_factory=dict)
-    decoders: dict[str, Any] = field(default_factory=dict)
-    auth_mode: str = ""
-    memory_monitor: str | None = None
-    jobs_api: dict[str, Any] | None = None
-    storage: dict[str, Any] = field(default_factory=dict)
-    error: str = ""
-
-    @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> NodeFacts:
-        """From what a node sent, which may have another version's fields."""
-        known = {one.name for one in fields(cls)}
-        return cls(**{name: value for name, value in values.items() if name in known})
-
-
 def check_answer(node: NodeFacts) -> list[Check]:
     """A node that could not be asked."""
     if not node.error:
         return []
-    remedy = "look into Ray's logs on the node, <temp folder>/session_latest/logs"
+    remedy = "read Ray's logs on the node, <temp folder>/session_latest/logs"
     if "No module named" in node.error:
-        remedy = "install raytrain on the node, with the lock file of the driver's"
+        remedy = "install raytrain on the node, with the driver's lock file"
     return [Check("node", FAIL, node.host, node.error, remedy)]
 
 
 def check_connection(why: str) -> Check:
-    """A Ray that did not let the driver in, for the reason that it gave."""
+    """A Ray that refused the driver, for the reason that it gave."""
     lower = why.lower()
     if "mismatch" in lower or "version" in lower:
         remedy = "use the same Python (x.y.z) and Ray here and on the cluster"
@@ -105,30 +64,30 @@ def check_connection(why: str) -> Check:
 
 
 def check_nodes(alive: int, least: int) -> list[Check]:
-    """Whether all nodes that are waited for have come."""
+    """Whether all nodes that are waited for are up."""
     if alive >= least:
         return [Check("Ray", OK, "", f"{alive} node{'s' if alive > 1 else ''} alive")]
-    remedy = "look at what `ray start` said on the missing ones: address, ports, token, versions"
+    remedy = "read what `ray start` printed on the missing nodes: address, ports, token, versions"
     return [Check("Ray", FAIL, "", f"{alive} of {least} nodes alive", remedy)]
 
 
 def check_versions(nodes: Sequence[NodeFacts], driver: dict[str, str]) -> list[Check]:
     """Packages that differ between a node and the driver. A build's suffix (`+cpu`, `+cu130`) may differ."""
-    found = []
-    for node in nodes:
-        here = node.versions
-        # The same files are the same version, also where they came with the job and nothing is installed.
-        names = [name for name in driver if name != "raytrain" or here.get("code") != driver.get("code")]
-        different = [name for name in names if _public(here.get(name)) != _public(driver[name])]
-        serious = any(name in _MUST_MATCH for name in different)
-        seen = ", ".join(f"{name} {here.get(name, 'missing')}, the driver has {driver[name]}" for name in different)
-        if different:
-            remedy = "install the same lock file on every node, or start every node from the same image"
-            found.append(Check("versions", FAIL if serious else WARN, node.host, seen, remedy))
-        else:
-            shown = [f"{name} {driver[name]}" for name in _MUST_MATCH if name in driver]
-            found.append(Check("versions", OK, node.host, ", ".join(shown)))
-    return found
+    return [_check_versions(node, driver) for node in nodes]
+
+
+def _check_versions(node: NodeFacts, driver: dict[str, str]) -> Check:
+    here = node.versions
+    # The same files are the same version, also where they came with the job and nothing is installed.
+    names = [name for name in driver if name != "raytrain" or here.get("code") != driver.get("code")]
+    different = [name for name in names if _public(here.get(name)) != _public(driver[name])]
+    if not different:
+        shown = [f"{name} {driver[name]}" for name in _MUST_MATCH if name in driver]
+        return Check("versions", OK, node.host, ", ".join(shown))
+    status = FAIL if any(name in _MUST_MATCH for name in different) else WARN
+    seen = ", ".join(f"{name} {here.get(name, 'missing')}, the driver has {driver[name]}" for name in different)
+    remedy = "install the same lock file on every node, or start every node from the same image"
+    return Check("versions", status, node.host, seen, remedy)
 
 
 def _public(version: str | None) -> str | None:
@@ -136,26 +95,30 @@ def _public(version: str | None) -> str | None:
 
 
 def check_gpus(node: NodeFacts) -> list[Check]:
-    """What torch can use beside what is built in and what Ray hands out."""
-    here, known = len(node.gpus), int(node.ray_gpus)
-    names = [f"{one['name']}, {one['memory'] / GIB:.0f} GiB, sm_{one['capability']}" for one in node.gpus]
-    seen = "; ".join(f"{names.count(name)} × {name}" for name in dict.fromkeys(names))
-    if node.gpu_driver:
-        seen += f"{'; ' if seen else ''}driver {node.gpu_driver}"
+    """What torch can use, compared with what is installed and what Ray hands out."""
+    usable, handed_out = len(node.gpus), int(node.ray_gpus)
+    seen = _described_gpus(node)
     if node.gpu_error:
         remedy = "compare the driver that nvidia-smi names with the CUDA of this torch (`torch.version.cuda`)"
         return [Check("GPUs", FAIL, node.host, f"torch can't use them: {node.gpu_error}", remedy)]
-    if node.installed_gpus and not here:
-        remedy = "install a torch with CUDA, look at CUDA_VISIBLE_DEVICES, start the container with its GPUs"
-        return [Check("GPUs", FAIL, node.host, f"{node.installed_gpus} built in, torch sees none", remedy)]
-    if known > here:
+    if node.installed_gpus and not usable:
+        remedy = "install a torch with CUDA, check CUDA_VISIBLE_DEVICES, start the container with its GPUs"
+        return [Check("GPUs", FAIL, node.host, f"{node.installed_gpus} installed, torch sees none", remedy)]
+    if handed_out > usable:
         remedy = "start Ray without --num-gpus, or with the number that there are"
-        counted = f"Ray hands out {known}, torch sees {here}; {seen}".rstrip("; ")
+        counted = f"Ray hands out {handed_out}, torch sees {usable}; {seen}".rstrip("; ")
         return [Check("GPUs", FAIL, node.host, counted, remedy)]
-    if known < here:
+    if handed_out < usable:
         remedy = "start Ray where it sees all GPUs, without --num-gpus or CUDA_VISIBLE_DEVICES"
-        return [Check("GPUs", WARN, node.host, f"torch sees {here}, Ray hands out {known}; {seen}", remedy)]
+        return [Check("GPUs", WARN, node.host, f"torch sees {usable}, Ray hands out {handed_out}; {seen}", remedy)]
     return [Check("GPUs", OK, node.host, seen or "none")]
+
+
+def _described_gpus(node: NodeFacts) -> str:
+    names = [f"{gpu.name}, {gpu.memory / GIB:.0f} GiB, sm_{gpu.capability}" for gpu in node.gpus]
+    kinds = [f"{names.count(name)} × {name}" for name in dict.fromkeys(names)]
+    driver = [f"driver {node.gpu_driver}"] if node.gpu_driver else []
+    return "; ".join(kinds + driver)
 
 
 def check_shared_memory(node: NodeFacts) -> list[Check]:
@@ -197,35 +160,36 @@ def check_clock(node: NodeFacts) -> list[Check]:
 
 def check_disks(node: NodeFacts) -> list[Check]:
     """Free space for Ray's temporary files and spilled objects, and for the cache."""
-    found = []
-    for name, folder, remedy in (
-        ("temp folder", node.temp_folder, "free some, or start Ray with --temp-dir on a larger disk"),
-        ("cache folder", node.cache_folder, "free some, or name a folder on a larger disk in RAYTRAIN_CACHE"),
-    ):
-        if not folder:
-            continue
-        free, total = folder["free"], max(folder["total"], 1)
-        seen = f"{folder['path']}: {free / GIB:.0f} of {total / GIB:.0f} GiB free"
-        if not folder["writable"]:
-            found.append(Check(name, FAIL, node.host, f"{folder['path']} can't be written", remedy))
-        elif 1 - free / total > FULL_SHARE:
-            found.append(Check(name, FAIL, node.host, seen, remedy))
-        else:
-            found.append(Check(name, *((WARN, node.host, seen, remedy) if free < MIN_FREE else (OK, node.host, seen))))
-    return found
+    named = (
+        ("temp folder", node.temp_folder, "free space, or start Ray with --temp-dir on a larger disk"),
+        ("cache folder", node.cache_folder, "free space, or name a folder on a larger disk in RAYTRAIN_CACHE"),
+    )
+    return [_check_disk(name, folder, node.host, remedy) for name, folder, remedy in named if folder is not None]
+
+
+def _check_disk(name: str, folder: Folder, host: str, remedy: str) -> Check:
+    total = max(folder.total, 1)
+    seen = f"{folder.path}: {folder.free / GIB:.0f} of {total / GIB:.0f} GiB free"
+    if not folder.writable:
+        return Check(name, FAIL, host, f"{folder.path} can't be written", remedy)
+    if 1 - folder.free / total > FULL_SHARE:
+        return Check(name, FAIL, host, seen, remedy)
+    return Check(name, WARN, host, seen, remedy) if folder.free < MIN_FREE else Check(name, OK, host, seen)
 
 
 def check_decoders(node: NodeFacts) -> list[Check]:
     """Formats that the node can read."""
-    missing, error = node.decoders.get("missing", []), node.decoders.get("error", "")
+    decoders = node.decoders
+    if decoders is None:
+        return []
     remedy = "install soundfile's own libsndfile (pip's wheel brings one), or the distribution's libsndfile1"
-    if error:
-        return [Check("audio decoders", FAIL, node.host, error, remedy)]
-    seen = node.decoders.get("library", "")
-    if missing:
-        status = FAIL if set(missing) & {"WAV", "FLAC"} else WARN
-        return [Check("audio decoders", status, node.host, f"{seen} can't read {', '.join(missing)}", remedy)]
-    return [Check("audio decoders", OK, node.host, seen)]
+    if decoders.error:
+        return [Check("audio decoders", FAIL, node.host, decoders.error, remedy)]
+    if decoders.missing:
+        status = FAIL if set(decoders.missing) & {"WAV", "FLAC"} else WARN
+        seen = f"{decoders.library} can't read {', '.join(decoders.missing)}"
+        return [Check("audio decoders", status, node.host, seen, remedy)]
+    return [Check("audio decoders", OK, node.host, decoders.library)]
 
 
 def check_memory_monitor(node: NodeFacts) -> list[Check]:
@@ -238,28 +202,24 @@ def check_memory_monitor(node: NodeFacts) -> list[Check]:
 
 def check_authentication(nodes: Sequence[NodeFacts], driver_mode: str, has_token: bool) -> list[Check]:
     """Whether Ray asks for a token, and the Jobs API does."""
-    found = []
-    off = [node.host for node in nodes if node.auth_mode != "token"]
+    hosts = [node.host for node in nodes if node.auth_mode != "token"]
     if driver_mode != "token":
-        off.append("the driver")
-    if off:
-        found.append(Check("authentication", FAIL, "", f"off on {', '.join(off)}: {_RISK}", _TOKEN_REMEDY))
+        hosts.append("the driver")
+    if hosts:
+        check = Check("authentication", FAIL, "", f"off on {', '.join(hosts)}: {_RISK}", _TOKEN_REMEDY)
     elif not has_token:
-        found.append(Check("authentication", FAIL, "", "on, but the driver has no token", _TOKEN_REMEDY))
+        check = Check("authentication", FAIL, "", "on, but the driver has no token", _TOKEN_REMEDY)
     else:
-        found.append(Check("authentication", OK, "", "by token"))
-    for node in nodes:
-        if node.jobs_api is None:
-            continue
-        url, status = node.jobs_api["url"], node.jobs_api["status"]
-        if status is None:
-            found.append(Check("Jobs API", OK, "", f"{url} does not answer"))
-        elif status in (401, 403):
-            found.append(Check("Jobs API", OK, "", f"{url} asks for the token"))
-        else:
-            seen = f"{url} answers without a token ({status}): {_RISK}"
-            found.append(Check("Jobs API", FAIL, "", seen, _TOKEN_REMEDY))
-    return found
+        check = Check("authentication", OK, "", "by token")
+    return [check, *(_check_jobs_api(node.jobs_api) for node in nodes if node.jobs_api is not None)]
+
+
+def _check_jobs_api(api: JobsApi) -> Check:
+    if api.status is None:
+        return Check("Jobs API", OK, "", f"{api.url} does not answer")
+    if api.status in (401, 403):
+        return Check("Jobs API", OK, "", f"{api.url} asks for the token")
+    return Check("Jobs API", FAIL, "", f"{api.url} answers without a token ({api.status}): {_RISK}", _TOKEN_REMEDY)
 
 
 def check_room(workers: int, room: int, each: str) -> list[Check]:
@@ -282,65 +242,62 @@ def check_owner(location: str, described: tuple[str, bool] | None) -> list[Check
 def check_storage(nodes: Sequence[NodeFacts], root: str, shared: bool) -> list[Check]:
     """Speed at `run.root` from each node, and whether they all see the same folder there. `shared` says that it has to
     be: it is a local path and there are several nodes."""
-    found = []
-    for node in nodes:
-        facts = node.storage
-        if facts.get("error"):
-            remedy = "look at the path, its permissions, and for object stores at AWS_… or the like on that node"
-            found.append(Check("run.root", FAIL, node.host, f"{root}: {facts['error']}", remedy))
-            continue
-        if shared and not facts.get("sees_driver"):
-            seen = f"nodes do not share run.root: {root} is not the driver's folder there"
-            remedy = "put run.root on a disk that all nodes mount at the same path, or in an object store (s3://…)"
-            found.append(Check("run.root", FAIL, node.host, seen, remedy))
-            continue
-        write, read = facts["write_mib_s"], facts["read_mib_s"]
-        seen = f"{root}: written at {write:,.0f} MiB/s, read at {read:,.0f}"
-        if min(write, read) < SLOW_MIB_S:
-            remedy = "checkpoints and the report wait for it: use faster storage, or one in the same region"
-            found.append(Check("run.root", WARN, node.host, seen, remedy))
-        else:
-            found.append(Check("run.root", OK, node.host, seen))
-    return found
+    return [_check_storage(node.host, node.storage, root, shared) for node in nodes if node.storage is not None]
+
+
+def _check_storage(host: str, storage: Storage, root: str, shared: bool) -> Check:
+    if storage.problem:
+        remedy = "check the path, its permissions, and for object stores AWS_… or the like on that node"
+        return Check("run.root", FAIL, host, f"{root}: {storage.problem}", remedy)
+    if storage.speed is None or (shared and not storage.sees_driver):
+        seen = f"nodes do not share run.root: {root} is not the driver's folder there"
+        remedy = "put run.root on a disk that all nodes mount at the same path, or in an object store (s3://…)"
+        return Check("run.root", FAIL, host, seen, remedy)
+    write, read = storage.speed.write_mib_s, storage.speed.read_mib_s
+    seen = f"{root}: written at {write:,.0f} MiB/s, read at {read:,.0f}"
+    if min(write, read) < SLOW_MIB_S:
+        remedy = "checkpoints and the report wait for it: use faster storage, or a bucket in the same region"
+        return Check("run.root", WARN, host, seen, remedy)
+    return Check("run.root", OK, host, seen)
 
 
 def check_manifests(nodes: Sequence[NodeFacts]) -> list[Check]:
     """The first manifest of each corpus, read on each node."""
-    found = []
+    checks = []
     for node in nodes:
-        answers = node.storage.get("manifests", [])
-        bad = [f"{one['corpus']}: {one['error']}" for one in answers if one["error"]]
-        if bad:
+        manifests = node.storage.manifests if node.storage else ()
+        unreadable = [f"{manifest.corpus}: {manifest.error}" for manifest in manifests if manifest.error]
+        if unreadable:
             remedy = "mount data.root at the same path on every node, or put it in an object store (s3://…)"
-            found.append(Check("manifests", FAIL, node.host, "; ".join(bad), remedy))
-        elif answers:
-            found.append(Check("manifests", OK, node.host, f"{len(answers)} corpora readable"))
-    return found
+            checks.append(Check("manifests", FAIL, node.host, "; ".join(unreadable), remedy))
+        elif manifests:
+            checks.append(Check("manifests", OK, node.host, f"{len(manifests)} corpora readable"))
+    return checks
 
 
-def check_mlflow(nodes: Sequence[NodeFacts], uri: str, driver: dict[str, Any] | None) -> list[Check]:
+def check_mlflow(nodes: Sequence[NodeFacts], uri: str, driver: Mlflow | None) -> list[Check]:
     """MLflow as the driver and the nodes reach it. `driver` is None where tracking is off."""
     if driver is None:
         return []
-    answers = {"the driver": driver} | {node.host: node.storage.get("mlflow") for node in nodes}
-    bad = {where: one["error"] for where, one in answers.items() if one and one["error"]}
-    if bad:
-        remedy = "start the server, open its port to this machine, look at tracking.uri and MLFLOW_TRACKING_…"
-        return [Check("MLflow", FAIL, where, f"{uri}: {error}", remedy) for where, error in bad.items()]
+    answers = {"the driver": driver} | {node.host: node.storage.mlflow for node in nodes if node.storage}
+    errors = {where: answer.error for where, answer in answers.items() if answer and answer.error}
+    if errors:
+        remedy = "start the server, open its port to this machine, check tracking.uri and MLFLOW_TRACKING_…"
+        return [Check("MLflow", FAIL, where, f"{uri}: {error}", remedy) for where, error in errors.items()]
     if uri.startswith("sqlite:") and len(nodes) > 1:
         remedy = "start `mlflow server` and set tracking.uri to its address"
         return [Check("MLflow", WARN, "", f"{uri} is a file, and there are {len(nodes)} nodes", remedy)]
-    return [Check("MLflow", OK, "", f"{uri}: {driver['seen']}")]
+    return [Check("MLflow", OK, "", f"{uri}: {driver.seen}")]
 
 
 def fold(checks: Iterable[Check]) -> list[Check]:
-    """Equal findings of several nodes as one, `where` naming them; what is worst comes first."""
+    """Equal findings of several nodes as one, `where` naming them; the worst comes first."""
     hosts: dict[Check, list[str]] = {}
     for check in checks:
         hosts.setdefault(replace(check, where=""), []).append(check.where)
-    folded = [replace(check, where=_places(found)) for check, found in hosts.items()]
+    folded = [replace(check, where=_shortened(names)) for check, names in hosts.items()]
     return sorted(folded, key=lambda check: (FAIL, WARN, OK).index(check.status))
 
 
-def _places(hosts: list[str]) -> str:
+def _shortened(hosts: list[str]) -> str:
     return ", ".join(hosts) if len(hosts) <= 3 else f"{hosts[0]} and {len(hosts) - 1} more"

@@ -1,9 +1,9 @@
-"""Ask every node of a cluster how it is, and judge the answers; nothing is left behind on any of them.
+"""Ask every node of a cluster for its facts, and judge the answers; nothing is left behind on any of them.
 
     report = examine(config, ClusterSection(address="auto"))
     report.ok, report.checks
 
-Without a configuration only the cluster is looked at, not the run's storage, manifests and MLflow.
+Without a configuration only the cluster is examined, not the run's storage, manifests and MLflow.
 """
 
 from __future__ import annotations
@@ -19,14 +19,17 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from raytrain.cluster.node_facts import ask_mlflow, auth_mode, has_token, measure_node, measure_storage, versions
-from raytrain.cluster.nodes import ask_nodes
+from raytrain.cluster.authentication import auth_mode, has_token
+from raytrain.cluster.nodes import ClusterNode, NoAnswer, alive_nodes, ask_nodes, jobs_api, wait_for_nodes
 from raytrain.cluster.room import describe_worker, find_room, trains_on_gpus
-from raytrain.cluster.session import ray_session
+from raytrain.cluster.session import ray_session, temp_folder
 from raytrain.config import ClusterSection, Config
 from raytrain.errors import RaytrainError
 from raytrain.operations import checks
-from raytrain.operations.checks import Check, NodeFacts
+from raytrain.operations.checks import Check
+from raytrain.operations.facts import NodeFacts, Storage
+from raytrain.operations.machine import NodeQuestion, measure_node, versions
+from raytrain.operations.run_storage import StorageQuestion, Witness, ask_mlflow, measure_storage
 from raytrain.redaction import without_credentials
 from raytrain.storage.filesystem import is_uri
 from raytrain.storage.ownership import describe_owner
@@ -51,7 +54,7 @@ _NODE_CHECKS: tuple[Callable[[NodeFacts], list[Check]], ...] = (
 
 @dataclass(frozen=True)
 class Report:
-    """What was found. `address` is the cluster's, "" where a Ray was started for this alone."""
+    """The facts and what they mean. `address` is the cluster's, "" where a Ray was started for this alone."""
 
     address: str
     driver: dict[str, str]
@@ -65,7 +68,13 @@ class Report:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
-        return {"ok": self.ok, **asdict(self)}
+        return {
+            "ok": self.ok,
+            "address": self.address,
+            "driver": self.driver,
+            "nodes": [node.to_dict() for node in self.nodes],
+            "checks": [asdict(check) for check in self.checks],
+        }
 
 
 def examine(config: Config | None, cluster: ClusterSection, least_nodes: int = 1) -> Report:
@@ -88,7 +97,7 @@ def examine(config: Config | None, cluster: ClusterSection, least_nodes: int = 1
                     why = " ".join(str(error).split())[:400]
                     return Report(address, driver, (), (checks.check_connection(why),))
                 time.sleep(2)  # the head is there before its node is
-        _wait_for(least_nodes, deadline)
+        wait_for_nodes(least_nodes, deadline)
         nodes = _ask(config)
         return Report(address, driver, tuple(nodes), tuple(judge(nodes, driver, config, least_nodes)))
 
@@ -96,24 +105,27 @@ def examine(config: Config | None, cluster: ClusterSection, least_nodes: int = 1
 def judge(nodes: list[NodeFacts], driver: dict[str, str], config: Config | None, least_nodes: int = 1) -> list[Check]:
     """All checks of nodes that were asked; needs Ray for its resources alone."""
     alive = [node for node in nodes if not node.error]
-    found = checks.check_nodes(len(nodes), least_nodes)
+    results = checks.check_nodes(len(nodes), least_nodes)
     for node in nodes:
-        found += checks.check_answer(node)
-    found += checks.check_versions(alive, driver)
+        results += checks.check_answer(node)
+    results += checks.check_versions(alive, driver)
     for node in alive:
         for check in _NODE_CHECKS:
-            found += check(node)
-    found += checks.check_authentication(alive, auth_mode(), has_token())
-    if config is None:
-        return found
-    found += _check_room(config)
+            results += check(node)
+    results += checks.check_authentication(alive, auth_mode(), has_token())
+    return results if config is None else results + _judge_run(alive, config, is_shared=len(nodes) > 1)
+
+
+def _judge_run(alive: list[NodeFacts], config: Config, is_shared: bool) -> list[Check]:
+    """The checks of a run on nodes that answered; `is_shared` says that there are several."""
+    results = _check_room(config)
     root, uri = run_root(config), _mlflow_uri(config)
-    found += checks.check_storage(alive, root, shared=len(nodes) > 1 and not is_uri(root))
-    if not any(node.storage.get("error") for node in alive):
+    results += checks.check_storage(alive, root, shared=is_shared and not is_uri(root))
+    if not any(node.storage and node.storage.problem for node in alive):
         with contextlib.suppress(RaytrainError):  # the check of the storage says what is wrong
-            found += checks.check_owner(config.run_location, describe_owner(config.run_location))
-    found += checks.check_manifests(alive)
-    return found + checks.check_mlflow(alive, without_credentials(uri or ""), ask_mlflow(uri) if uri else None)
+            results += checks.check_owner(config.run_location, describe_owner(config.run_location))
+    results += checks.check_manifests(alive)
+    return results + checks.check_mlflow(alive, without_credentials(uri or ""), ask_mlflow(uri) if uri else None)
 
 
 def _check_room(config: Config) -> list[Check]:
@@ -151,93 +163,75 @@ def _reach(address: str, deadline: float) -> None:
             time.sleep(1)
 
 
-def _wait_for(least_nodes: int, deadline: float) -> None:
-    import ray
-
-    while sum(node["Alive"] for node in ray.nodes()) < least_nodes and time.monotonic() < deadline:
-        time.sleep(1)
-
-
 def _ask(config: Config | None) -> list[NodeFacts]:
     """The facts of every node that Ray counts as alive."""
-    import ray
-    from ray._private.services import get_webui_url_from_internal_kv
-    from ray._private.worker import global_worker
-
-    dashboard = get_webui_url_from_internal_kv()
-    temp = global_worker.node.get_temp_dir_path()
-    known, wanted = {}, {}
-    for node in ray.nodes():
-        if not node["Alive"]:
-            continue
-        resources = node["Resources"]
-        head = "node:__internal_head__" in resources
-        known[node["NodeID"]] = NodeFacts(
-            host=node["NodeManagerHostname"],
-            address=node["NodeManagerAddress"],
-            is_head=head,
-            cpus=resources.get("CPU", 0),
-            ray_gpus=resources.get("GPU", 0),
-            object_store=int(resources.get("object_store_memory", 0)),
+    facts: dict[str, NodeFacts] = {}
+    questions: dict[str, NodeQuestion] = {}
+    api, folder = jobs_api(), temp_folder()
+    for node, host in _with_unique_hosts(alive_nodes()):
+        facts[node.id] = NodeFacts(
+            host=host,
+            address=node.address,
+            is_head=node.is_head,
+            cpus=node.cpus,
+            ray_gpus=node.gpus,
+            object_store=node.object_store,
         )
         # The head asks: the dashboard may listen on its 127.0.0.1 alone.
-        jobs = f"http://{dashboard}/api/jobs/" if head and dashboard else None
-        wanted[node["NodeID"]] = {"ray_gpus": resources.get("GPU", 0), "temp_folder": temp, "jobs_api": jobs}
-    known = _with_own_names(known)
-    for node_id, answer, received in ask_nodes(measure_node, wanted, _NODE_SECONDS):
-        if isinstance(answer, str):
-            known[node_id] = replace(known[node_id], error=answer)
+        questions[node.id] = NodeQuestion(facts[node.id], folder, api if node.is_head else None)
+    for node_id, answer, received in ask_nodes(measure_node, questions, _NODE_SECONDS):
+        if isinstance(answer, NoAnswer):
+            facts[node_id] = replace(facts[node_id], error=answer.why)
         else:
-            values = {**asdict(known[node_id]), **answer, "clock_s": answer["time"] - received}
-            known[node_id] = NodeFacts.from_dict(values)
+            measured, clock = answer
+            facts[node_id] = replace(measured, clock_s=clock - received)
     if config is not None:
-        _ask_storage(config, known)
-    return sorted(known.values(), key=lambda node: (not node.is_head, node.host))
+        _ask_storage(config, facts)
+    return sorted(facts.values(), key=lambda node: (not node.is_head, node.host))
 
 
-def _with_own_names(known: dict[str, NodeFacts]) -> dict[str, NodeFacts]:
-    """Several nodes on one host (containers, tests) get a part of their id behind it."""
-    hosts = [node.host for node in known.values()]
-    return {
-        node_id: node if hosts.count(node.host) == 1 else replace(node, host=f"{node.host}/{node_id[:6]}")
-        for node_id, node in known.items()
-    }
+def _with_unique_hosts(nodes: list[ClusterNode]) -> Iterator[tuple[ClusterNode, str]]:
+    """Each node and the name of its host, with part of the node's id where several are on one host (containers)."""
+    hosts = [node.host for node in nodes]
+    for node in nodes:
+        yield node, node.host if hosts.count(node.host) == 1 else f"{node.host}/{node.id[:6]}"
 
 
-def _ask_storage(config: Config, known: dict[str, NodeFacts]) -> None:
+def _ask_storage(config: Config, facts: dict[str, NodeFacts]) -> None:
+    """Add what each node that answered sees of the run's files."""
     corpora = {corpus.name: corpus for split in ("train", "dev", "test") for corpus in config.data.corpora(split)}
     uri = _mlflow_uri(config)
-    with _witness(run_root(config), len(known) > 1) as witness:
-        wanted = {
-            "root": run_root(config),
-            "probe_bytes": PROBE_BYTES,
-            "seconds": _PROBE_SECONDS,
-            "witness": witness,
-            "manifests": [(name, corpus.paths[0]) for name, corpus in corpora.items()],
-            "mlflow": uri if uri and not uri.startswith("sqlite:") else None,
-        }
-        there = {node_id: wanted for node_id, node in known.items() if not node.error}
-        for node_id, answer, _ in ask_nodes(measure_storage, there, _STORAGE_SECONDS):
-            facts = {"error": answer} if isinstance(answer, str) else answer
-            known[node_id] = replace(known[node_id], storage=facts)
+    with _witness(run_root(config), len(facts) > 1) as witness:
+        question = StorageQuestion(
+            root=run_root(config),
+            probe_bytes=PROBE_BYTES,
+            seconds=_PROBE_SECONDS,
+            witness=witness,
+            manifests=tuple((name, corpus.paths[0]) for name, corpus in corpora.items()),
+            mlflow=uri if uri and not uri.startswith("sqlite:") else None,
+        )
+        questions = {node_id: question for node_id, node in facts.items() if not node.error}
+        for node_id, answer, _ in ask_nodes(measure_storage, questions, _STORAGE_SECONDS):
+            storage = Storage(error=answer.why) if isinstance(answer, NoAnswer) else answer
+            facts[node_id] = replace(facts[node_id], storage=storage)
 
 
 @contextlib.contextmanager
-def _witness(root: str, several: bool) -> Iterator[tuple[str, str] | None]:
-    """A file in a local `run.root` for the nodes to look for, (path, text); folders made for it are removed again."""
+def _witness(root: str, several: bool) -> Iterator[Witness | None]:
+    """A file in a local `run.root` for the nodes to look for; folders made for it are removed again."""
     if is_uri(root):
         yield None
         return
     folder = Path(root)
-    made = [one for one in (folder, *folder.parents) if not one.exists()]
+    missing = [parent for parent in (folder, *folder.parents) if not parent.exists()]
     path, text = folder / f".doctor-{secrets.token_hex(4)}", secrets.token_hex(8)
     try:
         with contextlib.suppress(OSError):  # the probe says what is wrong
             folder.mkdir(parents=True, exist_ok=True)
             path.write_text(text)
-        yield (str(path), text) if several else None
+        yield Witness(str(path), text) if several else None
     finally:
         path.unlink(missing_ok=True)
         with contextlib.suppress(OSError):
-            for one in made:
-                one.rmdir()
+            for parent in missing:
+                parent.rmdir()

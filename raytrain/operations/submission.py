@@ -22,7 +22,7 @@ from raytrain.redaction import MLFLOW_VARIABLE, TRACKING_VARIABLE, is_secret, re
 from raytrain.storage.filesystem import absolute
 
 CONFIG_FILE = "config.yaml"
-# Where things are; who may reach them is for the nodes to know, or to be named with --env.
+# Locations; credentials are for the nodes to have, or to be named with --env.
 PASSED = (
     "AWS_ENDPOINT_URL",
     "AWS_ENDPOINT_URL_S3",
@@ -33,7 +33,7 @@ PASSED = (
     MLFLOW_VARIABLE,
     "RAYTRAIN_CUDA_GRAPHS",
 )
-# What a run may need and does not get by itself.
+# What a run may need and does not get unless it is named.
 _SECRETS = (
     "AWS_SECRET_ACCESS_KEY",
     "AWS_SESSION_TOKEN",
@@ -56,7 +56,7 @@ class Variables:
 def variables(named: Sequence[str], environment: Mapping[str, str]) -> Variables:
     """The `PASSED` variables without secrets, and those `named`, as NAME (its value here) or NAME=VALUE.
 
-    Raises `ConfigError` where a named one has no value.
+    Raises `ConfigError` where a named variable has no value.
     """
     present = {name: environment[name] for name in PASSED if environment.get(name)}
     values = {name: value for name, value in present.items() if not is_secret(name, value)}
@@ -73,11 +73,11 @@ def variables(named: Sequence[str], environment: Mapping[str, str]) -> Variables
     for name in (DATA_ROOT_VARIABLE, RUN_ROOT_VARIABLE):
         if name in values and name not in {text.partition("=")[0] for text in named}:
             values[name] = absolute(values[name])
-    others = [name for name in _SECRETS if environment.get(name)]
+    secrets = [name for name in _SECRETS if environment.get(name)]
     return Variables(
         values,
         secret=tuple(sorted(name for name, value in values.items() if is_secret(name, value))),
-        kept=tuple(name for name in (*present, *others) if name not in values),
+        kept=tuple(name for name in (*present, *secrets) if name not in values),
     )
 
 

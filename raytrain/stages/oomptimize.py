@@ -15,9 +15,10 @@ from pathlib import Path
 from typing import Any
 
 from raytrain.cluster.gpus import GpuKind, find_gpus, has_gpus, least_bytes
+from raytrain.cluster.mapping import map_on_workers
 from raytrain.cluster.placement import Placement
-from raytrain.cluster.probing import MakeMeter, Progress, probe_all, step_meter
-from raytrain.cluster.session import map_on_workers
+from raytrain.cluster.probing import Progress, probe_all, step_meter
+from raytrain.cluster.probing_groups import MakeMeter
 from raytrain.config import Config
 from raytrain.errors import ConfigError, ProfileError
 from raytrain.lengths.plan import BucketPlan

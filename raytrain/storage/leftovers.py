@@ -11,13 +11,11 @@ import contextlib
 import os
 import re
 import shutil
-import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from raytrain.cluster.sockets import short_folders
 from raytrain.errors import StorageError
 from raytrain.storage.filesystem import file_sizes, list_files, remove_files
 from raytrain.storage.locations import is_uri
@@ -123,13 +121,6 @@ def previous(folder: Path) -> Iterator[Leftover]:
     path = folder / "previous"
     if path.is_dir():
         yield Leftover(str(path), "checkpoints of other settings", size_of(path))
-
-
-def ray_folders() -> list[Path]:
-    """Folders in which a Ray that starts on this machine puts its sessions."""
-    places = (os.environ.get("RAY_TMPDIR"), os.environ.get("TMPDIR"), tempfile.gettempdir(), "/tmp")
-    folders = [Path(place) / "ray" for place in places if place]
-    return sorted({folder.resolve() for folder in (*folders, *map(Path, short_folders()))})
 
 
 def size_of(path: Path) -> int:

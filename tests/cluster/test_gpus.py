@@ -6,6 +6,7 @@ import pytest
 
 from raytrain.cluster import gpus
 from raytrain.cluster.gpus import GpuKind, least_bytes, whole_gpus
+from raytrain.cluster.nodes import NoAnswer
 from raytrain.cluster.placement import Placement
 from raytrain.errors import ClusterError
 from raytrain.model.device import Device
@@ -22,7 +23,7 @@ def answers(monkeypatch):
         monkeypatch.setattr(
             gpus, "ask_nodes", lambda function, arguments, seconds: [(node, by_node[node], 0.0) for node in arguments]
         )
-        return gpus._asked({node: (2, f"host-{node}") for node in by_node})
+        return gpus._ask_kinds({node: (2, f"host-{node}") for node in by_node})
 
     return set_answers
 
@@ -56,7 +57,7 @@ def test_each_gpu_is_a_place_on_its_node():
     [
         ([A100, H100], r"host-n has several kinds of GPU; got A100 \(40 GiB\), H100 \(80 GiB\).*CUDA_VISIBLE_DEVICES"),
         (ClusterError("torch can't", why="no driver"), r"torch can't \(on host-n\); because no driver"),
-        ("no answer within 120 s", "the GPUs of host-n can't be asked; because no answer within 120 s"),
+        (NoAnswer("no answer within 120 s"), "the GPUs of host-n can't be asked; because no answer within 120 s"),
     ],
 )
 def test_a_node_whose_gpus_are_no_use_is_named(answers, answer, message):

@@ -16,7 +16,7 @@ from conftest import tiny_config, tiny_values, upload
 from typer.testing import CliRunner
 
 from raytrain.cli.app import app
-from raytrain.cluster.jobs import Jobs, Order, _Lines, server_address
+from raytrain.cluster.jobs import JobRequest, Jobs, _Lines, server_address
 from raytrain.config import check_config
 from raytrain.errors import ClusterError, ConfigError
 from raytrain.operations import submission
@@ -115,7 +115,7 @@ def test_a_failed_job_is_exit_code_one_with_its_error(head, written):
 
 
 def test_ctrl_c_ends_the_following_and_stop_the_job(head, tmp_path):
-    name = Jobs(head).submit(Order("long", "echo begun; sleep 300", tmp_path, {}, {"run": "long"}))
+    name = Jobs(head).submit(JobRequest("long", "echo begun; sleep 300", tmp_path, {}, {"run": "long"}))
     follower = subprocess.Popen(
         command("logs", "--follow", name, "--address", head),
         text=True,

@@ -22,7 +22,7 @@ def test_names_fit(length):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(tempfile, "tempdir", "/tmp/" + "x" * length)
         patch.delenv("RAY_TMPDIR", raising=False)
-        folder = sockets.socket_folder().get("_temp_dir", os.path.join(tempfile.tempdir, "ray"))
+        folder = sockets.socket_folder()
     assert len(folder + SUFFIX) <= 107
 
 
@@ -48,7 +48,7 @@ def test_a_folder_that_ray_can_not_use_is_replaced(folder, tmp_path, monkeypatch
     (tmp_path / "file").touch()
     monkeypatch.setattr(sockets, "LONGEST", 200)
     monkeypatch.setenv("RAY_TMPDIR", str(tmp_path / folder))
-    chosen = sockets.socket_folder()["_temp_dir"]
+    chosen = sockets.socket_folder()
     assert chosen in sockets.short_folders() and "for Ray's sockets: they are in" in caplog.text
 
 
@@ -56,5 +56,5 @@ def test_a_tmpdir_that_is_not_there_is_not_made(tmp_path, monkeypatch):
     monkeypatch.setattr(tempfile, "tempdir", None)
     monkeypatch.delenv("RAY_TMPDIR", raising=False)
     monkeypatch.setenv("TMPDIR", str(tmp_path / "gone"))
-    assert sockets.socket_folder()["_temp_dir"] == os.path.join(tempfile.gettempdir(), "ray")
+    assert sockets.socket_folder() == os.path.join(tempfile.gettempdir(), "ray")
     assert not (tmp_path / "gone").exists()

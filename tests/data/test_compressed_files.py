@@ -9,9 +9,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from raytrain.cluster.node_facts import read_start
 from raytrain.data.corpora.types import Corpus, plan_chunks, read_chunk
 from raytrain.errors import ManifestError
+from raytrain.operations.run_storage import read_start
 from raytrain.storage.filesystem import StorageReadError, open_file, open_stream
 
 ROWS = b"".join(

@@ -37,7 +37,8 @@ from raytrain.errors import ConfigError, DataError, ManifestError, RaytrainError
 from raytrain.model.canary import Canary
 from raytrain.model.config import ModelConfig
 from raytrain.model.formats.portable import ModelParts
-from raytrain.operations.transcripts import Order, cut_parts, load_parts, transcribe_manifests
+from raytrain.operations.transcript_parts import cut_parts
+from raytrain.operations.transcription import TranscriptionSpec, load_parts, transcribe_manifests
 from raytrain.storage.finished import Finished, FinishedParts
 from raytrain.training.conversion import Format, save_model
 from raytrain.training.memory.decoding import BatchSizes, DecodeTracer, upper_edge
@@ -103,9 +104,9 @@ def write(path: Path, *lines: dict | bytes) -> Path:
     return path
 
 
-def order_of(manifest: Path, checkpoint: Path, **options) -> Order:
+def order_of(manifest: Path, checkpoint: Path, **options) -> TranscriptionSpec:
     output = options.pop("output", manifest.with_name("out.jsonl"))
-    return Order((Corpus("c", str(manifest)),), output, checkpoint, **options)
+    return TranscriptionSpec((Corpus("c", str(manifest)),), output, checkpoint, **options)
 
 
 # Batches and memory

@@ -8,14 +8,16 @@ import pytest
 from conftest import tiny_config, tiny_values, upload
 from typer.testing import CliRunner
 
-from raytrain.cluster import node_facts
 from raytrain.config import ClusterSection
-from raytrain.operations import checks, doctor
-from raytrain.operations.checks import FAIL, GIB, OK, WARN, NodeFacts
+from raytrain.operations import checks, doctor, machine, run_storage
+from raytrain.operations.checks import FAIL, OK, WARN
 from raytrain.operations.doctor import examine
+from raytrain.operations.facts import GIB, Decoders, Folder, Gpu, JobsApi, Manifest, Mlflow, NodeFacts, Speed, Storage
 
 VERSIONS = {"python": "3.11.9", "ray": "2.60.0", "torch": "2.13.0+cpu", "raytrain": "0.1.0", "code": "a", "mlflow": "3"}
-H100 = {"name": "H100", "memory": 80 * GIB, "capability": "90"}
+H100 = Gpu("H100", 80 * GIB, "90")
+TEMP = Folder("/tmp/ray", free=100 * GIB, total=400 * GIB, writable=True)
+SPEED = Speed(write_mib_s=300.0, read_mib_s=900.0)
 NODE = NodeFacts(
     host="n1",
     versions=VERSIONS,
@@ -26,9 +28,9 @@ NODE = NodeFacts(
     open_files=(1 << 20, 1 << 20),
     auth_mode="token",
     memory_monitor="0",
-    temp_folder={"path": "/tmp/ray", "free": 100 * GIB, "total": 400 * GIB, "writable": True},
-    decoders={"library": "libsndfile 1.2.2", "missing": [], "error": ""},
-    storage={"error": "", "sees_driver": None, "write_mib_s": 300.0, "read_mib_s": 900.0},
+    temp_folder=TEMP,
+    decoders=Decoders("libsndfile 1.2.2"),
+    storage=Storage(speed=SPEED),
 )
 
 
@@ -88,13 +90,13 @@ def test_gpus_of_ray_and_torch(facts, expected):
         (checks.check_clock, {"clock_s": -5.0}, WARN),
         (checks.check_clock, {"clock_s": 3600.0}, FAIL),
         (checks.check_disks, {}, OK),
-        (checks.check_disks, {"temp_folder": {**NODE.temp_folder, "free": 10 * GIB, "total": 50 * GIB}}, WARN),
-        (checks.check_disks, {"temp_folder": {**NODE.temp_folder, "free": 10 * GIB}}, FAIL),  # Ray spills no more
-        (checks.check_disks, {"temp_folder": {**NODE.temp_folder, "writable": False}}, FAIL),
+        (checks.check_disks, {"temp_folder": replace(TEMP, free=10 * GIB, total=50 * GIB)}, WARN),
+        (checks.check_disks, {"temp_folder": replace(TEMP, free=10 * GIB)}, FAIL),  # Ray spills no more
+        (checks.check_disks, {"temp_folder": replace(TEMP, writable=False)}, FAIL),
         (checks.check_decoders, {}, OK),
-        (checks.check_decoders, {"decoders": {"library": "l", "missing": ["MP3"], "error": ""}}, WARN),
-        (checks.check_decoders, {"decoders": {"library": "l", "missing": ["FLAC"], "error": ""}}, FAIL),
-        (checks.check_decoders, {"decoders": {"library": "", "missing": [], "error": "no libsndfile"}}, FAIL),
+        (checks.check_decoders, {"decoders": Decoders("l", ("MP3",))}, WARN),
+        (checks.check_decoders, {"decoders": Decoders("l", ("FLAC",))}, FAIL),
+        (checks.check_decoders, {"decoders": Decoders(error="no libsndfile")}, FAIL),
         (checks.check_memory_monitor, {}, OK),
         (checks.check_memory_monitor, {"memory_monitor": None}, WARN),
         (checks.check_memory_monitor, {"memory_monitor": "250"}, WARN),
@@ -112,7 +114,7 @@ def test_the_way_to_more_open_files_depends_on_the_hard_limit():
 
 def test_access():
     def access(mode="token", token=True, answers=401, node_mode="token"):
-        jobs = {"url": "http://10.0.0.1:8265/api/jobs/", "status": answers}
+        jobs = JobsApi("http://10.0.0.1:8265/api/jobs/", answers)
         found = checks.check_authentication([replace(NODE, jobs_api=jobs, auth_mode=node_mode)], mode, token)
         return status(found), " ".join(one.seen + one.remedy for one in found)
 
@@ -126,10 +128,10 @@ def test_access():
 
 
 def test_storage_of_several_nodes():
-    shared = replace(NODE, storage={**NODE.storage, "sees_driver": True})
-    alone = replace(NODE, host="n2", storage={"error": "", "sees_driver": False})
-    slow = replace(NODE, host="n3", storage={**NODE.storage, "sees_driver": True, "read_mib_s": 5.0})
-    broken = replace(NODE, host="n4", storage={"error": "Access Denied"})
+    shared = replace(NODE, storage=Storage(sees_driver=True, speed=SPEED))
+    alone = replace(NODE, host="n2", storage=Storage(sees_driver=False))
+    slow = replace(NODE, host="n3", storage=Storage(sees_driver=True, speed=replace(SPEED, read_mib_s=5.0)))
+    broken = replace(NODE, host="n4", storage=Storage(error="Access Denied"))
     found = checks.check_storage([shared, alone, slow, broken], "/runs", shared=True)
     assert status(found) == [OK, FAIL, WARN, FAIL]
     assert "do not share run.root" in found[1].seen and "s3://" in found[1].remedy
@@ -137,14 +139,14 @@ def test_storage_of_several_nodes():
 
 
 def test_manifests_and_mlflow_of_several_nodes():
-    sees = {"manifests": [{"corpus": "mls", "path": "p", "error": ""}], "mlflow": {"seen": "answers", "error": ""}}
-    blind = {"manifests": [{"corpus": "mls", "path": "p", "error": "no such file"}], "mlflow": {"error": "no answer"}}
+    sees = Storage(manifests=(Manifest("mls", "p"),), mlflow=Mlflow("answers"))
+    blind = Storage(manifests=(Manifest("mls", "p", "no such file"),), mlflow=Mlflow(error="no answer"))
     nodes = [replace(NODE, storage=sees), replace(NODE, host="n2", storage=blind)]
     assert status(checks.check_manifests(nodes)) == [OK, FAIL]
-    found = checks.check_mlflow(nodes, "http://m:5000", {"seen": "answers", "error": ""})
+    found = checks.check_mlflow(nodes, "http://m:5000", Mlflow("answers"))
     assert status(found) == [FAIL] and found[0].where == "n2"
-    assert status(checks.check_mlflow([NODE, NODE], "sqlite:////r/mlflow.db", {"seen": "", "error": ""})) == [WARN]
-    assert status(checks.check_mlflow([NODE], "sqlite:////r/mlflow.db", {"seen": "", "error": ""})) == [OK]
+    assert status(checks.check_mlflow([NODE, NODE], "sqlite:////r/mlflow.db", Mlflow())) == [WARN]
+    assert status(checks.check_mlflow([NODE], "sqlite:////r/mlflow.db", Mlflow())) == [OK]
     assert checks.check_mlflow([NODE], "", None) == []
 
 
@@ -197,36 +199,36 @@ def test_gpus_are_asked_of_torch_as_ray_was_started(tmp_path, monkeypatch, fails
     (tmp_path / "torch.py").write_text(STUB_TORCH.replace("{fails}", str(fails)))
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")  # what Ray makes of it for a task without GPUs
-    monkeypatch.setattr(node_facts, "_nvidia", lambda: (8, "580.1"))
-    found = node_facts.gpu_facts(2, "4,5")
-    assert found["installed_gpus"] == 2 and found["gpu_driver"] == "580.1"
+    monkeypatch.setattr(machine, "nvidia_gpus", lambda: (8, "580.1"))
+    found = machine.gpu_facts(2, "4,5")
+    assert found.installed == 2 and found.driver == "580.1"
     if fails:
-        assert "no kernel image" in found["gpu_error"]
+        assert "no kernel image" in found.error
     else:
-        assert found["gpus"] == [{"name": "Stub", "memory": 80 * GIB, "capability": "90"}] * 2
-        assert len(node_facts.gpu_facts(3, None)["gpus"]) == 3
+        assert found.gpus == (Gpu("Stub", 80 * GIB, "90"),) * 2
+        assert len(machine.gpu_facts(3, None).gpus) == 3
 
 
 def test_what_mlflow_says(tmp_path):
-    assert node_facts.ask_mlflow(f"sqlite:///{tmp_path}/new/mlflow.db")["error"] == ""
-    assert "can't be written" in node_facts.ask_mlflow("sqlite:////proc/1/mlflow.db")["error"]
-    assert "no answer" in node_facts.ask_mlflow("http://127.0.0.1:9")["error"]
+    assert run_storage.ask_mlflow(f"sqlite:///{tmp_path}/new/mlflow.db").error == ""
+    assert "can't be written" in run_storage.ask_mlflow("sqlite:////proc/1/mlflow.db").error
+    assert "no answer" in run_storage.ask_mlflow("http://127.0.0.1:9").error
 
 
 def test_a_speed_is_bounded_in_time_and_leaves_nothing(tmp_path):
-    found = node_facts.measure_speed(str(tmp_path), 1 << 40, 0.2)
-    assert found["error"] == "" and 0 < found["bytes"] < 1 << 40 and found["read_mib_s"] > 0
+    speed = run_storage.measure_speed(str(tmp_path), 1 << 40, 0.2)
+    assert speed.error == "" and 0 < speed.bytes < 1 << 40 and speed.read_mib_s > 0
     assert list(tmp_path.iterdir()) == []
-    assert "error" in found and node_facts.measure_speed(str(tmp_path / "none"), 1, 1.0)["error"]
+    assert run_storage.measure_speed(str(tmp_path / "none"), 1, 1.0).error
 
 
 def test_manifests_by_pattern_folder_and_mistake(tmp_path):
     (tmp_path / "m_0.jsonl").write_text("{}\n")
     (tmp_path / "m_1.jsonl").write_text("")
-    assert node_facts.read_start(f"{tmp_path}/m_{{0..1}}.jsonl") == ""
-    assert node_facts.read_start(str(tmp_path)) == ""
-    assert "is empty" in node_facts.read_start(f"{tmp_path}/m_1.jsonl")
-    assert "no such file" in node_facts.read_start(f"{tmp_path}/none.jsonl")
+    assert run_storage.read_start(f"{tmp_path}/m_{{0..1}}.jsonl") == ""
+    assert run_storage.read_start(str(tmp_path)) == ""
+    assert "is empty" in run_storage.read_start(f"{tmp_path}/m_1.jsonl")
+    assert "no such file" in run_storage.read_start(f"{tmp_path}/none.jsonl")
 
 
 def by_name(report: doctor.Report) -> dict[str, checks.Check]:
@@ -247,7 +249,7 @@ def test_a_run_in_an_object_store(corpus, s3, local_ray, monkeypatch):
     found = by_name(report)
     assert found["run.root"].seen.startswith(f"{s3}/doctor-runs: written at")
     assert found["manifests"].status == found["authentication"].status == found["memory monitor"].status == OK
-    assert report.nodes[0].storage["bytes"] == 12 << 20
+    assert report.nodes[0].storage.speed.bytes == 12 << 20
     import pyarrow.fs
 
     filesystem, path = pyarrow.fs.FileSystem.from_uri(s3)

@@ -17,7 +17,8 @@ from raytrain.data.corpora.lines import WHOLE
 from raytrain.data.corpora.types import Chunk, Corpus
 from raytrain.decoding.requests import ManifestRow, Prompts, Request, read_requests
 from raytrain.errors import ConfigError, RaytrainError, StorageError
-from raytrain.operations.transcripts import Order, _Part, _Run, cut_parts, transcribe_manifests
+from raytrain.operations.transcript_parts import Part, PartTranscriber, cut_parts
+from raytrain.operations.transcription import TranscriptionSpec, transcribe_manifests
 from raytrain.storage.finished import FinishedParts
 from raytrain.training.conversion import Format, check_target
 
@@ -71,13 +72,13 @@ def test_ids_of_cuts_come_back_as_they_were(tmp_path):
 
 
 @pytest.fixture
-def order(tmp_path) -> Order:
+def order(tmp_path) -> TranscriptionSpec:
     """An order that could be refused only for its output: there is no model."""
     (tmp_path / "m.jsonl").write_text('{"audio_filepath": "a.wav", "duration": 1}\n')
-    return Order((Corpus("m", str(tmp_path / "m.jsonl")),), tmp_path / "out.jsonl", tmp_path / "model")
+    return TranscriptionSpec((Corpus("m", str(tmp_path / "m.jsonl")),), tmp_path / "out.jsonl", tmp_path / "model")
 
 
-def refusal(order: Order) -> str:
+def refusal(order: TranscriptionSpec) -> str:
     with pytest.raises(RaytrainError) as error:
         transcribe_manifests(order, Console(quiet=True))
     return str(error.value)
@@ -132,10 +133,10 @@ def test_what_the_command_reads_is_never_replaced(order, tmp_path):
     output = tmp_path / "a.wav"
     output.write_text("audio")
     parts = FinishedParts(output, "key", overwrite=True)
-    run = _Run(parts, None, SimpleNamespace(workers=1, cuda=False), None, lambda **options: None)
+    transcriber = PartTranscriber(parts, None, SimpleNamespace(workers=1, cuda=False), None, lambda **options: None)
     row = ManifestRow({}, Request(str(tmp_path / "." / "a.wav"), 0, 0, 0, 1000, ()))
     with pytest.raises(ConfigError, match="the output is a file that the command reads"):
-        next(run._batches([_Part(0, [row], 0)]))
+        next(transcriber.batches([Part(0, [row], 0)]))
 
 
 def test_a_file_that_came_meanwhile_is_kept_and_so_are_the_parts(tmp_path):

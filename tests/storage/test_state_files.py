@@ -17,7 +17,6 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from raytrain.cluster.assigning import standing_note
-from raytrain.cluster.probing import read_answers
 from raytrain.config import check_config
 from raytrain.data.assignment import INDEX_FORMAT, NOTE_FORMAT, Assignment, part_name
 from raytrain.data.corpora.types import Chunk
@@ -31,6 +30,7 @@ from raytrain.lengths.profile import BatchProfile, ProbeSetting
 from raytrain.lengths.schedule import BatchSchedule, ScheduleState
 from raytrain.model.config import ModelConfig
 from raytrain.report.page import write_report
+from raytrain.run_folder.probe_answers import read_answers
 from raytrain.run_folder.workspace import CHUNKS_FORMAT, Workspace
 from raytrain.stages import pipeline, stages
 from raytrain.storage.artifacts import content_id, lines_of, parse_json, read_json, read_state

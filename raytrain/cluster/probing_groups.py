@@ -1,0 +1,141 @@
+"""Probes of weights that are sharded over several workers: a group of processes, each on a GPU of one trial."""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, Protocol
+
+from raytrain.training.memory.meter import Edges, Meter, Probe, ProbeGroup, joint_probe
+from raytrain.training.memory.probing import ProbeJob
+
+if TYPE_CHECKING:
+    from ray import ObjectRef
+
+PROBER_CPUS = 0.5  # it waits for the process beside it
+
+
+class ProbingProcess(Meter, Protocol):
+    """A meter that is a process, or several: started once, and again after a batch that ended it.
+
+    `seconds` says what the parts of the last start took, `num_starts` how often processes were started.
+    """
+
+    seconds: dict[str, float]
+    num_starts: int
+
+    def start(self) -> None:
+        """Start the process, unless it runs."""
+        ...
+
+    def kill(self) -> None:
+        """End the process from another thread."""
+        ...
+
+    def close(self) -> None:
+        """End the process."""
+        ...
+
+
+MakeMeter = Callable[[ProbeJob, ProbeGroup | None], ProbingProcess]
+
+
+class GroupMeter:
+    """A meter of as many ranks as the trial's placement group has GPUs, each in an actor with a process of its own.
+
+    A batch fits if it fits every rank. After a rank has failed all processes start anew: the rest would wait for it
+    forever.
+    """
+
+    def __init__(self, job: ProbeJob, world_size: int, make_meter: MakeMeter) -> None:
+        self._ranks = [_rank_actor(job, rank, world_size, make_meter) for rank in range(world_size)]
+        self._address: str | None = None
+        self.seconds: dict[str, float] = {}
+        self.num_starts = 0
+
+    def start(self) -> None:
+        """Start all ranks' processes, unless they run."""
+        import ray
+
+        if self._address is None:
+            address: ObjectRef[str] = self._ranks[0].address.remote()
+            self._address = ray.get(address)
+            starts: list[ObjectRef[dict[str, float]]] = [rank.start.remote(self._address) for rank in self._ranks]
+            self.seconds = ray.get(starts)[0]
+            self.num_starts += len(self._ranks)
+
+    def measure(self, batch_size: int, edges: Edges, num_steps: int, *, fresh: bool = True) -> Probe:
+        """See `Meter`."""
+        import ray
+
+        self.start()
+        pending = [rank.measure.remote(batch_size, edges, num_steps, fresh) for rank in self._ranks]
+        probes: list[Probe] = []
+        while pending:
+            ready, pending = ray.wait(pending)
+            probes += ray.get(ready)
+            if not probes[-1].fits and self._address is not None:
+                self.kill()
+        return joint_probe(probes)
+
+    def kill(self) -> None:
+        """End all processes; the next probe starts new ones."""
+        import ray
+
+        self._address = None
+        ray.get([rank.stop.remote() for rank in self._ranks])
+
+    def close(self) -> None:
+        """End all processes."""
+        import ray
+
+        self.kill()
+        for rank in self._ranks:
+            ray.kill(rank)
+
+
+class _RankMeter:
+    """One rank of a `GroupMeter`: an actor that runs `stop` beside a `measure` that waits for other ranks."""
+
+    def __init__(self, job: ProbeJob, rank: int, world_size: int, make_meter: MakeMeter) -> None:
+        self._job, self._rank, self._world_size, self._make = job, rank, world_size, make_meter
+        self._meter: ProbingProcess | None = None
+
+    def address(self) -> str:
+        """A free port on this node for the ranks to meet at."""
+        import ray
+
+        with socket.socket() as listener:
+            listener.bind(("", 0))
+            return f"tcp://{ray.util.get_node_ip_address()}:{listener.getsockname()[1]}"
+
+    def start(self, address: str) -> dict[str, float]:
+        """Start the process, which meets those of the other ranks at `address`; what its parts took."""
+        self._meter = self._make(self._job, ProbeGroup(self._rank, self._world_size, address))
+        self._meter.start()
+        return self._meter.seconds
+
+    def measure(self, batch_size: int, edges: Edges, num_steps: int, fresh: bool) -> Probe:
+        """See `Meter`."""
+        assert self._meter is not None, "the group starts its ranks before it measures"
+        return self._meter.measure(batch_size, edges, num_steps, fresh=fresh)
+
+    def stop(self) -> None:
+        """End the process; a `measure` that waits for it is answered that the batch does not fit."""
+        meter, self._meter = self._meter, None
+        if meter is not None:
+            meter.kill()
+
+
+def _rank_actor(job: ProbeJob, rank: int, world_size: int, make_meter: MakeMeter) -> Any:
+    """The actor of one rank, in its bundle of this trial's placement group; the first bundle is the trial's own."""
+    import ray
+    from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+    group = ray.util.get_current_placement_group()
+    assert group is not None, "Tune reserves a placement group for each trial"
+    bundle = PlacementGroupSchedulingStrategy(group, rank + 1)
+    actor = ray.remote(_RankMeter).options(
+        num_cpus=PROBER_CPUS, num_gpus=1, max_concurrency=2, scheduling_strategy=bundle
+    )
+    return actor.remote(job, rank, world_size, make_meter)
