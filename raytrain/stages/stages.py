@@ -328,7 +328,7 @@ def run_assign(context: Context) -> str:
     _rejected_rows(body).check("data.train", config.data.corpora("train"), body["rows"], config.data.max_bad_fraction)
     context.tracking.current.log_metrics({"assigned": body["rows"], "rejected": rejected}, 0, 0.0)
     _show_rejected(context, body["rejected_examples"])
-    used = {note["corpus"] for note in notes if any(note["rows"].values())}
+    used = {note.corpus for note in notes if any(note.rows.values())}
     counted = _statistics(workspace)["body"]["by_corpus"]
     _warn_of_unused(context, {name for name, corpus in counted.items() if corpus["utterances"]} - used)
     listing = ", ".join(f"{number} {reason}" for reason, number in body["rejected"].items())
