@@ -24,8 +24,9 @@ from benchmarks.padding import draw_lengths
 from benchmarks.statistics import PeakMemory, make_manifest
 from raytrain.cluster.assigning import ChunkAssigner, write_index
 from raytrain.cluster.counting import MAX_CHUNKS, Counts, HistogramSum, count_chunk
-from raytrain.data.corpora.types import Corpus, plan_chunks
-from raytrain.data.text.sequences import BlockEncoder
+from raytrain.data.corpora.reading import plan_chunks
+from raytrain.data.corpora.types import Corpus
+from raytrain.data.sequences import BlockEncoder
 from raytrain.data.text.tokenizer import SPECIALS, CanaryTokenizer, train_specials
 from raytrain.lengths import BucketSettings, LengthHistogram, make_plan
 

@@ -17,9 +17,10 @@ import numpy as np
 from raytrain.cluster.mapping import map_on_workers
 from raytrain.cluster.placement import Placement
 from raytrain.config import Config, TokenizerSection
-from raytrain.data.corpora.rejected import NUM_EXAMPLES, RejectedRows
-from raytrain.data.corpora.rows import Block
-from raytrain.data.corpora.types import DEFAULT_CHUNK_BYTES, BadRow, Chunk, plan_chunks, read_blocks
+from raytrain.data.corpora.blocks import Block
+from raytrain.data.corpora.reading import DEFAULT_CHUNK_BYTES, plan_chunks, read_blocks
+from raytrain.data.corpora.rejected import NUM_EXAMPLES, Example, RejectedRows
+from raytrain.data.corpora.types import BadRow, Chunk
 from raytrain.data.probe import (
     NO_LISTING,
     UNREADABLE,
@@ -29,9 +30,9 @@ from raytrain.data.probe import (
     least_share,
     plan_samples,
 )
+from raytrain.data.sentences import SentenceSample
+from raytrain.data.sequences import BlockEncoder
 from raytrain.data.text.prompt import prompt_ids
-from raytrain.data.text.sentences import SentenceSample
-from raytrain.data.text.sequences import BlockEncoder
 from raytrain.data.text.tokenizer import CanaryTokenizer, train_tokenizer
 from raytrain.errors import ManifestError
 from raytrain.lengths.histogram import LengthHistogram
@@ -301,7 +302,7 @@ def check_bad_rows(counts: Counts, config: Config, usable: int) -> None:
         usable_rows = counts.num_rows[corpus] - rejected
         expected[corpus, reason] = round(least_share(number, counts.probed[corpus], usable_rows) * usable_rows)
     examples = {
-        group: [BadRow(row["file"], row["line"], group[1], row["detail"]) for row in rows]
+        group: [Example(BadRow(row["file"], row["line"], group[1], row["detail"])) for row in rows]
         for group, rows in (counts.examples | counts.wrong_examples).items()
     }
     rejected = RejectedRows(counts.rejected + expected, examples, counts.num_rows.total())

@@ -21,7 +21,9 @@ from raytrain.config import Config, check_config
 from raytrain.data.assignment import Assignment, DamagedPartError
 from raytrain.data.batch import LoadedStep, SpeechBatch
 from raytrain.data.batch_table import pack_batch, unpack_batch
-from raytrain.data.loader import Quarantine, StepReader, work_of
+from raytrain.data.loader import StepReader
+from raytrain.data.quarantine import BrokenRecording, Quarantine
+from raytrain.data.work import work_of
 from raytrain.lengths.schedule import BatchSchedule, ScheduleState, StepPlan
 from raytrain.run_folder.workspace import Workspace
 from raytrain.storage.run_store import RunStore
@@ -99,7 +101,7 @@ class ShareNote:
 
     num_replaced: int
     samples_by_corpus: dict[str, int]
-    broken: list[dict[str, Any]]
+    broken: list[BrokenRecording]
 
 
 class RayBatches:

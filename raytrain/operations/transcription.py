@@ -19,7 +19,8 @@ from raytrain.cluster.pool import find_pool
 from raytrain.cluster.session import ray_session
 from raytrain.config import ClusterSection
 from raytrain.console import Console
-from raytrain.data.corpora.types import Chunk, Corpus, plan_chunks
+from raytrain.data.corpora.reading import plan_chunks
+from raytrain.data.corpora.types import Chunk, Corpus
 from raytrain.data.text.tokenizer import CanaryTokenizer
 from raytrain.decoding.longform import check_window, default_overlap
 from raytrain.decoding.requests import Prompts, read_requests

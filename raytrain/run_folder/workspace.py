@@ -19,24 +19,19 @@ from raytrain.config import Config
 from raytrain.data.assignment import INDEX_FORMAT, Assignment, IndexBody, Row, row_table, rows_of
 from raytrain.data.audio import AudioError
 from raytrain.data.augment import Augmenter
+from raytrain.data.corpora.reading import read_blocks
 from raytrain.data.corpora.rejected import RejectedRows
-from raytrain.data.corpora.types import Chunk, read_blocks
-from raytrain.data.loader import (
-    BatchLoader,
-    Quarantine,
-    StepReader,
-    StepWork,
-    available_cpus,
-    loader_threads,
-    read_rows,
-    scheduled_work,
-)
-from raytrain.data.materialize import AudioFinder
+from raytrain.data.corpora.types import Chunk
+from raytrain.data.loader import BatchLoader, StepReader, read_rows
+from raytrain.data.locator import AudioLocator
 from raytrain.data.probe import AudioListing
+from raytrain.data.quarantine import Quarantine
+from raytrain.data.sentences import quota_of_each
+from raytrain.data.sequences import BlockEncoder
 from raytrain.data.text.prompt import prompt_languages
-from raytrain.data.text.sentences import places_of_each
-from raytrain.data.text.sequences import BlockEncoder
 from raytrain.data.text.tokenizer import CanaryTokenizer
+from raytrain.data.threads import available_cpus, loader_threads
+from raytrain.data.work import StepWork, scheduled_work
 from raytrain.decoding.search import DecodeSettings
 from raytrain.errors import ArtifactError, ConfigError, ManifestError
 from raytrain.lengths.mixture import Mixture, repeats_of
@@ -318,7 +313,7 @@ class Workspace:
         # What the decoder has no position for stays out of the validation loss, not of the WER.
         longest = self.config.model.max_positions + 1
         for chunk in chunks_of(self.config, split):
-            rows, finder = by_corpus.setdefault(chunk.corpus, []), AudioFinder(chunk)
+            rows, finder = by_corpus.setdefault(chunk.corpus, []), AudioLocator(chunk)
             for block in () if limit is not None and len(rows) >= limit else read_blocks(chunk):
                 block = encoder.check(block)
                 left_out.num_rows += len(block) + len(block.bad)
@@ -334,7 +329,7 @@ class Workspace:
         if limit is None:
             places = None
         else:
-            places = places_of_each(Counter({name: len(rows) for name, rows in by_corpus.items()}), limit)
+            places = quota_of_each(Counter({name: len(rows) for name, rows in by_corpus.items()}), limit)
         return [row for rows in by_corpus.values() for row in rows[:places]]
 
     def checked_rows(self, split: str, limit: int | None = None) -> list[Row]:

@@ -9,7 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from raytrain.data.corpora.types import Corpus, plan_chunks, read_chunk
+from raytrain.data.corpora.reading import plan_chunks, read_chunk
+from raytrain.data.corpora.types import Corpus
 from raytrain.errors import ManifestError
 from raytrain.operations.run_storage import read_start
 from raytrain.storage.filesystem import StorageReadError, open_file, open_stream

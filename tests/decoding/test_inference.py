@@ -26,7 +26,8 @@ from raytrain.cluster.inference import make_batches, recognize
 from raytrain.cluster.inference_worker import Batch, Job, read_batch
 from raytrain.cluster.pool import Pool, find_pool
 from raytrain.console import Console
-from raytrain.data.corpora.types import Corpus, plan_chunks
+from raytrain.data.corpora.reading import plan_chunks
+from raytrain.data.corpora.types import Corpus
 from raytrain.data.text.tokenizer import CanaryTokenizer, train_tokenizer
 from raytrain.decoding.batching import sorted_batches
 from raytrain.decoding.recognizer import PARTS
