@@ -37,6 +37,7 @@ from raytrain.cluster.session import ray_session
 from raytrain.config import ClusterSection, Config, check_config
 from raytrain.data.text.tokenizer import SPECIALS, CanaryTokenizer, train_specials, train_tokenizer
 from raytrain.lengths.histogram import LengthHistogram
+from raytrain.run_folder.chunks import chunks_of
 from raytrain.stages.stages import write_histogram
 
 
@@ -72,7 +73,7 @@ def stage(config: Config, tokenizer: CanaryTokenizer, folder: Path) -> tuple[Len
     with PeakMemory() as memory:
         start = time.perf_counter()
         total = statistics.Counts()
-        for _, partial in statistics.count_all(statistics.chunks_of(config, "train"), tokenizer, config):
+        for _, partial in statistics.count_all(chunks_of(config, "train"), tokenizer, config):
             total.add(partial)
         histogram = total.histogram
         write_histogram(folder / "histogram.parquet", histogram)
@@ -101,7 +102,7 @@ def check_equal(config: Config, tokenizer: CanaryTokenizer, lengths: np.ndarray,
 
     encoder = BlockEncoder(tokenizer, config.model.prompt_format)
     mine: list[tuple[int, int]] = []
-    for chunk in statistics.chunks_of(config, "train"):
+    for chunk in chunks_of(config, "train"):
         for block in read_blocks(chunk):
             mine += zip(block.duration_ms.tolist(), encoder.count(block)[0].tolist(), strict=True)
         if len(mine) >= lines:

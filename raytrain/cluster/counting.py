@@ -19,7 +19,7 @@ from raytrain.cluster.session import map_on_workers
 from raytrain.config import Config, TokenizerSection
 from raytrain.data.corpora.rejected import NUM_EXAMPLES, RejectedRows
 from raytrain.data.corpora.rows import Block
-from raytrain.data.corpora.types import DEFAULT_CHUNK_BYTES, BadRow, Chunk, plan_chunks, read_blocks
+from raytrain.data.corpora.types import BadRow, Chunk, read_blocks
 from raytrain.data.probe import (
     NO_LISTING,
     UNREADABLE,
@@ -36,7 +36,6 @@ from raytrain.data.text.tokenizer import CanaryTokenizer, train_tokenizer
 from raytrain.errors import ManifestError
 from raytrain.lengths.histogram import LengthHistogram
 
-MAX_CHUNKS = 4096
 _NUM_CHARACTERS, _NUM_SHOWN = 40, 10
 _MERGE_AT = 1 << 18  # rows or cells that wait before they are merged
 
@@ -222,17 +221,6 @@ def number_lines(counts: Counts, chunks: list[Chunk]) -> list[Chunk]:
         for row in rows:
             row["line"] += numbered[row["chunk"]].first_line - 1
     return numbered
-
-
-def chunks_of(config: Config, split: str) -> list[Chunk]:
-    """Chunks of one split's corpora. Raises `ManifestError` for a missing file."""
-    corpora = config.data.corpora(split)
-    size = config.data.chunk_bytes or DEFAULT_CHUNK_BYTES
-    chunks = plan_chunks(corpora, size)
-    if config.data.chunk_bytes is None and len(chunks) > MAX_CHUNKS:
-        # Each chunk becomes a file in every bucket, and a note on the driver.
-        chunks = plan_chunks(corpora, size * -(-len(chunks) // MAX_CHUNKS))
-    return chunks
 
 
 def sample_all(chunks: list[Chunk], config: Config) -> Iterator[tuple[int, SentenceSample, Counts]]:

@@ -24,6 +24,7 @@ from raytrain.data.batch import LoadedStep, SpeechBatch
 from raytrain.data.loader import Quarantine, StepReader, StepWork, work_of
 from raytrain.errors import RaytrainError
 from raytrain.lengths.schedule import BatchSchedule, ScheduleState, StepPlan
+from raytrain.run_folder.batches import make_schedule, make_step_reader, make_stream
 from raytrain.run_folder.workspace import Workspace
 from raytrain.storage.run_store import RunStore
 
@@ -50,7 +51,7 @@ class RayBatches:
         pin_memory: bool = False,
     ) -> None:
         self._workspace, self._batch_sizes = workspace, batch_sizes
-        self._schedule = workspace.schedule(workspace.assignment(), batch_sizes)
+        self._schedule = make_schedule(workspace, workspace.assignment(), batch_sizes)
         self._state = self._schedule.restored(state) if state else self._schedule.initial()
         self._shares, self._num_shares = shares, num_shares
         self._world_size, self._pin_memory = world_size, pin_memory
@@ -156,8 +157,8 @@ def _opened(
 ) -> tuple[Assignment, BatchSchedule, StepReader, Quarantine]:
     workspace = Workspace(check_config(orjson.loads(config)), location)
     assignment, quarantine = workspace.assignment(), Quarantine(None)
-    schedule = workspace.schedule(assignment, batch_sizes)
-    return assignment, schedule, workspace.step_reader(assignment, quarantine, num_threads=1), quarantine
+    schedule = make_schedule(workspace, assignment, batch_sizes)
+    return assignment, schedule, make_step_reader(workspace, assignment, quarantine, num_threads=1), quarantine
 
 
 def pack(loaded: LoadedStep, broken: list[dict[str, Any]]) -> Any:
@@ -212,7 +213,7 @@ class StreamSource:
 
         workspace = Workspace(check_config(config), location)
         start = StreamState.from_dict(state) if state else StreamState()
-        self._steps = workspace.stream(batch_sizes, num_shares).steps(start)
+        self._steps = make_stream(workspace, batch_sizes, num_shares).steps(start)
         self._kept: dict[int, Any] = {}
         self._asked = [0] * world_size
         self._made, self._end = 0, None

@@ -91,6 +91,8 @@ def _train(job: dict[str, Any]) -> None:
     from raytrain.lengths.schedule import shares_of
     from raytrain.model.canary import Canary
     from raytrain.model.cost import peak_flops, training_flops
+    from raytrain.run_folder.quarantine import share_quarantine
+    from raytrain.run_folder.scored_rows import make_validator
     from raytrain.run_folder.workspace import Workspace
     from raytrain.training.average import WeightAverage
     from raytrain.training.faults import SAVING, Watchdog, kills_for_memory
@@ -155,7 +157,7 @@ def _train(job: dict[str, Any]) -> None:
             checkpoints=checkpoints,
             device=device,
             log=log,
-            validate=workspace.validator(rank, world_size, notes, watchdog.beat, mark),
+            validate=make_validator(workspace, rank, world_size, notes, watchdog.beat, mark),
             checkpoint_meta=job["meta"],
             seed=config.seed,
             sample_rate=model_config.sample_rate,
@@ -186,7 +188,7 @@ def _train(job: dict[str, Any]) -> None:
             if rank == 0:
                 note_the_end(store, error)
         finally:
-            workspace.share_quarantine()
+            share_quarantine(store)
         if rank == 0:
             checkpoints.settle()
 
@@ -308,6 +310,7 @@ def _batches(
     from ray import train
 
     from raytrain.cluster.ingest import RayBatches, stream_work
+    from raytrain.run_folder.batches import make_loader
 
     context, data = train.get_context(), workspace.config.data
     rank, world_size = context.get_world_rank(), context.get_world_size()
@@ -316,7 +319,7 @@ def _batches(
     work = None
     if data.stream is not None:
         work = stream_work(workspace, sizes, state, shares, num_shares, rank, world_size)
-    return workspace.loader(sizes, state, shares, num_shares, pin_memory, work, context.get_local_world_size())
+    return make_loader(workspace, sizes, state, shares, num_shares, pin_memory, work, context.get_local_world_size())
 
 
 def _batch_sizes(workspace: Any, worker: Device, notes: Any) -> tuple[int, ...]:
@@ -394,10 +397,11 @@ def run_training(
     memory, and after a worker that Ray's memory monitor killed. Raises the worker's own error where it has a readable
     one.
     """
+    from raytrain.run_folder.scored_rows import checked_split
     from raytrain.run_folder.workspace import Workspace
 
     if config.data.dev:
-        Workspace(config, location).checked_rows("dev", config.train.max_validation_utterances)
+        checked_split(Workspace(config, location), "dev", config.train.max_validation_utterances)
     store = RunStore(location, config.run.cache_size)
     job = _job(config, store, meta, mlflow)
     notes = _fault_notes(store, job["profile_id"])

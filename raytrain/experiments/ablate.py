@@ -29,7 +29,8 @@ from raytrain.lengths.schemes import (
     title_of,
 )
 from raytrain.model.cost import cost_of, peak_flops
-from raytrain.run_folder.workspace import PROFILE_FORMAT, ProfileBody, Workspace
+from raytrain.run_folder.documents import PROFILE_FORMAT, ProfileBody
+from raytrain.run_folder.workspace import Workspace
 from raytrain.stages.pipeline import read_stages, run_pipeline
 from raytrain.stages.stages import read_histogram
 from raytrain.storage.artifacts import atomic_write_bytes, canonical_json, make_folder, read_json, write_json

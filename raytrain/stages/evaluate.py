@@ -18,6 +18,7 @@ from raytrain.decoding.requests import Request
 from raytrain.errors import CheckpointError
 from raytrain.evaluation.error_counts import count_errors
 from raytrain.model.canary import Canary
+from raytrain.run_folder.scored_rows import decode_settings, is_translation
 from raytrain.run_folder.workspace import Workspace
 from raytrain.storage.artifacts import read_state
 from raytrain.training.checkpoint import Checkpoint
@@ -97,7 +98,11 @@ def transcribe_rows(config: Config, location: str, rows: list[Row]) -> Iterator[
     load = partial(load_run, config.model_dump(mode="json"), location, evaluate.checkpoint)
     # Whole rows, as in training and validation: what is longer than a window is not cut here.
     job = Job(
-        load, workspace.search(), config.model.sample_rate, workspace.tokenizer.pad_id, precision=evaluate.precision
+        load,
+        decode_settings(config),
+        config.model.sample_rate,
+        workspace.tokenizer.pad_id,
+        precision=evaluate.precision,
     )
     sizes = batch_sizes(workspace.model_config(), job.settings, pool, evaluate.batch_size)
     requests = [
@@ -114,5 +119,5 @@ def transcribe_rows(config: Config, location: str, rows: list[Row]) -> Iterator[
     for done in recognise(make_batches(list(enumerate(requests)), sizes, job, pool), job, pool):
         for found in done.texts:
             row = rows[found["id"]]
-            translated = workspace.is_translation(row)
+            translated = is_translation(workspace, row)
             yield result_of(found["id"], row, translated, found, workspace.tokenizer.normalize)

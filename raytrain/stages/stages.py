@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import shutil
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -30,28 +30,30 @@ from raytrain.lengths.plan import BucketPlan
 from raytrain.lengths.profile import BatchProfile
 from raytrain.lengths.simulate import Simulation, simulate
 from raytrain.model.cost import cost_of
-from raytrain.run_folder.workspace import (
+from raytrain.run_folder.batches import make_schedule
+from raytrain.run_folder.chunks import chunks_of, numbered_chunks, split_inputs
+from raytrain.run_folder.documents import (
     CHUNKS_FORMAT,
     PLAN_FORMAT,
     PROFILE_FORMAT,
     SCORES_FORMAT,
     STATISTICS_FORMAT,
     StatisticsBody,
-    Workspace,
 )
+from raytrain.run_folder.quarantine import gather_quarantine, num_quarantined
+from raytrain.run_folder.scored_rows import checked_split, decode_settings
+from raytrain.run_folder.workspace import Workspace
 from raytrain.storage.artifacts import (
     atomic_write,
     atomic_write_bytes,
     canonical_json,
     content_id,
     file_id,
-    lines_of,
     make_folder,
     read_json,
     read_state,
     write_json,
 )
-from raytrain.storage.filesystem import fingerprints, is_uri
 from raytrain.tracking.runs import RunTracking
 from raytrain.training.conversion import model_stamp
 from raytrain.training.data_wait import DataPath, DataWaitMonitor
@@ -87,7 +89,6 @@ _NOT_LINEAGE = (
 )
 
 
-_HASHED_BYTES = 64 << 20
 _NUM_EXAMPLES = 3
 
 
@@ -110,25 +111,6 @@ class Context:
         return self.workspace.path(*parts)
 
 
-def _reading(config: Config, split: str) -> dict[str, Any]:
-    """What a split's rows depend on. The folder counts: rows hold absolute audio paths."""
-    from raytrain.cluster.counting import chunks_of
-
-    corpora = [asdict(replace(corpus, weight=1.0)) for corpus in config.data.corpora(split)]  # weights change no row
-    chunks = chunks_of(config, split)
-    manifests = sorted({chunk.path for chunk in chunks})
-    sources = sorted({chunk.audio for chunk in chunks} - {"", *manifests})
-    stamps = [*zip(manifests, fingerprints(manifests), strict=True), *zip(sources, fingerprints(sources), strict=True)]
-    # A small manifest counts as changed when its content does, all else when its size or time of change does.
-    small = {
-        name for name, stamp in stamps[: len(manifests)] if stamp and not is_uri(name) and stamp[0] <= _HASHED_BYTES
-    }
-    return {
-        "corpora": corpora,
-        "files": [[name, file_id(Path(name)) if name in small else stamp] for name, stamp in stamps],
-    }
-
-
 # --- statistics
 
 
@@ -136,7 +118,7 @@ def statistics_key(workspace: Workspace) -> Any:
     config = workspace.config
     return [
         [STATISTICS_FORMAT, CHUNKS_FORMAT, TOKENIZER_FORMAT],
-        _reading(config, "train"),
+        split_inputs(config, "train"),
         config.data.max_bad_fraction,
         config.data.audio_sample,
         config.section("tokenizer"),
@@ -154,7 +136,7 @@ def run_statistics(context: Context) -> str:
     from raytrain.cluster import counting as job
 
     config = context.config
-    chunks = job.chunks_of(config, "train")
+    chunks = chunks_of(config, "train")
     with context.console.progress("sampling texts", len(chunks)) as update:
         tokenizer = job.make_tokenizer(config, context.path("tokenizer"), chunks, lambda number: update(advance=number))
     total = job.Counts()
@@ -295,15 +277,14 @@ def assign_key(workspace: Workspace) -> Any:
     config = workspace.config
     copies = config.model.sample_rate if config.assign.materialize else None
     identities = [workspace.plan_id, workspace.tokenizer.id, config.model.prompt_format]
-    return [INDEX_FORMAT, _reading(config, "train"), *identities, copies, config.data.audio_sample > 0]
+    return [INDEX_FORMAT, split_inputs(config, "train"), *identities, copies, config.data.audio_sample > 0]
 
 
 def run_assign(context: Context) -> str:
     from raytrain.cluster import assigning as job
-    from raytrain.cluster.counting import chunks_of
 
     workspace, config = context.workspace, context.config
-    chunks = workspace.numbered(chunks_of(config, "train"))
+    chunks = numbered_chunks(workspace, chunks_of(config, "train"))
     folder = context.path(job.FOLDER)
     settings = job.AssignSettings(
         prompt_format=config.model.prompt_format,
@@ -523,7 +504,7 @@ def describe_schedule(
         )
     workspace = Workspace(config, config.run_dir)
     assignment = workspace.assignment()
-    schedule = workspace.schedule(assignment, workspace.profiles()[0].batch_sizes)
+    schedule = make_schedule(workspace, assignment, workspace.profiles()[0].batch_sizes)
     rows = [sum(column) for column in zip(*assignment.rows_by_corpus, strict=True)]
     corpora = [
         {"corpus": name, "rows": number, "repeats": round(repeat, 4)}
@@ -548,7 +529,7 @@ def _lineage(workspace: Workspace) -> str:
     if data.stream is None:
         heard_rows = workspace.assigned_rows_id
     else:
-        heard_rows = content_id([workspace.plan_id, _reading(workspace.config, "train"), data.stream.model_dump()])
+        heard_rows = content_id([workspace.plan_id, split_inputs(workspace.config, "train"), data.stream.model_dump()])
     heard = asdict(workspace.config.augment)
     mixing = [data.temperature, data.temperature_by, [[corpus.name, corpus.weight] for corpus in data.train]]
     if data.temperature != 1 or len({corpus.weight for corpus in data.train}) > 1:
@@ -567,8 +548,8 @@ def train_key(workspace: Workspace) -> Any:
 
 def _validation(workspace: Workspace) -> list[Any]:
     """What a checkpoint is validated on, and how."""
-    dev = _reading(workspace.config, "dev") if workspace.config.data.dev else None
-    return [dev, dev and asdict(workspace.search())]
+    dev = split_inputs(workspace.config, "dev") if workspace.config.data.dev else None
+    return [dev, dev and asdict(decode_settings(workspace.config))]
 
 
 def train_goes_on(workspace: Workspace) -> bool:
@@ -620,8 +601,8 @@ def run_train(context: Context) -> str:
     if lowered.exists():
         context.tracking.current.log_artifact(lowered)
     workspace.store.look(METRICS)
-    workspace.gather_quarantine()
-    if broken := _quarantined(context.path("quarantine.jsonl")):
+    gather_quarantine(workspace.store)
+    if broken := num_quarantined(context.path("quarantine.jsonl")):
         context.console.warn(
             f"{broken} recording(s) can't be read (quarantine.jsonl names them); in training others take their place"
         )
@@ -640,11 +621,6 @@ def run_train(context: Context) -> str:
     }
     atomic_write_bytes(context.path("checkpoints", "last.json"), canonical_json(note))
     return f"{last.step} steps, {last.meta.get('seconds', 0.0) / 60:.1f} min; best checkpoint at step {best.step}"
-
-
-def _quarantined(path: Path) -> int:
-    """Recordings that are named in a quarantine file; workers name the same one each for itself."""
-    return len(set(lines_of(path)))
 
 
 @contextlib.contextmanager
@@ -726,7 +702,7 @@ def _set_aside_remote(context: Context, lineage: str, marker: Path) -> None:
 def evaluate_key(workspace: Workspace) -> Any:
     config = workspace.config
     checkpoint = file_id(workspace.path("checkpoints", "last.json"))
-    return [SCORES_FORMAT, config.section("evaluate"), checkpoint, _reading(config, "test")]
+    return [SCORES_FORMAT, config.section("evaluate"), checkpoint, split_inputs(config, "test")]
 
 
 def run_evaluate(context: Context) -> str:
@@ -735,8 +711,9 @@ def run_evaluate(context: Context) -> str:
     from raytrain.report.errors import write_errors
     from raytrain.stages.evaluate import transcribe_rows
 
-    rows = context.workspace.checked_rows("test")
-    for reason, number in context.workspace.left_out["test"].by_reason().items():
+    test = checked_split(context.workspace, "test")
+    rows = test.rows
+    for reason, number in test.rejected.by_reason().items():
         context.console.warn(f"{number} test row(s) left out: {reason}")
     for name in ("scores.json", "errors.html"):  # of other hypotheses than those that are written next
         context.workspace.store.discard(name)

@@ -24,7 +24,7 @@ from raytrain.data.text.sequences import BlockEncoder
 from raytrain.data.text.tokenizer import CanaryTokenizer, train_tokenizer
 from raytrain.data.text.words import TextEncoder
 from raytrain.errors import ManifestError
-from raytrain.run_folder.workspace import STATISTICS_FORMAT
+from raytrain.run_folder.documents import STATISTICS_FORMAT
 from raytrain.stages.pipeline import run_pipeline
 from raytrain.storage.artifacts import read_json
 

@@ -32,7 +32,10 @@ from raytrain.lengths.profile import BatchProfile, ProbeSetting
 from raytrain.lengths.schedule import BatchSchedule, ScheduleState
 from raytrain.model.config import ModelConfig
 from raytrain.report.page import write_report
-from raytrain.run_folder.workspace import CHUNKS_FORMAT, Workspace
+from raytrain.run_folder.batches import corpus_repeats
+from raytrain.run_folder.chunks import numbered_chunks
+from raytrain.run_folder.documents import CHUNKS_FORMAT, Artifact
+from raytrain.run_folder.workspace import Workspace
 from raytrain.stages import pipeline, stages
 from raytrain.storage.artifacts import content_id, lines_of, parse_json, read_json, read_state
 from raytrain.storage.finished import FinishedParts
@@ -114,7 +117,12 @@ PLAN = make_plan(histogram(), BucketSettings(2, 1), "h")
 SIZES = tuple(4 for _ in PLAN.grid.buckets)
 SETTING = ProbeSetting("m", "adamw", "fp32", False, "cpu", 1.0, 0.9, 1, "2")
 PROFILE = BatchProfile("p", SETTING, SIZES, tuple(1.0 for _ in SIZES), tuple(1 for _ in SIZES))
-STATISTICS = {"rows": 4, "histogram_id": "h", "by_corpus": {"train": {"hours": 1.0, "languages": ["en"]}}}
+STATISTICS = {
+    "rows": 4,
+    "histogram_id": "h",
+    "by_corpus": {"train": {"hours": 1.0, "utterances": 3, "languages": ["en"]}},
+    "rejected_examples": [],
+}
 CHUNK = Chunk("/a.jsonl", 0, 9, 0, "train")
 NOTE = {
     "chunk": 0,
@@ -204,7 +212,7 @@ def read_workspace(read: Callable[[Workspace], Any]) -> Callable[[Path], Any]:
 
 
 def read_profiles(workspace: Workspace) -> Any:
-    workspace._plan_document = {"id": "p"}
+    workspace._plan_document = Artifact("p", None)
     return workspace.profiles()
 
 
@@ -258,11 +266,17 @@ FILES = [
         "raytrain.batch_profile/2",
         True,
     ),
-    File("statistics.json", STATISTICS, read_workspace(lambda w: w.repeats(("train",))), "raytrain.statistics/4", True),
+    File(
+        "statistics.json",
+        STATISTICS,
+        read_workspace(lambda w: corpus_repeats(w, ("train",))),
+        "raytrain.statistics/4",
+        True,
+    ),
     File(
         "chunks.json",
         [{"path": "/a", "start": 0, "end": 9}],
-        read_workspace(lambda w: w.numbered([CHUNK])),
+        read_workspace(lambda w: numbered_chunks(w, [CHUNK])),
         CHUNKS_FORMAT,
         True,
     ),
