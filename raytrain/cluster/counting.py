@@ -17,7 +17,7 @@ import numpy as np
 from raytrain.cluster.placement import Placement
 from raytrain.cluster.session import map_on_workers
 from raytrain.config import Config, TokenizerSection
-from raytrain.data.corpora.rejected import NUM_EXAMPLES, RejectedRows
+from raytrain.data.corpora.rejected import NUM_EXAMPLES, Example, RejectedRows
 from raytrain.data.corpora.rows import Block
 from raytrain.data.corpora.types import BadRow, Chunk, read_blocks
 from raytrain.data.probe import (
@@ -289,7 +289,7 @@ def check_bad_rows(counts: Counts, config: Config, usable: int) -> None:
         usable_rows = counts.num_rows[corpus] - rejected
         expected[corpus, reason] = round(least_share(number, counts.probed[corpus], usable_rows) * usable_rows)
     examples = {
-        group: [BadRow(row["file"], row["line"], group[1], row["detail"]) for row in rows]
+        group: [Example(BadRow(row["file"], row["line"], group[1], row["detail"])) for row in rows]
         for group, rows in (counts.examples | counts.wrong_examples).items()
     }
     rejected = RejectedRows(counts.rejected + expected, examples, counts.num_rows.total())

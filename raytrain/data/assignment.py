@@ -32,7 +32,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from raytrain.data.corpora.rejected import NUM_EXAMPLES
+from raytrain.data.corpora.rejected import NUM_EXAMPLES, ExampleRow, RejectedExamples
 from raytrain.data.corpora.rows import Block
 from raytrain.data.materialize import AudioFinder
 from raytrain.data.text.sequences import EncodedBlock
@@ -192,15 +192,6 @@ class PartsWriter:
 
 
 @dataclass(frozen=True)
-class ExampleRow:
-    """A rejected row that a note or an index names."""
-
-    file: str
-    line: int
-    detail: str
-
-
-@dataclass(frozen=True)
 class ChunkNote:
     """What assign notes of a chunk: rows by bucket, rejections by reason with examples, content ids of the files by
     name, and `TarIndex.sample_id` of the tars that it reads."""
@@ -222,20 +213,6 @@ class ChunkNote:
             raise ValueError("a reason has no example")
         if not {part_name(int(bucket), self.chunk) for bucket in self.rows} <= self.files.keys():
             raise ValueError("a part has no id")
-
-
-@dataclass(frozen=True)
-class RejectedExamples:
-    """How many rows of a corpus were rejected for a reason, and the first of them."""
-
-    corpus: str
-    reason: str
-    rows: int
-    first: list[ExampleRow]
-
-    def __post_init__(self) -> None:
-        if not self.first:
-            raise ValueError("a reason has no example")
 
 
 @dataclass(frozen=True)

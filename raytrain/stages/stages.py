@@ -19,7 +19,6 @@ from raytrain.console import Console
 from raytrain.data.assignment import INDEX_FORMAT, IndexBody, note_name, write_index
 from raytrain.data.corpora.rejected import RejectedRows
 from raytrain.data.corpora.rows import REASONS as ROW_REASONS
-from raytrain.data.corpora.types import BadRow
 from raytrain.data.probe import MISSING, SHORT, came_back
 from raytrain.data.text.tokenizer import FORMAT as TOKENIZER_FORMAT
 from raytrain.errors import ArtifactError, ConfigError, DataError, TrainingError
@@ -320,15 +319,8 @@ def run_assign(context: Context) -> str:
 def _rejected_rows(body: dict[str, Any]) -> RejectedRows:
     """The bad rows that an assignment's index names. What fits no bucket is not bad, unless nothing else is there."""
     bad = (*ROW_REASONS, MISSING)
-    found = RejectedRows(num_rows=body["rows"] + sum(body["rejected"].values()))
-    for example in body["rejected_examples"]:
-        if example["reason"] in bad or not body["rows"]:
-            group = example["corpus"], example["reason"]
-            found.counts[group] = example["rows"]
-            found.examples[group] = [
-                BadRow(row["file"], row["line"], example["reason"], row["detail"]) for row in example["first"]
-            ]
-    return found
+    entries = [entry for entry in body["rejected_examples"] if entry["reason"] in bad or not body["rows"]]
+    return RejectedRows.from_summary(entries, body["rows"] + sum(body["rejected"].values()))
 
 
 def assign_is_whole(workspace: Workspace) -> bool:
