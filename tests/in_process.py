@@ -12,6 +12,7 @@ from raytrain.cluster import assigning as assign
 from raytrain.cluster import counting as statistics
 from raytrain.config import Config
 from raytrain.console import Console
+from raytrain.run_folder.lineage import training_lineage
 from raytrain.run_folder.workspace import Workspace
 from raytrain.stages import pipeline, stages
 from raytrain.storage.artifacts import atomic_write_bytes, canonical_json, content_id
@@ -30,7 +31,7 @@ def pipeline_in_process() -> Iterator[Callable[..., list[str]]]:
 
         def run(context: stages.Context) -> str:
             # What a training learns follows from its lineage.
-            value = stages._lineage(context.workspace) if stage.name == "train" else context.key
+            value = training_lineage(context.workspace) if stage.name == "train" else context.key
             for name in stage.outputs:
                 atomic_write_bytes(context.path(name), canonical_json([name, value]))
             return "done"
@@ -56,4 +57,4 @@ def keys_of(config: Config, run_dir: Path) -> dict[str, str]:
         for stage in pipeline.STAGES
         if stage.applies(config)
     }
-    return {**keys, "anew": stages._lineage(Workspace(config, run_dir))}
+    return {**keys, "anew": training_lineage(Workspace(config, run_dir))}

@@ -21,6 +21,7 @@ from raytrain.cluster.trainer import STOP
 from raytrain.config import Config, check_config
 from raytrain.console import Console
 from raytrain.errors import ConfigError
+from raytrain.run_folder.lineage import training_key, training_meta
 from raytrain.run_folder.workspace import Workspace
 from raytrain.storage.artifacts import atomic_write_bytes, canonical_json, content_id, file_id, make_folder, read_state
 from raytrain.storage.filesystem import is_uri
@@ -75,10 +76,8 @@ def check_on_disk(config: Config, what: str) -> None:
 
 def training_inputs(config: Config, run_dir: Path, files: dict[str, str] | None = None) -> list[Any]:
     """Names all that a training on the artefacts in `run_dir` depends on; `files` stand for artefacts there."""
-    from raytrain.stages.stages import train_key
-
     profile = Path((files or {}).get("batch_profile.json", run_dir / "batch_profile.json"))
-    return [train_key(Workspace(config, run_dir)), file_id(profile)]
+    return [training_key(Workspace(config, run_dir)), file_id(profile)]
 
 
 class RunningTrial:
@@ -89,8 +88,6 @@ class RunningTrial:
     """
 
     def __init__(self, params: dict[str, Any]) -> None:
-        from raytrain.stages.stages import training_meta
-
         job = params["job"]
         settings = {**job.get("settings", {}), **params["settings"]}
         config = with_settings(check_config(job["config"]), settings)

@@ -156,7 +156,7 @@ def _rtfx(values: dict[str, Any], folder: str, cuda: bool) -> dict[str, float]:
     from raytrain.decoding.recognizer import Recogniser
     from raytrain.decoding.search import DecodeSettings
     from raytrain.run_folder.scored_rows import encode_split
-    from raytrain.stages.evaluate import load_run
+    from raytrain.run_folder.trained import load_run
 
     config = check_config(values)
     device = worker_device(cuda).torch

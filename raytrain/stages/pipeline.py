@@ -22,6 +22,7 @@ from raytrain.config import Config
 from raytrain.console import Console
 from raytrain.errors import ArtifactError
 from raytrain.redaction import redacted
+from raytrain.run_folder.lineage import training_key
 from raytrain.run_folder.workspace import Workspace
 from raytrain.stages import stages
 from raytrain.storage.artifacts import atomic_write_bytes, canonical_json, content_id, file_id, make_folder, read_state
@@ -80,7 +81,7 @@ STAGES: tuple[Stage, ...] = (
         "train",
         ("assign", "oomptimize"),
         ("checkpoints/last.json",),
-        stages.train_key,
+        training_key,
         stages.run_train,
         goes_on=stages.train_goes_on,
     ),

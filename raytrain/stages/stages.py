@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -39,18 +38,19 @@ from raytrain.run_folder.documents import (
     STATISTICS_FORMAT,
     StatisticsBody,
 )
+from raytrain.run_folder.lineage import training_lineage, training_meta
+from raytrain.run_folder.previous import set_aside_stale
 from raytrain.run_folder.quarantine import gather_quarantine, num_quarantined
-from raytrain.run_folder.scored_rows import checked_split, decode_settings
+from raytrain.run_folder.scored_rows import checked_split
+from raytrain.run_folder.trained import TRAINED_NOTE, TrainedNote
 from raytrain.run_folder.workspace import Workspace
 from raytrain.storage.artifacts import (
     atomic_write,
     atomic_write_bytes,
-    canonical_json,
     content_id,
     file_id,
     make_folder,
     read_json,
-    read_state,
     write_json,
 )
 from raytrain.tracking.runs import RunTracking
@@ -59,34 +59,6 @@ from raytrain.training.data_wait import DataPath, DataWaitMonitor
 from raytrain.training.memory.meter import Probe
 from raytrain.training.memory.probing import ProbeOutcome
 from raytrain.training.memory.tracer import TRACER_VERSION
-
-# Settings of training that say when to stop, look and save, but not what is learnt: a run goes on when they change.
-_NOT_LINEAGE = (
-    "max_steps",
-    "max_epochs",
-    "max_minutes",
-    "stop_at_wer",
-    "validate_every_steps",
-    "max_validation_utterances",
-    "checkpoint_every_steps",
-    "storage_path",
-    "keep_checkpoints",
-    "keep_best",
-    "patience",
-    "max_skipped_steps",
-    "accumulate",
-    "log_every_steps",
-    "num_loader_threads",
-    "prefetch_batches",
-    "max_failures",
-    "stall_minutes",
-    "num_workers",
-    "device",
-    "activation_checkpointing",
-    "shard",
-    "init_from",  # its content counts, wherever it lies
-)
-
 
 _NUM_EXAMPLES = 3
 
@@ -512,65 +484,19 @@ def describe_schedule(
 # --- train
 
 
-def _lineage(workspace: Workspace) -> str:
-    """Names what a checkpoint was learnt from: another lineage's checkpoints can't be gone on with."""
-    settings = {name: value for name, value in asdict(workspace.config.train).items() if name not in _NOT_LINEAGE}
-    if workspace.config.train.schedule == "cosine":  # which ends at max_steps
-        settings["max_steps"] = workspace.config.train.max_steps
-    data = workspace.config.data
-    if data.stream is None:
-        heard_rows = workspace.assigned_rows_id
-    else:
-        heard_rows = content_id([workspace.plan_id, split_inputs(workspace.config, "train"), data.stream.model_dump()])
-    heard = asdict(workspace.config.augment)
-    mixing = [data.temperature, data.temperature_by, [[corpus.name, corpus.weight] for corpus in data.train]]
-    if data.temperature != 1 or len({corpus.weight for corpus in data.train}) > 1:
-        by_corpus = _statistics(workspace)["body"]["by_corpus"]  # with rows that assign rejects
-        mixing.append([by_corpus[corpus.name]["hours"] for corpus in data.train])
-    model = asdict(workspace.model_config())
-    start = model_stamp(Path(workspace.config.train.init_from)) if workspace.config.train.init_from else None
-    return content_id(
-        [settings, workspace.config.seed, heard_rows, mixing, heard, workspace.tokenizer.id, model, start]
-    )
-
-
-def train_key(workspace: Workspace) -> Any:
-    return [_lineage(workspace), workspace.config.section("train"), *_validation(workspace)]
-
-
-def _validation(workspace: Workspace) -> list[Any]:
-    """What a checkpoint is validated on, and how."""
-    dev = split_inputs(workspace.config, "dev") if workspace.config.data.dev else None
-    return [dev, dev and asdict(decode_settings(workspace.config))]
-
-
 def train_goes_on(workspace: Workspace) -> bool:
     """Whether training has checkpoints of these settings to go on from."""
     last = workspace.checkpoints().about("newest")
-    return last is not None and last.lineage == _lineage(workspace)
-
-
-def training_meta(workspace: Workspace) -> dict[str, Any]:
-    """What every checkpoint says of where it comes from."""
-    return {
-        "ids": {
-            "lineage": _lineage(workspace),
-            "bucket_plan": workspace.plan_id,
-            "tokenizer": workspace.tokenizer.id,
-            "model": workspace.model_id(),
-            "batch_profile": file_id(workspace.path("batch_profile.json")),
-            "validation": content_id([*_validation(workspace), workspace.config.train.max_validation_utterances]),
-        },
-        "model": asdict(workspace.model_config()),
-    }
+    return last is not None and last.lineage == training_lineage(workspace)
 
 
 def run_train(context: Context) -> str:
     from raytrain.cluster.trainer import METRICS, mirror_of, run_training
 
     workspace, config = context.workspace, context.config
-    lineage = _lineage(workspace)
-    _set_aside_other_lineage(context, lineage)
+    lineage = training_lineage(workspace)
+    if set_aside_stale(workspace, lineage):
+        context.console.say("  settings changed: training starts anew, the old checkpoints are in previous/")
     folder = workspace.checkpoints()
     start, mirror = folder.about("newest"), mirror_of(config)
     if start is None and mirror is not None:
@@ -604,14 +530,7 @@ def run_train(context: Context) -> str:
     best = folder.about("best") or last
     for checkpoint in (last, best):
         checkpoint.check_lineage(lineage)
-    note = {
-        "lineage": lineage,
-        "last_step": last.step,
-        "last_files": last.meta["files"],
-        "best_step": best.step,
-        "files": best.meta["files"],
-    }
-    atomic_write_bytes(context.path("checkpoints", "last.json"), canonical_json(note))
+    TrainedNote.of(lineage, last, best).write(context.path(TRAINED_NOTE))
     return f"{last.step} steps, {last.meta.get('seconds', 0.0) / 60:.1f} min; best checkpoint at step {best.step}"
 
 
@@ -637,55 +556,6 @@ def _data_path(config: Config) -> DataPath:
     return DataPath(
         config.train.num_loader_threads, config.data.workers, config.assign.materialize, config.data.stream is not None
     )
-
-
-def _set_aside_other_lineage(context: Context, lineage: str) -> None:
-    """Move checkpoints and metrics of another setting to `previous/`; they are the user's until overwritten there."""
-    store = context.workspace.store
-    marker = store.look("checkpoints/lineage.json")
-    if store.is_remote:
-        _set_aside_remote(context, lineage, marker)
-    elif context.path("checkpoints").exists():
-        if _noted_lineage(marker) == lineage:
-            return
-        previous = context.path("previous")
-        if any(context.path("checkpoints").glob("step_*")):  # else there is nothing that could replace the older ones
-            shutil.rmtree(previous, ignore_errors=True)
-        make_folder(previous)
-        for name in ("checkpoints", "metrics.jsonl"):
-            if context.path(name).exists() and not (previous / name).exists():
-                shutil.move(context.path(name), previous / name)
-        shutil.rmtree(context.path("checkpoints"), ignore_errors=True)
-        context.console.say("  settings changed: training starts anew, the old checkpoints are in previous/")
-    else:
-        context.path("metrics.jsonl").unlink(missing_ok=True)
-    atomic_write_bytes(marker, canonical_json({"lineage": lineage}))
-    store.share("checkpoints/lineage.json")
-
-
-@dataclass(frozen=True)
-class LineageNote:
-    """What `checkpoints/lineage.json` keeps."""
-
-    lineage: str
-
-
-def _noted_lineage(marker: Path) -> str | None:
-    note = read_state(marker, LineageNote)
-    return note and note["lineage"]
-
-
-def _set_aside_remote(context: Context, lineage: str, marker: Path) -> None:
-    store = context.workspace.store
-    if _noted_lineage(marker) == lineage:
-        return
-    if context.workspace.checkpoints().about("newest") is None:
-        store.clear("checkpoints")
-        store.discard("metrics.jsonl")
-        return
-    store.clear("previous")
-    store.set_aside("checkpoints", "metrics.jsonl")
-    context.console.say("  settings changed: training starts anew, the old checkpoints are in previous/")
 
 
 # --- evaluate

@@ -35,6 +35,7 @@ from raytrain.report.page import write_report
 from raytrain.run_folder.batches import corpus_repeats
 from raytrain.run_folder.chunks import numbered_chunks
 from raytrain.run_folder.documents import CHUNKS_FORMAT, Artifact
+from raytrain.run_folder.lineage import noted_lineage
 from raytrain.run_folder.workspace import Workspace
 from raytrain.stages import pipeline, stages
 from raytrain.storage.artifacts import content_id, lines_of, parse_json, read_json, read_state
@@ -218,7 +219,7 @@ def read_profiles(workspace: Workspace) -> Any:
 
 def read_assignment(folder: Path) -> Any:
     found = Assignment(folder)
-    return found.rows_by_corpus, found.rows_per_bucket, found.edges, stages._lineage
+    return found.rows_by_corpus, found.rows_per_bucket, found.edges
 
 
 def read_files(folder: Path) -> Any:
@@ -241,7 +242,7 @@ def read_metrics_file(folder: Path) -> Any:
 FILES = [
     File("stages.json", {"train": {"key": "k", "outputs": {"checkpoints/last.json": "i"}}}, read_stages),
     File("checkpoints/best.json", BEST, read_best),
-    File("checkpoints/lineage.json", {"lineage": "l"}, lambda f: stages._noted_lineage(f / "checkpoints/lineage.json")),
+    File("checkpoints/lineage.json", {"lineage": "l"}, lambda f: noted_lineage(f / "checkpoints/lineage.json")),
     File("faults/lowered-1.json", LOWERED, read_faults),
     File("faults/validation-1.json", {"batch_size": 3}, read_faults),
     File("faults/stalled-1.json", {"doing": "x", "time": 1.0}, read_faults),
