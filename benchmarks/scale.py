@@ -23,9 +23,9 @@ from benchmarks._record import record
 from benchmarks.padding import draw_lengths
 from benchmarks.statistics import PeakMemory, make_manifest
 from raytrain.cluster.assigning import ChunkAssigner
-from raytrain.cluster.counting import Counts, HistogramSum, count_chunk
 from raytrain.data.assignment import part_name, write_index
 from raytrain.data.corpora.types import Corpus, plan_chunks
+from raytrain.data.counts import Counts, HistogramSum, count_chunk
 from raytrain.data.text.sequences import BlockEncoder
 from raytrain.data.text.tokenizer import SPECIALS, CanaryTokenizer, train_specials
 from raytrain.lengths import BucketSettings, LengthHistogram, make_plan

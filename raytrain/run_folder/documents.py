@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from typing import Generic, TypeVar
 
 from pydantic import TypeAdapter
 
-from raytrain.data.assignment import RejectedExamples
+from raytrain.data.corpora.rejected import RejectedExamples
 from raytrain.lengths.plan import BucketPlanBody
 from raytrain.lengths.profile import BatchProfile
 from raytrain.storage.artifacts import read_json
@@ -34,12 +33,7 @@ class Artifact(Generic[Body]):
 def read_artifact(path: Path, format: str, kind: type[Body]) -> Artifact[Body]:
     """Read a JSON artifact whose body is a `kind`. Raises `ArtifactError` as `read_json` does."""
     document = read_json(path, format, kind)
-    return Artifact(document["id"], _adapter(kind).validate_python(document["body"]))
-
-
-@cache
-def _adapter(kind: type[Body]) -> TypeAdapter[Body]:
-    return TypeAdapter(kind)
+    return Artifact(document["id"], TypeAdapter(kind).validate_python(document["body"]))
 
 
 @dataclass(frozen=True)

@@ -27,10 +27,10 @@ from raytrain.errors import ManifestError, RaytrainError
 from raytrain.lengths.histogram import LengthHistogram
 from raytrain.run_folder.batches import make_mixture
 from raytrain.run_folder.documents import STATISTICS_FORMAT
+from raytrain.run_folder.histograms import read_histogram
 from raytrain.run_folder.scored_rows import encode_split
 from raytrain.run_folder.workspace import Workspace
 from raytrain.stages.pipeline import run_pipeline
-from raytrain.stages.stages import read_histogram
 from raytrain.storage.artifacts import read_json
 
 STAGES = ("statistics", "buckets", "assign")

@@ -35,9 +35,10 @@ from raytrain.report.page import write_report
 from raytrain.run_folder.batches import corpus_repeats
 from raytrain.run_folder.chunks import numbered_chunks
 from raytrain.run_folder.documents import CHUNKS_FORMAT, Artifact
+from raytrain.run_folder.histograms import read_histogram, write_histogram
 from raytrain.run_folder.lineage import noted_lineage
 from raytrain.run_folder.workspace import Workspace
-from raytrain.stages import pipeline, stages
+from raytrain.stages import pipeline
 from raytrain.storage.artifacts import content_id, lines_of, parse_json, read_json, read_state
 from raytrain.storage.finished import FinishedParts
 from raytrain.storage.run_store import RunStore
@@ -326,7 +327,7 @@ def test_the_answers_of_a_job_survive(tmp_path):
     assert read_answers(tmp_path / "batch_probes.json", JOB) == ANSWERS
     assert standing_note(tmp_path / "note.json", CHUNK, PLAN) == NOTE
     assert standing_note(tmp_path / "note.json", replace(CHUNK, index=1), PLAN) is None
-    assert pipeline.read_stages(tmp_path)["train"]["key"] == "k"
+    assert pipeline.read_stages(tmp_path)["train"].key == "k"
     for content in ("[]", "7", '{"train": 5}', '{"train": {"key": "x"}}', "null"):
         (tmp_path / "stages.json").write_text(content)
         assert pipeline.read_stages(tmp_path) == {}
@@ -463,12 +464,12 @@ def test_a_tokenizer_is_read_or_refused(tokenizer_folder, data):
 @given(place=st.integers(0, 2000), value=st.binary(min_size=1, max_size=8))
 def test_a_damaged_histogram_is_refused(tmp_path, place, value):
     path = tmp_path / "histogram.parquet"
-    stages.write_histogram(path, histogram())
+    write_histogram(path, histogram())
     data = bytearray(path.read_bytes())
     data[place % len(data) : place % len(data) + len(value)] = value
     path.write_bytes(data)
     try:
-        stages.read_histogram(path)
+        read_histogram(path)
     except ArtifactError as error:
         assert error.remedy
 
