@@ -35,7 +35,9 @@ from benchmarks._record import record
 from raytrain.data.assignment import ROW_SCHEMA, Assignment, PartsWriter, note_name, write_index, write_note
 from raytrain.data.augment import Augmenter
 from raytrain.data.batch import SpeechBatch
-from raytrain.data.loader import BatchLoader, Quarantine, StepReader, load_row, scheduled_work
+from raytrain.data.loader import BatchLoader, StepReader, load_row
+from raytrain.data.quarantine import Quarantine
+from raytrain.data.work import scheduled_work
 from raytrain.lengths import BatchSchedule
 
 RATE = 16000

@@ -23,10 +23,11 @@ from benchmarks._record import record
 from benchmarks.padding import draw_lengths
 from benchmarks.statistics import PeakMemory, make_manifest
 from raytrain.cluster.assigning import ChunkAssigner
-from raytrain.data.assignment import part_name, write_index
-from raytrain.data.corpora.types import Corpus, plan_chunks
+from raytrain.data.assignment import ChunkNote, part_name, write_index
+from raytrain.data.corpora.reading import plan_chunks
+from raytrain.data.corpora.types import Corpus
 from raytrain.data.counts import Counts, HistogramSum, count_chunk
-from raytrain.data.text.sequences import BlockEncoder
+from raytrain.data.sequences import BlockEncoder
 from raytrain.data.text.tokenizer import SPECIALS, CanaryTokenizer, train_specials
 from raytrain.lengths import BucketSettings, LengthHistogram, make_plan
 from raytrain.run_folder.chunks import MAX_CHUNKS
@@ -81,14 +82,7 @@ def run_driver(utterances: int, folder: Path) -> dict[str, Any]:
         buckets = len(plan.grid.buckets)
         rows = {str(bucket): per_chunk // buckets for bucket in range(buckets)}
         notes = [
-            {
-                "chunk": number,
-                "corpus": "all",
-                "rows": rows,
-                "rejected": {},
-                "examples": {},
-                "files": {part_name(int(bucket), number): "0" * 16 for bucket in rows},
-            }
+            ChunkNote(number, "all", rows, {}, {}, {part_name(int(bucket), number): "0" * 16 for bucket in rows})
             for number in range(MAX_CHUNKS)
         ]
         start = time.perf_counter()

@@ -98,8 +98,8 @@ def single_process(manifest: Path, model: Path, lines: int, prompt: int) -> tupl
 
 def check_equal(config: Config, tokenizer: CanaryTokenizer, lengths: np.ndarray, lines: int) -> None:
     """Raise unless the first lines give the same durations and tokens by both rules."""
-    from raytrain.data.corpora.types import read_blocks
-    from raytrain.data.text.sequences import BlockEncoder
+    from raytrain.data.corpora.reading import read_blocks
+    from raytrain.data.sequences import BlockEncoder
 
     encoder = BlockEncoder(tokenizer, config.model.prompt_format)
     mine: list[tuple[int, int]] = []

@@ -28,10 +28,13 @@ sys.path[0] = str(Path(__file__).resolve().parents[1])  # as a script, this file
 from benchmarks._record import record
 from raytrain.cluster.assigning import ChunkAssigner
 from raytrain.data.assignment import Assignment, note_name, write_index, write_note
-from raytrain.data.corpora.types import Corpus, plan_chunks
-from raytrain.data.loader import BatchLoader, Quarantine, StepReader, StepWork, scheduled_work
-from raytrain.data.text.sequences import BlockEncoder
+from raytrain.data.corpora.reading import plan_chunks
+from raytrain.data.corpora.types import Corpus
+from raytrain.data.loader import BatchLoader, StepReader
+from raytrain.data.quarantine import Quarantine
+from raytrain.data.sequences import BlockEncoder
 from raytrain.data.text.tokenizer import train_tokenizer
+from raytrain.data.work import StepWork, scheduled_work
 from raytrain.lengths import BatchSchedule, BucketPlan, BucketSettings, LengthHistogram, make_plan
 
 RATE, SHARD = 16000, 500
@@ -109,7 +112,7 @@ def assigned(folder: Path, steps: int) -> dict[str, Any]:
         write_note(out / note_name(number), notes[-1])
     making = time.perf_counter() - start
     grid = [(bucket.max_duration_ms, bucket.max_tokens) for bucket in plan.grid.buckets]
-    num_rows = sum(sum([*note["rows"].values(), *note["rejected"].values()]) for note in notes)
+    num_rows = sum(sum([*note.rows.values(), *note.rejected.values()]) for note in notes)
     write_index(out, notes, grid, num_rows, {"bucket_plan": "none"})
     start = time.perf_counter()
     assignment = Assignment(out)

@@ -23,6 +23,7 @@ from raytrain.cluster.placement import ANYWHERE, Placement
 from raytrain.cluster.session import map_on_workers
 from raytrain.data.assignment import (
     ROW_SCHEMA,
+    ChunkNote,
     PartsWriter,
     note_name,
     read_note,
@@ -30,12 +31,14 @@ from raytrain.data.assignment import (
     write_note,
 )
 from raytrain.data.audio import PARQUET_ROW
-from raytrain.data.corpora.rejected import NUM_EXAMPLES
-from raytrain.data.corpora.rows import Block
-from raytrain.data.corpora.types import BadRow, Chunk, read_blocks
-from raytrain.data.materialize import AudioFinder, make_flacs
+from raytrain.data.corpora.blocks import Block
+from raytrain.data.corpora.reading import read_blocks
+from raytrain.data.corpora.rejected import NUM_EXAMPLES, ExampleRow
+from raytrain.data.corpora.types import BadRow, Chunk
+from raytrain.data.locator import AudioLocator
+from raytrain.data.materialize import make_flacs
 from raytrain.data.probe import MISSING, NO_LISTING, AudioListing
-from raytrain.data.text.sequences import BlockEncoder
+from raytrain.data.sequences import BlockEncoder
 from raytrain.data.text.tokenizer import CanaryTokenizer
 from raytrain.errors import ManifestError
 from raytrain.lengths.plan import BucketPlan
@@ -74,12 +77,12 @@ class ChunkAssigner:
     ) -> None:
         self._chunk, self._encoder, self._plan, self._folder = chunk, encoder, plan, folder
         self._sample_rate, self._listing = sample_rate, listing
-        self._audio = AudioFinder(chunk, sampled=sample_rate is None)  # copies have ids of their own
+        self._audio = AudioLocator(chunk, sampled=sample_rate is None)  # copies have ids of their own
         self._waiting: list[tuple[np.ndarray, np.ndarray, pa.Table]] = []  # buckets, lines, rows
         self._rejected: Counter = Counter()
-        self._examples: dict[str, list[dict[str, Any]]] = {}
+        self._examples: dict[str, list[ExampleRow]] = {}
 
-    def run(self) -> dict[str, Any]:
+    def run(self) -> ChunkNote:
         """Write all; the chunk's note, see `PartsWriter.note`. To be called once."""
         path = self._folder / "rejected" / f"part-{self._chunk.index:05d}.jsonl"
         flush_at = _FLUSH_AT if self._sample_rate is None else _FLUSH_AUDIO_AT
@@ -98,14 +101,14 @@ class ChunkAssigner:
         sources = self._audio.sample_ids if self._sample_rate is None else {}
         return self._parts.note(self._chunk.corpus, self._rejected, self._examples, sources)
 
-    def share(self, note: dict[str, Any], store: RunStore) -> None:
+    def share(self, note: ChunkNote, store: RunStore) -> None:
         """Put the chunk's files where the run folder is."""
         if not store.is_remote:
             return
         home = self._folder.name
-        for name, identity in note["files"].items():
+        for name, identity in note.files.items():
             store.put_part(f"{home}/{name}", identity, keep=not name.endswith(".tar"))  # which is read by ranges
-        if note["rejected"]:
+        if note.rejected:
             store.share(f"{home}/rejected/part-{self._chunk.index:05d}.jsonl")
 
     def _add(self, block: Block) -> None:
@@ -181,7 +184,7 @@ class ChunkAssigner:
         self._rejected[row.reason] += 1
         examples = self._examples.setdefault(row.reason, [])
         if len(examples) < NUM_EXAMPLES:
-            examples.append({"file": row.file, "line": row.line, "detail": row.detail})
+            examples.append(ExampleRow(row.file, row.line, row.detail))
         where = {"reason": row.reason, "corpus": self._chunk.corpus, "file": row.file, "line": row.line}
         self._rejects.write(orjson.dumps({**where, "detail": row.detail, **values}) + b"\n")
 
@@ -204,27 +207,27 @@ def assign_all(
     *,
     key: str,
     placement: Placement = ANYWHERE,
-) -> Iterator[dict[str, Any]]:
+) -> Iterator[ChunkNote]:
     """Run the missing chunks on Ray Data; yields the note of every chunk, finished before or now."""
     import ray
 
     _clear_other_inputs(store, key)
     done = [standing_note(store.local / FOLDER / note_name(chunk.index), chunk, plan) for chunk in chunks]
     if all(done):  # and yet the stage runs again: recordings that could not be read may have been mended since
-        done = [None if "bad_audio" in note["rejected"] else note for note in done if note]
+        done = [None if "bad_audio" in note.rejected else note for note in done if note]
     yield from (note for note in done if note)
     missing = [chunk for chunk, note in zip(chunks, done, strict=True) if not note]
     if not missing:
         return
     shared, location = ray.put((tokenizer, plan)), store.location
 
-    def work(chunks: list[Chunk]) -> list[dict[str, Any]]:
+    def work(chunks: list[Chunk]) -> list[ChunkNote]:
         tokenizer, plan = ray.get(shared)
         encoder = BlockEncoder(tokenizer, settings.prompt_format, by_words=settings.by_words)
         store = RunStore(location, settings.cache_size)
         listing = AudioListing(settings.check_audio)
 
-        def assign(chunk: Chunk) -> dict[str, Any]:
+        def assign(chunk: Chunk) -> ChunkNote:
             assigner = ChunkAssigner(chunk, encoder, plan, store.local / FOLDER, settings.sample_rate, listing)
             note = assigner.run()
             assigner.share(note, store)
@@ -253,10 +256,10 @@ def _clear_other_inputs(store: RunStore, key: str) -> None:
         half.unlink()
 
 
-def standing_note(path: Path, chunk: Chunk, plan: BucketPlan) -> dict[str, Any] | None:
+def standing_note(path: Path, chunk: Chunk, plan: BucketPlan) -> ChunkNote | None:
     """A chunk's note, None where there is none that is about it: the chunk is done again. So it is where audio was not
     there, which may have come since."""
     note = read_note(path)
-    if note is None or (note["chunk"], note["corpus"]) != (chunk.index, chunk.corpus) or MISSING in note["rejected"]:
+    if note is None or (note.chunk, note.corpus) != (chunk.index, chunk.corpus) or MISSING in note.rejected:
         return None
-    return note if all(int(bucket) < len(plan.grid.buckets) for bucket in note["rows"]) else None
+    return note if all(int(bucket) < len(plan.grid.buckets) for bucket in note.rows) else None

@@ -8,11 +8,12 @@ from dataclasses import replace
 from raytrain.cluster.placement import Placement
 from raytrain.cluster.session import map_on_workers
 from raytrain.config import Config
-from raytrain.data.corpora.types import Chunk, read_blocks
+from raytrain.data.corpora.reading import read_blocks
+from raytrain.data.corpora.types import Chunk
 from raytrain.data.counts import Counts, count_chunk
 from raytrain.data.probe import AudioListing, plan_samples
-from raytrain.data.text.sentences import SentenceSample
-from raytrain.data.text.sequences import BlockEncoder
+from raytrain.data.sentences import SentenceSample
+from raytrain.data.sequences import BlockEncoder
 from raytrain.data.text.tokenizer import CanaryTokenizer
 
 

@@ -21,7 +21,9 @@ from raytrain.cluster.session import quiet_data
 from raytrain.config import Config, check_config
 from raytrain.data.assignment import Assignment, DamagedPartError
 from raytrain.data.batch import LoadedStep, SpeechBatch
-from raytrain.data.loader import Quarantine, StepReader, StepWork, work_of
+from raytrain.data.loader import StepReader
+from raytrain.data.quarantine import BrokenRecording, Quarantine
+from raytrain.data.work import StepWork, work_of
 from raytrain.errors import RaytrainError
 from raytrain.lengths.schedule import BatchSchedule, ScheduleState, StepPlan
 from raytrain.run_folder.batches import make_schedule, make_step_reader, make_stream
@@ -161,7 +163,7 @@ def _opened(
     return assignment, schedule, make_step_reader(workspace, assignment, quarantine, num_threads=1), quarantine
 
 
-def pack(loaded: LoadedStep, broken: list[dict[str, Any]]) -> Any:
+def pack(loaded: LoadedStep, broken: list[BrokenRecording]) -> Any:
     """A loaded step as an Arrow table of one row."""
     note = {
         "replaced": loaded.num_replaced,

@@ -1,8 +1,8 @@
 """Change recordings while they are loaded: speed, reverberation, noise, gain.
 
-What happens to a recording follows from its draw in the schedule alone, so a resumed run, or one with other workers,
-hears the same. Speed changes length, and a slower recording could outgrow its bucket; a speed is drawn among those with
-which it does not.
+How a recording is changed follows from its draw in the schedule alone, so a resumed run, or one with other workers,
+gets the same audio. Speed changes length, and a slower recording could outgrow its bucket; a speed is drawn among those
+with which it does not.
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ class Augmenter:
         Raises `DataError` where a file of noise or an impulse response can't be read.
         """
         settings, rng = self.settings, np.random.default_rng(key)
-        # All draws come first: whether one thing happens must not change another.
+        # All draws come first: whether one change happens must not affect the next.
         order, which, at = rng.random(3), rng.random(2), rng.random()
         snr_db, gain = rng.uniform(*settings.noise_snr_db), rng.random()
         if settings.speeds:

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
+from functools import partial
 from itertools import chain
-from typing import Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import torch
@@ -16,6 +17,9 @@ from torch import Tensor
 
 from raytrain.errors import DataError
 from raytrain.lengths.schedule import StepPlan
+
+if TYPE_CHECKING:
+    from raytrain.data.assignment import Row
 
 
 @dataclass(frozen=True)
@@ -75,13 +79,13 @@ class SpeechBatch:
         """A full batch at a bucket's upper edges; what a memory probe runs. `device` may be `meta`."""
         samples = max_duration_ms * sample_rate // 1000
         prompt = min(prompt_length, max(max_tokens - 2, 1))
-        full = {"device": device, "dtype": torch.int64}
+        full = partial(torch.full, (batch_size,), device=device, dtype=torch.int64)
         return cls(
             torch.randn(batch_size, samples, device=device),
-            torch.full((batch_size,), samples, **full),
+            full(fill_value=samples),
             torch.randint(0, vocab, (batch_size, max(max_tokens, 2)), device=device),
-            torch.full((batch_size,), max(max_tokens, 2), **full),
-            torch.full((batch_size,), prompt, **full),
+            full(fill_value=max(max_tokens, 2)),
+            full(fill_value=prompt),
         )
 
     def __len__(self) -> int:
@@ -92,11 +96,11 @@ class SpeechBatch:
         return [getattr(self, field.name) for field in fields(self)]
 
     def part(self, utterances: slice) -> SpeechBatch:
-        """Some of the utterances, without the silence that only others need."""
+        """Some of the utterances, without the padding that only the rest needs."""
         if (utterances.start or 0, utterances.stop) == (0, len(self)):
             return self
-        audio, *others = (tensor[utterances] for tensor in self.tensors())
-        return SpeechBatch(audio[:, : int(others[0].max())], *others)
+        audio, lengths, *tokens = (tensor[utterances] for tensor in self.tensors())
+        return SpeechBatch(audio[:, : int(lengths.max())], lengths, *tokens)
 
     def to(self, device: torch.device | str) -> SpeechBatch:
         """The batch on another device; from pinned memory the copy does not wait."""
@@ -133,6 +137,19 @@ class SpeechBatch:
         return self.tokens.gather(1, index).masked_fill(position >= self.ctc_target_lengths()[:, None], 0)
 
 
+class StepState(Protocol):
+    """What it takes to resume after a step: `ScheduleState`, or `StreamState` without assignment."""
+
+    @property
+    def epoch(self) -> int:
+        """Times that all rows were drawn."""
+        ...
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON values, which a checkpoint keeps."""
+        ...
+
+
 @dataclass(frozen=True)
 class LoadedStep:
     """One share of a step (a micro-batch), and the schedule's state after the step (what a checkpoint keeps). `is_last`
@@ -141,10 +158,10 @@ class LoadedStep:
 
     batch: SpeechBatch
     plan: StepPlan
-    state: Any  # ScheduleState or stream.StreamState: both have `epoch` and `to_dict()`
+    state: StepState
     num_replaced: int
     is_last: bool = False
     samples_by_corpus: dict[str, int] = field(default_factory=dict)
-    rows: Sequence[Any] = ()
+    rows: Sequence[Row] = ()
     read_seconds: float = 0.0
     cpu_seconds: float = 0.0

@@ -11,11 +11,12 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
+from raytrain.data.corpora.blocks import Block
+from raytrain.data.corpora.reading import read_blocks
 from raytrain.data.corpora.rejected import RejectedRows
-from raytrain.data.corpora.rows import Block
-from raytrain.data.corpora.types import Chunk, read_blocks
+from raytrain.data.corpora.types import Chunk
 from raytrain.data.probe import NO_LISTING, AudioListing, HeaderSample, ProbeCounts
-from raytrain.data.text.sequences import BlockEncoder
+from raytrain.data.sequences import BlockEncoder
 from raytrain.lengths.histogram import LengthHistogram
 
 _MERGE_AT = 1 << 18  # rows or cells that wait before they are merged

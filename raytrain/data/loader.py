@@ -7,8 +7,6 @@ shape, and is noted in the quarantine file.
 
 from __future__ import annotations
 
-import contextlib
-import os
 import queue
 import threading
 import time
@@ -18,8 +16,6 @@ from concurrent.futures import CancelledError, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import chain
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -28,15 +24,12 @@ from raytrain.data.assignment import Assignment, Row
 from raytrain.data.audio import AudioError, read_audio
 from raytrain.data.augment import Augmenter
 from raytrain.data.batch import LoadedStep, SpeechBatch
+from raytrain.data.quarantine import Quarantine
+from raytrain.data.threads import split_rows
+from raytrain.data.work import StepWork
 from raytrain.errors import DataError
-from raytrain.lengths.permutation import key_of
-from raytrain.lengths.schedule import BatchSchedule, ScheduleState, StepPlan
-from raytrain.storage.artifacts import storage_error
 
 _MAX_REPLACEMENTS = 32
-_MAX_AUTO_THREADS = 16  # more wait for Python's lock
-_MAX_ROWS_PER_TASK = 16  # what handing over a task costs is small beside reading as many short recordings
-_TASKS_PER_THREAD = 4  # of a step, so that no thread ends long after the rest
 # A row that was read: the row, its audio, and 1 where it replaces a broken one.
 _ReadRow = tuple[Row, np.ndarray, int]
 
@@ -51,111 +44,6 @@ class _ReadTask:
 
 
 _Reading = Iterator[_ReadTask]  # the tasks of a step that threads are reading, in order
-
-
-class Quarantine:
-    """Names of broken recordings, each written once as a JSON line; safe to share between threads."""
-
-    def __init__(self, path: Path | None) -> None:
-        self._path = path
-        self._lock = threading.Lock()
-        self._seen: set[tuple[str, int, int]] = set()
-        self._news: list[dict[str, Any]] = []
-
-    def add(self, row: Row, error: AudioError) -> None:
-        """Note one broken recording."""
-        place = {"audio_path": row.audio_path, "audio_start": row.audio_start, "offset_ms": row.offset_ms}
-        self.add_lines([{**place, "error": str(error)}])
-
-    def add_lines(self, lines: list[dict[str, Any]]) -> None:
-        """Note what another quarantine found."""
-        import orjson
-
-        with self._lock:
-            for line in lines:
-                key = (line["audio_path"], line["audio_start"], line["offset_ms"])
-                if key in self._seen:
-                    continue
-                self._seen.add(key)
-                if self._path is None:
-                    self._news.append(line)
-                    continue
-                try:
-                    with open(self._path, "ab") as file:
-                        file.write(orjson.dumps(line) + b"\n")
-                except OSError as error:
-                    raise storage_error(self._path, error) from error
-
-    def take_news(self) -> list[dict[str, Any]]:
-        """What was noted since the last call, where there is no file."""
-        with self._lock:
-            news, self._news = self._news, []
-        return news
-
-    def __contains__(self, row: Row) -> bool:
-        return (row.audio_path, row.audio_start, row.offset_ms) in self._seen
-
-
-@dataclass(frozen=True)
-class StepWork:
-    """One share of a step (a micro-batch) before its audio is read, and the state after the step.
-
-    `rows` and `keys` (what augmentation follows from) go together. `numbers` are the rows' places in the assignment,
-    from which a broken recording is replaced; without them another row of the same share stands in.
-    """
-
-    plan: StepPlan
-    state: Any  # ScheduleState or stream.StreamState
-    is_last: bool
-    rows: Sequence[Row]
-    keys: Sequence[int]
-    numbers: Sequence[int] | None = None
-
-
-def scheduled_work(
-    assignment: Assignment, schedule: BatchSchedule, state: ScheduleState, shares: Sequence[int], num_shares: int
-) -> Iterator[StepWork]:
-    """A worker's `shares` of the schedule's steps from `state` on, one after the other; each step has `num_shares`."""
-    is_last = schedule.is_last(state, num_shares)
-    while not is_last:
-        plan, state = schedule.step(state, num_shares)
-        is_last = schedule.is_last(state, num_shares)
-        for share in shares:
-            yield work_of(assignment, schedule, plan, share, state, is_last)
-
-
-def work_of(
-    assignment: Assignment, schedule: BatchSchedule, plan: StepPlan, share: int, state: ScheduleState, is_last: bool
-) -> StepWork:
-    """One share of a planned step."""
-    numbers = schedule.rows(plan, share).tolist()
-    first = plan.start + sum(plan.sizes[:share])
-    keys = [key_of(schedule.seed, plan.bucket, position, 2) for position in range(first, first + len(numbers))]
-    return StepWork(plan, state, is_last, assignment.rows(plan.bucket, numbers), keys, numbers)
-
-
-def loader_threads(setting: int | str, num_cpus: int, num_workers: int) -> int:
-    """Threads of one of `num_workers` training workers on a node of `num_cpus` CPUs: what `train.num_loader_threads`
-    says, or for `auto` the worker's CPUs less one, which the training step itself needs."""
-    if setting != "auto":
-        return int(setting)
-    return max(1, min(_MAX_AUTO_THREADS, num_cpus // num_workers - 1))
-
-
-def available_cpus() -> int:
-    """CPUs that this process may use: those that it may run on, or the whole CPUs' time that its container has."""
-    num_cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    with contextlib.suppress(OSError, ValueError):  # no such file, or "max" instead of a number
-        quota, period = map(int, Path("/sys/fs/cgroup/cpu.max").read_text().split())
-        return max(1, min(num_cpus, quota // period))
-    return num_cpus
-
-
-def split_rows(num_rows: int, num_threads: int) -> list[range]:
-    """Rows 0 … `num_rows` − 1 of a step in tasks for `num_threads` threads, in order; a step of few rows, which may be
-    long, has few in each task."""
-    size = max(1, min(_MAX_ROWS_PER_TASK, num_rows // (_TASKS_PER_THREAD * num_threads)))
-    return [range(start, min(start + size, num_rows)) for start in range(0, num_rows, size)]
 
 
 class StepReader:
@@ -222,10 +110,9 @@ class StepReader:
         return _ReadTask(rows, time.perf_counter() - started, time.thread_time() - cpu_started)
 
     def _read(self, work: StepWork, index: int) -> _ReadRow:
-        row, why = work.rows[index], None
+        why: str | None = None
         for attempt in range(_MAX_REPLACEMENTS):
-            if attempt:
-                row = self._stand_in(work, index, attempt)
+            row = self._replacement(work, index, attempt) if attempt else work.rows[index]
             if row is None:
                 break
             if row in self._quarantine:
@@ -243,7 +130,7 @@ class StepReader:
             remedy="check data.root and that every worker sees the audio; quarantine.jsonl lists the files",
         )
 
-    def _stand_in(self, work: StepWork, index: int, attempt: int) -> Row | None:
+    def _replacement(self, work: StepWork, index: int, attempt: int) -> Row | None:
         if work.numbers is None or self._assignment is None:
             return work.rows[(index + attempt) % len(work.rows)] if attempt < len(work.rows) else None
         count = self._assignment.rows_per_bucket[work.plan.bucket]
@@ -269,7 +156,7 @@ class BatchLoader:
         self._work, self._reader, self._pin_memory = work, reader, pin_memory
         # A thread begins on GPU 0, where pinning would make a context; this one belongs to the worker's own GPU.
         self._device = torch.cuda.current_device() if pin_memory else None
-        self._ready: queue.Queue = queue.Queue(prefetch_batches)
+        self._ready: queue.Queue[LoadedStep | Exception | None] = queue.Queue(prefetch_batches)
         self._stopped = threading.Event()
         self._producer = threading.Thread(target=self._produce, name="batches", daemon=True)
         self._producer.start()
@@ -321,7 +208,7 @@ class BatchLoader:
         # Copies to the GPU then do not wait.
         return replace(loaded, batch=loaded.batch.pin_memory()) if self._pin_memory else loaded
 
-    def _put(self, item: object) -> None:
+    def _put(self, item: LoadedStep | Exception | None) -> None:
         while not self._stopped.is_set():
             try:
                 self._ready.put(item, timeout=0.2)

@@ -1,8 +1,8 @@
-"""A look at the audio before anything is learnt from it: whether files are there, and what a sample's headers say.
+"""A check of the audio before anything is trained on it: whether files exist, and what a sample's headers say.
 
 A manifest is only as good as the audio that it names. Where local files are missing, every row that names such a file
-is known at the price of listing its folder. Of a sample of rows the headers are read, which tells recordings that can't
-be decoded and durations that are wrong, as they are where a manifest meets another set's audio.
+is identified at the price of listing its folder. Of a sample of rows the headers are read, which shows recordings that
+can't be decoded and wrong durations, as where a manifest meets the audio of another corpus.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from raytrain.data.audio import read_header
-from raytrain.data.corpora.rows import Block, audio_places
-from raytrain.data.corpora.types import BadRow, Chunk
-from raytrain.data.materialize import AudioFinder
+from raytrain.data.corpora.blocks import Block, locate_audio
+from raytrain.data.corpora.types import TAR_FORMATS, BadRow, Chunk, Problem
+from raytrain.data.locator import AudioLocator
 from raytrain.errors import DataError
 from raytrain.storage.filesystem import StorageReadError, is_uri
 
@@ -31,12 +31,10 @@ _LIST_FROM = 16  # rows in a folder from which on listing it costs less than ask
 _MAX_NAMES = 4_000_000
 _MAX_CHUNKS = 64  # of a corpus whose rows are sampled
 _MAX_REMOTE_TARS = 2  # whose headers cost a read of the whole tar
-_TAR_FORMATS = ("nemo_tarred", "lhotse_shar")
 
 
 class AudioListing:
-    """Tells which local audio files there are; remembers the folders that it listed. One that is not `is_on` takes all
-    to be there."""
+    """Which local audio files exist; each folder is listed once. Where it is not `is_on`, all files count as there."""
 
     def __init__(self, is_on: bool = True) -> None:
         self._is_on = is_on
@@ -46,9 +44,9 @@ class AudioListing:
     def check(self, block: Block) -> Block:
         """The block without the rows whose file is not there; they are added to its bad rows. What lies in a tar, in
         Parquet or at a URI is taken as it is."""
-        if not self._is_on or block.chunk.format in _TAR_FORMATS or not len(block):
+        if not self._is_on or block.chunk.format in TAR_FORMATS or not len(block):
             return block
-        files, members = audio_places(block.chunk, block.paths)
+        files, members = locate_audio(block.chunk, block.paths)
         missing = self._missing(files, members)
         if not missing.any():
             return block
@@ -119,8 +117,8 @@ class ProbeCounts:
     """What headers said: rows `probed` by corpus, those that they contradict by (corpus, reason) in `wrong`, and each
     of the latter in `examples`."""
 
-    probed: Counter = field(default_factory=Counter)
-    wrong: Counter = field(default_factory=Counter)
+    probed: Counter[str] = field(default_factory=Counter)
+    wrong: Counter[tuple[str, str]] = field(default_factory=Counter)
     examples: list[BadRow] = field(default_factory=list)
 
 
@@ -163,28 +161,28 @@ class HeaderSample:
                 counts.examples.append(BadRow(self._chunk.path, candidate.line, reason, detail))
         return counts
 
-    def _problems(self) -> list[tuple[str, str] | None]:
+    def _problems(self) -> list[Problem | None]:
         try:
-            places = AudioFinder(self._chunk).places([candidate.path for candidate in self._candidates])
+            located = AudioLocator(self._chunk).locate([candidate.path for candidate in self._candidates])
         except StorageReadError as error:
             return [(UNREADABLE, str(error))] * len(self._candidates)
         return [
             (UNREADABLE, absent) if absent else _problem(candidate, path, start, size)
-            for candidate, path, start, size, absent in zip(self._candidates, *places, strict=True)
+            for candidate, path, start, size, absent in zip(self._candidates, *located, strict=True)
         ]
 
 
-def _problem(candidate: _Candidate, path: str, start: int, size: int) -> tuple[str, str] | None:
+def _problem(candidate: _Candidate, path: str, start: int, size: int) -> Problem | None:
     try:
         header = read_header(path, start=start, size=size)
     except DataError as error:
         return UNREADABLE, str(error)
-    there = header.duration_ms - candidate.offset_ms
-    if there >= (1 - TOLERANCE) * candidate.duration_ms:
+    left_ms = header.duration_ms - candidate.offset_ms
+    if left_ms >= (1 - TOLERANCE) * candidate.duration_ms:
         return None
     after = f" after {candidate.offset_ms / 1000:g} s" if candidate.offset_ms else ""
     claimed = f"{candidate.duration_ms / 1000:g} s"
-    return SHORT, f"{path} has {max(0, there) / 1000:g} s{after}, the row says {claimed}"
+    return SHORT, f"{path} has {max(0, left_ms) / 1000:g} s{after}, the row says {claimed}"
 
 
 def least_share(wrong: int, probed: int, rows: int) -> float:
@@ -204,7 +202,7 @@ def plan_samples(chunks: Sequence[Chunk], size: int) -> dict[int, int]:
         by_corpus.setdefault(chunk.corpus, []).append(chunk)
     sizes: dict[int, int] = {}
     for members in by_corpus.values():
-        remote_tars = members[0].format in _TAR_FORMATS and is_uri(members[0].audio)
+        remote_tars = members[0].format in TAR_FORMATS and is_uri(members[0].audio)
         most = min(len(members), _MAX_REMOTE_TARS if remote_tars else _MAX_CHUNKS, size)
         for number in range(most):
             sizes[members[number * len(members) // most].index] = -(-size // most)

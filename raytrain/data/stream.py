@@ -5,7 +5,7 @@ holds the buffer; the plan says which bucket a row is in or why it is left out, 
 step takes for all ranks together. One sampler serves all ranks, so they are in one bucket at every step and no row is
 read twice.
 
-What an assignment gives and this does not: a start and a resume in no time (the rows of the epoch so far are read
+What an assignment gives and this does not: start and resume at once (the rows of the epoch so far are read
 again, without their audio), memory that does not depend on a buffer, a shuffle wider than the buffer, and, against
 `concurrent`, the same batches in every run.
 """
@@ -24,20 +24,20 @@ from lhotse.dataset.sampling.base import SamplingConstraint
 
 from raytrain.data.assignment import Row, row_table, rows_of
 from raytrain.data.audio import PARQUET_ROW
+from raytrain.data.corpora.blocks import Block
+from raytrain.data.corpora.reading import read_blocks
 from raytrain.data.corpora.rejected import RejectedRows
-from raytrain.data.corpora.rows import Block, audio_places
-from raytrain.data.corpora.types import BadRow, Chunk, read_blocks
-from raytrain.data.loader import StepWork
-from raytrain.data.materialize import AudioFinder
+from raytrain.data.corpora.types import TAR_FORMATS, BadRow, Chunk
+from raytrain.data.locator import AudioLocator, Locator, WholeFileLocator
 from raytrain.data.probe import NO_LISTING, AudioListing
-from raytrain.data.text.sequences import BlockEncoder
+from raytrain.data.sequences import BlockEncoder
+from raytrain.data.work import StepWork
 from raytrain.errors import ManifestError, PlanError
 from raytrain.lengths.permutation import key_of
 from raytrain.lengths.plan import BucketPlan
 from raytrain.lengths.schedule import StepPlan
 from raytrain.storage.filesystem import StorageReadError
 
-_TAR_FORMATS = ("nemo_tarred", "lhotse_shar")
 _NUM_SHOWN = 5
 _MAX_TARS = 256  # whose headers are kept
 
@@ -96,7 +96,7 @@ class StreamSampler:
     `batch_sizes` (per rank) by bucket; `repeats` says how often an epoch goes through each corpus; `buffer_size` is the
     number of rows in lhotse's buffer, at least what one step of every bucket takes, so that one bucket is always full.
     With `concurrent` the buffer fills while the first batches leave, which starts sooner; batches then differ from run
-    to run, and some at the start are smaller. `rejected` counts rows that are left out, by reason; those
+    to run, and the first may be smaller. `rejected` counts rows that are left out, by reason; those
     whose audio file `listing` misses are among them.
     """
 
@@ -115,7 +115,7 @@ class StreamSampler:
 
     def __post_init__(self) -> None:
         self._left_out = RejectedRows()
-        self._finders: OrderedDict[int, AudioFinder | None] = OrderedDict()
+        self._locators: OrderedDict[int, AudioLocator | None] = OrderedDict()
 
     def steps(self, state: StreamState) -> Iterator[StreamStep]:
         """Steps from `state` on. Raises `StorageReadError` where a corpus can't be read, and `ManifestError` where an
@@ -138,14 +138,14 @@ class StreamSampler:
                 steps += 1
                 yield step
             if not steps and not state.segments:
-                listing = "".join(f"\n  {line}" for line in self._left_out.lines())
+                examples = "".join(f"\n  {line}" for line in self._left_out.lines())
                 files = ", ".join(dict.fromkeys(chunk.path for chunk in self.chunks[:_NUM_SHOWN]))
                 counts = ", ".join(f"{number} {reason}" for reason, number in self.rejected.items())
                 raise ManifestError(
                     "the corpora have no row that fits a bucket",
                     got=counts or f"no rows in {files or 'no files'}",
-                    remedy="mend these rows, or run statistics and buckets on these corpora, whose limits are those of "
-                    f"the bucket plan{':' if listing else ''}{listing}",
+                    remedy="fix these rows, or run statistics and buckets on these corpora, whose limits are those of "
+                    f"the bucket plan{':' if examples else ''}{examples}",
                 )
             state = StreamState(state.epoch + 1)
 
@@ -198,20 +198,20 @@ class StreamSampler:
         return StreamStep(StepPlan(examples[0].bucket, start, shares, state.epoch), state, False, rows, keys)
 
     def _located(self, example: _Example) -> Row:
-        """The row with the place of its audio; a tar's headers are read when a row of it is first drawn."""
+        """The row with the location of its audio; a tar's headers are read when a row of it is first drawn."""
         if not example.member:
             return example.row
         index = example.chunk.index
-        if index not in self._finders:
-            self._finders[index] = AudioFinder(example.chunk)
-            if len(self._finders) > _MAX_TARS:
-                self._finders.popitem(last=False)
-        finder = self._finders[index]
-        if finder is not None:
+        if index not in self._locators:
+            self._locators[index] = AudioLocator(example.chunk)
+            if len(self._locators) > _MAX_TARS:
+                self._locators.popitem(last=False)
+        locator = self._locators[index]
+        if locator is not None:
             try:
-                (path,), (start,), (size,), (problem,) = finder.places([example.member])
+                (path,), (start,), (size,), (problem,) = locator.locate([example.member])
             except StorageReadError:
-                self._finders[index] = None
+                self._locators[index] = None
             else:
                 if problem is None:
                     return example.row._replace(audio_path=path, audio_start=start, audio_size=size)
@@ -234,15 +234,16 @@ class StreamSampler:
         self._reject(block.chunk.corpus, block.bad)
         if not len(block):
             return
-        in_tar = block.chunk.format in _TAR_FORMATS
+        in_tar = block.chunk.format in TAR_FORMATS
         encoded = self.encoder.encode(block)
         buckets, reasons = self.plan.place(block.duration_ms, encoded.lengths)
-        table, _ = row_table(block, encoded, _Unlocated(block.chunk) if in_tar else AudioFinder(block.chunk))
+        locator: Locator = WholeFileLocator(block.chunk) if in_tar else AudioLocator(block.chunk)
+        table, _ = row_table(block, encoded, locator)
         kept = buckets >= 0
-        for place in np.flatnonzero(~kept).tolist():
-            detail = f"{block.duration_ms[place]} ms, {encoded.lengths[place]} tokens"
-            row = BadRow(block.chunk.path, int(block.numbers[place]), str(reasons[place]), detail)
-            self._reject(block.chunk.corpus, [row])
+        for index in np.flatnonzero(~kept).tolist():
+            detail = f"{block.duration_ms[index]} ms, {encoded.lengths[index]} tokens"
+            bad_row = BadRow(block.chunk.path, int(block.numbers[index]), str(reasons[index]), detail)
+            self._reject(block.chunk.corpus, [bad_row])
         rows = rows_of(table.filter(pa.array(kept)))
         if any(row.audio_size == PARQUET_ROW for row in rows):
             raise ManifestError(
@@ -250,9 +251,9 @@ class StreamSampler:
                 why="a batch takes rows from everywhere in the buffer, and Parquet gives them by whole groups only",
                 remedy="unset data.stream and set assign.materialize to true, which copies the audio",
             )
-        places = np.flatnonzero(kept).tolist()
-        for row, bucket, place in zip(rows, buckets[kept].tolist(), places, strict=True):
-            yield _Example(row, bucket, block.chunk, block.paths[place] if in_tar else "")
+        members = [block.paths[index] if in_tar else "" for index in np.flatnonzero(kept).tolist()]
+        for row, bucket, member in zip(rows, buckets[kept].tolist(), members, strict=True):
+            yield _Example(row, bucket, block.chunk, member)
 
     def _reject(self, corpus: str, rows: Sequence[BadRow]) -> None:
         for row in rows:
@@ -262,7 +263,7 @@ class StreamSampler:
 
 @dataclass(slots=True)
 class _Example:
-    """What lhotse's sampler holds for a row. `member` is its name in a tar, empty where the place is known."""
+    """What lhotse's sampler holds for a row. `member` is its name in a tar, empty where `row` says where it lies."""
 
     row: Row
     bucket: int
@@ -275,22 +276,12 @@ class _Example:
         return self.row.duration_ms / 1000
 
 
-class _Unlocated:
-    """Stands for `AudioFinder` where the tar's headers shall not be read yet."""
-
-    def __init__(self, chunk: Chunk) -> None:
-        self._chunk = chunk
-
-    def places(self, paths: Sequence[str]) -> tuple[list[str], list[int], list[int], list[str | None]]:
-        files, _ = audio_places(self._chunk, paths)
-        return files, [0] * len(files), [0] * len(files), [None] * len(files)
-
-
 class _Source:
-    """An epoch's rows for lhotse. An error would end its filling thread in silence: it is kept for the consumer."""
+    """An epoch's rows for lhotse. An error would end its filling thread silently: it is kept for the consumer."""
 
     def __init__(self, sampler: StreamSampler, epoch: int) -> None:
-        self._sampler, self._epoch, self._error = sampler, epoch, None
+        self._sampler, self._epoch = sampler, epoch
+        self._error: Exception | None = None
 
     def __iter__(self) -> Iterator[_Example]:
         try:
@@ -303,7 +294,7 @@ class _Source:
             raise self._error
 
 
-class _RowsPerBucket(SamplingConstraint):
+class _RowsPerBucket(SamplingConstraint):  # type: ignore[misc]  # lhotse has no types
     """A batch is full with as many rows as its bucket takes; `sizes` may change between batches."""
 
     def __init__(self, sizes: list[int]) -> None:
@@ -325,5 +316,5 @@ class _RowsPerBucket(SamplingConstraint):
     def measure_length(self, example: _Example) -> float:
         return example.duration
 
-    def select_bucket(self, buckets: Any, example: Any = None, example_len: Any = None) -> int:
+    def select_bucket(self, buckets: object, example: _Example, example_len: float | None = None) -> int:
         return example.bucket

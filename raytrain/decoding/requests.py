@@ -12,11 +12,13 @@ from functools import partial
 from itertools import islice, repeat
 from typing import Any, NamedTuple
 
+from raytrain.data.corpora.blocks import locate_audio
 from raytrain.data.corpora.durations import add_durations
 from raytrain.data.corpora.lines import spelled_numbers
-from raytrain.data.corpora.rows import RawRow, RowParser, audio_places
-from raytrain.data.corpora.types import Chunk, Utterance, raw_rows
-from raytrain.data.materialize import AudioFinder
+from raytrain.data.corpora.reading import raw_rows
+from raytrain.data.corpora.rows import RowParser
+from raytrain.data.corpora.types import Chunk, RawRow, Utterance
+from raytrain.data.locator import AudioLocator
 from raytrain.data.text.prompt import key_prompt
 from raytrain.data.text.tokenizer import CanaryTokenizer
 from raytrain.errors import TokenizerError
@@ -55,7 +57,7 @@ class Prompts:
 
     def ids(self, row: Utterance) -> tuple[int, ...]:
         """The prompt of a row. Raises `TokenizerError`, also for one that leaves no room for a text."""
-        found = tuple(key_prompt(self.tokenizer, row, self.prompt_format))
+        found = tuple(key_prompt(self.tokenizer, row.prompt_key, self.prompt_format))
         if len(found) >= self.max_positions:
             raise TokenizerError(
                 "the prompt leaves no room for text",
@@ -69,7 +71,7 @@ class Prompts:
 def read_requests(chunks: Sequence[Chunk], prompts: Prompts) -> Iterator[ManifestRow]:
     """All rows of the chunks that are not blank, in order. Raises `StorageReadError` for an unreadable manifest."""
     for chunk in chunks:
-        parser, finder = RowParser(chunk), AudioFinder(chunk)
+        parser, finder = RowParser(chunk), AudioLocator(chunk)
         spelled = repeat({}) if chunk.path.endswith((".parquet", ".csv")) else spelled_numbers(chunk)
         for place, rows in raw_rows(chunk):
             numbers = range(chunk.first_line + place, chunk.first_line + place + len(rows))
@@ -86,7 +88,7 @@ def _measured(chunk: Chunk, rows: list[RawRow]) -> list[RawRow]:
     for index, row in enumerate(rows):
         path = row.get("audio_filepath") if row.__class__ is dict and row.get("duration") is None else None
         if isinstance(path, str) and path:
-            file, member = (one[0] for one in audio_places(chunk, [path]))
+            file, member = (one[0] for one in locate_audio(chunk, [path]))
             sources[index] = None if member else file
     return add_durations(rows, sources) if any(sources) else rows
 
@@ -94,7 +96,7 @@ def _measured(chunk: Chunk, rows: list[RawRow]) -> list[RawRow]:
 def _manifest_row(
     chunk: Chunk,
     parser: RowParser,
-    finder: AudioFinder,
+    finder: AudioLocator,
     prompts: Prompts,
     number: int,
     given: RawRow,
@@ -115,7 +117,7 @@ def _manifest_row(
         return ManifestRow(fields, error=": ".join(found))
     try:
         prompt = prompts.ids(found)
-        (path,), (start,), (size,), (problem,) = finder.places([row["audio_filepath"]])
+        (path,), (start,), (size,), (problem,) = finder.locate([row["audio_filepath"]])
     except TokenizerError as error:
         return ManifestRow(fields, error=str(error))
     except StorageReadError as error:

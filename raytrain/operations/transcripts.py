@@ -23,7 +23,8 @@ from raytrain.cluster.inference import MAX_BATCH, Job, Pool, batch_sizes, find_p
 from raytrain.cluster.session import ray_session
 from raytrain.config import ClusterSection
 from raytrain.console import Console
-from raytrain.data.corpora.types import Chunk, Corpus, plan_chunks
+from raytrain.data.corpora.reading import plan_chunks
+from raytrain.data.corpora.types import Chunk, Corpus
 from raytrain.data.text.tokenizer import CanaryTokenizer
 from raytrain.decoding.longform import check_window, default_overlap
 from raytrain.decoding.requests import ManifestRow, Prompts, read_requests

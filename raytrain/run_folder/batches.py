@@ -7,17 +7,12 @@ from typing import TYPE_CHECKING, Any
 
 from raytrain.data.assignment import Assignment
 from raytrain.data.augment import Augmenter
-from raytrain.data.loader import (
-    BatchLoader,
-    Quarantine,
-    StepReader,
-    StepWork,
-    available_cpus,
-    loader_threads,
-    scheduled_work,
-)
+from raytrain.data.loader import BatchLoader, StepReader
 from raytrain.data.probe import AudioListing
-from raytrain.data.text.sequences import BlockEncoder
+from raytrain.data.quarantine import Quarantine
+from raytrain.data.sequences import BlockEncoder
+from raytrain.data.threads import available_cpus, loader_threads
+from raytrain.data.work import StepWork, scheduled_work
 from raytrain.errors import ArtifactError, ConfigError
 from raytrain.lengths.mixture import Mixture, repeats_of
 from raytrain.lengths.sampling import sampling_shares

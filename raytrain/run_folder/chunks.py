@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from raytrain.config import Config
-from raytrain.data.corpora.types import DEFAULT_CHUNK_BYTES, Chunk, plan_chunks
+from raytrain.data.corpora.reading import DEFAULT_CHUNK_BYTES, plan_chunks
+from raytrain.data.corpora.types import Chunk
 from raytrain.run_folder.documents import CHUNKS_FORMAT
 from raytrain.run_folder.workspace import Workspace
 from raytrain.storage.artifacts import file_id

@@ -9,7 +9,7 @@ import os
 import socket
 from pathlib import Path
 
-from raytrain.data.loader import Quarantine
+from raytrain.data.quarantine import Quarantine
 from raytrain.storage.artifacts import atomic_write_bytes, lines_of, make_folder
 from raytrain.storage.run_store import RunStore
 

@@ -11,14 +11,15 @@ from typing import TYPE_CHECKING
 from raytrain.config import Config
 from raytrain.data.assignment import Row, row_table, rows_of
 from raytrain.data.audio import AudioError
+from raytrain.data.corpora.blocks import Block
+from raytrain.data.corpora.reading import read_blocks
 from raytrain.data.corpora.rejected import RejectedRows
-from raytrain.data.corpora.rows import Block
-from raytrain.data.corpora.types import Chunk, read_blocks
+from raytrain.data.corpora.types import Chunk
 from raytrain.data.loader import read_rows
-from raytrain.data.materialize import AudioFinder
+from raytrain.data.locator import AudioLocator
+from raytrain.data.sentences import quota_of_each
+from raytrain.data.sequences import BlockEncoder
 from raytrain.data.text.prompt import prompt_languages
-from raytrain.data.text.sentences import places_of_each
-from raytrain.data.text.sequences import BlockEncoder
 from raytrain.decoding.search import DecodeSettings
 from raytrain.errors import ManifestError
 from raytrain.run_folder.chunks import chunks_of
@@ -45,14 +46,14 @@ def encode_split(workspace: Workspace, split: str, limit: int | None = None) -> 
     encoder = BlockEncoder(workspace.tokenizer, config.model.prompt_format, by_words=config.tokenizer.by_words)
     by_corpus: dict[str, list[Row]] = {}
     for chunk in chunks_of(config, split):
-        rows, finder = by_corpus.setdefault(chunk.corpus, []), AudioFinder(chunk)
+        rows, finder = by_corpus.setdefault(chunk.corpus, []), AudioLocator(chunk)
         for block in () if _is_full(rows, limit) else _checked_blocks(chunk, encoder, rejected):
             rows += _encoded_rows(block, encoder, finder, config.model.max_positions)
             if _is_full(rows, limit):
                 break
     share = None
     if limit is not None:
-        share = places_of_each(Counter({name: len(rows) for name, rows in by_corpus.items()}), limit)
+        share = quota_of_each(Counter({name: len(rows) for name, rows in by_corpus.items()}), limit)
     return EncodedSplit([row for rows in by_corpus.values() for row in rows[:share]], rejected)
 
 
@@ -70,7 +71,7 @@ def _checked_blocks(chunk: Chunk, encoder: BlockEncoder, rejected: RejectedRows)
         yield block
 
 
-def _encoded_rows(block: Block, encoder: BlockEncoder, finder: AudioFinder, max_positions: int) -> Iterator[Row]:
+def _encoded_rows(block: Block, encoder: BlockEncoder, finder: AudioLocator, max_positions: int) -> Iterator[Row]:
     table, problems = row_table(block, encoder.encode(block), finder)
     for row, member, problem in zip(rows_of(table), block.paths, problems, strict=True):
         # Without its offset in the tar the reader would take all of it for the recording.

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from raytrain.config import Config
 from raytrain.data.assignment import INDEX_FORMAT, Assignment, IndexBody
-from raytrain.data.loader import Quarantine
+from raytrain.data.quarantine import Quarantine
 from raytrain.data.text.tokenizer import CanaryTokenizer
 from raytrain.lengths.plan import BucketPlan
 from raytrain.lengths.profile import BatchProfile

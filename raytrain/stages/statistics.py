@@ -15,8 +15,8 @@ from raytrain.data.corpora.rejected import RejectedExamples, RejectedRows
 from raytrain.data.corpora.types import Chunk
 from raytrain.data.counts import Counts, number_lines
 from raytrain.data.probe import SHORT, UNREADABLE, came_back, least_share
+from raytrain.data.sentences import SentenceSample
 from raytrain.data.text.prompt import prompt_ids
-from raytrain.data.text.sentences import SentenceSample
 from raytrain.data.text.tokenizer import FORMAT as TOKENIZER_FORMAT
 from raytrain.data.text.tokenizer import CanaryTokenizer, train_tokenizer
 from raytrain.run_folder.chunks import chunks_of, split_inputs

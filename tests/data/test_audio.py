@@ -31,7 +31,7 @@ class Flaky(MemoryFileSystem):
 
 
 def test_a_store_that_fails_is_asked_again_up_to_a_limit(monkeypatch):
-    monkeypatch.setattr(audio, "RETRY_SECONDS", (0.0, 0.0, 0.0))
+    monkeypatch.setattr(audio.files, "RETRY_SECONDS", (0.0, 0.0, 0.0))
     fsspec.register_implementation("flaky", Flaky, clobber=True)
     sound = io.BytesIO()
     soundfile.write(sound, np.zeros(1600), 16000, format="FLAC")

@@ -120,11 +120,11 @@ def test_long_recordings_are_read_in_blocks_as_if_at_once(tmp_path, monkeypatch)
     path, sound = str(tmp_path / "a.wav"), np.stack([tone(3, 48000), -0.5 * tone(3, 48000)], 1)
     soundfile.write(path, sound, 48000)
     whole = read_audio(path, sample_rate=RATE)
-    monkeypatch.setattr(audio, "_BLOCK_SAMPLES", 10_000)
+    monkeypatch.setattr(audio.samples, "_BLOCK_SAMPLES", 10_000)
     blocks = read_audio(path, sample_rate=RATE)
     assert abs(len(blocks) - len(whole)) <= 1
     np.testing.assert_allclose(blocks[: len(whole)], whole[: len(blocks)], atol=1e-4)
-    monkeypatch.setattr(audio, "MAX_HOURS", 1 / 3600)
+    monkeypatch.setattr(audio.samples, "MAX_HOURS", 1 / 3600)
     with pytest.raises(AudioError, match="a.wav is too long"):
         read_audio(path, sample_rate=RATE)
     assert len(read_audio(path, sample_rate=RATE, offset_ms=1000, duration_ms=900)) == 0.9 * RATE

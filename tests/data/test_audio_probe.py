@@ -19,10 +19,11 @@ from in_process import pipeline_in_process
 from raytrain.cluster.assigning import ChunkAssigner
 from raytrain.config import Config
 from raytrain.data.assignment import Assignment
-from raytrain.data.corpora.types import Chunk, Corpus, plan_chunks, read_blocks
+from raytrain.data.corpora.reading import plan_chunks, read_blocks
+from raytrain.data.corpora.types import Chunk, Corpus
 from raytrain.data.counts import Counts, count_chunk, number_lines
 from raytrain.data.probe import MISSING, SHORT, UNREADABLE, AudioListing, HeaderSample, least_share, plan_samples
-from raytrain.data.text.sequences import BlockEncoder
+from raytrain.data.sequences import BlockEncoder
 from raytrain.data.text.tokenizer import train_tokenizer
 from raytrain.errors import ManifestError, TrainingError
 from raytrain.lengths import BucketSettings, make_plan
@@ -192,7 +193,7 @@ def test_assign_rejects_what_is_not_there(recordings, tmp_path):
     counts = counted(chunk)
     plan = make_plan(counts.histogram, BucketSettings(num_duration_buckets=2, num_token_buckets=1), "histogram")
     note = ChunkAssigner(chunk, encoder(), plan, tmp_path / "assignment", None, AudioListing()).run()
-    assert note["rejected"] == {MISSING: 1} and sum(note["rows"].values()) == 39
+    assert note.rejected == {MISSING: 1} and sum(note.rows.values()) == 39
     rejected = json.loads((tmp_path / "assignment" / "rejected" / "part-00000.jsonl").read_text())
     assert rejected["line"] == 6 and "none.flac" in rejected["detail"]
 

@@ -11,11 +11,14 @@ from in_process import pipeline_in_process
 
 from raytrain.console import Console
 from raytrain.data.assignment import Row
-from raytrain.data.corpora.types import Corpus, plan_chunks
-from raytrain.data.loader import Quarantine, StepReader, StepWork
+from raytrain.data.corpora.reading import plan_chunks
+from raytrain.data.corpora.types import Corpus
+from raytrain.data.loader import StepReader
+from raytrain.data.quarantine import Quarantine
+from raytrain.data.sequences import BlockEncoder
 from raytrain.data.stream import StreamSampler, StreamState
-from raytrain.data.text.sequences import BlockEncoder
 from raytrain.data.text.tokenizer import train_tokenizer
+from raytrain.data.work import StepWork
 from raytrain.errors import DataError, ManifestError
 from raytrain.lengths.histogram import LengthHistogram
 from raytrain.lengths.plan import BucketSettings, make_plan

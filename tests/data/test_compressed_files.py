@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from raytrain.cluster.node_facts import read_start
-from raytrain.data.corpora.types import Corpus, plan_chunks, read_chunk
+from raytrain.data.corpora.reading import plan_chunks, read_chunk
+from raytrain.data.corpora.types import Corpus
 from raytrain.errors import ManifestError
 from raytrain.storage.filesystem import StorageReadError, open_file, open_stream
 

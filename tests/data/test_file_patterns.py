@@ -12,7 +12,8 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from raytrain.data.corpora.types import Corpus, plan_chunks
+from raytrain.data.corpora.reading import plan_chunks
+from raytrain.data.corpora.types import Corpus
 from raytrain.storage.filesystem import absolute, expand, list_files, natural_key
 
 end = st.one_of(

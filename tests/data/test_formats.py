@@ -22,10 +22,12 @@ from lhotse.cut import MultiCut
 from lhotse.shar import SharWriter
 
 from raytrain.data.audio import read_audio
-from raytrain.data.corpora.parquet import read_audio_bytes
-from raytrain.data.corpora.rows import PromptKey, RowParser
-from raytrain.data.corpora.tarred import TarIndex
-from raytrain.data.corpora.types import BadRow, Chunk, Corpus, Utterance, find_format, plan_chunks, read_chunk
+from raytrain.data.audio.embedded import read_audio_bytes
+from raytrain.data.corpora.reading import find_format, plan_chunks, read_chunk
+from raytrain.data.corpora.rows import RowParser
+from raytrain.data.corpora.tar_index import TarIndex
+from raytrain.data.corpora.types import BadRow, Chunk, Corpus, Utterance
+from raytrain.data.text.slots import PromptKey
 from raytrain.errors import ManifestError
 from raytrain.storage.filesystem import StorageReadError, read_range
 

@@ -18,17 +18,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from raytrain.data.assignment import ROW_SCHEMA, Assignment, PartsWriter, Row, note_name, write_index, write_note
-from raytrain.data.loader import (
-    BatchLoader,
-    Quarantine,
-    StepReader,
-    StepWork,
-    available_cpus,
-    loader_threads,
-    scheduled_work,
-    split_rows,
-    work_of,
-)
+from raytrain.data.loader import BatchLoader, StepReader
+from raytrain.data.quarantine import Quarantine
+from raytrain.data.threads import available_cpus, loader_threads, split_rows
+from raytrain.data.work import StepWork, scheduled_work, work_of
 from raytrain.lengths import BatchSchedule
 
 RATE, PAD = 16000, 5

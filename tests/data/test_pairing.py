@@ -9,9 +9,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from raytrain.data.corpora.reading import plan_chunks, read_chunk
 from raytrain.data.corpora.tarred import pair_shards, shard_numbers
-from raytrain.data.corpora.types import BadRow, Corpus, plan_chunks, read_chunk
-from raytrain.data.materialize import AudioFinder
+from raytrain.data.corpora.types import BadRow, Corpus
+from raytrain.data.locator import AudioLocator
 from raytrain.errors import ManifestError
 from raytrain.storage.filesystem import read_range
 
@@ -132,9 +133,9 @@ def test_every_row_gets_the_audio_of_its_shard(shards, path, audio):
     chunks = plan_chunks([Corpus("c", path, "nemo_tarred", audio=audio, language="en").below(str(shards))])
     seen = []
     for chunk in chunks:
-        finder = AudioFinder(chunk)
+        finder = AudioLocator(chunk)
         for row in read_chunk(chunk):
-            (file,), (start,), (size,), (problem,) = finder.places([row.member])
+            (file,), (start,), (size,), (problem,) = finder.locate([row.member])
             assert problem is None and read_range(file, start, size).decode() == row.text
             seen.append(row.text)
     assert sorted(seen) == sorted([str(number) for number in range(12)] * 2)

@@ -9,9 +9,11 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from raytrain.data.corpora.rows import REASONS, RowParser, audio_places
-from raytrain.data.corpora.types import BadRow, Chunk, Corpus, Utterance, plan_chunks, read_chunk
-from raytrain.data.text.sequences import BlockEncoder
+from raytrain.data.corpora.blocks import locate_audio
+from raytrain.data.corpora.reading import plan_chunks, read_chunk
+from raytrain.data.corpora.rows import REASONS, RowParser
+from raytrain.data.corpora.types import BadRow, Chunk, Corpus, Utterance
+from raytrain.data.sequences import BlockEncoder
 from raytrain.data.text.tokenizer import train_tokenizer
 
 GOOD = {"audio_filepath": "a.flac", "duration": 1.5, "text": "one two", "lang": "en"}
@@ -225,8 +227,8 @@ def test_a_tilde_in_a_row_is_the_home_folder(tmp_path, monkeypatch):
     chunk = CHUNKS["nemo"]
     paths = ["~/a.flac", "~nobody-of-this-name.flac", "b/~/a.flac", "/x/~", "s3://box/~/a"]
     expected = ["/home/ann/a.flac", "/d/~nobody-of-this-name.flac", "/d/b/~/a.flac", "/x/~", "s3://box/~/a"]
-    assert audio_places(chunk, paths)[0] == expected
+    assert locate_audio(chunk, paths)[0] == expected
     rows = [{**GOOD, "audio_filepath": path} for path in paths]
     assert [row.audio_path for row in RowParser(chunk).block(range(5), rows).utterances()] == expected
     assert [RowParser(chunk).parse(row).audio_path for row in rows] == expected
-    assert audio_places(CHUNKS["tarred"], ["~/a.flac"]) == (["/d/a_3.tar"], ["~/a.flac"])
+    assert locate_audio(CHUNKS["tarred"], ["~/a.flac"]) == (["/d/a_3.tar"], ["~/a.flac"])

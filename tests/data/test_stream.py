@@ -7,10 +7,12 @@ import numpy as np
 import pytest
 import soundfile
 
-from raytrain.data.corpora.types import Corpus, plan_chunks
-from raytrain.data.loader import BatchLoader, Quarantine, StepReader
+from raytrain.data.corpora.reading import plan_chunks
+from raytrain.data.corpora.types import Corpus
+from raytrain.data.loader import BatchLoader, StepReader
+from raytrain.data.quarantine import Quarantine
+from raytrain.data.sequences import BlockEncoder
 from raytrain.data.stream import StreamSampler, StreamState
-from raytrain.data.text.sequences import BlockEncoder
 from raytrain.data.text.tokenizer import train_tokenizer
 from raytrain.errors import ManifestError
 from raytrain.lengths import BucketSettings, LengthHistogram, make_plan

@@ -15,12 +15,12 @@ from hypothesis import strategies as st
 
 from raytrain.config import TokenizerSection
 from raytrain.console import Console
+from raytrain.data import sentences
 from raytrain.data.corpora.rows import RowParser
 from raytrain.data.corpora.types import Chunk
 from raytrain.data.counts import Counts, count_chunk
-from raytrain.data.text import sentences
-from raytrain.data.text.sentences import SentenceSample, places_of_each
-from raytrain.data.text.sequences import BlockEncoder
+from raytrain.data.sentences import SentenceSample, quota_of_each
+from raytrain.data.sequences import BlockEncoder
 from raytrain.data.text.tokenizer import CanaryTokenizer, train_tokenizer
 from raytrain.data.text.words import TextEncoder
 from raytrain.errors import ManifestError
@@ -82,7 +82,7 @@ def test_a_sample_has_every_language_however_corpora_are_ordered_and_cut(sizes, 
 def test_more_rows_take_places_and_give_none(sizes, further, most):
     """What allows to drop sentences before all rows are seen."""
     fewer, more = Counter(sizes), Counter(sizes) + Counter(further)
-    assert places_of_each(more, most) <= places_of_each(fewer, most)
+    assert quota_of_each(more, most) <= quota_of_each(fewer, most)
 
 
 def test_a_sample_is_spread_over_its_corpora():

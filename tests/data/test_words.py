@@ -11,8 +11,7 @@ from hypothesis import strategies as st
 
 from raytrain.data.corpora.rows import RowParser
 from raytrain.data.corpora.types import Chunk
-from raytrain.data.text.prompt import encode_utterance
-from raytrain.data.text.sequences import BlockEncoder
+from raytrain.data.sequences import BlockEncoder, encode_utterance
 from raytrain.data.text.tokenizer import CanaryTokenizer, train_specials, train_tokenizer
 from raytrain.data.text.words import TextEncoder, words_are_independent
 from raytrain.errors import TokenizerError

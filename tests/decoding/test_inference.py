@@ -24,7 +24,8 @@ from typer.testing import CliRunner
 from raytrain.cli.app import app
 from raytrain.cluster.inference import Job, Pool, find_pool, make_batches, read_batch, recognise
 from raytrain.console import Console
-from raytrain.data.corpora.types import Corpus, plan_chunks
+from raytrain.data.corpora.reading import plan_chunks
+from raytrain.data.corpora.types import Corpus
 from raytrain.data.text.tokenizer import CanaryTokenizer, train_tokenizer
 from raytrain.decoding.batching import sorted_batches
 from raytrain.decoding.recognizer import PARTS

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 import soundfile
 
-from raytrain.data.corpora.types import Corpus, Utterance, plan_chunks, read_chunk
+from raytrain.data.corpora.reading import plan_chunks, read_chunk
+from raytrain.data.corpora.types import Corpus, Utterance
 from raytrain.demo.speech import DIGITS, make_corpus
 from raytrain.errors import DataError
 

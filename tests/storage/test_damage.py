@@ -116,9 +116,9 @@ def test_a_changed_part_is_an_error_and_its_chunk_is_assigned_anew(base, run, tm
 
 def test_a_part_is_hashed_once(base, tmp_path, monkeypatch):
     assignment = Assignment(copied(base, tmp_path).run_dir / "assignment")
-    monkeypatch.setattr("raytrain.data.assignment._MAX_OPEN_PARTS", 1)
+    monkeypatch.setattr("raytrain.data.assignment.reading._MAX_OPEN_PARTS", 1)
     read_all(assignment)
-    monkeypatch.setattr("raytrain.data.assignment.content_id", lambda data: pytest.fail("hashed again"))
+    monkeypatch.setattr("raytrain.data.assignment.parts.content_id", lambda data: pytest.fail("hashed again"))
     read_all(assignment)
 
 
@@ -178,7 +178,7 @@ def remote(s3, request, tmp_path, monkeypatch):
     with PartsWriter(writer.local / "assignment", 0) as parts:
         parts.write(0, pa.Table.from_pylist([ROW], schema=ROW_SCHEMA))
     note = parts.note("all")
-    for name, identity in note["files"].items():
+    for name, identity in note.files.items():
         writer.put_part(f"assignment/{name}", identity)
     write_note(writer.place(f"assignment/{note_name(0)}"), note)
     write_index(writer.local / "assignment", [note], [(10, 10)], 1, {"bucket_plan": "none"})

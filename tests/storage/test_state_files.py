@@ -20,9 +20,9 @@ from raytrain.cluster.assigning import standing_note
 from raytrain.cluster.probing import read_answers
 from raytrain.cluster.trainer import _gave_up, keep_metrics_until
 from raytrain.config import check_config
-from raytrain.data.assignment import INDEX_FORMAT, NOTE_FORMAT, Assignment, part_name
+from raytrain.data.assignment import INDEX_FORMAT, NOTE_FORMAT, Assignment, ChunkNote, part_name
 from raytrain.data.corpora.types import Chunk
-from raytrain.data.loader import Quarantine
+from raytrain.data.quarantine import Quarantine
 from raytrain.data.stream import StreamState
 from raytrain.data.text.tokenizer import CanaryTokenizer, train_tokenizer
 from raytrain.errors import ArtifactError, CheckpointError, ProfileError, RaytrainError, StorageError, TrainingError
@@ -325,7 +325,7 @@ def test_the_answers_of_a_job_survive(tmp_path):
     for name in ("batch_probes.json", "note.json", "mlflow_run.json", "stages.json"):
         write(tmp_path, name, found[name].data(found[name].content))
     assert read_answers(tmp_path / "batch_probes.json", JOB) == ANSWERS
-    assert standing_note(tmp_path / "note.json", CHUNK, PLAN) == NOTE
+    assert standing_note(tmp_path / "note.json", CHUNK, PLAN) == ChunkNote.from_dict(NOTE)
     assert standing_note(tmp_path / "note.json", replace(CHUNK, index=1), PLAN) is None
     assert pipeline.read_stages(tmp_path)["train"].key == "k"
     for content in ("[]", "7", '{"train": 5}', '{"train": {"key": "x"}}', "null"):

@@ -9,19 +9,17 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from functools import partial
-from typing import Any
 
+from raytrain.data.corpora import lines
+from raytrain.data.corpora.blocks import locate_audio
 from raytrain.data.corpora.durations import add_durations
-from raytrain.data.corpora.lines import WHOLE, first_line, line_chunks, read_lines
-from raytrain.data.corpora.rows import RawRow, audio_places
-from raytrain.data.corpora.types import Chunk, Corpus
+from raytrain.data.corpora.types import Chunk, Corpus, Fields, RawRow
 from raytrain.errors import ManifestError
 from raytrain.storage.filesystem import StorageReadError, file_size, is_folder, list_files, open_stream
 
-__all__ = ["first_line", "make_chunks", "read"]
 _NAMES = ("metadata.jsonl", "metadata.csv")
 _TEXTS = ("transcription", "text", "sentence")
 _ROWS = 4096
@@ -33,23 +31,23 @@ def make_chunks(corpus: Corpus, paths: Sequence[str], chunk_bytes: int) -> Itera
         file = _metadata(corpus, path) if is_folder(path) else path
         if _is_csv(file):
             file_size(file)  # a missing one fails here, not on a worker
-            yield Chunk(file, 0, WHOLE, audio=corpus.audio if isinstance(corpus.audio, str) else "", first_line=1)
+            yield Chunk(file, 0, lines.WHOLE, audio=corpus.audio if isinstance(corpus.audio, str) else "", first_line=1)
         else:
-            yield from line_chunks(corpus, [file], chunk_bytes)
+            yield from lines.make_chunks(corpus, [file], chunk_bytes)
 
 
 def read(chunk: Chunk) -> Iterator[tuple[int, list[RawRow]]]:
-    """Rows of a chunk; see `corpus.read_blocks`."""
+    """Rows of a chunk; see `reading.read_blocks`."""
     convert = partial(_renamed, has_language=chunk.language is not None)
-    for place, rows in _read_csv(chunk, convert) if _is_csv(chunk.path) else read_lines(chunk, convert):
-        yield place, add_durations(rows, [_unmeasured(chunk, row) for row in rows])
+    for position, rows in _read_csv(chunk, convert) if _is_csv(chunk.path) else lines.read(chunk, convert):
+        yield position, add_durations(rows, [_unmeasured(chunk, row) for row in rows])
 
 
 def _metadata(corpus: Corpus, folder: str) -> str:
-    found = {path.rpartition("/")[2]: path for path in list_files(folder, "metadata.*")}
+    files = {path.rpartition("/")[2]: path for path in list_files(folder, "metadata.*")}
     for name in _NAMES:
-        if name in found:
-            return found[name]
+        if name in files:
+            return files[name]
     raise ManifestError(
         f"corpus {corpus.name}: {folder} has no metadata",
         allowed=" or ".join(_NAMES),
@@ -61,7 +59,7 @@ def _is_csv(path: str) -> bool:
     return path.endswith(".csv")
 
 
-def _renamed(row: dict[str, Any], has_language: bool) -> RawRow:
+def _renamed(row: Fields, has_language: bool) -> Fields:
     text = next((row[name] for name in _TEXTS if row.get(name) is not None), None)
     renamed = {**row, "audio_filepath": row.get("file_name"), "text": text}
     if not has_language and "lang" not in row:
@@ -71,16 +69,16 @@ def _renamed(row: dict[str, Any], has_language: bool) -> RawRow:
 
 def _unmeasured(chunk: Chunk, row: RawRow) -> str | None:
     """The audio of a row that names no duration."""
-    if row.__class__ is not dict or row.get("duration") is not None:
+    if not isinstance(row, dict) or row.get("duration") is not None:
         return None
     path = row["audio_filepath"]
-    return audio_places(chunk, [path])[0][0] if isinstance(path, str) and path else None
+    return locate_audio(chunk, [path])[0][0] if isinstance(path, str) and path else None
 
 
-def _read_csv(chunk: Chunk, convert: Any) -> Iterator[tuple[int, list[RawRow]]]:
-    """One row for each line of the file, so that they count; None for the heading and where a row goes on."""
+def _read_csv(chunk: Chunk, convert: Callable[[Fields], Fields]) -> Iterator[tuple[int, list[RawRow]]]:
+    """One row for each line of the file, so that they count; None for the heading and where a row continues."""
     rows: list[RawRow] = []
-    place = last = 0
+    position = last = 0
     try:
         with open_stream(chunk.path) as file:
             reader = csv.reader(io.TextIOWrapper(file, "utf-8-sig", newline=""))
@@ -91,22 +89,22 @@ def _read_csv(chunk: Chunk, convert: Any) -> Iterator[tuple[int, list[RawRow]]]:
                 rows += [None] * (reader.line_num - last - 1)
                 heading, last = heading or values, reader.line_num
                 if len(rows) >= _ROWS:
-                    yield place, rows
-                    place, rows = place + len(rows), []
+                    yield position, rows
+                    position, rows = position + len(rows), []
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise StorageReadError(
             f"can't read {chunk.path} to its end",
             why=str(error),
             remedy="write the file again as UTF-8 with one heading line, and check that it is whole",
         ) from error
-    yield place, rows
+    yield position, rows
 
 
-def _csv_row(heading: list[str], values: list[str], convert: Any) -> RawRow:
+def _csv_row(heading: list[str], values: list[str], convert: Callable[[Fields], Fields]) -> RawRow:
     if len(values) != len(heading):
         return "bad_json", f"{len(values)} values, where the heading has {len(heading)}"
     # CSV has texts alone, and empty ones for nothing.
-    row: dict[str, Any] = {name: value for name, value in zip(heading, values, strict=True) if value}
+    row: Fields = {name: value for name, value in zip(heading, values, strict=True) if value}
     for name in ("duration", "offset"):
         with suppress(KeyError, ValueError):  # `RowParser` says what is wrong with it
             row[name] = float(row[name])

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 from raytrain.data.audio import AudioError, read_header
-from raytrain.data.corpora.rows import RawRow, is_time
+from raytrain.data.corpora.rows import is_time
+from raytrain.data.corpora.types import RawRow
 
 _READERS = 8
 
@@ -19,19 +20,20 @@ def add_durations(rows: Sequence[RawRow], sources: Sequence[str | bytes | None])
     measured = list(rows)
     wanted = [index for index, source in enumerate(sources) if source is not None]
     with ThreadPoolExecutor(_READERS) as pool:
-        for index, found in zip(wanted, pool.map(_seconds, (sources[index] for index in wanted)), strict=True):
-            if isinstance(found, str):
-                measured[index] = "bad_audio", found
-                continue
-            offset = rows[index].get("offset")
-            measured[index] = {**rows[index], "duration": found - (offset if is_time(offset) else 0)}
+        for index, seconds in zip(wanted, pool.map(_seconds, (sources[index] for index in wanted)), strict=True):
+            row = rows[index]
+            if isinstance(seconds, str):
+                measured[index] = "bad_audio", seconds
+            elif isinstance(row, dict):
+                offset = row.get("offset")
+                measured[index] = {**row, "duration": seconds - (offset if is_time(offset) else 0)}
     return measured
 
 
-def _seconds(source: str | bytes) -> float | str:
-    path, data = ("the row's own audio", source) if isinstance(source, bytes) else (source, None)
+def _seconds(source: str | bytes | None) -> float | str:
+    """What a recording lasts, or why that can't be read."""
     try:
-        header = read_header(path, data=data)
+        header = read_header(source) if isinstance(source, str) else read_header("the row's own audio", data=source)
     except AudioError as error:
         return str(error)
     return header.frames / header.sample_rate

@@ -10,38 +10,34 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from operator import itemgetter
-from typing import Any
 
-from raytrain.data.corpora.lines import first_line, line_chunks, read_lines
-from raytrain.data.corpora.rows import PROMPT_FIELDS, RawRow
-from raytrain.data.corpora.types import Chunk
-
-make_chunks = line_chunks
-__all__ = ["cut_row", "first_line", "make_chunks", "read"]
+from raytrain.data.corpora import lines
+from raytrain.data.corpora.rows import PROMPT_FIELDS
+from raytrain.data.corpora.types import Chunk, Fields, Problem, RawRow
 
 _MAX_DETAIL = 500  # characters: a cut may hold anything
 
 
 def read(chunk: Chunk) -> Iterator[tuple[int, list[RawRow]]]:
-    """Rows of a chunk; see `corpus.read_blocks`."""
-    return read_lines(chunk, cut_row)
+    """Rows of a chunk; see `reading.read_blocks`."""
+    return lines.read(chunk, cut_row)
 
 
-def cut_row(cut: dict[str, Any], *, in_tar: bool = False) -> RawRow:
+def cut_row(cut: Fields, *, in_tar: bool = False) -> Fields | Problem:
     """A cut as a NeMo row, or (reason, detail); with `in_tar` its audio is named by the cut's id."""
     try:
         source = _source(cut, in_tar)
-        if source.__class__ is str:
+        if isinstance(source, str):
             return "unsupported_audio", source[:_MAX_DETAIL]
         audio = cut["id"] if in_tar else source["source"]
-        place = {"audio_filepath": audio, "duration": cut["duration"], "offset": cut.get("start")}
-        return {"id": cut.get("id"), **place, **_described(cut)}
+        span = {"audio_filepath": audio, "duration": cut["duration"], "offset": cut.get("start")}
+        return {"id": cut.get("id"), **span, **_supervised(cut)}
     except Exception as error:  # a cut may hold anything anywhere
         return "bad_json", f"not a cut as Lhotse writes it: {type(error).__name__}: {str(error)[:200]}"
 
 
-def _source(cut: dict[str, Any], in_tar: bool) -> dict[str, Any] | str:
-    """The one source of a cut's audio, or why it can't be used."""
+def _source(cut: Fields, in_tar: bool) -> Fields | str:
+    """The source of a cut's audio, or why it can't be used."""
     kind = cut.get("type", "MonoCut")
     if kind not in ("MonoCut", "MultiCut"):
         return f"a {kind} is no span of one recording"
@@ -51,28 +47,31 @@ def _source(cut: dict[str, Any], in_tar: bool) -> dict[str, Any] | str:
     channel, sources = cut["channel"], recording["sources"]
     wanted = channel if isinstance(channel, list) else [channel]
     if len(sources) > 1:
-        sources = [one for one in sources if wanted[0] in one["channels"]]
+        sources = [source for source in sources if wanted[0] in source["channels"]]
     if len(sources) != 1 or sources[0]["channels"] != wanted or len(wanted) != 1:
         return f"channel {channel} of a recording with several: make it mono first"
+    source: Fields = sources[0]
     if in_tar:
-        return sources[0]
+        return source
     # Audio is resampled to the model's rate in any case.
-    changes = [one["name"] for one in recording.get("transforms") or () if one["name"] != "Resample"]
+    names = [transform["name"] for transform in recording.get("transforms") or ()]
+    changes = [name for name in names if name != "Resample"]
     if changes:
         return f"the recording is to be changed when it is read ({', '.join(changes)}): write it to a file first"
-    if sources[0]["type"] not in ("file", "url"):
-        return f"the recording's source is of type {sources[0]['type']!r}, not 'file' or 'url'"
-    return sources[0]
+    if source["type"] not in ("file", "url"):
+        return f"the recording's source is of type {source['type']!r}, not 'file' or 'url'"
+    return source
 
 
-def _described(cut: dict[str, Any]) -> RawRow:
+def _supervised(cut: Fields) -> Fields:
+    """The text, languages and prompt fields of a cut."""
     supervisions = sorted(cut.get("supervisions") or (), key=itemgetter("start"))
-    row = {"text": " ".join(one["text"] for one in supervisions if one.get("text"))}
+    row: Fields = {"text": " ".join(part["text"] for part in supervisions if part.get("text"))}
     for holder in (*reversed(supervisions), cut):
         custom = holder.get("custom")
         if custom:
             row |= {name: value for name, value in custom.items() if name in PROMPT_FIELDS and value is not None}
-    language = next((one["language"] for one in supervisions if one.get("language")), None)
+    language = next((part["language"] for part in supervisions if part.get("language")), None)
     if language:
         row.setdefault("target_lang" if "source_lang" in row or "lang" in row else "source_lang", language)
     return row

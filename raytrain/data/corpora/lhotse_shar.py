@@ -10,10 +10,9 @@ import re
 from collections.abc import Iterator, Sequence
 from functools import partial
 
+from raytrain.data.corpora import lines
 from raytrain.data.corpora.lhotse_cuts import cut_row
-from raytrain.data.corpora.lines import WHOLE, read_lines
-from raytrain.data.corpora.rows import RawRow
-from raytrain.data.corpora.types import Chunk, Corpus
+from raytrain.data.corpora.types import Chunk, Corpus, RawRow
 from raytrain.errors import ManifestError
 from raytrain.storage.filesystem import file_sizes, list_files, parent
 
@@ -25,10 +24,9 @@ def make_chunks(corpus: Corpus, paths: Sequence[str], chunk_bytes: int) -> Itera
     would be that of two shards."""
     named = [path for path in paths if _CUTS.search(path)]
     file_sizes(named)  # a missing one fails here, not on a worker
-    tars: dict[str, set[str]] = {}
-    shard_of: dict[str, str] = {}
+    tars = _Tars(corpus)
     for path in paths:
-        shards = [path] if path in named else [one for one in list_files(path, "cuts*.jsonl*") if _CUTS.search(one)]
+        shards = [path] if path in named else [cuts for cuts in list_files(path, "cuts*.jsonl*") if _CUTS.search(cuts)]
         if not shards:
             raise ManifestError(
                 f"corpus {corpus.name}: {path} holds no cuts",
@@ -36,26 +34,41 @@ def make_chunks(corpus: Corpus, paths: Sequence[str], chunk_bytes: int) -> Itera
                 remedy="name folders of Lhotse Shar",
             )
         for shard in shards:
-            folder = (corpus.audio if isinstance(corpus.audio, str) else parent(shard)).rstrip("/")
-            if folder not in tars:
-                tars[folder] = set(list_files(folder, "recording*.tar"))
-            tar = f"{folder}/recording{_CUTS.search(shard)[1] or ''}.tar"
-            if tar not in tars[folder]:
-                raise ManifestError(
-                    f"corpus {corpus.name}: {shard} has no tar with its audio",
-                    allowed=tar,
-                    remedy="write the cuts with SharWriter and the field recording",
-                )
-            if tar in shard_of:
-                raise ManifestError(
-                    f"corpus {corpus.name}: two shards have the same tar",
-                    got=f"{shard_of[tar]} and {shard}, both with {tar}",
-                    remedy="list each shard once, and make corpora of their own of folders whose tars lie elsewhere",
-                )
-            shard_of[tar] = shard
-            yield Chunk(shard, 0, WHOLE, audio=tar, first_line=1)
+            yield Chunk(shard, 0, lines.WHOLE, audio=tars.of(shard), first_line=1)
+
+
+class _Tars:
+    """The tars beside a corpus' cuts, or in its folder `audio`, each the audio of one shard."""
+
+    def __init__(self, corpus: Corpus) -> None:
+        self._corpus = corpus
+        self._listed: dict[str, set[str]] = {}
+        self._shard_of: dict[str, str] = {}
+
+    def of(self, shard: str) -> str:
+        """The tar of a file of cuts. Raises `ManifestError` where there is none, or another shard has it."""
+        audio = self._corpus.audio
+        folder = (audio if isinstance(audio, str) else parent(shard)).rstrip("/")
+        if folder not in self._listed:
+            self._listed[folder] = set(list_files(folder, "recording*.tar"))
+        match = _CUTS.search(shard)
+        tar = f"{folder}/recording{match[1] or '' if match else ''}.tar"
+        if tar not in self._listed[folder]:
+            raise ManifestError(
+                f"corpus {self._corpus.name}: {shard} has no tar with its audio",
+                allowed=tar,
+                remedy="write the cuts with SharWriter and the field recording",
+            )
+        if tar in self._shard_of:
+            raise ManifestError(
+                f"corpus {self._corpus.name}: two shards have the same tar",
+                got=f"{self._shard_of[tar]} and {shard}, both with {tar}",
+                remedy="list each shard once, and make corpora of their own of folders whose tars lie elsewhere",
+            )
+        self._shard_of[tar] = shard
+        return tar
 
 
 def read(chunk: Chunk) -> Iterator[tuple[int, list[RawRow]]]:
-    """Rows of a chunk; see `corpus.read_blocks`."""
-    return read_lines(chunk, partial(cut_row, in_tar=True))
+    """Rows of a chunk; see `reading.read_blocks`."""
+    return lines.read(chunk, partial(cut_row, in_tar=True))

@@ -1,4 +1,5 @@
-"""Lines of JSONL files in byte ranges, so that many workers share one file.
+"""Lines of JSONL files in byte ranges, so that many workers share one file: NeMo's manifests, and what other formats
+with a row on each line build on.
 
 A line belongs to the range in which its first byte lies. Compressed files can't be cut and are one range.
 """
@@ -11,8 +12,7 @@ from typing import Any
 
 import orjson
 
-from raytrain.data.corpora.rows import RawRow
-from raytrain.data.corpora.types import Chunk, Corpus
+from raytrain.data.corpora.types import Chunk, Corpus, Fields, RawRow
 from raytrain.storage.filesystem import StorageReadError, compression, file_sizes, open_file, open_stream
 
 WHOLE = -1  # `end` of a chunk whose size in lines' bytes is not known
@@ -21,7 +21,7 @@ _LONGEST = 64 << 20
 _MARK = b"\xef\xbb\xbf"
 
 
-def line_chunks(corpus: Corpus, paths: Sequence[str], chunk_bytes: int) -> Iterator[Chunk]:
+def make_chunks(corpus: Corpus, paths: Sequence[str], chunk_bytes: int) -> Iterator[Chunk]:
     """Ranges of at most `chunk_bytes` of each file."""
     audio = corpus.audio if isinstance(corpus.audio, str) else ""
     for path, size in zip(paths, file_sizes(paths), strict=True):
@@ -32,23 +32,21 @@ def line_chunks(corpus: Corpus, paths: Sequence[str], chunk_bytes: int) -> Itera
             yield Chunk(path, start, min(size, start + chunk_bytes), audio=audio, first_line=int(start == 0))
 
 
-def read_lines(
-    chunk: Chunk, convert: Callable[[dict[str, Any]], RawRow] | None = None
-) -> Iterator[tuple[int, list[RawRow]]]:
-    """Batches of a chunk's lines as (place of the first in the chunk from 0 on, rows).
+def read(chunk: Chunk, convert: Callable[[Fields], RawRow] | None = None) -> Iterator[tuple[int, list[RawRow]]]:
+    """Batches of a chunk's lines as (position of the first in the chunk from 0 on, rows).
 
     Each line is a JSON object; `convert` gives it NeMo's names if it has others.
     """
-    place = 0
+    position = 0
     for lines in _blocks(chunk):
         try:
             rows: list[RawRow] = list(map(orjson.loads, lines))
         except orjson.JSONDecodeError:
             rows = [_load(line) for line in lines]
         if convert is not None:
-            rows = [convert(row) if row.__class__ is dict else row for row in rows]
-        yield place, rows
-        place += len(lines)
+            rows = [convert(row) if isinstance(row, dict) else row for row in rows]
+        yield position, rows
+        position += len(lines)
 
 
 def _load(line: bytes) -> RawRow:
@@ -58,14 +56,14 @@ def _load(line: bytes) -> RawRow:
         return ("bad_json", str(error)) if line.strip() else None
 
 
-def spelled_numbers(chunk: Chunk) -> Iterator[dict[str, Any]]:
+def spelled_numbers(chunk: Chunk) -> Iterator[Fields]:
     """For each line of a chunk the fields with a number that would be written otherwise than it stands there (more than
     64 bits, 1.50), such that `orjson.dumps` writes it as it stands."""
     for lines in _blocks(chunk):
         yield from map(_spelled, lines)
 
 
-def _spelled(line: bytes) -> dict[str, Any]:
+def _spelled(line: bytes) -> Fields:
     fragments: list[orjson.Fragment] = []
 
     def keep(text: str) -> Any:
@@ -89,7 +87,7 @@ def _spelled(line: bytes) -> dict[str, Any]:
     return {name: value for name, value in row.items() if _has_fragment(value)}
 
 
-def _has_fragment(value: Any) -> bool:
+def _has_fragment(value: object) -> bool:
     if isinstance(value, list | dict):
         return any(map(_has_fragment, value.values() if isinstance(value, dict) else value))
     return isinstance(value, orjson.Fragment)

@@ -10,22 +10,21 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from functools import partial
-from typing import Any
 
 import pyarrow as pa
-import pyarrow.compute as pc
+from pyarrow.parquet import ParquetFile, RowGroupMetaData
 
+from raytrain.data.audio.embedded import ROWS_WITH_AUDIO, audio_column, audio_leaves, open_parquet
+from raytrain.data.corpora.blocks import locate_audio
 from raytrain.data.corpora.durations import add_durations
-from raytrain.data.corpora.rows import PROMPT_FIELDS, RawRow, audio_places
-from raytrain.data.corpora.types import Chunk, Corpus
+from raytrain.data.corpora.rows import PROMPT_FIELDS
+from raytrain.data.corpora.types import Chunk, Corpus, Fields, RawRow
 from raytrain.errors import ManifestError
-from raytrain.storage.filesystem import StorageReadError, is_folder, list_files, open_file
+from raytrain.storage.filesystem import is_folder, list_files
 
 _TEXTS = ("text", "sentence", "transcription", "normalized_text")
-_ROWS, _ROWS_WITH_AUDIO = 4096, 64
-_BUFFER = 1 << 20  # a column is read in pieces of this size, so that a large row group needs little memory
+_ROWS = 4096
 _CONNECTIONS = 16
 
 
@@ -33,7 +32,7 @@ def make_chunks(corpus: Corpus, paths: Sequence[str], chunk_bytes: int) -> Itera
     """Row groups of about `chunk_bytes` of each file. Raises `ManifestError` for missing files or columns."""
     audio = corpus.audio if isinstance(corpus.audio, str) else ""
     with ThreadPoolExecutor(_CONNECTIONS) as pool:
-        files = [file for found in pool.map(_files, paths) for file in found]
+        files = [file for files in pool.map(_files, paths) for file in files]
         if not files:
             raise ManifestError(
                 f"corpus {corpus.name}: no *.parquet in {', '.join(paths)}",
@@ -45,8 +44,8 @@ def make_chunks(corpus: Corpus, paths: Sequence[str], chunk_bytes: int) -> Itera
 
 
 def read(chunk: Chunk) -> Iterator[tuple[int, list[RawRow]]]:
-    """Rows of a chunk; see `corpus.read_blocks`."""
-    with _opened(chunk.path) as file:
+    """Rows of a chunk; see `reading.read_blocks`."""
+    with open_parquet(chunk.path) as file:
         first = 0
         for index in range(file.num_row_groups):
             if chunk.start <= first < chunk.end:
@@ -55,56 +54,13 @@ def read(chunk: Chunk) -> Iterator[tuple[int, list[RawRow]]]:
             first += file.metadata.row_group(index).num_rows
 
 
-def read_audio_bytes(path: str, rows: Sequence[int]) -> dict[int, bytes]:
-    """Row (from 0 on) → its audio's bytes. No other audio is held. Raises `StorageReadError` where a row has none."""
-    found: dict[int, bytes | None] = {}
-    with _opened(path) as file:
-        leaf, first = _leaves(file.schema_arrow)[0], 0
-        for index in range(file.num_row_groups):
-            last = first + file.metadata.row_group(index).num_rows
-            wanted = sorted({row for row in rows if first <= row < last})
-            if wanted and leaf:
-                for batch in file.iter_batches(_ROWS_WITH_AUDIO, row_groups=[index], columns=[leaf]):
-                    column = _column(batch, leaf)
-                    while wanted and wanted[0] < first + len(column):
-                        row = wanted.pop(0)
-                        found[row] = column[row - first].as_py()
-                    if not wanted:
-                        break
-                    first += len(column)
-            first = last
-    missing = [row for row in rows if found.get(row) is None]
-    if missing:
-        raise StorageReadError(
-            f"{path} holds no audio in row {missing[0] + 1}",
-            why="its column audio has neither bytes nor a path there",
-            remedy="write the file again without this row, or with its audio",
-        )
-    return found
-
-
-@contextmanager
-def _opened(path: str) -> Iterator[Any]:
-    import pyarrow.parquet
-
-    try:
-        with open_file(path) as file:
-            yield pyarrow.parquet.ParquetFile(file, buffer_size=_BUFFER)
-    except (pa.ArrowException, OSError) as error:
-        raise StorageReadError(
-            f"can't read {path} as Parquet",
-            why=str(error),
-            remedy="check that the file is whole: copy it again, or write it again",
-        ) from error
-
-
 def _files(path: str) -> list[str]:
     return list_files(path, "*.parquet") if is_folder(path) else [path]
 
 
 def _spans(path: str, chunk_bytes: int) -> list[tuple[int, int]]:
     spans, start, end, size = [], 0, 0, 0
-    with _opened(path) as file:
+    with open_parquet(path) as file:
         names = file.schema_arrow.names
         if "audio" not in names or not any(name in names for name in _TEXTS):
             raise ManifestError(
@@ -122,23 +78,7 @@ def _spans(path: str, chunk_bytes: int) -> list[tuple[int, int]]:
     return spans
 
 
-def _leaves(schema: pa.Schema) -> tuple[str | None, str | None]:
-    """The columns of embedded audio and of its paths, as Parquet spells them; None where there is no such column."""
-    kind = schema.field("audio").type
-    if pa.types.is_struct(kind):
-        data, path = (f"audio.{name}" if kind.get_field_index(name) >= 0 else None for name in ("bytes", "path"))
-        return data, path
-    return ("audio", None) if pa.types.is_binary(kind) or pa.types.is_large_binary(kind) else (None, "audio")
-
-
-def _column(batch: pa.RecordBatch, leaf: str | None) -> pa.Array | None:
-    if leaf is None:
-        return None
-    _, dot, name = leaf.partition(".")
-    return pc.struct_field(batch["audio"], name) if dot else batch["audio"]
-
-
-def _nulls(group: Any, leaf: str) -> int | None:
+def _nulls(group: RowGroupMetaData, leaf: str) -> int | None:
     """Rows without a value, None where the file doesn't tell."""
     for index in range(group.num_columns):
         column = group.column(index)
@@ -147,25 +87,22 @@ def _nulls(group: Any, leaf: str) -> int | None:
     return None
 
 
-def _group_rows(file: Any, index: int, first: int, chunk: Chunk) -> Iterator[tuple[int, list[RawRow]]]:
+def _group_rows(file: ParquetFile, index: int, first: int, chunk: Chunk) -> Iterator[tuple[int, list[RawRow]]]:
     """(first row, rows) of batches of a row group, whose own first row is `first`."""
-    schema, group = file.schema_arrow, file.metadata.row_group(index)
-    names = {name: name for name in ("duration", "offset", *PROMPT_FIELDS) if name in schema.names}
-    names["text"] = next(name for name in _TEXTS if name in schema.names)
-    if chunk.language is None and "language" in schema.names:
-        names.setdefault("lang", "language")
+    names = _field_columns(file.schema_arrow, chunk)
+    num_rows = file.metadata.row_group(index).num_rows
+    data_leaf, path_leaf = audio_leaves(file.schema_arrow)
+    nulls = _nulls(file.metadata.row_group(index), data_leaf) if data_leaf else num_rows
     is_measured = "duration" not in names
-    data_leaf, path_leaf = _leaves(schema)
-    nulls = _nulls(group, data_leaf) if data_leaf else group.num_rows
-    if not is_measured and nulls in (0, group.num_rows):
-        data_leaf = None  # whether a row holds its audio is known without it
+    if not is_measured and nulls in (0, num_rows):
+        data_leaf = None  # whether a row holds its audio is clear without it
     if nulls == 0:
         path_leaf = None
     columns = [*names.values(), *filter(None, (data_leaf, path_leaf))]
-    size = _ROWS_WITH_AUDIO if data_leaf else _ROWS
+    size = ROWS_WITH_AUDIO if data_leaf else _ROWS
     for batch in file.iter_batches(size, row_groups=[index], columns=columns):
-        data, where = _column(batch, data_leaf), _column(batch, path_leaf)
-        paths = [None] * len(batch) if where is None else map(_path, where.to_pylist())
+        data = audio_column(batch, data_leaf) if data_leaf else None
+        paths = map(_path, audio_column(batch, path_leaf).to_pylist()) if path_leaf else [None] * len(batch)
         embedded = [nulls == 0] * len(batch) if data is None else data.is_valid().to_pylist()
         values = {name: batch[column].to_pylist() for name, column in names.items()}
         values["audio_filepath"] = [
@@ -173,20 +110,29 @@ def _group_rows(file: Any, index: int, first: int, chunk: Chunk) -> Iterator[tup
             for row, (is_embedded, path) in enumerate(zip(embedded, paths, strict=True), first)
         ]
         rows = [dict(zip(values, row, strict=True)) for row in zip(*values.values(), strict=True)]
-        yield first, _measured(chunk, rows, data) if is_measured else rows
+        yield first, _measured(chunk, rows, data) if is_measured else list(rows)
         first += len(rows)
 
 
-def _path(path: Any) -> Any:
-    # A bare number would name a row; see `rows.audio_places`.
+def _field_columns(schema: pa.Schema, chunk: Chunk) -> dict[str, str]:
+    """Field of a row → column of a file."""
+    names = {name: name for name in ("duration", "offset", *PROMPT_FIELDS) if name in schema.names}
+    names["text"] = next(name for name in _TEXTS if name in schema.names)
+    if chunk.language is None and "language" in schema.names:
+        names.setdefault("lang", "language")
+    return names
+
+
+def _path(path: object) -> object:
+    # A bare number would name a row; see `blocks.locate_audio`.
     return f"./{path}" if isinstance(path, str) and path.isdecimal() else path
 
 
-def _measured(chunk: Chunk, rows: list[RawRow], data: pa.Array | None) -> list[RawRow]:
+def _measured(chunk: Chunk, rows: list[Fields], data: pa.Array | None) -> list[RawRow]:
     held = [None] * len(rows) if data is None else data.to_pylist()
     sources = []
     for row, audio in zip(rows, held, strict=True):
         path = row["audio_filepath"]
         is_file = audio is None and isinstance(path, str) and path
-        sources.append(audio_places(chunk, [path])[0][0] if is_file else audio)
+        sources.append(locate_audio(chunk, [path])[0][0] if is_file else audio)
     return add_durations(rows, sources)

@@ -92,11 +92,11 @@ class RejectedRows:
         added = [Example(BadRow(row.file, row.line, reason, row.detail)) for row in first]
         self.examples[corpus, reason] = [*self.examples.get((corpus, reason), []), *added][:NUM_EXAMPLES]
 
-    def merge(self, other: RejectedRows) -> None:
-        """Add the rows of other chunks; in any order, with the same result."""
-        self.counts.update(other.counts)
-        self.num_rows += other.num_rows
-        for group, examples in other.examples.items():
+    def merge(self, partial: RejectedRows) -> None:
+        """Add the rows of further chunks; in any order, with the same result."""
+        self.counts.update(partial.counts)
+        self.num_rows += partial.num_rows
+        for group, examples in partial.examples.items():
             both = [*self.examples.get(group, []), *examples]
             self.examples[group] = sorted(both, key=lambda example: (example.chunk, example.row.line))[:NUM_EXAMPLES]
 
@@ -168,7 +168,7 @@ class RejectedRows:
         """
         bad = self.bad
         reasons = ", ".join(f"{number} {reason}" for reason, number in self.by_reason().most_common())
-        listing = "".join(f"\n  {line}" for line in self.lines())
+        examples = "".join(f"\n  {line}" for line in self.lines())
         if not self.counts and not usable:
             files = [path for corpus in corpora for path in corpus.paths]
             further = f" and {len(files) - _SHOWN_FILES} more" if len(files) > _SHOWN_FILES else ""
@@ -181,7 +181,7 @@ class RejectedRows:
             raise ManifestError(
                 f"the manifests of {setting} have no usable row",
                 got=f"{self.num_rows} rows, none usable ({reasons})",
-                remedy=f"mend these rows, or name other files in {setting}:{listing}",
+                remedy=f"fix these rows, or name other files in {setting}:{examples}",
             )
         if self.too_many(limit):
             raise ManifestError(
@@ -189,5 +189,5 @@ class RejectedRows:
                 got=f"{bad / self.num_rows:.2%}",
                 allowed=f"data.max_bad_fraction = {limit:.2%}",
                 why=f"{self.judged_by} say so" if self.judged_by else None,
-                remedy=f"mend these rows or raise the limit:{listing}",
+                remedy=f"fix these rows or raise the limit:{examples}",
             )

@@ -4,45 +4,34 @@ Members may have the same names in every tar, so a manifest that meets another's
 by the numbers in their names, and rows that name another shard (`shard_id`) are refused.
 
 Several rows may be spans of one member; NeMo then calls them `name-sub1.wav`, `name-sub2.wav` where the tar holds
-`name.wav`.
+`name.wav` (see `tar_index.TarIndex`).
 """
 
 from __future__ import annotations
 
-import hashlib
-import io
 import posixpath
 import re
-import tarfile
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from typing import Any
 
-from raytrain.data.corpora.lines import WHOLE, read_lines
+from raytrain.data.corpora.lines import WHOLE
 from raytrain.data.corpora.types import Chunk, Corpus
 from raytrain.errors import ManifestError
-from raytrain.storage.filesystem import StorageReadError, bare_name, expand, file_sizes, is_uri, open_file
+from raytrain.storage.filesystem import bare_name, expand, file_sizes
 
 _TOTAL = re.compile(r"[-_.]of[-_.][0-9]+$")
 _AT_END = re.compile(r"(?:^|[-_.])[0-9]+$")
 _WORD = re.compile(r"[^\W_]+")
-_SPAN = re.compile(r"-sub\d+(?=(\.\w+)?$)")
-_NO_AUDIO = (".json", ".nodata", ".nometa")  # what Lhotse puts beside its audio
-_BUFFER = 4 << 20
-_SAMPLED_BYTES = 4096
 
 
 def make_chunks(corpus: Corpus, paths: Sequence[str], chunk_bytes: int) -> Iterator[Chunk]:
     """One chunk for each manifest and its tar. Raises `ManifestError` where it can't be told which belong together."""
     patterns = (corpus.audio,) if isinstance(corpus.audio, str) else corpus.audio or ()
-    tars = [one for pattern in patterns for one in expand(pattern)]
+    tars = [tar for pattern in patterns for tar in expand(pattern)]
     if len(tars) == len(paths):
         file_sizes([*paths, *tars])  # a missing one fails here, not on a worker
     for path, tar, shard in pair_shards(paths, tars, f"corpus {corpus.name}"):
         yield Chunk(path, 0, WHOLE, audio=tar, first_line=1, shard=shard)
-
-
-read = read_lines
 
 
 def pair_shards(
@@ -72,13 +61,13 @@ def pair_shards(
             remedy="correct path and audio, or rename the files",
         )
     if ids is not None and tar_ids is not None:
-        found = _matched(list(zip(manifests, ids, strict=True)), list(zip(tars, tar_ids, strict=True)), what)
-        return [(path, tar, number) for path, tar, number in zip(manifests, found, ids, strict=True)]
+        matched = _matched(list(zip(manifests, ids, strict=True)), list(zip(tars, tar_ids, strict=True)), what)
+        return list(zip(manifests, matched, ids, strict=True))
     try:
-        found = _matched([(path, 0) for path in manifests], [(tar, 0) for tar in tars], what)
+        matched = _matched([(path, 0) for path in manifests], [(tar, 0) for tar in tars], what)
     except ManifestError:
-        found = list(tars)
-    return [(path, tar, None) for path, tar in zip(manifests, found, strict=True)]
+        matched = list(tars)
+    return [(path, tar, None) for path, tar in zip(manifests, matched, strict=True)]
 
 
 def _matched(manifests: Sequence[tuple[str, int]], tars: Sequence[tuple[str, int]], what: str) -> list[str]:
@@ -109,13 +98,13 @@ def shard_numbers(paths: Sequence[str]) -> list[int] | None:
     numbers = [re.findall(r"[0-9]+", stem) for stem in stems]
     if not all(numbers):
         return None
-    columns = list(zip(*numbers, strict=True)) if len({len(one) for one in numbers}) == 1 else []
+    columns = list(zip(*numbers, strict=True)) if len(set(map(len, numbers))) == 1 else []
     varying = [column for column in columns if len(set(map(int, column))) > 1]
     if varying:
         return list(map(int, varying[-1]))
     if columns and not all(map(_AT_END.search, stems)):
         return None
-    return [int(one[-1]) for one in numbers]
+    return [int(digits[-1]) for digits in numbers]
 
 
 def _words(path: str) -> Counter[str]:
@@ -130,8 +119,8 @@ def _stem(path: str) -> str:
 def _lonely(manifests: Sequence[str], ids: Sequence[int], tars: Sequence[str], tar_ids: Sequence[int]) -> str:
     """Names the first manifest and the first tar whose number the other side lacks, or has less often."""
     lacking = []
-    for kind, paths, numbers, others in (("tar", manifests, ids, tar_ids), ("manifest", tars, tar_ids, ids)):
-        left = Counter(numbers) - Counter(others)
+    for kind, paths, numbers, counterparts in (("tar", manifests, ids, tar_ids), ("manifest", tars, tar_ids, ids)):
+        left = Counter(numbers) - Counter(counterparts)
         lacking += [f"no {kind} for {path}" for path, number in zip(paths, numbers, strict=True) if number in left][:1]
     return " and ".join(lacking)
 
@@ -143,52 +132,3 @@ def _ambiguous(what: str, got: str) -> ManifestError:
         allowed="each number once, or paths that tell the files of a number apart (en/manifest_0.json, en/audio_0.tar)",
         remedy="make several corpora of it, one for each set of numbers",
     )
-
-
-def _middle(file: Any, member: tarfile.TarInfo) -> bytes:
-    """Bytes of a member that are audio: those at its ends may be a header, a tag or silence."""
-    size = min(member.size, _SAMPLED_BYTES)
-    file.seek(member.offset_data + (member.size - size) // 2)
-    return file.read(size)
-
-
-class TarIndex:
-    """Where each member's bytes lie in an uncompressed tar, by its headers. Raises `StorageReadError`.
-
-    With `sampled`, its `sample_id` covers names, sizes and some bytes of each member: a tar whose audio was exchanged
-    has another one, which its members' places do not tell, and one that was only copied has the same.
-    """
-
-    def __init__(self, path: str, *, sampled: bool = False) -> None:
-        digest = hashlib.blake2b(digest_size=8)
-        self._places: dict[str, tuple[int, int]] = {}
-        self._stems: dict[str, tuple[int, int]] = {}
-        try:
-            with open_file(path) as file:
-                # A request for each header would cost more than to read what lies between them.
-                buffered = io.BufferedReader(file, _BUFFER) if is_uri(path) else file
-                with tarfile.open(fileobj=buffered, mode="r:") as tar:
-                    for member in tar:
-                        if member.isfile() and not member.issparse():
-                            self._add(member.name.removeprefix("./"), (member.offset_data, member.size))
-                            if sampled:
-                                digest.update(f"{member.name}\0{member.size}\0".encode(errors="surrogateescape"))
-                                digest.update(_middle(buffered, member))
-        except (tarfile.TarError, OSError) as error:
-            raise StorageReadError(
-                f"{path} is no tar that can be read by range",
-                why=str(error),
-                remedy="unpack it, or make an uncompressed tar",
-            ) from error
-        self.sample_id = digest.hexdigest() if sampled else ""
-
-    def _add(self, name: str, place: tuple[int, int]) -> None:
-        self._places[name] = place
-        stem, ending = posixpath.splitext(name)
-        if ending not in _NO_AUDIO:
-            self._stems[stem] = place
-
-    def find(self, member: str) -> tuple[int, int] | None:
-        """(start, size) of a member in bytes, or None. A name without its ending will do (Lhotse Shar)."""
-        member = member.removeprefix("./")
-        return self._places.get(member) or self._stems.get(member) or self._places.get(_SPAN.sub("", member))

@@ -1,56 +1,22 @@
-"""Corpora: what to read, cut into chunks that workers read on their own.
-
-A `Corpus` is one entry of the configuration's `data.train`. `plan_chunks` looks at its files and gives `Chunk`s, and
-`read_chunk` turns one chunk into `Utterance`s and `BadRow`s, in the order of the file; nothing is dropped in silence.
-
-| format | what | a chunk |
-|---|---|---|
-| `nemo` | JSONL manifests with `audio_filepath`, `duration`, `text` | a byte range; a whole file if compressed |
-| `nemo_tarred` | such manifests, one for each tar with the audio | one manifest with its tar |
-| `lhotse_cuts` | cuts as JSONL | a byte range; a whole file if compressed |
-| `lhotse_shar` | folders with `cuts.*.jsonl.gz` and `recording.*.tar` | one shard |
-| `parquet` | Parquet with `audio` (bytes or a path) and `text` | row groups |
-| `audiofolder` | a folder with `metadata.jsonl` or `metadata.csv` | a byte range; all of `metadata.csv` |
-"""
+"""What a corpus consists of: `Corpus` (an entry of the configuration's `data.train`), the `Chunk`s that workers read on
+their own, and the rows of a chunk: `Utterance`s, and `BadRow`s that can't be used."""
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from importlib import import_module
-from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
-import numpy as np
-
-from raytrain.errors import ManifestError
+from raytrain.data.text.slots import PromptKey
 from raytrain.ranges import Range, range_problems
-from raytrain.storage.filesystem import (
-    StorageReadError,
-    absolute,
-    bare_name,
-    expand,
-    is_folder,
-    list_files,
-    open_stream,
-)
+from raytrain.storage.filesystem import absolute
 
-if TYPE_CHECKING:
-    from raytrain.data.corpora.rows import Block, RawRow
+FORMATS = ("nemo", "nemo_tarred", "lhotse_cuts", "lhotse_shar", "parquet", "audiofolder")
+TAR_FORMATS = ("nemo_tarred", "lhotse_shar")
 
-# Format → module with `make_chunks(corpus, paths, chunk_bytes)`, which yields chunks without number and languages, and
-# `read(chunk)`, which yields (place of the first row in the chunk, rows as `rows.RawRow`), a few thousand at a time.
-# Where a chunk's `first_line` can be 0, also `first_line(chunk)`.
-_READERS = {
-    "nemo": "manifest",
-    "nemo_tarred": "tarred",
-    "lhotse_cuts": "lhotse_cuts",
-    "lhotse_shar": "lhotse_shar",
-    "parquet": "parquet",
-    "audiofolder": "audiofolder",
-}
-FORMATS = tuple(_READERS)
-DEFAULT_CHUNK_BYTES = 16 << 20
+Fields = dict[str, Any]  # a row's fields, as JSON gives them
+Problem = tuple[str, str]  # why a row can't be used: one of `rows.REASONS`, and a detail
+# A row as a format's reader gives it: fields with NeMo's names, or why it can't be read, or None for a blank line.
+RawRow = Fields | Problem | None
 
 
 @dataclass(frozen=True)
@@ -95,7 +61,7 @@ class Corpus:
         """The same corpus with absolute paths."""
         audio = self.audio
         if audio is not None:
-            audio = absolute(audio, root) if isinstance(audio, str) else tuple(absolute(one, root) for one in audio)
+            audio = absolute(audio, root) if isinstance(audio, str) else tuple(absolute(path, root) for path in audio)
         return replace(self, path=tuple(absolute(path, root) for path in self.paths), audio=audio)
 
 
@@ -140,6 +106,11 @@ class Utterance(NamedTuple):
     slots: tuple[tuple[str, Any], ...] = ()
     member: str = ""
 
+    @property
+    def prompt_key(self) -> PromptKey:
+        """What decides its prompt."""
+        return PromptKey(self.source_lang, self.target_lang, self.pnc, self.slots)
+
 
 class BadRow(NamedTuple):
     """A row that can't be used: where it stands (1-based line, or row of a Parquet file), why (one of
@@ -149,98 +120,3 @@ class BadRow(NamedTuple):
     line: int
     reason: str
     detail: str
-
-
-def plan_chunks(corpora: Sequence[Corpus], chunk_bytes: int = DEFAULT_CHUNK_BYTES) -> list[Chunk]:
-    """Chunks of all corpora in order, numbered. Raises `ManifestError` for a missing file or an empty list."""
-    if not corpora:
-        raise ManifestError("no manifest is configured", remedy="list corpora under data.train, dev, test")
-    chunks: list[Chunk] = []
-    for corpus in corpora:
-        try:
-            paths = [one for path in corpus.paths for one in expand(path)]
-            chosen = corpus.format or find_format(corpus, paths)
-            found = list(_reader(chosen).make_chunks(corpus, paths, chunk_bytes))
-        except StorageReadError as error:
-            raise ManifestError(
-                f"corpus {corpus.name}: {error.what}",
-                why=error.why,
-                remedy=error.remedy or "check data.root (or $RAYTRAIN_DATA_ROOT) and the name",
-            ) from error
-        for chunk in found:
-            common = {"corpus": corpus.name, "format": chosen, "index": len(chunks)}
-            languages = {"language": corpus.language, "target_language": corpus.target_language}
-            chunks.append(replace(chunk, **common, **languages))
-    return chunks
-
-
-def read_blocks(chunk: Chunk) -> Iterator[Block]:
-    """Rows of one chunk by columns, a few thousand at a time. Raises `StorageReadError`."""
-    from raytrain.data.corpora.rows import RowParser
-
-    parser, first = RowParser(chunk), chunk.first_line
-    for place, rows in _reader(chunk.format).read(chunk):
-        block = parser.block(np.arange(first + place, first + place + len(rows)), rows)
-        if block.bad and not first:
-            # Reading all that stands before the chunk is for the few files that hold bad rows.
-            first = _reader(chunk.format).first_line(chunk)
-            block.bad = [row._replace(line=row.line + first) for row in block.bad]
-            block.numbers = block.numbers + first
-        yield block
-
-
-def raw_rows(chunk: Chunk) -> Iterator[tuple[int, list[RawRow]]]:
-    """Rows of a chunk as its format's reader gives them, unchecked: (place of the first in the chunk, rows)."""
-    return _reader(chunk.format).read(chunk)
-
-
-def read_chunk(chunk: Chunk) -> Iterator[Utterance | BadRow]:
-    """Rows of one chunk in order of the file. Raises `StorageReadError` where it can't be read."""
-    for block in read_blocks(chunk):
-        bad = iter(block.bad)
-        waiting = next(bad, None)
-        for number, row in zip(block.numbers.tolist(), block.utterances(), strict=True):
-            while waiting is not None and waiting.line < number:
-                yield waiting
-                waiting = next(bad, None)
-            yield row
-        if waiting is not None:
-            yield waiting
-        yield from bad
-
-
-def find_format(corpus: Corpus, paths: Sequence[str]) -> str:
-    """The format that the first file or folder of a corpus has. Raises `ManifestError` where none fits."""
-    first = paths[0]
-    if corpus.audio and all(bare_name(one).endswith(".tar") for one in _as_tuple(corpus.audio)):
-        return "nemo_tarred"
-    if first.endswith(".parquet"):
-        return "parquet"
-    if is_folder(first):
-        for pattern, name in (
-            ("cuts.*.jsonl*", "lhotse_shar"),
-            ("*.parquet", "parquet"),
-            ("metadata.jsonl", "audiofolder"),
-            ("metadata.csv", "audiofolder"),
-        ):
-            if list_files(first, pattern):
-                return name
-        raise ManifestError(
-            f"corpus {corpus.name}: can't tell what {first} holds",
-            allowed="Lhotse Shar (cuts.*.jsonl.gz), Parquet files, or a Hugging Face audio folder (metadata.jsonl)",
-            remedy="name the files, or set format",
-        )
-    with open_stream(first) as file:
-        head = bytes(file.read(1 << 16))
-    line = head.lstrip(b"\xef\xbb\xbf \r\n\t").partition(b"\n")[0]
-    if b'"supervisions"' not in line and not re.search(rb'"type":\s*"M(ono|ulti|ixed)Cut"', line):
-        return "nemo"
-    return "lhotse_shar" if re.search(rb'"type":\s*"shar"', line) else "lhotse_cuts"
-
-
-def _reader(name: str) -> Any:
-    return import_module(f"raytrain.data.corpora.{_READERS[name]}")
-
-
-def _as_tuple(value: str | tuple[str, ...]) -> tuple[str, ...]:
-    return (value,) if isinstance(value, str) else tuple(value)

@@ -10,11 +10,11 @@ from __future__ import annotations
 
 import reprlib
 import sys
-from typing import Any
+from typing import Any, NamedTuple
 
 from raytrain.errors import TokenizerError
 
-# In NeMo's order; `decodercontext` is text, all others are one special token each.
+# In NeMo's order; `decodercontext` is text, all further slots are one special token each.
 FORMATS = {
     "canary": ("source_lang", "task", "target_lang", "pnc"),
     "canary2": (
@@ -47,6 +47,15 @@ _TASKS = {
 }
 
 
+class PromptKey(NamedTuple):
+    """What of a row decides its prompt: languages, punctuation and case, and further slots as (slot, value)."""
+
+    source_lang: str
+    target_lang: str
+    pnc: bool
+    slots: tuple[tuple[str, Any], ...] = ()
+
+
 def check_format(prompt_format: str) -> tuple[str, ...]:
     """The slots of a format. Raises `TokenizerError` for an unknown one."""
     if prompt_format not in FORMATS:
@@ -59,57 +68,77 @@ def check_format(prompt_format: str) -> tuple[str, ...]:
     return FORMATS[prompt_format]
 
 
-def slot_token(slot: str, value: Any) -> str:
+def slot_token(slot: str, value: object) -> str:
     """The special token of a slot's value (context: the text). Raises `TokenizerError` that lists what is allowed."""
     if isinstance(value, dict | list | tuple) or (isinstance(value, int) and abs(value) > sys.maxsize):
         raise TokenizerError(  # without the value, which may be too deep or too long to be shown
             f"the prompt slot {slot} is a text", got=type(value).__name__, allowed="a text", remedy="correct the row"
         )
     if slot == "decodercontext":
-        if not isinstance(value, str):
-            raise TokenizerError(
-                "the prompt slot decodercontext is a text",
-                got=reprlib.repr(value),
-                allowed="any text",
-                remedy="write the manifest row's decodercontext as a string",
-            )
-        return str(value).strip()
-    if isinstance(value, float) and value.is_integer():
-        value = int(value)  # equal values mean the same
-    text = str(value).strip().removeprefix("<|").removesuffix("|>")
+        return _context(value)
+    text = _spelled(value)
     if slot in ("source_lang", "target_lang"):
         return f"<|{text}|>"
     if slot in _SWITCHES:
-        if text.lower() in ("yes", "true", "1", slot):
-            return f"<|{slot}|>"
-        if text.lower() in ("no", "false", "0", f"no{slot}"):
-            return f"<|no{slot}|>"
-        raise TokenizerError(
-            f"unknown value of the prompt slot {slot}",
-            got=reprlib.repr(value),
-            allowed=f"yes, no, true, false, <|{slot}|>, <|no{slot}|>",
-            remedy=f"correct {slot} in the manifest row, or leave it out",
-        )
+        return _switch_token(slot, text, value)
     if slot == "emotion":
-        name = text.lower().removeprefix("emo:")
-        if name in _EMOTIONS:
-            return f"<|emo:{name}|>"
-        raise TokenizerError(
-            "unknown value of the prompt slot emotion",
-            got=reprlib.repr(value),
-            allowed=", ".join(_EMOTIONS),
-            remedy="correct emotion in the manifest row, or leave it out",
-        )
+        return _emotion_token(text, value)
     if slot == "task":
-        if text.lower() in _TASKS:
-            return _TASKS[text.lower()]
-        raise TokenizerError(
-            "unknown value of the prompt slot task",
-            got=reprlib.repr(value),
-            allowed=", ".join(_TASKS),
-            remedy="correct taskname in the manifest row, or leave it out",
-        )
-    allowed = sorted({name for names in FORMATS.values() for name in names})
+        return _task_token(text, value)
+    allowed = ", ".join(sorted({name for names in FORMATS.values() for name in names}))
+    remedy = "name a slot of the model's prompt format"
+    raise TokenizerError("unknown prompt slot", got=slot, allowed=allowed, remedy=remedy)
+
+
+def _switch_token(slot: str, text: str, value: object) -> str:
+    if text.lower() in ("yes", "true", "1", slot):
+        return f"<|{slot}|>"
+    if text.lower() in ("no", "false", "0", f"no{slot}"):
+        return f"<|no{slot}|>"
     raise TokenizerError(
-        "unknown prompt slot", got=slot, allowed=", ".join(allowed), remedy="name a slot of the model's prompt format"
+        f"unknown value of the prompt slot {slot}",
+        got=reprlib.repr(value),
+        allowed=f"yes, no, true, false, <|{slot}|>, <|no{slot}|>",
+        remedy=f"correct {slot} in the manifest row, or leave it out",
     )
+
+
+def _emotion_token(text: str, value: object) -> str:
+    name = text.lower().removeprefix("emo:")
+    if name in _EMOTIONS:
+        return f"<|emo:{name}|>"
+    raise TokenizerError(
+        "unknown value of the prompt slot emotion",
+        got=reprlib.repr(value),
+        allowed=", ".join(_EMOTIONS),
+        remedy="correct emotion in the manifest row, or leave it out",
+    )
+
+
+def _task_token(text: str, value: object) -> str:
+    if text.lower() in _TASKS:
+        return _TASKS[text.lower()]
+    raise TokenizerError(
+        "unknown value of the prompt slot task",
+        got=reprlib.repr(value),
+        allowed=", ".join(_TASKS),
+        remedy="correct taskname in the manifest row, or leave it out",
+    )
+
+
+def _spelled(value: object) -> str:
+    """A value as text, without the marks of a special token."""
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)  # equal values mean the same
+    return str(value).strip().removeprefix("<|").removesuffix("|>")
+
+
+def _context(value: object) -> str:
+    if not isinstance(value, str):
+        raise TokenizerError(
+            "the prompt slot decodercontext is a text",
+            got=reprlib.repr(value),
+            allowed="any text",
+            remedy="write the manifest row's decodercontext as a string",
+        )
+    return value.strip()

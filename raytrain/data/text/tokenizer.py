@@ -14,7 +14,7 @@ import io
 import re
 import unicodedata
 from bisect import bisect_right
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -32,7 +32,7 @@ EOS, BOS, PAD, NOSPEECH = "<|endoftext|>", "<|startoftranscript|>", "<pad>", "<|
 # A language names a file and a special token; manifests may hold anything.
 _LANGUAGE = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
 _MOST_ROUNDS = 16
-_SENTENCE_BYTES = 4192  # SentencePiece's own limit of a sentence
+_SENTENCE_BYTES = 4192  # SentencePiece's limit of a sentence
 _COMMON = (NOSPEECH, PAD, EOS, BOS, "<|pnc|>", "<|nopnc|>")
 # NeMo's order of the special tokens after <unk>; the languages follow.
 _SPECIALS_OF = {
@@ -86,7 +86,7 @@ class CanaryTokenizer:
             size += processor.get_piece_size()
         self.vocab_size = size
 
-    def __reduce__(self):
+    def __reduce__(self) -> tuple[type[CanaryTokenizer], tuple[dict[str, bytes]]]:
         return CanaryTokenizer, (self._models,)
 
     @property
@@ -111,15 +111,15 @@ class CanaryTokenizer:
 
     def special(self, token: str) -> int:
         """Id of a special token. Raises `TokenizerError` that lists what there is."""
-        found = self._special_ids.get(token)
-        if found is None:
+        number = self._special_ids.get(token)
+        if number is None:
             raise TokenizerError(
                 "the tokenizer lacks a special token",
                 got=token,
                 allowed=", ".join(sorted(self._special_ids)),
                 remedy="set model.prompt_format to the one that the tokenizer was made for, or train another tokenizer",
             )
-        return found
+        return number
 
     @cached_property
     def pad_id(self) -> int:
@@ -153,7 +153,7 @@ class CanaryTokenizer:
         return processor
 
     def normalize(self, text: str, language: str) -> str:
-        """A text as this tokenizer would write it with all pieces: through its language's own normaliser and NFC, with
+        """A text as this tokenizer would write it with all pieces: through its language's normalizer and NFC, with
         single spaces. What was decoded stays as it is, so references and hypotheses compare.
 
         Raises `TokenizerError` for an unknown language.
@@ -161,7 +161,7 @@ class CanaryTokenizer:
         processor = self._processor(language)
         text = " ".join(text.split())
         # What one rule makes, another may change (ﬁ with an accent): a hypothesis has been through once, a reference
-        # never. A tokenizer's own rules may go round in circles.
+        # never. A tokenizer's rules may also go around in circles.
         for _ in range(_MOST_ROUNDS):
             before, text = text, " ".join(processor.normalize(text).replace("▁", " ").split())
             if text == before:
@@ -228,7 +228,7 @@ def _models_id(models: dict[str, bytes]) -> str:
 
 
 def train_tokenizer(
-    texts: dict[str, Iterable[str]],
+    texts: Mapping[str, Iterable[str]],
     vocab_size: int,
     folder: Path | None = None,
     *,
@@ -277,7 +277,7 @@ def train_specials(languages: Iterable[str], prompt_format: str = "canary2") -> 
 
 
 def is_language(name: str) -> bool:
-    """Whether a text may name a language: a plain name that is no other special token's."""
+    """Whether a text may name a language: a plain name that no special token has."""
     return bool(_LANGUAGE.fullmatch(name)) and name not in _TAKEN
 
 

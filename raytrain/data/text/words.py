@@ -8,9 +8,10 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TypeVar
 
 import numpy as np
+from sentencepiece import SentencePieceProcessor
 
 from raytrain.errors import TokenizerError
 
@@ -24,13 +25,13 @@ _MIX_LOW, _MIX_HIGH = np.uint64(0x9E3779B97F4A7C15), np.uint64(0xC2B2AE3D27D4EB4
 _FIRST_BYTES = np.array([(1 << 8 * n) - 1 for n in range(9)], np.uint64)
 
 
-def words_are_independent(processor: Any) -> bool:
+def words_are_independent(processor: SentencePieceProcessor) -> bool:
     """Whether the ids of a text are the ids of its words, one after the other.
 
     So it is where (1) spaces are single and each word begins with ▁; (2) no piece has ▁ further in, so no merge spans
-    two words; (3) ▁ itself is a piece, as SentencePiece joins neighbouring unknown pieces; (4) all scores are whole
+    two words; (3) ▁ itself is a piece, as SentencePiece joins neighboring unknown pieces; (4) all scores are whole
     numbers, as BPE's ranks are: a unigram model's sums of log-probabilities are rounded, and may tip a tie differently
-    in another place of the text.
+    elsewhere in the text.
     """
     pieces = range(processor.get_piece_size())
     return (
@@ -41,12 +42,17 @@ def words_are_independent(processor: Any) -> bool:
     )
 
 
-class _Memory(dict):
-    def __init__(self, make: Callable[[str], Any]) -> None:
+Value = TypeVar("Value")
+
+
+class _Memory(dict[str, Value]):
+    """Values of words, made when a word is first looked up."""
+
+    def __init__(self, make: Callable[[str], Value]) -> None:
         super().__init__()
         self._make = make
 
-    def __missing__(self, word: str) -> Any:
+    def __missing__(self, word: str) -> Value:
         value = self._make(word)
         if len(word) <= _LONGEST_WORD:
             if len(self) >= _MAX_WORDS:
@@ -59,7 +65,7 @@ class _CountTable:
     """Packed counts (see `_UNKNOWN`) of short words, looked up for a whole block at a time; they add up as they are.
 
     A word of up to 16 bytes is two integers, its own key, so a hit is exact. A slot belongs to the first word that
-    falls into it, which is most likely a frequent one; all others are looked up one by one.
+    falls into it, which is most likely a frequent one; all further words are looked up one by one.
     """
 
     def __init__(self, count: Callable[[str], int]) -> None:
@@ -73,7 +79,7 @@ class _CountTable:
         padded = np.frombuffer(data + bytes(16), np.uint8)
         text = padded[: len(data)]
         line_feeds = text == 10
-        if np.count_nonzero(line_feeds) != len(texts) - 1 or _has_other_space(text):
+        if np.count_nonzero(line_feeds) != len(texts) - 1 or _has_unusual_space(text):
             return None
         gaps = np.flatnonzero(line_feeds | (text == 32))
         starts, ends = np.append(0, gaps + 1), np.append(gaps, len(data))
@@ -91,30 +97,30 @@ class _CountTable:
         return np.add.reduceat(counts, np.append(0, np.flatnonzero(line_feeds[gaps]) + 1))
 
 
-def _has_other_space(text: np.ndarray) -> bool:
+def _has_unusual_space(text: np.ndarray) -> bool:
     """Whether UTF-8 holds NUL, or white space (as `str.split` sees it) besides space and line feed."""
     if ((text < 32) & (text != 10)).any():
         return True
-    for lead, second_and_third in _OTHER_SPACES.items():
+    for lead, second_and_third in _UNUSUAL_SPACES.items():
         for second, thirds in second_and_third.items():
-            places = np.flatnonzero(text[: -1 - bool(thirds)] == lead) + 1
-            places = places[text[places] == second]
-            if len(places) and (not thirds or np.isin(text[places + 1], thirds).any()):
+            positions = np.flatnonzero(text[: -1 - bool(thirds)] == lead) + 1
+            positions = positions[text[positions] == second]
+            if len(positions) and (not thirds or np.isin(text[positions + 1], thirds).any()):
                 return True
     return False
 
 
-def _other_spaces() -> dict[int, dict[int, list[int]]]:
+def _unusual_spaces() -> dict[int, dict[int, list[int]]]:
     """UTF-8 of white space beyond ASCII: first byte → second byte → third bytes, none for two bytes in all."""
-    found: dict[int, dict[int, list[int]]] = {}
+    spaces: dict[int, dict[int, list[int]]] = {}
     for number in range(128, 0x10000):
         if chr(number).isspace():
             first, second, *third = chr(number).encode()
-            found.setdefault(first, {}).setdefault(second, []).extend(third)
-    return found
+            spaces.setdefault(first, {}).setdefault(second, []).extend(third)
+    return spaces
 
 
-_OTHER_SPACES = _other_spaces()
+_UNUSUAL_SPACES = _unusual_spaces()
 
 
 class TextEncoder:
@@ -124,7 +130,7 @@ class TextEncoder:
     it: a difference raises `TokenizerError`.
     """
 
-    def __init__(self, processor: Any, offset: int = 0, *, by_words: bool = True) -> None:
+    def __init__(self, processor: SentencePieceProcessor, offset: int = 0, *, by_words: bool = True) -> None:
         self._processor, self._offset = processor, offset
         self.by_words = by_words and words_are_independent(processor)
         self._unknown_id = processor.unk_id()
@@ -152,7 +158,7 @@ class TextEncoder:
         return counts, unknown
 
     def unwritable(self, text: str) -> Counter[str]:
-        """Characters of a text that the model can't write, as its normaliser leaves them, and how often they occur."""
+        """Characters of a text that the model can't write, as its normalizer leaves them, and how often they occur."""
         characters: Counter[str] = Counter()
         for part in text.split() if self.by_words else (" ".join(text.split()),):
             characters.update(self._unwritable[part])
@@ -169,16 +175,16 @@ class TextEncoder:
     def _count_slice(self, texts: Sequence[str]) -> np.ndarray:
         counts = self._table.count(texts)
         if counts is None:
-            known = self._counts.__getitem__
-            counts = np.array([sum(map(known, text.split())) for text in texts], np.int64)
+            count_of = self._counts.__getitem__
+            counts = np.array([sum(map(count_of, text.split())) for text in texts], np.int64)
         return counts
 
     def encode(self, texts: Sequence[str]) -> list[bytes]:
         """Ids of each text as int32 bytes."""
         if not self.by_words:
             return [self._bytes(ids) for ids in self._whole(texts)]
-        known = self._ids.__getitem__
-        encoded = [b"".join(map(known, text.split())) for text in texts]
+        ids_of = self._ids.__getitem__
+        encoded = [b"".join(map(ids_of, text.split())) for text in texts]
         if texts:
             self._check(texts[0], len(encoded[0]) // 4)
         return encoded
@@ -193,8 +199,8 @@ class TextEncoder:
         whole = len(self._processor.encode(" ".join(text.split())))
         if whole != count:
             raise TokenizerError(
-                "a text has other tokens as a whole than word by word",
+                "a text has different tokens as a whole than word by word",
                 got=f"{whole} and {count} tokens: {text[:80]!r}",
-                why="the tokenizer's normaliser joins or splits words",
+                why="the tokenizer's normalizer joins or splits words",
                 remedy="set tokenizer.by_words to false",
             )

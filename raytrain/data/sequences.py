@@ -1,20 +1,36 @@
-"""Training sequences of whole blocks of rows: prompt, text, end of text."""
+"""The sequences that the decoder is trained on, of utterances and of whole blocks: prompt, text, end of text."""
 
 from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
-from raytrain.data.corpora.rows import Block, PromptKey
-from raytrain.data.corpora.types import BadRow
+from raytrain.data.corpora.blocks import Block
+from raytrain.data.corpora.types import BadRow, Problem, Utterance
 from raytrain.data.text.prompt import key_prompt
+from raytrain.data.text.slots import PromptKey
 from raytrain.data.text.tokenizer import CanaryTokenizer
 from raytrain.data.text.words import TextEncoder
 from raytrain.errors import TokenizerError
 
 _MAX_PROMPTS = 10_000
+
+
+class EncodedUtterance(NamedTuple):
+    """`ids` = prompt + text + end of text; the first `prompt_length` are the prompt."""
+
+    ids: list[int]
+    prompt_length: int
+
+
+def encode_utterance(tokenizer: CanaryTokenizer, utterance: Utterance, prompt_format: str) -> EncodedUtterance:
+    """The training sequence of one utterance."""
+    prompt = key_prompt(tokenizer, utterance.prompt_key, prompt_format)
+    text = tokenizer.encode_text(utterance.text, utterance.target_lang)
+    return EncodedUtterance([*prompt, *text, tokenizer.eos_id], len(prompt))
 
 
 @dataclass(frozen=True)
@@ -32,18 +48,18 @@ class BlockEncoder:
     def __init__(self, tokenizer: CanaryTokenizer, prompt_format: str, *, by_words: bool = True) -> None:
         self._tokenizer, self._format = tokenizer, prompt_format
         self._texts = {name: tokenizer.text_encoder(name, by_words=by_words) for name in tokenizer.languages}
-        self._prompts: dict[PromptKey, np.ndarray | tuple[str, str]] = {}
+        self._prompts: dict[PromptKey, np.ndarray | Problem] = {}
 
     def check(self, block: Block) -> Block:
         """The block without the rows whose prompt this tokenizer can't make; they are added to its bad rows."""
         prompts = [self._prompt(key) for key in block.prompts]
-        wrong = np.array([isinstance(prompt, tuple) for prompt in prompts], bool)
-        if not wrong.any():
+        problems = {index: prompt for index, prompt in enumerate(prompts) if isinstance(prompt, tuple)}
+        if not problems:
             return block
-        rows = wrong[block.prompt_of]
+        rows = np.isin(block.prompt_of, list(problems))
         bad = [
-            BadRow(block.chunk.path, int(number), *prompts[prompt])
-            for number, prompt in zip(block.numbers[rows], block.prompt_of[rows], strict=True)
+            BadRow(block.chunk.path, int(number), *problems[prompt])
+            for number, prompt in zip(block.numbers[rows], block.prompt_of[rows].tolist(), strict=True)
         ]
         return block.without(rows, bad)
 
@@ -91,18 +107,18 @@ class BlockEncoder:
         lengths = np.array([len(head) if isinstance(head, np.ndarray) else 0 for head in heads], np.int64)
         return lengths[block.prompt_of] if len(heads) else np.zeros(0, np.int64)
 
-    def _prompt(self, key: PromptKey) -> np.ndarray | tuple[str, str]:
+    def _prompt(self, key: PromptKey) -> np.ndarray | Problem:
         try:
-            found = self._prompts.get(key)
+            prompt = self._prompts.get(key)
         except TypeError:  # a slot that holds a list
             return self._make_prompt(key)
-        if found is None:
+        if prompt is None:
             if len(self._prompts) >= _MAX_PROMPTS:
                 self._prompts.clear()
-            found = self._prompts[key] = self._make_prompt(key)
-        return found
+            prompt = self._prompts[key] = self._make_prompt(key)
+        return prompt
 
-    def _make_prompt(self, key: PromptKey) -> np.ndarray | tuple[str, str]:
+    def _make_prompt(self, key: PromptKey) -> np.ndarray | Problem:
         languages = self._tokenizer.languages
         if not {key.source_lang, key.target_lang} <= set(languages):
             shown = f"{key.source_lang} → {key.target_lang}; the tokenizer has {', '.join(sorted(languages))}"

@@ -6,7 +6,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from raytrain.data.corpora.types import BadRow, Corpus, Utterance, plan_chunks, read_chunk
+from raytrain.data.corpora.reading import plan_chunks, read_chunk
+from raytrain.data.corpora.types import BadRow, Corpus, Utterance
 from raytrain.errors import ManifestError
 
 GOOD = {"audio_filepath": "a.flac", "duration": 1.2, "text": "one two", "lang": "en"}

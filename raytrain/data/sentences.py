@@ -1,12 +1,12 @@
 """A sample of sentences to train tokenizers on: by language, over all corpora, the same however these are cut.
 
-Every utterance has a hash of its own, and a language's sample is its utterances with the lowest hashes, so samples of
-parts merge into the sample of the whole, in any order. Languages share the places: a small one has all of its
-sentences, and the others as many as each other.
+Each utterance has its own hash, and a language's sample is its utterances with the lowest hashes, so samples of
+parts merge into the sample of the whole, in any order. Languages share the sample: a small one has all of its
+sentences, and the large ones as many as each other.
 
     sample = SentenceSample(1_000_000)
     sample.add_block(block)        # on each worker, chunk by chunk
-    sample.add(other)              # on the driver
+    sample.add(partial)            # on the driver
     sample.texts()                 # {"de": [...], "en": [...]}
 """
 
@@ -18,7 +18,7 @@ from hashlib import blake2b
 
 import numpy as np
 
-from raytrain.data.corpora.rows import Block
+from raytrain.data.corpora.blocks import Block
 
 _SEED = b"raytrain.sentences/1"  # not the run's: runs that differ in their seed alone have one tokenizer
 _TRIM_AT = 1 << 16  # sentences that wait before the sample is cut down
@@ -30,7 +30,8 @@ class SentenceSample:
     """At most `most` sentences of all languages together, but at least one of each; `num_rows` counts what was seen."""
 
     def __init__(self, most: int) -> None:
-        self.most, self.num_rows = most, Counter()
+        self.most = most
+        self.num_rows: Counter[str] = Counter()
         self._kept: dict[str, list[_Sentence]] = {}
         self._highest: dict[str, int] = {}  # hashes above which a language needs no more
         self._waiting = 0
@@ -47,10 +48,10 @@ class SentenceSample:
             if number <= self._highest.get(language, number):
                 self._keep(language, [(number, " ".join(text.split()))])
 
-    def add(self, other: SentenceSample) -> None:
-        """Merge; in any order, with the same result."""
-        self.num_rows.update(other.num_rows)
-        for language, sentences in other._kept.items():
+    def add(self, partial: SentenceSample) -> None:
+        """Merge another worker's sample; in any order, with the same result."""
+        self.num_rows.update(partial.num_rows)
+        for language, sentences in partial._kept.items():
             self._keep(language, sentences)
 
     def texts(self) -> dict[str, list[str]]:
@@ -65,17 +66,17 @@ class SentenceSample:
             self._trim()
 
     def _trim(self) -> None:
-        # What more rows bring only lowers a language's places, so what is dropped here is in no later sample either.
-        places = places_of_each(self.num_rows, self.most)
+        # More rows only lower a language's quota, so what is dropped here is in no later sample either.
+        quota = quota_of_each(self.num_rows, self.most)
         for language, kept in self._kept.items():
-            if len(kept) > places:
-                self._kept[language] = heapq.nsmallest(places, kept)
+            if len(kept) > quota:
+                self._kept[language] = heapq.nsmallest(quota, kept)
                 self._highest[language] = self._kept[language][-1][0]
         self._waiting = 0
 
 
-def places_of_each(num_rows: Counter[str], most: int) -> int:
-    """The most places that each language may have, so that all together take no more than `most`; at least 1."""
+def quota_of_each(num_rows: Counter[str], most: int) -> int:
+    """The most rows that each language may have, so that all together have no more than `most`; at least 1."""
     left = most
     for number, rows in enumerate(sorted(num_rows.values())):
         share = left // (len(num_rows) - number)

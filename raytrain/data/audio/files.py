@@ -1,0 +1,76 @@
+"""Bytes of recordings: of regular files only, of ranges of files, and of objects in a store, which is asked again where
+it fails."""
+
+from __future__ import annotations
+
+import os
+import stat
+import time
+
+from raytrain.data.audio.headers import format_of
+from raytrain.storage.filesystem import StorageReadError, is_uri, read_range
+
+RETRY_SECONDS = (0.5, 1.0, 2.0, 4.0)
+PARQUET_ROW = -1  # as `size`: the audio is row `start` of a Parquet file
+MAX_FILE_BYTES = 4 << 30  # of what is read whole: a member of a tar, a file of an object store
+FIRST_BYTES = 1 << 16  # five seconds of FLAC
+
+
+def open_regular(path: str) -> tuple[int, int]:
+    """Descriptor and size of a regular file that is not empty. A pipe's other end is not waited for."""
+    handle = os.open(path.removeprefix("file://"), os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC)
+    status = os.fstat(handle)
+    if stat.S_ISREG(status.st_mode) and status.st_size:  # files of /proc have no size
+        return handle, status.st_size
+    os.close(handle)
+    if stat.S_ISREG(status.st_mode):
+        raise OSError("the file is empty")
+    raise OSError("it is a folder" if stat.S_ISDIR(status.st_mode) else "it is a pipe, a socket or a device")
+
+
+def local_bytes(path: str, start: int, size: int) -> bytes:
+    """At most `size` bytes of a local file from `start` on."""
+    handle, _ = open_regular(path)
+    try:
+        return os.pread(handle, size, start)
+    finally:
+        os.close(handle)
+
+
+def short_file_bytes(path: str, most_bytes: float) -> bytes:
+    """A local file's bytes, none where there are more than `most_bytes` or miniaudio does not know the format. Short
+    files are many: each is opened once and read at one go."""
+    handle, length = open_regular(path)
+    try:
+        head = os.read(handle, FIRST_BYTES)
+        if format_of(head) is None or length > most_bytes:
+            return b""
+        while len(head) < length and (more := os.read(handle, length - len(head))):
+            head += more
+        return head
+    finally:
+        os.close(handle)
+
+
+def read_bytes(path: str, start: int, size: int) -> bytes:
+    """`size` bytes from `start` on, or all. A store that fails is asked again after 0.5, 1, 2 and 4 s, but not for a
+    file that is missing."""
+    if size > MAX_FILE_BYTES:
+        raise OSError(f"it has {size} bytes, and {MAX_FILE_BYTES} is the most that is read of a file at once")
+    if size > 0 and not is_uri(path):
+        data = local_bytes(path, start, size)
+        if len(data) < size:
+            raise OSError(f"{path} is cut short: {len(data)} bytes from {start} on, not {size}")
+        return data
+    for pause in (*RETRY_SECONDS, None):
+        try:
+            if size == PARQUET_ROW:
+                from raytrain.data.audio.embedded import read_audio_bytes  # needs pyarrow
+
+                return read_audio_bytes(path, [start])[start]
+            return read_range(path, start, size, most=MAX_FILE_BYTES)
+        except StorageReadError as error:
+            if pause is None or not is_uri(path) or isinstance(error.__cause__, FileNotFoundError):
+                raise
+            time.sleep(pause)
+    raise AssertionError("the last try returns or raises")
