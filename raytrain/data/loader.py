@@ -197,7 +197,7 @@ class BatchLoader:
             for work, reading in ahead:
                 self._put(self._finish(work, reading))
             self._put(None)
-        except Exception as error:  # the consumer raises it; a thread has nobody to tell
+        except Exception as error:  # the consumer raises it: nothing would catch it in a thread
             self._put(error)
         finally:
             if hasattr(self._work, "close"):  # a generator that holds files or threads

@@ -93,7 +93,7 @@ NO_LISTING = AudioListing(is_on=False)
 
 def came_back(rejected_examples: Sequence[Mapping[str, Any]]) -> bool:
     """Whether a file is there now that a row was rejected for. `rejected_examples` are those of `statistics.json` or of
-    an assignment's index; the few files that they name stand for all."""
+    an assignment's index; only the few files that they name are checked."""
     return any(
         os.path.isfile(row["detail"].removeprefix(_NO_FILE))
         for example in rejected_examples

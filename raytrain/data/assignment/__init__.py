@@ -10,8 +10,8 @@ Row i of a bucket is the i-th over its parts in chunk order, so the order is tha
 how they were cut nor on which machine wrote which part.
 
 The index names each note by its id, and its `rows_id` covers the bytes of every part, and some of each tar that rows
-point into: what follows from the rows depends on that. A process checks a part against its note when it opens it first;
-where they differ it removes the note, so that `assign` makes the chunk anew.
+point into: what follows from the rows depends on that. A process checks a part against its note when it first opens it;
+where they differ it removes the note, so that `assign` makes the chunk again.
 
 Files import corpora and sequences, storage, numpy and pyarrow; nothing here knows of batches. Open `reading` first.
 """

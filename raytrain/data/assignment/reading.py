@@ -26,7 +26,7 @@ _MAX_OPEN_PARTS = 2048  # a process may map 65530 files, and a billion rows have
 
 
 class DamagedPartError(ArtifactError):
-    """Assigned rows are not what was written; their chunk's note is gone, and `assign` makes the chunk anew."""
+    """Assigned rows are not what was written; their chunk's note was removed, and `assign` makes the chunk again."""
 
 
 class Assignment:
@@ -135,7 +135,7 @@ class Assignment:
             raise DamagedPartError(
                 f"assigned rows of bucket {bucket}, chunk {chunk} were changed after they were written",
                 why=why,
-                remedy="run the same command again, or `raytrain assign`: these rows are assigned anew",
+                remedy="run the same command again, or `raytrain assign`: these rows are assigned again",
             ) from error
         except OSError as error:
             raise ArtifactError(
@@ -156,7 +156,7 @@ class Assignment:
         return self._ids[chunk][name]
 
     def _void(self, chunk: int) -> None:
-        with contextlib.suppress(OSError, RaytrainError):  # whoever can't write there can still report it
+        with contextlib.suppress(OSError, RaytrainError):  # the error is reported in any case
             if self._store:
                 self._store.discard(f"{self.folder.name}/{note_name(chunk)}")
             else:

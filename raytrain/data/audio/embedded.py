@@ -46,7 +46,7 @@ def read_audio_bytes(path: str, rows: Sequence[int]) -> dict[int, bytes]:
 
 @contextmanager
 def open_parquet(path: str) -> Iterator[pyarrow.parquet.ParquetFile]:
-    """A Parquet file. Raises `StorageReadError` where it can't be opened, or read by whoever uses it."""
+    """A Parquet file. Raises `StorageReadError` where it can't be opened, or read in the `with` block."""
     try:
         with open_file(path) as file:
             yield pyarrow.parquet.ParquetFile(file, buffer_size=_BUFFER)

@@ -1,4 +1,4 @@
-"""Headers of recordings: what a file says of itself, and its format told from its first bytes."""
+"""Headers of recordings: what a file says about itself, and its format by its first bytes."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from raytrain.data.audio.errors import AudioError, shown
 
 MIN_SAMPLE_RATE, MAX_SAMPLE_RATE = 1_000, 768_000
 MAX_CHANNELS = 256
-HEAD_BYTES = 64  # tell a format
+HEAD_BYTES = 64  # enough to recognize a format
 
 
 @dataclass(frozen=True)
 class AudioHeader:
-    """What a recording says of itself: `frames` samples of each of its `channels`, at `sample_rate` Hz."""
+    """What a recording says about itself: `frames` samples of each of its `channels`, at `sample_rate` Hz."""
 
     frames: int
     sample_rate: int
@@ -26,7 +26,7 @@ class AudioHeader:
 
 
 def format_of(head: bytes) -> str | None:
-    """The format of a file that miniaudio decodes, told from its first bytes."""
+    """The format of a file that miniaudio decodes, by its first bytes."""
     if head.startswith(b"fLaC"):
         return "flac"
     if head.startswith(b"OggS") and head[28:35] == b"\x01vorbis":
@@ -37,7 +37,7 @@ def format_of(head: bytes) -> str | None:
 
 
 def flac_header(head: bytes) -> AudioHeader | None:
-    """From a FLAC file's first 26 bytes; None where they don't say how long it is (one that was written to a pipe)."""
+    """From a FLAC file's first 26 bytes; None where they don't say how long it is, as after writing to a pipe."""
     if len(head) < 26 or not head.startswith(b"fLaC") or head[4] & 0x7F:
         return None
     packed = int.from_bytes(head[18:26], "big")  # 20 bits rate, 3 channels, 5 bits of a sample, 36 frames
@@ -61,10 +61,10 @@ def checked(path: str, header: AudioHeader) -> AudioHeader:
     """The header. Raises `AudioError` where its rate or channels are beyond the limits."""
     if not MIN_SAMPLE_RATE <= header.sample_rate <= MAX_SAMPLE_RATE:
         raise AudioError(
-            f"audio {shown(path)} has a sample rate that is none of speech",
+            f"audio {shown(path)} has a sample rate that is not one of speech",
             got=f"{header.sample_rate} Hz",
             allowed=f"{MIN_SAMPLE_RATE} to {MAX_SAMPLE_RATE} Hz",
-            remedy="make the file anew, or leave its row out",
+            remedy="write the file again, or leave its row out",
         )
     if not 1 <= header.channels <= MAX_CHANNELS:
         raise AudioError(

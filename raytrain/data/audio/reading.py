@@ -76,7 +76,7 @@ def read_audio(
             if not len(mono):
                 raise no_audio(path, f"{num_samples} sample(s)")
         if not (np.isfinite(mono.min()) and np.isfinite(mono.max())):
-            raise AudioError(f"audio {shown(path)} has non-finite samples", remedy="make the file anew")
+            raise AudioError(f"audio {shown(path)} has non-finite samples", remedy="write the file again")
         return np.ascontiguousarray(mono, dtype=np.float32)
     except Exception as error:  # whatever a file does to its decoder is that file's fault
         raise audio_error(path, error) from error

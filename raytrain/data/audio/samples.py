@@ -38,8 +38,8 @@ def _mixed_down(samples: np.ndarray) -> np.ndarray:
 
 
 def short_file(path: str, data: bytes | None, offset_ms: int, duration_ms: int | None) -> tuple[np.ndarray, int] | None:
-    """(frames,) float32 and the sample rate of a file's first `duration_ms`; None where libsndfile has to see to it:
-    another format, a span from further on, a file that holds much more than is wanted, or one that is broken."""
+    """(frames,) float32 and the sample rate of a file's first `duration_ms`; None where libsndfile has to read it:
+    another format, a span that starts later, a file that holds much more than is wanted, or a broken file."""
     if offset_ms:
         return None
     most_bytes = math.inf if duration_ms is None else max(1, duration_ms / 1000) * _BYTES_PER_SECOND

@@ -106,7 +106,7 @@ def _are_plain_paths(paths: list[str]) -> bool:
 
 
 def _are_plain_texts(texts: list[str]) -> bool:
-    """Whether all texts are usable, told without a check of each one."""
+    """Whether all texts are usable, without a check of each one."""
     if not all(texts) or not all(map(str.strip, texts)):
         return False
     joined = "".join(texts)

@@ -1,6 +1,6 @@
 """Lhotse Shar: folders with `cuts.000000.jsonl.gz` and the audio of its cuts in `recording.000000.tar`, and so on.
 
-The tar holds what the cut spans, as `<cut id>.flac` or with another ending, which the cuts don't tell: members are
+The tar holds what the cut spans, as `<cut id>.flac` or with another ending, which the cuts don't say: members are
 named by the cut's id (see `tarred.TarIndex`). Further fields, such as features, are not read.
 """
 

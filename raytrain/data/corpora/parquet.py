@@ -79,7 +79,7 @@ def _spans(path: str, chunk_bytes: int) -> list[tuple[int, int]]:
 
 
 def _nulls(group: RowGroupMetaData, leaf: str) -> int | None:
-    """Rows without a value, None where the file doesn't tell."""
+    """Rows without a value, None where the file doesn't say."""
     for index in range(group.num_columns):
         column = group.column(index)
         if column.path_in_schema == leaf and column.statistics and column.statistics.has_null_count:

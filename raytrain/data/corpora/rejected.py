@@ -1,4 +1,4 @@
-"""Rows that a corpus holds and nobody can use: counted by corpus and reason, with the first of each as examples, and
+"""Rows of a corpus that can't be used: counted by corpus and reason, with the first of each as examples, and
 reported as one error with file, line and detail where there are too many.
 
     rejected = RejectedRows()

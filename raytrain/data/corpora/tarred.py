@@ -25,7 +25,7 @@ _WORD = re.compile(r"[^\W_]+")
 
 
 def make_chunks(corpus: Corpus, paths: Sequence[str], chunk_bytes: int) -> Iterator[Chunk]:
-    """One chunk for each manifest and its tar. Raises `ManifestError` where it can't be told which belong together."""
+    """One chunk for each manifest and its tar. Raises `ManifestError` where it is unclear which belong together."""
     patterns = (corpus.audio,) if isinstance(corpus.audio, str) else corpus.audio or ()
     tars = [tar for pattern in patterns for tar in expand(pattern)]
     if len(tars) == len(paths):
@@ -41,8 +41,8 @@ def pair_shards(
 
     Where all names have a shard number, those of the same number belong together, and where several have, those whose
     paths have most words in common. Names without go together by their words (`en.json`, `en.tar`) or, where these do
-    not tell, in order, and the shard's number is None. Raises `ManifestError` that names files where numbers differ or
-    pairs can't be told apart.
+    not decide, in order, and the shard's number is None. Raises `ManifestError` that names files where numbers differ
+    or several pairs are possible.
     """
     ids, tar_ids = shard_numbers(manifests), shard_numbers(tars)
     lonely = _lonely(manifests, ids, tars, tar_ids) if ids is not None and tar_ids is not None else ""
@@ -92,8 +92,8 @@ def _matched(manifests: Sequence[tuple[str, int]], tars: Sequence[tuple[str, int
 
 
 def shard_numbers(paths: Sequence[str]) -> list[int] | None:
-    """The shard number in each file's name, None where there is none: the last number that tells them apart, or if none
-    does, one at the names' ends (`audio_3.tar`, `audio-3-of-8.tar`)."""
+    """The shard number in each file's name, None where there is none: the last number in which they differ, or if there
+    is none, the number at the names' ends (`audio_3.tar`, `audio-3-of-8.tar`)."""
     stems = [_TOTAL.sub("", _stem(path)) for path in paths]
     numbers = [re.findall(r"[0-9]+", stem) for stem in stems]
     if not all(numbers):
@@ -127,7 +127,7 @@ def _lonely(manifests: Sequence[str], ids: Sequence[int], tars: Sequence[str], t
 
 def _ambiguous(what: str, got: str) -> ManifestError:
     return ManifestError(
-        f"{what}: it can't be told which manifest belongs to which tar",
+        f"{what}: it is unclear which manifest belongs to which tar",
         got=got,
         allowed="each number once, or paths that tell the files of a number apart (en/manifest_0.json, en/audio_0.tar)",
         remedy="make several corpora of it, one for each set of numbers",

@@ -24,7 +24,7 @@ class Corpus:
     """One corpus of a split.
 
     `path` names its files: local paths or URIs, with `{0..7}`, `_OP_0..7_CL_` or `*`; relative ones lie below
-    `data.root`. `format` is told from the files where it is not given. `audio` names the tars of `nemo_tarred`, and
+    `data.root`. `format` follows from the files where it is not given. `audio` names the tars of `nemo_tarred`, and
     for other formats the folder that relative audio paths are in (by default the manifest's own). `language` and
     `target_language` stand in where rows name none. `weight` multiplies the corpus' share in training.
     """
