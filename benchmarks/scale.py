@@ -22,8 +22,8 @@ from typing import Any
 from benchmarks._record import record
 from benchmarks.padding import draw_lengths
 from benchmarks.statistics import PeakMemory, make_manifest
-from raytrain.cluster.assigning import ChunkAssigner
 from raytrain.data.assignment import ChunkNote, part_name, write_index
+from raytrain.data.assignment.assigner import ChunkAssigner
 from raytrain.data.corpora.reading import plan_chunks
 from raytrain.data.corpora.types import Corpus
 from raytrain.data.counts import Counts, HistogramSum, count_chunk

@@ -8,14 +8,16 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from raytrain.cluster.assigning import FOLDER, AssignSettings, assign_all
+from raytrain.cluster.assigning import assign_all
 from raytrain.cluster.placement import Placement
 from raytrain.config import Config
 from raytrain.data.assignment import INDEX_FORMAT, IndexBody, note_name, write_index
+from raytrain.data.assignment.assigner import AssignSettings
 from raytrain.data.corpora.rejected import RejectedRows
 from raytrain.data.corpora.rows import REASONS as ROW_REASONS
 from raytrain.data.corpora.types import Chunk
 from raytrain.data.probe import MISSING, came_back
+from raytrain.run_folder.assigned_chunks import FOLDER
 from raytrain.run_folder.chunks import chunks_of, numbered_chunks, split_inputs
 from raytrain.run_folder.documents import read_artifact
 from raytrain.run_folder.workspace import Workspace
@@ -48,7 +50,7 @@ def is_whole(workspace: Workspace) -> bool:
     names = workspace.store.names(f"{FOLDER}/parts", "*.json")
     stand = all(Path(note_name(chunk)).name in names for chunk in range(len(index.notes)))
     few = not bad_rows(index).too_many(workspace.config.data.max_bad_fraction)
-    return stand and few and not came_back([entry.to_dict() for entry in index.rejected_examples])
+    return stand and few and not came_back(index.rejected_examples)
 
 
 def run(context: Context) -> str:

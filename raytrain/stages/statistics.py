@@ -49,7 +49,7 @@ def key(workspace: Workspace) -> object:
 
 def is_whole(workspace: Workspace) -> bool:
     """Whether audio that was missing still is."""
-    return not came_back([entry.to_dict() for entry in workspace.statistics().rejected_examples])
+    return not came_back(workspace.statistics().rejected_examples)
 
 
 def run(context: Context) -> str:

@@ -16,9 +16,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from in_process import pipeline_in_process
 
-from raytrain.cluster.assigning import ChunkAssigner
 from raytrain.config import Config
 from raytrain.data.assignment import Assignment
+from raytrain.data.assignment.assigner import ChunkAssigner
 from raytrain.data.corpora.reading import plan_chunks, read_blocks
 from raytrain.data.corpora.types import Chunk, Corpus
 from raytrain.data.counts import Counts, count_chunk, number_lines

@@ -16,7 +16,6 @@ from conftest import tiny_values
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from raytrain.cluster.assigning import standing_note
 from raytrain.cluster.probing import read_answers
 from raytrain.cluster.trainer import _gave_up, keep_metrics_until
 from raytrain.config import check_config
@@ -32,6 +31,7 @@ from raytrain.lengths.profile import BatchProfile, ProbeSetting
 from raytrain.lengths.schedule import BatchSchedule, ScheduleState
 from raytrain.model.config import ModelConfig
 from raytrain.report.page import write_report
+from raytrain.run_folder.assigned_chunks import standing_note
 from raytrain.run_folder.batches import corpus_repeats
 from raytrain.run_folder.chunks import numbered_chunks
 from raytrain.run_folder.documents import CHUNKS_FORMAT, Artifact
