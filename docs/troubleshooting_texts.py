@@ -142,10 +142,10 @@ WARNINGS = {
     "MLflow is away (…); metrics.jsonl keeps everything": "Training goes on, and what is missing is sent when the server answers. Check tracking.uri.",
     "the tokenizer can't write all characters of the texts, nor will a model:‹listing›": "Clean the texts of these characters, or take a tokenizer that has them; above tokenizer.max_unknown_fraction "
     "it is an error.",
-    "corpus ‹name› has no row that training can use: ‹files›": "The file is empty, or all of its rows are left out, see the table. Mend it, or leave the corpus out of "
+    "corpus ‹name› has no row that training can use: ‹files›": "The file is empty, or all of its rows are left out, see the table. Fix it, or leave the corpus out of "
     "data.train.",
     "‹rows› of the ‹probed› recordings of ‹corpus› that were checked ‹what›: ‹file›:‹line›: ‹detail›": "A sample of headers contradicts the manifest: see `short_audio` and `unreadable_audio` above.",
-    "‹broken› recording(s) can't be read (quarantine.jsonl names them); in training others take their place": "Mend or remove them; above data.max_bad_fraction training ends.",
+    "‹broken› recording(s) can't be read (quarantine.jsonl names them); in training others take their place": "Fix or remove them; above data.max_bad_fraction training ends.",
     "‹references_changed› of … references are compared as the tokenizer's normalizer writes them; hypotheses.jsonl has "
     "both": "Scores compare what a model can write: NFC, and what the tokenizer folds (full-width letters, ligatures).",
     "nothing was scored; something is wrong": "The demo's test recordings can't be read: look at hypotheses.jsonl.",

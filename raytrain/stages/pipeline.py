@@ -190,14 +190,13 @@ def _check_needs(stage: Stage, config: Config, done: Records) -> None:
 def _check_unchanged(stage: Stage, run_dir: Path, records: Records) -> None:
     """Raise `ArtifactError` where a file is no longer what a stage before this one wrote. `records` are those of stages
     that do not run now; one that does writes its files anew."""
-    names = [before.name for before in STAGES[: STAGES.index(stage)] if before.name in records]
-    for before in names:
-        for name, identity in records[before].outputs.items():
+    for writer in (before.name for before in STAGES[: STAGES.index(stage)] if before.name in records):
+        for name, identity in records[writer].outputs.items():
             if not _is_same(run_dir / name, identity):
                 raise ArtifactError(
-                    f"{run_dir / name} is not what {before} wrote",
+                    f"{run_dir / name} is not what {writer} wrote",
                     why="it was changed, damaged or removed since",
-                    remedy=f"run `raytrain {before}` with this configuration, or `raytrain run` for all stages",
+                    remedy=f"run `raytrain {writer}` with this configuration, or `raytrain run` for all stages",
                 )
 
 

@@ -94,9 +94,8 @@ def _warn(context: Context, counts: Counts, unknown: list[UnknownPieces]) -> Non
     used = {group[0] for group, histogram in counts.groups.items() if histogram.total().total}
     warn_of_unused_corpora(context, {corpus.name for corpus in context.config.data.train} - used)
     if unknown:
-        context.console.warn(
-            f"the tokenizer can't write all characters of the texts, nor will a model:{listing_of(unknown)}"
-        )
+        listing = listing_of(unknown)
+        context.console.warn(f"the tokenizer can't write all characters of the texts, nor will a model:{listing}")
     for entry in counts.contradicted.summary():
         _warn_of_audio(context, entry, counts.probed[entry.corpus])
 

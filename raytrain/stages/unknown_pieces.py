@@ -53,6 +53,7 @@ def check_unknown(unknown: Sequence[UnknownPieces], section: TokenizerSection) -
     bad = [group for group in unknown if group.fraction > limit]
     if not bad:
         return
+    listing = listing_of(bad[:_NUM_SHOWN])
     further = f"\n  and {len(bad) - _NUM_SHOWN} more" if len(bad) > _NUM_SHOWN else ""
     if section.path:
         remedy = (
@@ -67,5 +68,5 @@ def check_unknown(unknown: Sequence[UnknownPieces], section: TokenizerSection) -
         got=f"{bad[0].fraction:.2%} unknown pieces",
         allowed=f"tokenizer.max_unknown_fraction = {limit:.2%}",
         why="a model learns nothing of characters that the tokenizer has no piece for",
-        remedy=f"{remedy}, or allow more:{listing_of(bad[:_NUM_SHOWN])}{further}",
+        remedy=f"{remedy}, or allow more:{listing}{further}",
     )
