@@ -36,7 +36,8 @@ from raytrain.config import check_config
 from raytrain.lengths import BatchSizeSearch, BucketPlan, BucketSearches, BucketSettings, LengthHistogram, make_plan
 from raytrain.model.config import ModelConfig
 from raytrain.model.cost import cost_of
-from raytrain.stages.oomptimize import predict, traced_device
+from raytrain.stages.devices import traced_device
+from raytrain.stages.predicted_sizes import predict
 from raytrain.training.memory.isolated import IsolatedMeter
 from raytrain.training.memory.meter import Probe, ProbeGroup, joint_probe
 from raytrain.training.memory.probe import StepMeter

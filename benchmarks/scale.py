@@ -22,13 +22,15 @@ from typing import Any
 from benchmarks._record import record
 from benchmarks.padding import draw_lengths
 from benchmarks.statistics import PeakMemory, make_manifest
-from raytrain.cluster.assigning import ChunkAssigner, write_index
-from raytrain.cluster.counting import MAX_CHUNKS, Counts, HistogramSum, count_chunk
+from raytrain.data.assignment import ChunkNote, part_name, write_index
+from raytrain.data.assignment.assigner import ChunkAssigner
 from raytrain.data.corpora.reading import plan_chunks
 from raytrain.data.corpora.types import Corpus
+from raytrain.data.counts import Counts, HistogramSum, count_chunk
 from raytrain.data.sequences import BlockEncoder
 from raytrain.data.text.tokenizer import SPECIALS, CanaryTokenizer, train_specials
 from raytrain.lengths import BucketSettings, LengthHistogram, make_plan
+from raytrain.run_folder.chunks import MAX_CHUNKS
 
 _DISTINCT = 64
 
@@ -80,11 +82,12 @@ def run_driver(utterances: int, folder: Path) -> dict[str, Any]:
         buckets = len(plan.grid.buckets)
         rows = {str(bucket): per_chunk // buckets for bucket in range(buckets)}
         notes = [
-            {"chunk": number, "corpus": "all", "rows": rows, "rejected": {}, "examples": {}}
+            ChunkNote(number, "all", rows, {}, {}, {part_name(int(bucket), number): "0" * 16 for bucket in rows})
             for number in range(MAX_CHUNKS)
         ]
         start = time.perf_counter()
-        write_index(folder, notes, plan, MAX_CHUNKS * sum(rows.values()), {})
+        grid = [(bucket.max_duration_ms, bucket.max_tokens) for bucket in plan.grid.buckets]
+        write_index(folder, notes, grid, MAX_CHUNKS * sum(rows.values()), {})
         indexing = time.perf_counter() - start
     return {
         "utterances": histogram.total,

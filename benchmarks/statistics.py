@@ -32,12 +32,14 @@ sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from benchmarks._record import record
 from benchmarks.padding import draw_lengths
-from raytrain.cluster import counting as statistics
+from raytrain.cluster.counting import count_all
 from raytrain.cluster.session import ray_session
 from raytrain.config import ClusterSection, Config, check_config
+from raytrain.data.counts import Counts
 from raytrain.data.text.tokenizer import SPECIALS, CanaryTokenizer, train_specials, train_tokenizer
 from raytrain.lengths.histogram import LengthHistogram
-from raytrain.stages.stages import write_histogram
+from raytrain.run_folder.chunks import chunks_of
+from raytrain.run_folder.histograms import write_histogram
 
 
 class PeakMemory:
@@ -71,8 +73,8 @@ def stage(config: Config, tokenizer: CanaryTokenizer, folder: Path) -> tuple[Len
     """What the stage counts, its seconds, and the driver's peak in MiB."""
     with PeakMemory() as memory:
         start = time.perf_counter()
-        total = statistics.Counts()
-        for _, partial in statistics.count_all(statistics.chunks_of(config, "train"), tokenizer, config):
+        total = Counts()
+        for _, partial in count_all(chunks_of(config, "train"), tokenizer, config):
             total.add(partial)
         histogram = total.histogram
         write_histogram(folder / "histogram.parquet", histogram)
@@ -101,7 +103,7 @@ def check_equal(config: Config, tokenizer: CanaryTokenizer, lengths: np.ndarray,
 
     encoder = BlockEncoder(tokenizer, config.model.prompt_format)
     mine: list[tuple[int, int]] = []
-    for chunk in statistics.chunks_of(config, "train"):
+    for chunk in chunks_of(config, "train"):
         for block in read_blocks(chunk):
             mine += zip(block.duration_ms.tolist(), encoder.count(block)[0].tolist(), strict=True)
         if len(mine) >= lines:

@@ -26,8 +26,8 @@ import soundfile
 sys.path[0] = str(Path(__file__).resolve().parents[1])  # as a script, this file's folder would come first
 
 from benchmarks._record import record
-from raytrain.cluster.assigning import ChunkAssigner
 from raytrain.data.assignment import Assignment, note_name, write_index, write_note
+from raytrain.data.assignment.assigner import ChunkAssigner
 from raytrain.data.corpora.reading import plan_chunks
 from raytrain.data.corpora.types import Corpus
 from raytrain.data.loader import BatchLoader, StepReader

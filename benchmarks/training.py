@@ -32,6 +32,7 @@ from benchmarks._record import record
 from raytrain.cluster.session import ray_session
 from raytrain.config import ClusterSection, Config, check_config
 from raytrain.console import Console
+from raytrain.run_folder.batches import make_loader
 from raytrain.run_folder.workspace import Workspace
 from raytrain.stages.pipeline import run_pipeline
 
@@ -107,7 +108,7 @@ def overhead(config: Config, steps: int, turns: int) -> dict[str, Any]:
     workspace = Workspace(config, config.run_dir)
     sizes = workspace.profiles()[0].batch_sizes
     config = config.model_copy(update={"train": replace(config.train, max_steps=steps)})
-    with workspace.loader(sizes, None, [0], 1) as loader:
+    with make_loader(workspace, sizes, None, [0], 1) as loader:
         kept = [loaded.batch for loaded in islice(loader, steps)]
     audio = sum(int(batch.audio_lengths.sum()) for batch in kept) / config.model.sample_rate
     bare, whole = [], []
@@ -122,7 +123,7 @@ def overhead(config: Config, steps: int, turns: int) -> dict[str, Any]:
         out = config.run_dir / f"loop-{turn}"
         mlflow = MlflowTracker.open(f"sqlite:///{out.parent / 'loop.db'}", "benchmark", "loop", system_metrics=True)
         tracker = MultiTracker(JsonLinesTracker(out / "metrics.jsonl"), mlflow)
-        with workspace.loader(sizes, None, [0], 1) as loader:
+        with make_loader(workspace, sizes, None, [0], 1) as loader:
             loop = new_loop(config, workspace, loader, out, tracker.log_metrics)
             start = time.perf_counter()
             loop.run()

@@ -142,11 +142,11 @@ WARNINGS = {
     "MLflow is unavailable (…); metrics.jsonl keeps everything": "Training continues, and what is missing is sent when the server answers. Check tracking.uri.",
     "the tokenizer can't write all characters of the texts, nor will a model:‹listing›": "Clean the texts of these characters, or take a tokenizer that has them; above tokenizer.max_unknown_fraction "
     "it is an error.",
-    "corpus ‹name› has no row that training can use: ‹files›": "The file is empty, or all of its rows are left out, see the table. Mend it, or leave the corpus out of "
+    "corpus ‹name› has no row that training can use: ‹files›": "The file is empty, or all of its rows are left out, see the table. Fix it, or leave the corpus out of "
     "data.train.",
-    "‹rows› of the ‹probed› recordings of ‹corpus› that were looked at ‹what›: ‹file›:‹line›: ‹detail›": "A sample of headers contradicts the manifest: see `short_audio` and `unreadable_audio` above.",
-    "‹broken› recording(s) can't be read (quarantine.jsonl names them); in training others take their place": "Mend or remove them; above data.max_bad_fraction training ends.",
-    "‹references_changed› of … references are compared as the tokenizer's normaliser writes them; hypotheses.jsonl has "
+    "‹rows› of the ‹probed› recordings of ‹corpus› that were checked ‹what›: ‹file›:‹line›: ‹detail›": "A sample of headers contradicts the manifest: see `short_audio` and `unreadable_audio` above.",
+    "‹broken› recording(s) can't be read (quarantine.jsonl names them); in training others take their place": "Fix or remove them; above data.max_bad_fraction training ends.",
+    "‹references_changed› of … references are compared as the tokenizer's normalizer writes them; hypotheses.jsonl has "
     "both": "Scores compare what a model can write: NFC, and what the tokenizer folds (full-width letters, ligatures).",
     "nothing was scored; something is wrong": "The demo's test recordings can't be read: look at hypotheses.jsonl.",
     "… has … for Ray's sockets: they are in …": "A socket's path ends at 107 bytes, all ASCII. Nothing is to do; a shorter TMPDIR keeps Ray's files there.",
@@ -156,7 +156,7 @@ WARNINGS = {
 
 # Module → warnings whose text is made elsewhere or is given to the function that warns.
 INDIRECT_WARNINGS = {
-    "raytrain/stages/stages.py": ["training waits for data …% of its time: …"],
+    "raytrain/stages/train.py": ["training waits for data …% of its time: …"],
     "raytrain/tracking/mlflow.py": [
         "MLflow is unavailable (…); metrics.jsonl keeps everything",
         "MLflow refused an entry (…)",
@@ -169,7 +169,7 @@ END = """\
 
 - **`up to date`** beside a stage: no setting and no file that it depends on has changed since it ran. To run it again
   delete its artefact (`raytrain run` names the stages; the README their artefacts).
-- **`training goes on from step N`**: there is a whole checkpoint of this run. To begin at step 0 use another `name`.
+- **`training resumes from step N`**: there is a whole checkpoint of this run. To begin at step 0 use another `name`.
 - **`training starts again: …`**: a worker was lost, or a batch did not fit and has been made smaller. It goes on from
   the last checkpoint.
 - **`stopped; the same command goes on from here`**: Ctrl-C. What is finished stays.

@@ -12,8 +12,10 @@ from raytrain.cluster import assigning as assign
 from raytrain.cluster import counting as statistics
 from raytrain.config import Config
 from raytrain.console import Console
+from raytrain.run_folder.lineage import training_lineage
 from raytrain.run_folder.workspace import Workspace
-from raytrain.stages import pipeline, stages
+from raytrain.stages import oomptimize, pipeline
+from raytrain.stages.context import Context
 from raytrain.storage.artifacts import atomic_write_bytes, canonical_json, content_id
 
 
@@ -28,9 +30,9 @@ def pipeline_in_process() -> Iterator[Callable[..., list[str]]]:
         if stage.name in ("statistics", "buckets", "assign"):
             return stage
 
-        def run(context: stages.Context) -> str:
+        def run(context: Context) -> str:
             # What a training learns follows from its lineage.
-            value = stages._lineage(context.workspace) if stage.name == "train" else context.key
+            value = training_lineage(context.workspace) if stage.name == "train" else context.key
             for name in stage.outputs:
                 atomic_write_bytes(context.path(name), canonical_json([name, value]))
             return "done"
@@ -44,7 +46,7 @@ def pipeline_in_process() -> Iterator[Callable[..., list[str]]]:
             patch.setattr(module, "map_on_workers", map_here)
         patch.setattr(pipeline, "ray_session", lambda section: contextlib.nullcontext())
         patch.setattr(pipeline, "may_train_on_gpus", lambda config: False)
-        patch.setattr(stages, "device_names", lambda config: ["cpu"])
+        patch.setattr(oomptimize, "device_names", lambda config: ["cpu"])
         patch.setattr(pipeline, "STAGES", tuple(map(stand_in, pipeline.STAGES)))
         yield lambda config: pipeline.run_pipeline(config, Console(quiet=True))
 
@@ -56,4 +58,4 @@ def keys_of(config: Config, run_dir: Path) -> dict[str, str]:
         for stage in pipeline.STAGES
         if stage.applies(config)
     }
-    return {**keys, "anew": stages._lineage(Workspace(config, run_dir))}
+    return {**keys, "anew": training_lineage(Workspace(config, run_dir))}

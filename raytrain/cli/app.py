@@ -98,7 +98,7 @@ def buckets(
         return
     from raytrain.config import load_config
     from raytrain.console import Console
-    from raytrain.stages.stages import compare_plans
+    from raytrain.stages.planning import compare_plans
 
     rows = compare_plans(load_config(config, set))
     columns = ("policy", "audio padding", "token padding", "padded compute", "cells", "rejected", "seconds")
@@ -135,7 +135,7 @@ def oomptimize(
         return
     from raytrain.config import load_config
     from raytrain.console import Console
-    from raytrain.stages.stages import plan_dry
+    from raytrain.stages.planning import plan_dry
 
     loaded = load_config(config, overrides)
     if loaded.oomptimize.device_memory is None:
@@ -151,24 +151,22 @@ def oomptimize(
     columns = ("bucket", "≤ seconds", "≤ tokens", "batch size", "seconds of audio", "peak GiB")
     cells = [
         (
-            row["bucket"],
-            row["max_duration_ms"] / 1000,
-            row["max_tokens"],
-            row["batch_size"],
-            row["audio_seconds"],
-            f"{row['predicted_gib']:.2f}",
+            row.bucket,
+            row.max_duration_ms / 1000,
+            row.max_tokens,
+            row.batch_size,
+            row.audio_seconds,
+            f"{row.predicted_gib:.2f}",
         )
         for row in rows
     ]
     console.table(columns, [[str(value) for value in row] for row in cells])
     last = rows[-1]
-    console.say(f"\nLive at the peak of bucket {last['bucket']}'s step with {last['traced_batch_size']} utterances:")
-    for key in ("mib_by_phase", "mib_by_module"):
-        total = sum(last[key].values())
-        parts = [
-            (name, f"{size:,.0f}", f"{size / total:.1%}") for name, size in last[key].items() if size > 0.002 * total
-        ]
-        console.table((key.removeprefix("mib_by_"), "MiB", "share"), parts)
+    console.say(f"\nLive at the peak of bucket {last.bucket}'s step with {last.traced_batch_size} utterances:")
+    for label, sizes in (("phase", last.mib_by_phase), ("module", last.mib_by_module)):
+        total = sum(sizes.values())
+        parts = [(name, f"{size:,.0f}", f"{size / total:.1%}") for name, size in sizes.items() if size > 0.002 * total]
+        console.table((label, "MiB", "share"), parts)
 
 
 @app.command()
@@ -339,7 +337,7 @@ def schedule(
 
     from raytrain.config import load_config
     from raytrain.console import Console
-    from raytrain.stages.stages import describe_schedule
+    from raytrain.stages.planning import describe_schedule
 
     console = Console()
     loaded = load_config(config, set)
@@ -352,8 +350,8 @@ def schedule(
     console.table(
         columns,
         [
-            (one["corpus"], str(one["rows"]), f"{one['repeats']:.2f}", *share)
-            for one, share in zip(corpora, shares, strict=True)
+            (corpus.corpus, str(corpus.rows), f"{corpus.repeats:.2f}", *share)
+            for corpus, share in zip(corpora, shares, strict=True)
         ],
     )
     if found is None:

@@ -13,8 +13,8 @@ from ray.train.collective import broadcast_from_rank_zero
 from raytrain.cluster.ingest import RankInput
 from raytrain.cluster.placement import Placement
 from raytrain.config import Config
-from raytrain.data.work import StepWork
 from raytrain.data.stream import StreamState, StreamStep
+from raytrain.data.work import StepWork
 from raytrain.errors import RaytrainError
 from raytrain.run_folder.workspace import Workspace
 

@@ -10,14 +10,15 @@ from __future__ import annotations
 import math
 import os
 from collections import Counter, OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
 from raytrain.data.audio import read_header
 from raytrain.data.corpora.blocks import Block, locate_audio
+from raytrain.data.corpora.rejected import RejectedExamples
 from raytrain.data.corpora.types import TAR_FORMATS, BadRow, Chunk, Problem
 from raytrain.data.locator import AudioLocator
 from raytrain.errors import DataError
@@ -91,14 +92,14 @@ class AudioListing:
 NO_LISTING = AudioListing(is_on=False)
 
 
-def came_back(rejected_examples: Sequence[Mapping[str, Any]]) -> bool:
+def came_back(rejected_examples: Sequence[RejectedExamples]) -> bool:
     """Whether a file is there now that a row was rejected for. `rejected_examples` are those of `statistics.json` or of
     an assignment's index; only the few files that they name are checked."""
     return any(
-        os.path.isfile(row["detail"].removeprefix(_NO_FILE))
+        os.path.isfile(row.detail.removeprefix(_NO_FILE))
         for example in rejected_examples
-        if example["reason"] == MISSING
-        for row in example["first"]
+        if example.reason == MISSING
+        for row in example.first
     )
 
 

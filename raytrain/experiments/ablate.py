@@ -29,11 +29,12 @@ from raytrain.lengths.schemes import (
     title_of,
 )
 from raytrain.model.cost import cost_of, peak_flops
+from raytrain.run_folder.documents import PROFILE_FORMAT, ProfileBody
+from raytrain.run_folder.histograms import read_histogram
 from raytrain.run_folder.trial_folder import check_on_disk
-from raytrain.run_folder.workspace import PROFILE_FORMAT, ProfileBody, Workspace
-from raytrain.stages.pipeline import read_stages, run_pipeline
-from raytrain.stages.stages import read_histogram
-from raytrain.storage.artifacts import atomic_write_bytes, canonical_json, make_folder, read_json, write_json
+from raytrain.run_folder.workspace import Workspace
+from raytrain.stages.pipeline import read_stages, run_pipeline, write_stages
+from raytrain.storage.artifacts import make_folder, read_json, write_json
 from raytrain.storage.ownership import owned, owning
 from raytrain.storage.run_store import RunStore
 from raytrain.tracking import read_metrics
@@ -277,9 +278,8 @@ def _share_statistics(source: Path, target: Path) -> None:
     for name in ("tokenizer", "histogram.parquet", "statistics.json", "chunks.json"):
         if not (target / name).exists():
             (target / name).symlink_to(source / name)
-    note = target / "stages.json"
     shared = {name: record for name, record in read_stages(source).items() if name == "statistics"}
-    atomic_write_bytes(note, canonical_json({**read_stages(target), **shared}))
+    write_stages(target, {**read_stages(target), **shared})
 
 
 def _trial(trial: dict[str, Any], target: float) -> dict[str, Any]:

@@ -156,13 +156,14 @@ def _rtfx(values: dict[str, Any], folder: str, cuda: bool) -> dict[str, float]:
     from raytrain.data.loader import read_rows
     from raytrain.decoding.recognizer import Recogniser
     from raytrain.decoding.search import DecodeSettings
-    from raytrain.stages.evaluate import load_run
+    from raytrain.run_folder.scored_rows import encode_split
+    from raytrain.run_folder.trained import load_run
 
     config = check_config(values)
     device = worker_device(cuda).torch
     search = DecodeSettings(max_generation_delta=config.evaluate.max_generation_delta)
     recogniser = Recogniser(*load_run(values, folder, "best"), search, device)
-    rows, pad_id = Workspace(config, folder).rows("dev", 40), recogniser.tokenizer.pad_id
+    rows, pad_id = encode_split(Workspace(config, folder), "dev", 40).rows, recogniser.tokenizer.pad_id
     sample_rate = config.model.sample_rate
     found: dict[str, float] = {}
     for size in (1, 8):

@@ -1,80 +1,121 @@
-"""Stage `evaluate`: decode the test manifests on Ray Data (`raytrain.cluster.inference`).
+"""Stage `evaluate`: decode the test manifests on Ray Data (`raytrain.cluster.inference`) and score the hypotheses.
 
 A recording that can't be read gets an error instead of a hypothesis, is counted, and stays out of the scores.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
+
+import orjson
 
 from raytrain.cluster.inference import batch_sizes, make_batches, recognize
 from raytrain.cluster.inference_worker import Job, RecognizedText
 from raytrain.cluster.pool import find_pool
-from raytrain.config import Config, check_config
+from raytrain.config import Config
 from raytrain.data.assignment import Row
-from raytrain.data.text.tokenizer import CanaryTokenizer
 from raytrain.decoding.requests import Request
-from raytrain.errors import CheckpointError
-from raytrain.evaluation.error_counts import count_errors
-from raytrain.model.canary import Canary
+from raytrain.errors import DataError
+from raytrain.evaluation.error_counts import are_enough_readable, count_errors
+from raytrain.evaluation.scoring import Result, score, texts_of
+from raytrain.evaluation.worst import worst
+from raytrain.report.errors import write_errors
+from raytrain.run_folder.chunks import split_inputs
+from raytrain.run_folder.documents import SCORES_FORMAT
+from raytrain.run_folder.scored_rows import EncodedSplit, checked_split, decode_settings, is_translation
+from raytrain.run_folder.trained import TRAINED_NOTE, load_run
 from raytrain.run_folder.workspace import Workspace
-from raytrain.storage.artifacts import read_state
-from raytrain.training.checkpoint import Checkpoint
+from raytrain.stages.context import Context
+from raytrain.storage.artifacts import atomic_write_bytes, file_id, write_json
 
-_NOTE = "checkpoints/last.json"
-_TRAIN_AGAIN = "run `raytrain train` with this configuration, then `raytrain evaluate`"
-
-
-@dataclass(frozen=True)
-class TrainedNote:
-    """What `last.json` says of the checkpoints that training ended with: steps, and ids of files by name."""
-
-    best_step: int
-    files: dict[str, str]
-    last_step: int
-    last_files: dict[str, str]
+HYPOTHESES, SCORES, ERRORS = "hypotheses.jsonl", "scores.json", "errors.html"
+_NUM_EXAMPLES = 3
 
 
-def load_run(config: dict[str, Any], location: str, checkpoint: str) -> tuple[Canary, CanaryTokenizer]:
-    """The model of a run's `best` or `last` checkpoint and its tokenizer, for a worker."""
-    workspace = Workspace(check_config(config), location)
-    found = trained_checkpoint(workspace, checkpoint)
-    model = Canary(workspace.model_config())
-    model.load_state_dict(found.load_weights())
-    return model, workspace.tokenizer
+def key(workspace: Workspace) -> object:
+    """What the stage depends on, as JSON values."""
+    config = workspace.config
+    checkpoint = file_id(workspace.path(TRAINED_NOTE))
+    return [SCORES_FORMAT, config.section("evaluate"), checkpoint, split_inputs(config, "test")]
 
 
-def trained_checkpoint(workspace: Workspace, which: str) -> Checkpoint:
-    """The `best` or the `last` checkpoint that training noted when it ended; the newest note where there is none, as in
-    a trial's folder. Raises `CheckpointError` where it is not what training wrote."""
-    folder = workspace.checkpoints()
-    workspace.store.bring(_NOTE)
-    path = workspace.path(_NOTE)
-    if not path.exists():
-        return folder.to_decode(which)
-    note = read_state(path, TrainedNote)
-    if note is None:
-        raise CheckpointError(
-            f"{path} can't be read", why="it holds something else than training writes", remedy=_TRAIN_AGAIN
+def run(context: Context) -> str:
+    """Write `hypotheses.jsonl`, `scores.json` and `errors.html`."""
+    test = checked_split(context.workspace, "test")
+    for reason, number in test.rejected.by_reason().items():
+        context.console.warn(f"{number} test row(s) left out: {reason}")
+    for name in (SCORES, ERRORS):  # of other hypotheses than those that are written next
+        context.workspace.store.discard(name)
+    results = _transcribe(context, test)
+    atomic_write_bytes(context.path(HYPOTHESES), b"".join(orjson.dumps(result) + b"\n" for result in results))
+    check_unreadable(results, context.config.data.max_bad_fraction)
+    scores = _write_scores(context, results)
+    if scores["unreadable"]:
+        context.console.warn(f"{scores['unreadable']} recording(s) can't be read; hypotheses.jsonl says why")
+    if scores["references_changed"]:
+        context.console.warn(
+            f"{scores['references_changed']} of {len(results) - scores['unreadable']} references are compared as the "
+            "tokenizer's normalizer writes them; hypotheses.jsonl has both"
         )
-    step, files = (note[name] for name in (("best_step", "files") if which == "best" else ("last_step", "last_files")))
-    found = folder.weights_of(step)
-    if found.meta["files"] != files:
-        raise CheckpointError(
-            f"{found.folder} is not the checkpoint that training wrote",
-            why=f"its files have other ids than {_NOTE} says; another process may have written to the run folder",
-            remedy=_TRAIN_AGAIN,
-        )
-    return found
+    return ", ".join(_summary(scores))
+
+
+def _transcribe(context: Context, test: EncodedSplit) -> list[Result]:
+    results = []
+    with context.console.progress("transcribing", len(test.rows)) as update:
+        for result in transcribe_rows(context.config, context.workspace.store.location, test.rows):
+            results.append(result)
+            update(advance=1)
+    return sorted(results, key=lambda result: result["id"])
+
+
+def _write_scores(context: Context, results: Sequence[Result]) -> Mapping[str, Any]:
+    """Write `scores.json` and `errors.html`, and log all files and metrics."""
+    texts = texts_of(results, context.config.evaluate.normalizer)
+    scores = score(texts)
+    parents = {"checkpoint": file_id(context.path(TRAINED_NOTE))}
+    write_json(context.path(SCORES), SCORES_FORMAT, scores, parents)
+    write_errors(context.path(ERRORS), title=context.config.name, scores=scores, worst=worst(texts))
+    context.tracker.log_metrics(_test_metrics(scores), 0, 0.0)
+    for name in (SCORES, HYPOTHESES, ERRORS):
+        context.tracker.log_artifact(context.path(name))
+    return scores
+
+
+def transcribe_rows(config: Config, location: str, rows: list[Row]) -> Iterator[Result]:
+    """Hypotheses of test rows, batch by batch, from a pool of `evaluate.num_workers`; `id` is the row's index."""
+    workspace, evaluate = Workspace(config, location), config.evaluate
+    device = "auto" if config.train.device != "cpu" else "cpu"
+    pool = find_pool(evaluate.num_workers, device, None, config.cluster)
+    load = partial(load_run, config.model_dump(mode="json"), location, evaluate.checkpoint)
+    # Whole rows, as in training and validation: what is longer than a window is not cut here.
+    job = Job(
+        load,
+        decode_settings(config),
+        config.model.sample_rate,
+        workspace.tokenizer.pad_id,
+        precision=evaluate.precision,
+    )
+    sizes = batch_sizes(workspace.model_config(), job.settings, pool, evaluate.batch_size)
+    requests = list(enumerate(map(_request, rows)))
+    for batch in recognize(make_batches(requests, sizes, job, pool), job, pool):
+        for text in batch.texts:
+            row = rows[text["id"]]
+            yield result_of(text["id"], row, is_translation(workspace, row), text, workspace.tokenizer.normalize)
+
+
+def _request(row: Row) -> Request:
+    prompt = row.tokens[: row.prompt_length]
+    return Request(row.audio_path, row.audio_start, row.audio_size, row.offset_ms, row.duration_ms, prompt)
 
 
 def result_of(
-    identity: int, row: Row, translated: bool, found: RecognizedText, normalize: Callable[[str, str], str]
-) -> dict[str, Any]:
+    identity: int, row: Row, translated: bool, recognized: RecognizedText, normalize: Callable[[str, str], str]
+) -> Result:
     """A line of `hypotheses.jsonl`; see `raytrain.evaluation.scoring`. `normalize` takes a text and its language."""
+    reference = normalize(row.text, row.language)
     result = {
         "id": identity,
         "audio_filepath": row.audio_path,
@@ -82,39 +123,45 @@ def result_of(
         "lang": row.language,
         "translated": translated,
         "text": row.text,
-        "reference": normalize(row.text, row.language),
+        "reference": reference,
     }
-    if "error" in found:
-        return {**result, "hypothesis": None, "error": found["error"]}
-    hypothesis = normalize(found["text"], row.language)
-    wer = count_errors([result["reference"]], [hypothesis]).rate
+    if "error" in recognized:
+        return {**result, "hypothesis": None, "error": recognized["error"]}
+    hypothesis = normalize(recognized["text"], row.language)
+    wer = count_errors([reference], [hypothesis]).rate
     return {**result, "hypothesis": hypothesis, "wer": None if wer is None else round(wer, 6)}
 
 
-def transcribe_rows(config: Config, location: str, rows: list[Row]) -> Iterator[dict[str, Any]]:
-    """Hypotheses of test rows, batch by batch, from a pool of `evaluate.num_workers`; `id` is the row's place."""
-    workspace, evaluate = Workspace(config, location), config.evaluate
-    device = "auto" if config.train.device != "cpu" else "cpu"
-    pool = find_pool(evaluate.num_workers, device, None, config.cluster)
-    load = partial(load_run, config.model_dump(mode="json"), location, evaluate.checkpoint)
-    # Whole rows, as in training and validation: what is longer than a window is not cut here.
-    job = Job(
-        load, workspace.search(), config.model.sample_rate, workspace.tokenizer.pad_id, precision=evaluate.precision
+def check_unreadable(results: Sequence[Result], limit: float) -> None:
+    """Raise `DataError` where more than `limit` of the test's recordings, or all of them, can't be read."""
+    unreadable = [result for result in results if result["hypothesis"] is None]
+    if are_enough_readable(len(unreadable), len(results), limit):
+        return
+    raise DataError(
+        f"{len(unreadable)} of {len(results)} test recordings can't be read",
+        got=f"{len(unreadable) / len(results):.2%}" if results else None,
+        allowed=f"data.max_bad_fraction = {limit:.2%}, and at least one that can be read",
+        why="a score of what is left would not be the test's",
+        remedy="check data.test, data.root and that every worker sees the audio, or raise the limit; hypotheses.jsonl "
+        "has the texts of the others" + "".join(f"\n  {result['error']}" for result in unreadable[:_NUM_EXAMPLES]),
     )
-    sizes = batch_sizes(workspace.model_config(), job.settings, pool, evaluate.batch_size)
-    requests = [
-        Request(
-            row.audio_path,
-            row.audio_start,
-            row.audio_size,
-            row.offset_ms,
-            row.duration_ms,
-            row.tokens[: row.prompt_length],
-        )
-        for row in rows
-    ]
-    for done in recognize(make_batches(list(enumerate(requests)), sizes, job, pool), job, pool):
-        for found in done.texts:
-            row = rows[found["id"]]
-            translated = workspace.is_translation(row)
-            yield result_of(found["id"], row, translated, found, workspace.tokenizer.normalize)
+
+
+def _test_metrics(scores: Mapping[str, Any]) -> dict[str, float]:
+    rates = ("wer", "cer", "wer_normalized")
+    metrics = {f"test_{name}": scores[name] for name in rates if scores.get(name) is not None}
+    return metrics | {
+        f"test_{name}_{language}": value for name in ("bleu", "chrf") for language, value in scores[name].items()
+    }
+
+
+def _summary(scores: Mapping[str, Any]) -> Iterator[str]:
+    if scores["wer"] is not None:
+        low, high = scores["wer_ci"]
+        yield f"WER {scores['wer']:.1%} ({low:.1%} to {high:.1%}) on {scores['utterances']} utterances"
+    if scores.get("wer_normalized") is not None:
+        yield f"normalized {scores['wer_normalized']:.1%}"
+    for language, value in scores["bleu"].items():
+        yield f"BLEU {value:.1f} into {language}"
+    if scores["wer"] is None and not scores["bleu"]:
+        yield "no score: no reference has a word"

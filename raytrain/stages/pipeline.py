@@ -1,6 +1,6 @@
 """The pipeline: stages in order, each run only where its settings or inputs changed.
 
-A stage has a key: a hash of the settings it reads and the ids of the artefacts it reads. `stages.json` keeps
+A stage has a key: a hash of the settings it reads and the ids of the artifacts it reads. `stages.json` keeps
 each finished stage's key and the ids of what it wrote. The same key and the same files mean there is nothing
 to do; and a stage that runs again but writes what it wrote before leaves the stages after it alone.
 """
@@ -9,10 +9,9 @@ from __future__ import annotations
 
 import contextlib
 import fnmatch
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import yaml
 
@@ -22,8 +21,10 @@ from raytrain.config import Config
 from raytrain.console import Console
 from raytrain.errors import ArtifactError
 from raytrain.redaction import redacted
+from raytrain.run_folder.trained import TRAINED_NOTE
 from raytrain.run_folder.workspace import Workspace
-from raytrain.stages import stages
+from raytrain.stages import assign, buckets, evaluate, oomptimize, report, statistics, train
+from raytrain.stages.context import Context
 from raytrain.storage.artifacts import atomic_write_bytes, canonical_json, content_id, file_id, make_folder, read_state
 from raytrain.storage.ownership import owning
 from raytrain.storage.run_store import RunStore
@@ -35,16 +36,17 @@ _STATE = "stages.json"
 @dataclass(frozen=True)
 class Stage:
     """`key` names what the stage depends on (JSON values), with `key_names_gpus` also the cluster's GPUs; `run` does
-    it; `outputs` are files it writes, by name or pattern; `is_whole` tells whether what these name is as it was."""
+    it; `outputs` are files it writes, by name or pattern; `is_whole` tells whether what these name is as it was.
+    `resumes` tells whether the stage continues what it did the last time."""
 
     name: str
     needs: tuple[str, ...]
     outputs: tuple[str, ...]
-    key: Callable[[Workspace], Any]
-    run: Callable[[stages.Context], str]
+    key: Callable[[Workspace], object]
+    run: Callable[[Context], str]
     uses_ray: bool = True
     key_names_gpus: bool = False
-    goes_on: Callable[[Workspace], bool] = lambda workspace: False
+    resumes: Callable[[Workspace], bool] = lambda workspace: False
     applies: Callable[[Config], bool] = lambda config: True
     is_whole: Callable[[Workspace], bool] = lambda workspace: True
 
@@ -53,50 +55,36 @@ STAGES: tuple[Stage, ...] = (
     Stage(
         "statistics",
         (),
-        ("tokenizer/tokenizer.json", "tokenizer/*.model", "histogram.parquet", "statistics.json", "chunks.json"),
-        stages.statistics_key,
-        stages.run_statistics,
-        is_whole=stages.statistics_are_whole,
+        statistics.OUTPUTS,
+        statistics.key,
+        statistics.run,
+        is_whole=statistics.is_whole,
     ),
-    Stage("buckets", ("statistics",), ("bucket_plan.json",), stages.buckets_key, stages.run_buckets, uses_ray=False),
+    Stage("buckets", ("statistics",), (buckets.PLAN,), buckets.key, buckets.run, uses_ray=False),
     Stage(
         "assign",
         ("statistics", "buckets"),
-        ("assignment/index.json",),
-        stages.assign_key,
-        stages.run_assign,
+        (assign.INDEX,),
+        assign.key,
+        assign.run,
         applies=lambda config: config.data.stream is None,
-        is_whole=stages.assign_is_whole,
+        is_whole=assign.is_whole,
     ),
-    Stage(
-        "oomptimize",
-        ("buckets",),
-        ("batch_profile.json",),
-        stages.oomptimize_key,
-        stages.run_oomptimize,
-        key_names_gpus=True,
-    ),
-    Stage(
-        "train",
-        ("assign", "oomptimize"),
-        ("checkpoints/last.json",),
-        stages.train_key,
-        stages.run_train,
-        goes_on=stages.train_goes_on,
-    ),
+    Stage("oomptimize", ("buckets",), (oomptimize.PROFILE,), oomptimize.key, oomptimize.run, key_names_gpus=True),
+    Stage("train", ("assign", "oomptimize"), (TRAINED_NOTE,), train.key, train.run, resumes=train.resumes),
     Stage(
         "evaluate",
         ("train",),
-        ("hypotheses.jsonl", "scores.json", "errors.html"),
-        stages.evaluate_key,
-        stages.run_evaluate,
+        (evaluate.HYPOTHESES, evaluate.SCORES, evaluate.ERRORS),
+        evaluate.key,
+        evaluate.run,
     ),
     Stage(
         "report",
         ("statistics", "buckets", "assign", "oomptimize", "train", "evaluate"),
-        ("report.html",),
-        stages.report_key,
-        stages.run_report,
+        (report.REPORT,),
+        report.key,
+        report.run,
         uses_ray=False,
     ),
 )
@@ -109,6 +97,9 @@ class StageRecord:
 
     key: str
     outputs: dict[str, str]
+
+
+Records = Mapping[str, StageRecord]  # by the stage's name
 
 
 @owning
@@ -124,47 +115,70 @@ def run_pipeline(config: Config, console: Console, names: tuple[str, ...] = STAG
     resolved = yaml.safe_dump(redacted(config.model_dump(mode="json")), sort_keys=False)
     atomic_write_bytes(run_dir / "config.yaml", resolved.encode())
     store.share("config.yaml")
-    done = read_stages(run_dir)
-    ran: list[str] = []
     # Ray starts with the first stage that needs it and stays until the last: each start costs seconds, and a shutdown
     # in mid-run can catch a thread of Ray Data or Tune that still asks for something, which ends the process.
     with RunTracking(config, run_dir) as tracking, contextlib.ExitStack() as ray:
-        for stage in STAGES:
-            if stage.name not in names:
-                continue
-            if not stage.applies(config):
-                console.say(f"  {stage.name} is left out: with data.stream training reads the corpora as they are")
-                continue
-            _check_needs(stage, config, done)
-            _check_unchanged(stage, run_dir, {name: done[name] for name in done if name not in names})
-            workspace = Workspace(config, run_dir)  # artefacts may have changed since the stage before
-            if stage.key_names_gpus and may_train_on_gpus(config):
-                ray.enter_context(ray_session(config.cluster))
-            key = content_id({"stage": stage.name, "depends_on": stage.key(workspace)})
-            if _is_current(run_dir, stage, done.get(stage.name), key) and stage.is_whole(workspace):
-                console.skipped(stage.name)
-                continue
-            # From here on the old result is void; a stage that is stopped half-way runs again.
-            done.pop(stage.name, None)
-            _write_state(store, done)
-            if stage.uses_ray:
-                ray.enter_context(ray_session(config.cluster))
-            context = stages.Context(workspace, console, tracking, key)
-            with console.stage(stage.name) as finish, tracking.stage(stage.name, stage.goes_on(workspace)):
-                if (run_dir / RUN_NOTE).exists():
-                    store.share(RUN_NOTE)
-                finish(stage.run(context))
-                store.publish()
-            done[stage.name] = {"key": key, "outputs": _identities(run_dir, stage)}
-            _write_state(store, done)
-            ran.append(stage.name)
+        pipeline = _Pipeline(config, console, store, tracking, ray, names)
+        ran = [stage.name for stage in STAGES if stage.name in names and pipeline.refresh(stage)]
     if not ran:
         console.say(f"nothing to do: {', '.join(names)} up to date in {config.run_location}")
     return ran
 
 
-def _check_needs(stage: Stage, config: Config, done: dict[str, Any]) -> None:
-    left_out = {other.name for other in STAGES if not other.applies(config)}
+class _Pipeline:
+    """The stages `names` of one run folder."""
+
+    def __init__(
+        self,
+        config: Config,
+        console: Console,
+        store: RunStore,
+        tracking: RunTracking,
+        ray: contextlib.ExitStack,
+        names: tuple[str, ...],
+    ) -> None:
+        self._config, self._console, self._store = config, console, store
+        self._tracking, self._ray, self._names = tracking, ray, names
+        self._run_dir = config.run_dir
+        self._done = read_stages(self._run_dir)
+
+    def refresh(self, stage: Stage) -> bool:
+        """Run a stage where it is not up to date; whether it ran."""
+        config = self._config
+        if not stage.applies(config):
+            self._console.say(f"  {stage.name} is left out: with data.stream training reads the corpora as they are")
+            return False
+        _check_needs(stage, config, self._done)
+        kept = {name: record for name, record in self._done.items() if name not in self._names}
+        _check_unchanged(stage, self._run_dir, kept)
+        workspace = Workspace(config, self._run_dir)  # artifacts may have changed since the stage before
+        if stage.key_names_gpus and may_train_on_gpus(config):
+            self._ray.enter_context(ray_session(config.cluster))
+        key = content_id({"stage": stage.name, "depends_on": stage.key(workspace)})
+        if _is_current(self._run_dir, stage, self._done.get(stage.name), key) and stage.is_whole(workspace):
+            self._console.skipped(stage.name)
+            return False
+        # From here on the old result is void; a stage that is stopped half-way runs again.
+        self._done.pop(stage.name, None)
+        _write_state(self._store, self._done)
+        self._run(stage, Context(workspace, self._console, self._tracking, key))
+        self._done[stage.name] = StageRecord(key, _identities(self._run_dir, stage))
+        _write_state(self._store, self._done)
+        return True
+
+    def _run(self, stage: Stage, context: Context) -> None:
+        if stage.uses_ray:
+            self._ray.enter_context(ray_session(self._config.cluster))
+        resumes = stage.resumes(context.workspace)
+        with self._console.stage(stage.name) as finish, self._tracking.stage(stage.name, resumes):
+            if (self._run_dir / RUN_NOTE).exists():
+                self._store.share(RUN_NOTE)
+            finish(stage.run(context))
+            self._store.publish()
+
+
+def _check_needs(stage: Stage, config: Config, done: Records) -> None:
+    left_out = {stage.name for stage in STAGES if not stage.applies(config)}
     missing = [name for name in stage.needs if name not in done and name not in left_out]
     if missing:
         raise ArtifactError(
@@ -173,16 +187,16 @@ def _check_needs(stage: Stage, config: Config, done: dict[str, Any]) -> None:
         )
 
 
-def _check_unchanged(stage: Stage, run_dir: Path, records: dict[str, Any]) -> None:
+def _check_unchanged(stage: Stage, run_dir: Path, records: Records) -> None:
     """Raise `ArtifactError` where a file is no longer what a stage before this one wrote. `records` are those of stages
     that do not run now; one that does writes its files anew."""
-    for before in STAGES[: STAGES.index(stage)]:
-        for name, identity in records.get(before.name, {"outputs": {}})["outputs"].items():
+    for writer in (before.name for before in STAGES[: STAGES.index(stage)] if before.name in records):
+        for name, identity in records[writer].outputs.items():
             if not _is_same(run_dir / name, identity):
                 raise ArtifactError(
-                    f"{run_dir / name} is not what {before.name} wrote",
+                    f"{run_dir / name} is not what {writer} wrote",
                     why="it was changed, damaged or removed since",
-                    remedy=f"run `raytrain {before.name}` with this configuration, or `raytrain run` for all stages",
+                    remedy=f"run `raytrain {writer}` with this configuration, or `raytrain run` for all stages",
                 )
 
 
@@ -193,28 +207,34 @@ def _is_same(path: Path, identity: str) -> bool:
         return False
 
 
-def _is_current(run_dir: Path, stage: Stage, record: dict[str, Any] | None, key: str) -> bool:
-    if record is None or record["key"] != key or not _has_all(record["outputs"], stage):
+def _is_current(run_dir: Path, stage: Stage, record: StageRecord | None, key: str) -> bool:
+    if record is None or record.key != key or not _has_all(record.outputs, stage):
         return False
-    return all(_is_same(run_dir / name, identity) for name, identity in record["outputs"].items())
+    return all(_is_same(run_dir / name, identity) for name, identity in record.outputs.items())
 
 
-def _has_all(outputs: dict[str, str], stage: Stage) -> bool:
+def _has_all(outputs: Mapping[str, str], stage: Stage) -> bool:
     """Whether a record names every file that the stage writes, and some file for each of its patterns."""
     return all(fnmatch.filter(outputs, name) for name in stage.outputs)
 
 
 def _identities(run_dir: Path, stage: Stage) -> dict[str, str]:
     named = [run_dir / name for name in stage.outputs if "*" not in name]
-    found = [path for name in stage.outputs if "*" in name for path in run_dir.glob(name)]
-    return {path.relative_to(run_dir).as_posix(): file_id(path) for path in (*named, *found)}
+    matching = [path for name in stage.outputs if "*" in name for path in run_dir.glob(name)]
+    return {path.relative_to(run_dir).as_posix(): file_id(path) for path in (*named, *matching)}
 
 
-def read_stages(run_dir: Path) -> dict[str, Any]:
-    """The finished stages' records (see `StageRecord`) by name; none where they can't be read, and all run again."""
-    return read_state(run_dir / _STATE, dict[str, StageRecord]) or {}
+def read_stages(run_dir: Path) -> dict[str, StageRecord]:
+    """The finished stages' records by name; none where they can't be read, and all run again."""
+    records = read_state(run_dir / _STATE, dict[str, StageRecord]) or {}
+    return {name: StageRecord(record["key"], record["outputs"]) for name, record in records.items()}
 
 
-def _write_state(store: RunStore, done: dict[str, Any]) -> None:
-    atomic_write_bytes(store.local / _STATE, canonical_json(done))
+def write_stages(run_dir: Path, records: Records) -> None:
+    """Write the records as `read_stages` reads them."""
+    atomic_write_bytes(run_dir / _STATE, canonical_json({name: asdict(record) for name, record in records.items()}))
+
+
+def _write_state(store: RunStore, done: Records) -> None:
+    write_stages(store.local, done)
     store.share(_STATE)

@@ -18,6 +18,7 @@ from raytrain.console import Console
 from raytrain.data.augment import AugmentSettings
 from raytrain.data.stream import StreamState
 from raytrain.errors import ConfigError, TrainingError
+from raytrain.run_folder.batches import make_loader, make_stream
 from raytrain.run_folder.workspace import Workspace
 from raytrain.stages.pipeline import run_pipeline
 from raytrain.training.checkpoint import CheckpointFolder
@@ -35,7 +36,7 @@ def test_ray_data_gives_the_batches_of_the_threads(prepared):
     config = prepared.model_copy(update={"augment": augment, "train": replace(prepared.train, max_epochs=1)})
     workspace = Workspace(config, config.run_dir)
     sizes = workspace.profiles()[0].batch_sizes
-    with workspace.loader(sizes, None, [1], 2) as batches:
+    with make_loader(workspace, sizes, None, [1], 2) as batches:
         expected = list(batches)
     state = expected[2].state.to_dict()
     with RayBatches(workspace, RankInput(sizes, state, [1], 2, world_size=2)) as batches:
@@ -108,7 +109,7 @@ def test_training_on_a_stream_needs_no_assignment_and_resumes(corpus, tmp_path, 
     # The stream goes on where it was: the same rows as in one go.
     workspace = Workspace(config, config.run_dir)
     sizes = workspace.profiles()[0].batch_sizes
-    whole = [step.state for step in islice(workspace.stream(sizes, 2).steps(StreamState()), 8)]
+    whole = [step.state for step in islice(make_stream(workspace, sizes, 2).steps(StreamState()), 8)]
     assert whole[-1].to_dict() == kept.meta["schedule"]
     described = CliRunner().invoke(app, ["schedule", "-c", str(config.run_dir / "config.yaml")])
     assert described.exit_code != 0 and "a stream has no schedule" in str(described.exception)

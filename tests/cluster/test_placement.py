@@ -24,7 +24,8 @@ import json, sys, time
 import ray
 from ray.cluster_utils import Cluster
 
-from raytrain.stages import oomptimize
+from raytrain.stages.batch_profiles import find_profiles
+from raytrain.stages.devices import find_devices
 from raytrain.stages.pipeline import run_pipeline
 from raytrain.cluster.session import ray_session
 from raytrain.run_folder.workspace import Workspace
@@ -81,10 +82,9 @@ try:
         config = check_config(values)
         run_pipeline(config, Console(quiet=True), ("statistics", "buckets", "assign"))
         workspace, profiles = Workspace(config, config.run_dir), []
-        for device in oomptimize.find_devices(config):
-            made, _ = oomptimize.find_profiles(
-                config, workspace.model_config(), workspace.model_id(), workspace.plan, workspace.plan_id, device,
-                workspace.path("batch_probes.json"), lambda *what: None, meter,
+        for device in find_devices(config):
+            made, _ = find_profiles(
+                workspace, device, workspace.path("batch_probes.json"), lambda *what: None, meter
             )
             profiles += [profile.to_body() for profile in made]
         values["train"]["device"] = "cpu"

@@ -16,17 +16,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from in_process import pipeline_in_process
 
-from raytrain.cluster import counting as job
-from raytrain.cluster.assigning import ChunkAssigner
 from raytrain.config import Config
 from raytrain.data.assignment import Assignment
+from raytrain.data.assignment.assigner import ChunkAssigner
 from raytrain.data.corpora.reading import plan_chunks, read_blocks
 from raytrain.data.corpora.types import Chunk, Corpus
+from raytrain.data.counts import Counts, count_chunk, number_lines
 from raytrain.data.probe import MISSING, SHORT, UNREADABLE, AudioListing, HeaderSample, least_share, plan_samples
 from raytrain.data.sequences import BlockEncoder
 from raytrain.data.text.tokenizer import train_tokenizer
 from raytrain.errors import ManifestError, TrainingError
 from raytrain.lengths import BucketSettings, make_plan
+from raytrain.stages.statistics import check_bad_rows
 
 RATE = 8000
 
@@ -60,24 +61,24 @@ def chunk_of(rows: list[dict], path: Path) -> Chunk:
     return chunk
 
 
-def check(counts: job.Counts, limit: float) -> None:
+def check(counts: Counts, limit: float) -> None:
     config = tiny_config(Path("."), Path("."), data={"max_bad_fraction": limit})
-    job.check_bad_rows(counts, config, sum(one.total().total for one in counts.groups.values()))
+    check_bad_rows(counts, config, counts.num_usable)
 
 
 def encoder() -> BlockEncoder:
     return BlockEncoder(train_tokenizer({"en": ["one two three"]}, 32), "canary2")
 
 
-def counted(chunk: Chunk, size: int = 256) -> job.Counts:
-    counts = job.count_chunk(chunk, encoder(), AudioListing(), size)
-    job.number_lines(counts, [chunk])
+def counted(chunk: Chunk, size: int = 256) -> Counts:
+    counts = count_chunk(chunk, encoder(), AudioListing(), size)
+    number_lines(counts, [chunk])
     return counts
 
 
 def test_true_rows_are_left_alone(recordings, tmp_path):
     counts = counted(chunk_of(rows_of(recordings), tmp_path / "rows.jsonl"))
-    assert counts.probed == {"digits": 40} and not counts.wrong and not counts.rejected
+    assert counts.probed == {"digits": 40} and not counts.contradicted.counts and not counts.rejected.counts
     check(counts, 0.0)
 
 
@@ -91,10 +92,10 @@ def test_missing_files_are_named_wherever_they_lie(recordings, tmp_path_factory,
         assert not Path(name).exists()
     chunk = chunk_of(rows, folder / "rows.jsonl")
     counts = counted(chunk)
-    assert counts.rejected == {("digits", MISSING): len(missing)}
+    assert counts.rejected.counts == {("digits", MISSING): len(missing)}
     assert counts.histogram.total == 40 - len(missing) if counts.groups else len(missing) == 40
-    first = counts.examples["digits", MISSING][0]
-    assert first["line"] == min(missing) + 1 and f"none-{min(missing)}.flac" in first["detail"]
+    first = counts.rejected.first("digits", MISSING)[0]
+    assert first.line == min(missing) + 1 and f"none-{min(missing)}.flac" in first.detail
     with pytest.raises(ManifestError, match=f"(?s){MISSING}.*rows.jsonl:{min(missing) + 1}:"):
         check(counts, 0.01)
 
@@ -105,11 +106,13 @@ def test_audio_more_than_a_tenth_shorter_than_claimed_is_told(recordings, tmp_pa
     chunk = chunk_of(rows_of(recordings, scale), tmp_path_factory.mktemp("scaled") / "rows.jsonl")
     counts = counted(chunk)
     short = sum(np.ceil((1 + n / 10) * scale * 1000) * 0.9 > np.floor(1000 + n * 100) + 1 for n in range(40))
-    assert abs(counts.wrong["digits", SHORT] - short) <= 1  # what is a millisecond from the edge may be on either side
+    assert (
+        abs(counts.contradicted.counts["digits", SHORT] - short) <= 1
+    )  # what is a millisecond from the edge may be on either side
     check(counts, 0.0)  # such rows can be trained on
     if short:
-        first = counts.wrong_examples["digits", SHORT][0]
-        assert "the row says" in first["detail"] and first["line"] >= 1
+        first = counts.contradicted.first("digits", SHORT)[0]
+        assert "the row says" in first.detail and first.line >= 1
 
 
 def test_spans_are_measured_from_their_start(recordings, tmp_path):
@@ -117,8 +120,8 @@ def test_spans_are_measured_from_their_start(recordings, tmp_path):
     rows[10] |= {"offset": 1.5, "duration": 0.5}  # 2.0 s long
     rows[11] |= {"offset": 1.5, "duration": 1.0}  # 2.1 s long
     counts = counted(chunk_of(rows, tmp_path / "rows.jsonl"))
-    assert counts.wrong == {("digits", SHORT): 1}
-    assert "0.6 s after 1.5 s, the row says 1 s" in counts.wrong_examples["digits", SHORT][0]["detail"]
+    assert counts.contradicted.counts == {("digits", SHORT): 1}
+    assert "0.6 s after 1.5 s, the row says 1 s" in counts.contradicted.first("digits", SHORT)[0].detail
 
 
 def test_recordings_without_a_header_are_told(recordings, tmp_path):
@@ -128,8 +131,8 @@ def test_recordings_without_a_header_are_told(recordings, tmp_path):
         broken.write_bytes(b"not audio at all")
         rows[number]["audio_filepath"] = str(broken)
     counts = counted(chunk_of(rows, tmp_path / "rows.jsonl"))
-    assert counts.wrong == {("digits", UNREADABLE): 2}
-    assert [row["line"] for row in counts.wrong_examples["digits", UNREADABLE]] == [4, 8]
+    assert counts.contradicted.counts == {("digits", UNREADABLE): 2}
+    assert [row.line for row in counts.contradicted.first("digits", UNREADABLE)] == [4, 8]
     check(counts, 0.05)
     with pytest.raises(ManifestError, match="2 of 40 manifest rows are bad"):
         check(counts, 0.04)
@@ -138,7 +141,7 @@ def test_recordings_without_a_header_are_told(recordings, tmp_path):
 def test_a_sample_stands_for_its_corpus(recordings, tmp_path):
     rows = [row | {"audio_filepath": __file__} for row in rows_of(recordings)]
     counts = counted(chunk_of(rows, tmp_path / "rows.jsonl"), size=10)
-    assert counts.probed == {"digits": 10} and counts.wrong["digits", UNREADABLE] == 10
+    assert counts.probed == {"digits": 10} and counts.contradicted.counts["digits", UNREADABLE] == 10
     with pytest.raises(ManifestError, match="29 of 40 manifest rows are bad .* headers of 10 recordings"):
         check(counts, 0.5)
 

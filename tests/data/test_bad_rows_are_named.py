@@ -23,6 +23,7 @@ from raytrain.errors import DataError, ManifestError
 from raytrain.lengths.histogram import LengthHistogram
 from raytrain.lengths.plan import BucketSettings, make_plan
 from raytrain.lengths.schedule import StepPlan
+from raytrain.run_folder.scored_rows import checked_split
 from raytrain.run_folder.workspace import Workspace
 from raytrain.stages import pipeline
 
@@ -80,10 +81,10 @@ def test_a_corpus_that_gives_nothing_is_told(corpus, tmp_path, capfd, change):
     assert told.count("corpus void has no row that training can use") == 1
     workspace = Workspace(config, config.run_dir)
     if change == {"duration": 50.0}:  # too long for a bucket, not for validation
-        assert {row.corpus for row in workspace.checked_rows("dev")} == {"dev", "void"}
+        assert {row.corpus for row in checked_split(workspace, "dev").rows} == {"dev", "void"}
     else:
         with pytest.raises(ManifestError, match="corpus void of data.dev has no usable row"):
-            workspace.checked_rows("dev")
+            checked_split(workspace, "dev")
 
 
 @pytest.mark.parametrize(
@@ -100,5 +101,5 @@ def test_a_limit_on_rows_leaves_no_corpus_out(corpus, tmp_path, limit, expected)
     config = tiny_config(tmp_path / "corpus", tmp_path, data=data, tracking={"enabled": False})
     with pipeline_in_process():
         pipeline.run_pipeline(config, Console(quiet=True), ("statistics",))
-    rows = Workspace(config, config.run_dir).checked_rows("dev", limit)
+    rows = checked_split(Workspace(config, config.run_dir), "dev", limit).rows
     assert tuple(Counter(row.corpus for row in rows)[name] for name in ("dev", "other", "small")) == expected

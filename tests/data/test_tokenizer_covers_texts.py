@@ -13,19 +13,20 @@ from conftest import tiny_config
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from raytrain.cluster.counting import Counts, check_unknown, count_chunk, unknown_pieces
 from raytrain.config import TokenizerSection
 from raytrain.console import Console
 from raytrain.data import sentences
 from raytrain.data.corpora.rows import RowParser
 from raytrain.data.corpora.types import Chunk
+from raytrain.data.counts import Counts, count_chunk
 from raytrain.data.sentences import SentenceSample, quota_of_each
 from raytrain.data.sequences import BlockEncoder
 from raytrain.data.text.tokenizer import CanaryTokenizer, train_tokenizer
 from raytrain.data.text.words import TextEncoder
 from raytrain.errors import ManifestError
-from raytrain.run_folder.workspace import STATISTICS_FORMAT
+from raytrain.run_folder.documents import STATISTICS_FORMAT
 from raytrain.stages.pipeline import run_pipeline
+from raytrain.stages.unknown_pieces import check_unknown, unknown_pieces
 from raytrain.storage.artifacts import read_json
 
 LANGUAGES = ("de", "en", "fr")
@@ -164,10 +165,10 @@ def test_unknown_pieces_are_told_by_corpus_and_language(tmp_path, encoder):
         bodies.append(unknown_pieces(total))
     assert bodies[0] == bodies[1]
     (bad,) = bodies[0]
-    assert (bad["corpus"], bad["language"], bad["unknown"]) == ("mixed", "de", 2)
-    assert bad["fraction"] == 2 / bad["tokens"] and bad["tokens"] >= 5
-    assert bad["characters"][:2] == [["X", 3], ["Z", 2]] and len(bad["characters"]) == 3
-    check_unknown(bodies[0], TokenizerSection(path="/t", max_unknown_fraction=bad["fraction"]))
+    assert (bad.corpus, bad.language, bad.unknown) == ("mixed", "de", 2)
+    assert bad.fraction == 2 / bad.tokens and bad.tokens >= 5
+    assert bad.characters[:2] == (("X", 3), ("Z", 2)) and len(bad.characters) == 3
+    check_unknown(bodies[0], TokenizerSection(path="/t", max_unknown_fraction=bad.fraction))
     with pytest.raises(
         ManifestError, match=r"corpus mixed in de; got \d+\.\d+% unknown.*(?s:.)*'X' \(3\) 'Z' \(2\)"
     ) as error:

@@ -34,8 +34,8 @@ from raytrain.lengths.plan import BucketSettings, make_plan
 from raytrain.lengths.schedule import BatchSchedule
 from raytrain.lengths.simulate import simulate
 from raytrain.report.errors import write_errors
+from raytrain.stages.evaluate import check_unreadable
 from raytrain.stages.pipeline import run_pipeline
-from raytrain.stages.stages import check_unreadable
 from raytrain.training import validation
 from raytrain.training.limits import GaveUp
 from raytrain.training.validation import Validator

@@ -11,7 +11,7 @@ import torch
 from raytrain.cluster.ranks import agree_on_checkpoint
 from raytrain.cluster.trainer import run_training
 from raytrain.errors import CheckpointError
-from raytrain.stages.evaluate import trained_checkpoint
+from raytrain.run_folder.trained import trained_checkpoint
 from raytrain.storage.artifacts import canonical_json
 from raytrain.storage.run_store import RunStore
 from raytrain.training.checkpoint import CheckpointFolder

@@ -25,9 +25,12 @@ from raytrain.data.audio import read_audio
 from raytrain.data.loader import load_row
 from raytrain.errors import ManifestError, RaytrainError
 from raytrain.lengths.histogram import LengthHistogram
-from raytrain.run_folder.workspace import STATISTICS_FORMAT, Workspace
+from raytrain.run_folder.batches import make_mixture
+from raytrain.run_folder.documents import STATISTICS_FORMAT
+from raytrain.run_folder.histograms import read_histogram
+from raytrain.run_folder.scored_rows import encode_split
+from raytrain.run_folder.workspace import Workspace
 from raytrain.stages.pipeline import run_pipeline
-from raytrain.stages.stages import read_histogram
 from raytrain.storage.artifacts import read_json
 
 STAGES = ("statistics", "buckets", "assign")
@@ -115,8 +118,9 @@ def test_bad_rows_of_a_small_split_are_counted(corpus, mixed, tmp_path):
     config = tiny_config(corpus, tmp_path, data={"dev": [str(mixed)]})
     run_pipeline(config, Console(quiet=True), ("statistics",))
     workspace = Workspace(config, config.run_dir)
-    assert len(workspace.rows("dev")) == 96 + 2  # the plan's limits are for training
-    assert workspace.left_out["dev"].by_reason() == {"bad_json": 1, "empty_text": 1, "skipme": 1, "unknown_language": 1}
+    dev = encode_split(workspace, "dev")
+    assert len(dev.rows) == 96 + 2  # the plan's limits are for training
+    assert dev.rejected.by_reason() == {"bad_json": 1, "empty_text": 1, "skipme": 1, "unknown_language": 1}
 
 
 @pytest.mark.usefixtures("local_ray")
@@ -139,7 +143,7 @@ def test_corpora_are_counted_by_name_and_language(corpus, tmp_path):
     assert {name: one["hours"] for name, one in body["by_corpus"].items()} == pytest.approx(hours, abs=1e-4)
     assert body["by_language"]["de"]["utterances"] == len(german) == body["by_pair"]["de-de"]["utterances"]
     masses = {"small": 3 * hours["small"] ** 0.5, "en": hours["en"] ** 0.5}
-    mixture = Workspace(config, config.run_dir).mixture(assignment)
+    mixture = make_mixture(Workspace(config, config.run_dir), assignment)
     heard = {name: repeat * hours[name] for name, repeat in zip(assignment.corpora, mixture.repeats, strict=True)}
     for name, mass in masses.items():
         assert heard[name] / sum(heard.values()) == pytest.approx(mass / sum(masses.values()), abs=1e-3)
@@ -234,7 +238,7 @@ def test_a_corpus_in_an_object_store(corpus, s3, tmp_path):
     assert [row.tokens for rows in all_rows(here) for row in rows] == [
         row.tokens for rows in all_rows(assignment) for row in rows
     ]
-    assert [row.audio_path for row in Workspace(config, config.run_dir).rows("dev")][0].startswith(f"{s3}/assign/")
+    assert encode_split(Workspace(config, config.run_dir), "dev").rows[0].audio_path.startswith(f"{s3}/assign/")
 
 
 @pytest.mark.usefixtures("local_ray")
@@ -249,7 +253,7 @@ def test_audio_inside_parquet_has_to_be_copied(corpus, tmp_path):
     config = tiny_config(corpus, tmp_path / "copies", data=data, assign={"materialize": True})
     found = sum(all_rows(run(config)), [])
     assert sorted(row.text for row in found) == sorted(columns["text"])
-    dev = {row.text: row for row in Workspace(config, config.run_dir).rows("dev")}
+    dev = {row.text: row for row in encode_split(Workspace(config, config.run_dir), "dev").rows}
     for row in found:
         # A small split is read from the Parquet file itself.
         assert np.abs(load_row(row, 16000) - load_row(dev[row.text], 16000)).max() <= 1.01 / 32768

@@ -17,7 +17,8 @@ from raytrain.errors import ConfigError, ProfileError
 from raytrain.lengths import BatchProfile, BatchSizeSearch, ProbeSetting
 from raytrain.lengths.profile import choose_profile, least_sizes
 from raytrain.model.config import ModelConfig
-from raytrain.stages import oomptimize
+from raytrain.stages.devices import find_devices, traced_device
+from raytrain.stages.predicted_sizes import does_not_fit
 from raytrain.training.memory.isolated import IsolatedMeter
 from raytrain.training.memory.meter import Probe, search_batch_size, smallest_as_fast, soak
 from raytrain.training.memory.probe import StepMeter
@@ -301,12 +302,12 @@ def test_a_stopped_search_resumes_with_what_it_knew(ray_here, tmp_path):
 def test_a_bucket_where_not_even_one_fits_says_why(ray_here, corpus, tmp_path):
     law = Law(200.0)
     number, why = probe(probe_job(law), tmp_path, lambda job, group: LawProcess(law)).failed
-    config, device = law_config(corpus, tmp_path), oomptimize.traced_device(200)
-    error = oomptimize._does_not_fit(number, EDGES[number], 200, device, config, why=why)
+    config, device = law_config(corpus, tmp_path), traced_device(200)
+    error = does_not_fit(number, EDGES[number], 200, device, config, why=why)
     assert "batch size 1 needs" in str(error) and "out of memory" in str(error)
     assert "activation_checkpointing" in str(error)
 
 
 def test_throughput_needs_a_gpu(ray_here, corpus, tmp_path):
     with pytest.raises(ConfigError, match="needs a GPU"):
-        oomptimize.find_devices(law_config(corpus, tmp_path, objective="throughput", device_memory="1GiB"))
+        find_devices(law_config(corpus, tmp_path, objective="throughput", device_memory="1GiB"))

@@ -19,7 +19,9 @@ from raytrain.demo.run import ARTEFACTS
 from raytrain.errors import ArtifactError, CheckpointError, ManifestError, ProfileError, RaytrainError, StorageError
 from raytrain.model.canary import Canary
 from raytrain.model.formats.transfer import initialise_from, pieces_of
-from raytrain.run_folder.workspace import PROFILE_FORMAT, Workspace
+from raytrain.run_folder.batches import make_loader
+from raytrain.run_folder.documents import PROFILE_FORMAT
+from raytrain.run_folder.workspace import Workspace
 from raytrain.stages.pipeline import STAGE_NAMES, run_pipeline
 from raytrain.storage.artifacts import read_json
 from raytrain.training.checkpoint import CheckpointFolder
@@ -268,7 +270,7 @@ def test_a_finite_schedule_loads_every_row_once_and_ends(finished):
     sizes = workspace.profiles()[0].batch_sizes
     seen, last = 0, []
     for rank in range(2):
-        with workspace.loader(sizes, None, [rank], 2) as batches:
+        with make_loader(workspace, sizes, None, [rank], 2) as batches:
             for loaded in batches:
                 seen += len(loaded.batch)
                 last.append(loaded.is_last)
@@ -287,7 +289,7 @@ def test_augmented_batches_stay_in_their_buckets_and_are_the_same_for_any_worker
     for one, workers in ((workspace, 1), (workspace, 2), (plain, 1)):
         sums = {}
         for rank in range(workers):
-            with one.loader(sizes, None, [rank], workers) as batches:
+            with make_loader(one, sizes, None, [rank], workers) as batches:
                 for loaded in batches:
                     lengths = loaded.batch.audio_lengths
                     assert lengths.max() <= edges[loaded.plan.bucket][0] * 16

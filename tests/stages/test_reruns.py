@@ -24,8 +24,8 @@ from raytrain.cluster.running_trial import training_inputs
 from raytrain.config import Config, check_config
 from raytrain.data.assignment import Assignment
 from raytrain.data.corpora.types import Corpus
+from raytrain.run_folder.lineage import training_meta
 from raytrain.run_folder.workspace import Workspace
-from raytrain.stages.stages import training_meta
 from raytrain.training.conversion import model_stamp
 
 LEARNT = ["train", "evaluate", "report"]

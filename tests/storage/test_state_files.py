@@ -16,7 +16,6 @@ from conftest import tiny_values
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from raytrain.cluster.assigning import standing_note
 from raytrain.config import check_config
 from raytrain.data.assignment import INDEX_FORMAT, NOTE_FORMAT, Assignment, ChunkNote, part_name
 from raytrain.data.corpora.types import Chunk
@@ -30,9 +29,15 @@ from raytrain.lengths.profile import BatchProfile, ProbeSetting
 from raytrain.lengths.schedule import BatchSchedule, ScheduleState
 from raytrain.model.config import ModelConfig
 from raytrain.report.page import write_report
+from raytrain.run_folder.assigned_chunks import standing_note
+from raytrain.run_folder.batches import corpus_repeats
+from raytrain.run_folder.chunks import numbered_chunks
+from raytrain.run_folder.documents import CHUNKS_FORMAT, Artifact
+from raytrain.run_folder.histograms import read_histogram, write_histogram
+from raytrain.run_folder.lineage import noted_lineage
 from raytrain.run_folder.probe_answers import read_answers
-from raytrain.run_folder.workspace import CHUNKS_FORMAT, Workspace
-from raytrain.stages import pipeline, stages
+from raytrain.run_folder.workspace import Workspace
+from raytrain.stages import pipeline
 from raytrain.storage.artifacts import content_id, lines_of, parse_json, read_json, read_state
 from raytrain.storage.finished import FinishedParts
 from raytrain.storage.run_store import RunStore
@@ -115,7 +120,12 @@ PLAN = make_plan(histogram(), BucketSettings(2, 1), "h")
 SIZES = tuple(4 for _ in PLAN.grid.buckets)
 SETTING = ProbeSetting("m", "adamw", "fp32", False, "cpu", 1.0, 0.9, 1, "2")
 PROFILE = BatchProfile("p", SETTING, SIZES, tuple(1.0 for _ in SIZES), tuple(1 for _ in SIZES))
-STATISTICS = {"rows": 4, "histogram_id": "h", "by_corpus": {"train": {"hours": 1.0, "languages": ["en"]}}}
+STATISTICS = {
+    "rows": 4,
+    "histogram_id": "h",
+    "by_corpus": {"train": {"hours": 1.0, "utterances": 3, "languages": ["en"]}},
+    "rejected_examples": [],
+}
 CHUNK = Chunk("/a.jsonl", 0, 9, 0, "train")
 NOTE = {
     "chunk": 0,
@@ -205,13 +215,13 @@ def read_workspace(read: Callable[[Workspace], Any]) -> Callable[[Path], Any]:
 
 
 def read_profiles(workspace: Workspace) -> Any:
-    workspace._plan_document = {"id": "p"}
+    workspace._plan_document = Artifact("p", None)
     return workspace.profiles()
 
 
 def read_assignment(folder: Path) -> Any:
     found = Assignment(folder)
-    return found.rows_by_corpus, found.rows_per_bucket, found.edges, stages._lineage
+    return found.rows_by_corpus, found.rows_per_bucket, found.edges
 
 
 def read_files(folder: Path) -> Any:
@@ -234,7 +244,7 @@ def read_metrics_file(folder: Path) -> Any:
 FILES = [
     File("stages.json", {"train": {"key": "k", "outputs": {"checkpoints/last.json": "i"}}}, read_stages),
     File("checkpoints/best.json", BEST, read_best),
-    File("checkpoints/lineage.json", {"lineage": "l"}, lambda f: stages._noted_lineage(f / "checkpoints/lineage.json")),
+    File("checkpoints/lineage.json", {"lineage": "l"}, lambda f: noted_lineage(f / "checkpoints/lineage.json")),
     File("faults/lowered-1.json", LOWERED, read_faults),
     File("faults/validation-1.json", {"batch_size": 3}, read_faults),
     File("faults/stalled-1.json", {"doing": "x", "time": 1.0}, read_faults),
@@ -259,11 +269,17 @@ FILES = [
         "raytrain.batch_profile/2",
         True,
     ),
-    File("statistics.json", STATISTICS, read_workspace(lambda w: w.repeats(("train",))), "raytrain.statistics/4", True),
+    File(
+        "statistics.json",
+        STATISTICS,
+        read_workspace(lambda w: corpus_repeats(w, ("train",))),
+        "raytrain.statistics/4",
+        True,
+    ),
     File(
         "chunks.json",
         [{"path": "/a", "start": 0, "end": 9}],
-        read_workspace(lambda w: w.numbered([CHUNK])),
+        read_workspace(lambda w: numbered_chunks(w, [CHUNK])),
         CHUNKS_FORMAT,
         True,
     ),
@@ -312,7 +328,7 @@ def test_the_answers_of_a_job_survive(tmp_path):
     assert read_answers(tmp_path / "batch_probes.json", JOB) == ANSWERS
     assert standing_note(tmp_path / "note.json", CHUNK, PLAN) == ChunkNote.from_dict(NOTE)
     assert standing_note(tmp_path / "note.json", replace(CHUNK, index=1), PLAN) is None
-    assert pipeline.read_stages(tmp_path)["train"]["key"] == "k"
+    assert pipeline.read_stages(tmp_path)["train"].key == "k"
     for content in ("[]", "7", '{"train": 5}', '{"train": {"key": "x"}}', "null"):
         (tmp_path / "stages.json").write_text(content)
         assert pipeline.read_stages(tmp_path) == {}
@@ -449,12 +465,12 @@ def test_a_tokenizer_is_read_or_refused(tokenizer_folder, data):
 @given(place=st.integers(0, 2000), value=st.binary(min_size=1, max_size=8))
 def test_a_damaged_histogram_is_refused(tmp_path, place, value):
     path = tmp_path / "histogram.parquet"
-    stages.write_histogram(path, histogram())
+    write_histogram(path, histogram())
     data = bytearray(path.read_bytes())
     data[place % len(data) : place % len(data) + len(value)] = value
     path.write_bytes(data)
     try:
-        stages.read_histogram(path)
+        read_histogram(path)
     except ArtifactError as error:
         assert error.remedy
 

@@ -8,7 +8,8 @@ from rich.console import Console as RichConsole
 
 from raytrain.console import Console
 from raytrain.run_folder.workspace import Workspace
-from raytrain.stages.stages import Context, _training_progress
+from raytrain.stages.context import Context
+from raytrain.stages.train import _training_progress
 from raytrain.training.data_wait import REPEAT_SECONDS, DataPath, DataWaitMonitor, advice
 
 

@@ -20,9 +20,9 @@ from raytrain.cluster.training_worker import train_worker
 from raytrain.config import Config
 from raytrain.console import Console
 from raytrain.errors import TrainingError
+from raytrain.run_folder.lineage import training_meta
 from raytrain.run_folder.workspace import Workspace
 from raytrain.stages.pipeline import run_pipeline
-from raytrain.stages.stages import training_meta
 from raytrain.training.checkpoint import CheckpointFolder
 
 pytestmark = [pytest.mark.usefixtures("local_ray"), pytest.mark.timeout(600)]

@@ -1,0 +1,99 @@
+"""What a training depends on: a checkpoint is of one lineage, and training resumes only from checkpoints of its own."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from raytrain.config.lineage import lineage_settings
+from raytrain.run_folder.chunks import split_inputs
+from raytrain.run_folder.scored_rows import decode_settings
+from raytrain.run_folder.workspace import Workspace
+from raytrain.storage.artifacts import content_id, file_id, read_state
+from raytrain.training.conversion import model_stamp
+
+LINEAGE_NOTE = "checkpoints/lineage.json"
+
+
+def training_lineage(workspace: Workspace) -> str:
+    """Names what a checkpoint is learned from: training can't resume from checkpoints of another lineage."""
+    config = workspace.config
+    settings = lineage_settings(config.train)
+    if config.train.schedule == "cosine":  # which ends at max_steps
+        settings["max_steps"] = config.train.max_steps
+    start = model_stamp(Path(config.train.init_from)) if config.train.init_from else None
+    return content_id(
+        [
+            settings,
+            config.seed,
+            _rows_id(workspace),
+            _mixing(workspace),
+            asdict(config.augment),
+            workspace.tokenizer.id,
+            asdict(workspace.model_config()),
+            start,
+        ]
+    )
+
+
+def _rows_id(workspace: Workspace) -> str:
+    """Names the rows that training reads."""
+    stream = workspace.config.data.stream
+    if stream is None:
+        return workspace.assigned_rows_id
+    return content_id([workspace.plan_id, split_inputs(workspace.config, "train"), stream.model_dump()])
+
+
+def _mixing(workspace: Workspace) -> list[object]:
+    """What the repeats of corpora depend on."""
+    data = workspace.config.data
+    mixing: list[object] = [
+        data.temperature,
+        data.temperature_by,
+        [[corpus.name, corpus.weight] for corpus in data.train],
+    ]
+    if data.temperature != 1 or len({corpus.weight for corpus in data.train}) > 1:
+        by_corpus = workspace.statistics().by_corpus  # with rows that assign rejects
+        mixing.append([by_corpus[corpus.name].hours for corpus in data.train])
+    return mixing
+
+
+def training_key(workspace: Workspace) -> list[object]:
+    """All that a training depends on, as JSON values."""
+    return [training_lineage(workspace), workspace.config.section("train"), *_validation(workspace)]
+
+
+def _validation(workspace: Workspace) -> list[object]:
+    """What a checkpoint is validated on, and how."""
+    config = workspace.config
+    return [split_inputs(config, "dev"), asdict(decode_settings(config))] if config.data.dev else [None, None]
+
+
+def training_meta(workspace: Workspace) -> dict[str, Any]:
+    """What every checkpoint records of its origin."""
+    config = workspace.config
+    return {
+        "ids": {
+            "lineage": training_lineage(workspace),
+            "bucket_plan": workspace.plan_id,
+            "tokenizer": workspace.tokenizer.id,
+            "model": workspace.model_id(),
+            "batch_profile": file_id(workspace.path("batch_profile.json")),
+            "validation": content_id([*_validation(workspace), config.train.max_validation_utterances]),
+        },
+        "model": asdict(workspace.model_config()),
+    }
+
+
+@dataclass(frozen=True)
+class LineageNote:
+    """What `checkpoints/lineage.json` holds."""
+
+    lineage: str
+
+
+def noted_lineage(path: Path) -> str | None:
+    """The lineage of the checkpoints beside a note; None where the note is missing or can't be read."""
+    note = read_state(path, LineageNote)
+    return note and note["lineage"]

@@ -1,0 +1,53 @@
+"""`previous/`: checkpoints and metrics of other settings are the user's until newer ones replace them there."""
+
+from __future__ import annotations
+
+import shutil
+
+from raytrain.run_folder.lineage import LINEAGE_NOTE, noted_lineage
+from raytrain.run_folder.workspace import Workspace
+from raytrain.storage.artifacts import atomic_write_bytes, canonical_json, make_folder
+
+_MOVED = ("checkpoints", "metrics.jsonl")
+
+
+def set_aside_stale(workspace: Workspace, lineage: str) -> bool:
+    """Move checkpoints and metrics of another lineage to `previous/`, and note `lineage` as that of those to come;
+    whether anything was moved."""
+    store = workspace.store
+    note = store.look(LINEAGE_NOTE)
+    moved = False
+    if store.is_remote:
+        moved = noted_lineage(note) != lineage and _set_aside_remote(workspace)
+    elif not workspace.path("checkpoints").exists():
+        workspace.path("metrics.jsonl").unlink(missing_ok=True)
+    elif noted_lineage(note) == lineage:
+        return False
+    else:
+        _set_aside_local(workspace)
+        moved = True
+    atomic_write_bytes(note, canonical_json({"lineage": lineage}))
+    store.share(LINEAGE_NOTE)
+    return moved
+
+
+def _set_aside_local(workspace: Workspace) -> None:
+    previous = workspace.path("previous")
+    if any(workspace.path("checkpoints").glob("step_*")):  # else there is nothing that could replace the older ones
+        shutil.rmtree(previous, ignore_errors=True)
+    make_folder(previous)
+    for name in _MOVED:
+        if workspace.path(name).exists() and not (previous / name).exists():
+            shutil.move(workspace.path(name), previous / name)
+    shutil.rmtree(workspace.path("checkpoints"), ignore_errors=True)
+
+
+def _set_aside_remote(workspace: Workspace) -> bool:
+    store = workspace.store
+    if workspace.checkpoints().about("newest") is None:
+        store.clear("checkpoints")
+        store.discard("metrics.jsonl")
+        return False
+    store.clear("previous")
+    store.set_aside(*_MOVED)
+    return True

@@ -1,0 +1,27 @@
+"""Stage `report`: one HTML page of what the stages before it wrote."""
+
+from __future__ import annotations
+
+from raytrain.report.page import write_report
+from raytrain.run_folder.trained import TRAINED_NOTE
+from raytrain.run_folder.workspace import Workspace
+from raytrain.stages.context import Context
+from raytrain.storage.artifacts import file_id
+
+REPORT = "report.html"
+
+
+def key(workspace: Workspace) -> object:
+    """What the stage depends on, as JSON values."""
+    names = ["statistics.json", "bucket_plan.json", "batch_profile.json"]
+    if workspace.config.data.stream is None:
+        names.append("assignment/index.json")
+    results = (TRAINED_NOTE, "hypotheses.jsonl", "scores.json")
+    return [[name, file_id(workspace.path(name))] for name in (*names, *results)]
+
+
+def run(context: Context) -> str:
+    """Write `report.html`."""
+    path = write_report(context.workspace.run_dir, context.path(REPORT), title=context.config.name)
+    context.tracker.log_artifact(path)
+    return str(path)

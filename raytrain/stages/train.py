@@ -1,0 +1,144 @@
+"""Stage `train`: plan the training from the artifacts, run it on the cluster, note the checkpoints at its end."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from raytrain.cluster.trainer import METRICS, mirror_of, run_training
+from raytrain.config import Config
+from raytrain.errors import TrainingError
+from raytrain.run_folder.lineage import training_key, training_lineage, training_meta
+from raytrain.run_folder.previous import set_aside_stale
+from raytrain.run_folder.quarantine import QUARANTINE, gather_quarantine, num_quarantined
+from raytrain.run_folder.trained import TRAINED_NOTE, TrainedNote
+from raytrain.run_folder.workspace import Workspace
+from raytrain.stages.context import Context
+from raytrain.storage.artifacts import make_folder
+from raytrain.training.checkpoint import Checkpoint, CheckpointFolder
+from raytrain.training.data_wait import DataPath, DataWaitMonitor
+
+_SHOWN_METRICS = ("loss", "wer", "bleu")
+_LOWERED = "batch_profile_lowered.json"
+
+
+@dataclass(frozen=True)
+class TrainingPlan:
+    """What is trained: the `lineage` of its checkpoints, what each of them records as `meta`, and the checkpoint that
+    it resumes from, None where it begins."""
+
+    lineage: str
+    meta: Mapping[str, Any]
+    checkpoint: Checkpoint | None
+
+    @property
+    def step(self) -> int:
+        """Steps that were done before."""
+        return self.checkpoint.step if self.checkpoint else 0
+
+
+def key(workspace: Workspace) -> object:
+    """What the stage depends on, as JSON values."""
+    return training_key(workspace)
+
+
+def resumes(workspace: Workspace) -> bool:
+    """Whether training has checkpoints of these settings to resume from."""
+    newest = workspace.checkpoints().about("newest")
+    return newest is not None and newest.lineage == training_lineage(workspace)
+
+
+def plan_training(workspace: Workspace, lineage: str, newest: Checkpoint | None) -> TrainingPlan:
+    """The plan of a training that resumes from the `newest` checkpoint, if there is any.
+
+    Raises `CheckpointError` where that is of another lineage.
+    """
+    if newest is not None:
+        newest.check_lineage(lineage)
+    return TrainingPlan(lineage, training_meta(workspace), newest)
+
+
+def run(context: Context) -> str:
+    """Write checkpoints, and `checkpoints/last.json` that names the last and the best."""
+    workspace = context.workspace
+    lineage = training_lineage(workspace)
+    if set_aside_stale(workspace, lineage):
+        context.console.say("  settings changed: training starts from scratch, the old checkpoints are in previous/")
+    plan = plan_training(workspace, lineage, _newest_checkpoint(context, lineage))
+    if plan.checkpoint is not None:
+        context.console.say(f"  training resumes from step {plan.step}")
+    with _training_progress(context, plan.step) as on_metrics:
+        run_training(
+            context.config,
+            workspace.store.location,
+            meta=dict(plan.meta),
+            mlflow=context.tracking.worker_arguments(),
+            on_metrics=on_metrics,
+            say=context.console.say,
+        )
+    _gather(context)
+    last, best = _checkpoints_of(workspace.checkpoints(), lineage)
+    TrainedNote.of(lineage, last, best).write(context.path(TRAINED_NOTE))
+    return f"{last.step} steps, {last.meta.get('seconds', 0.0) / 60:.1f} min; best checkpoint at step {best.step}"
+
+
+def _newest_checkpoint(context: Context, lineage: str) -> Checkpoint | None:
+    """The run's newest checkpoint, fetched from the mirror where the run folder has none."""
+    folder = context.workspace.checkpoints()
+    newest, mirror = folder.about("newest"), mirror_of(context.config)
+    if newest is None and mirror is not None:
+        newest = mirror.fetch_newest(make_folder(folder.folder), lineage)
+        if newest is not None:
+            context.console.say(f"  found the checkpoint of step {newest.step} in {mirror.path}")
+    return newest
+
+
+def _gather(context: Context) -> None:
+    """Bring what the workers wrote beside checkpoints."""
+    lowered, store = context.path(_LOWERED), context.workspace.store
+    if lowered.exists():
+        context.tracker.log_artifact(lowered)
+    store.look(METRICS)
+    gather_quarantine(store)
+    if broken := num_quarantined(context.path(QUARANTINE)):
+        context.console.warn(
+            f"{broken} recording(s) can't be read (quarantine.jsonl names them); in training others take their place"
+        )
+
+
+def _checkpoints_of(folder: CheckpointFolder, lineage: str) -> tuple[Checkpoint, Checkpoint]:
+    """The last and the best checkpoint of a training that is over."""
+    last = folder.about("newest")
+    if last is None:
+        raise TrainingError("training ended without a checkpoint", remedy="see the messages above")
+    best = folder.about("best") or last
+    for checkpoint in (last, best):
+        checkpoint.check_lineage(lineage)
+    return last, best
+
+
+@contextlib.contextmanager
+def _training_progress(context: Context, step: int) -> Iterator[Callable[[Mapping[str, float]], None]]:
+    """A progress bar from `step` on, and the function that takes lines of metrics for it."""
+    total, monitor = context.config.train.max_steps, DataWaitMonitor(_data_path(context.config))
+    with context.console.progress("training", total) as update:
+        update(completed=step)
+        shown: dict[str, float] = {}
+
+        def on_metrics(line: Mapping[str, float]) -> None:
+            shown.update({name: line[name] for name in _SHOWN_METRICS if name in line})
+            text = "training  " + "  ".join(f"{name} {value:.3f}" for name, value in shown.items())
+            update(completed=line["step"], text=text)
+            # The lines of a run that resumes come first.
+            if line["step"] > step and (warning := monitor.check(line)) is not None:
+                context.console.warn(warning)
+
+        yield on_metrics
+
+
+def _data_path(config: Config) -> DataPath:
+    return DataPath(
+        config.train.num_loader_threads, config.data.workers, config.assign.materialize, config.data.stream is not None
+    )
