@@ -271,14 +271,14 @@ def _agreed_checkpoint(checkpoints: Any, rank: int, meta: dict[str, Any]) -> Any
 
 
 def _load_weights(resume: Any, model: Any, workspace: Any, device: Any) -> None:
-    from raytrain.model.formats.transfer import initialise_from
+    from raytrain.model.formats.transfer import initialize_from
     from raytrain.training.conversion import load_model
 
     init_from = workspace.config.train.init_from
     if resume is not None:
         model.load_state_dict(resume.load("model", device))
     elif init_from:
-        initialise_from(model, workspace.tokenizer.models, load_model(Path(init_from).expanduser()))
+        initialize_from(model, workspace.tokenizer.models, load_model(Path(init_from).expanduser()))
 
 
 class _Preemption:
