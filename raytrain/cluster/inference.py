@@ -294,13 +294,13 @@ class Listener:
     def __init__(self, job: Job, cuda: bool, threads: int) -> None:
         import torch
 
-        from raytrain.decoding.recognizer import Recogniser
+        from raytrain.decoding.recognizer import Recognizer
 
         device = worker_device(cuda).torch
         if device.type == "cpu":
             torch.set_num_threads(threads)
         self._job = job
-        self._recogniser = Recogniser(*job.load(), job.settings, device, job.precision)
+        self._recogniser = Recognizer(*job.load(), job.settings, device, job.precision)
 
     def __call__(self, table: Any) -> dict[str, list[bytes]]:
         """`table` has one batch; returns one `Recognised` as JSON."""
@@ -330,7 +330,7 @@ class Listener:
         for number, (place, _, _) in enumerate(pieces):
             own.setdefault(place, []).append(number)
         timed = [len(own[place]) > 1 for place, _, _ in pieces]
-        heard = self._recogniser.hear(batch, [start / rate for _, start, _ in pieces], timed, note["limit"])
+        heard = self._recogniser.recognize(batch, [start / rate for _, start, _ in pieces], timed, note["limit"])
         found = {}
         for place, numbers in own.items():
             numbers.sort(key=lambda number: pieces[number][1])
