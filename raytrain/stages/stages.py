@@ -23,7 +23,7 @@ from raytrain.data.corpora.types import BadRow
 from raytrain.data.probe import MISSING, SHORT, came_back
 from raytrain.data.text.tokenizer import FORMAT as TOKENIZER_FORMAT
 from raytrain.errors import ArtifactError, ConfigError, DataError, TrainingError
-from raytrain.evaluation.error_counts import are_enough_readable
+from raytrain.evaluation.readable import are_enough_readable
 from raytrain.lengths.compare import PolicyRow, compare_policies
 from raytrain.lengths.histogram import LengthHistogram
 from raytrain.lengths.plan import BucketPlan
@@ -749,7 +749,7 @@ def run_evaluate(context: Context) -> str:
     atomic_write_bytes(context.path("hypotheses.jsonl"), b"".join(orjson.dumps(one) + b"\n" for one in results))
     check_unreadable(results, context.config.data.max_bad_fraction)
     texts = texts_of(results, context.config.evaluate.normalizer)
-    body = score(texts)
+    body = score(texts).to_dict()
     parents = {"checkpoint": file_id(context.path("checkpoints", "last.json"))}
     write_json(context.path("scores.json"), SCORES_FORMAT, body, parents)
     write_errors(context.path("errors.html"), title=context.config.name, scores=body, worst=worst(texts))

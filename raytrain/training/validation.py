@@ -17,7 +17,8 @@ from torch import nn
 from raytrain.data.batch import SpeechBatch
 from raytrain.decoding.search import DecodeSettings, transcribe_batch
 from raytrain.errors import TrainingError
-from raytrain.evaluation.error_counts import Decoded, are_enough_readable, score_decoded
+from raytrain.evaluation.readable import are_enough_readable
+from raytrain.evaluation.validation_scores import Decoded, score_decoded
 from raytrain.model.loss import canary_loss
 from raytrain.training.loop import GaveUp
 

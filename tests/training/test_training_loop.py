@@ -13,7 +13,7 @@ from raytrain.data.assignment import Row
 from raytrain.data.batch import SpeechBatch
 from raytrain.decoding.search import DecodeSettings
 from raytrain.errors import StorageError, TrainingError
-from raytrain.evaluation.error_counts import Decoded, score_decoded
+from raytrain.evaluation.validation_scores import Decoded, score_decoded
 from raytrain.lengths.schedule import shares_of
 from raytrain.model.canary import Canary
 from raytrain.training.average import WeightAverage
