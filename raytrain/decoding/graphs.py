@@ -1,9 +1,9 @@
 """Decoder steps as CUDA graphs: shapes that do not change, captured once and replayed for every token.
 
-A decoder step is some 15 small kernels per layer, and starting them one by one takes the host longer than the GPU needs
-to run them. A graph starts them all at once, if their shapes and addresses stay: rows, positions and frames are rounded
-up to powers of two, masks hide the padding, and the position is a number on the device. A text that outgrows its
-positions moves on to the graph of the next size, a batch that has shrunk to half to that of fewer rows.
+A decoder step is about 15 small kernels per layer, and launching each takes the host longer than the GPU needs to run
+it. A graph starts them all at once, if their shapes and addresses stay: rows, positions and frames are rounded up to
+powers of two, masks hide the padding, and the position is a number on the device. A text that outgrows its positions
+moves on to the graph of the next size, a batch that has shrunk to half to that of fewer rows.
 
     programs = programs_for(model, states)                       # None where graphs can't be used
     if programs and programs.have_room(rows, frames, max_tokens):
@@ -51,7 +51,7 @@ class Program:
         self.tokens = torch.zeros(rows, dtype=torch.long, device=device)
         self.log_probs = torch.zeros(rows, device=device)
         self.position = torch.zeros(1, dtype=torch.long, device=device)
-        # Rows that hold nothing look at one frame: no row may be masked whole.
+        # Empty rows attend to a frame: no row may be masked whole.
         self.mask = torch.zeros(rows, 1, 1, frames, dtype=torch.bool, device=device)
         self.mask[..., 0] = True
         heads = programs.next_token.decoder.heads

@@ -50,7 +50,7 @@ def greedy_search(
 
 class _Texts:
     """What greedy search has generated: the tokens of each row as the host knows them, and their log-probabilities on
-    the device. `rows` are those that the steps go on with."""
+    the device. `rows` are those that the steps continue with."""
 
     def __init__(self, limits: list[int], eos_id: int) -> None:
         self.limits, self.eos_id = limits, eos_id

@@ -45,7 +45,7 @@ class ManifestRow:
 
 @dataclass(frozen=True)
 class Prompts:
-    """Makes prompts for one model; `pnc` stands in where a row does not say."""
+    """Makes prompts for one model; `pnc` is for rows without that field."""
 
     tokenizer: CanaryTokenizer
     prompt_format: str
@@ -53,7 +53,7 @@ class Prompts:
     pnc: bool = True
 
     def ids(self, row: Utterance) -> tuple[int, ...]:
-        """The prompt of a row. Raises `TokenizerError`, also for one that leaves no room for a text."""
+        """The prompt of a row. Raises `TokenizerError`, also for a prompt that leaves no room for a text."""
         prompt = tuple(key_prompt(self.tokenizer, row, self.prompt_format))
         if len(prompt) >= self.max_positions:
             raise TokenizerError(

@@ -109,7 +109,7 @@ def _check_prompts(sizes: list[int], max_positions: int) -> None:
 
 
 def _search(model: Canary, group: PromptGroup, eos_id: int, settings: DecodeSettings) -> list[list[Hypothesis]]:
-    """The hypotheses of each utterance: all of the beam where CTC is to rank them anew."""
+    """The hypotheses of each utterance: all of the beam where CTC is to rerank them."""
     if settings.beam_size == 1:
         return [[hypothesis] for hypothesis in greedy_search(model, group, eos_id, settings.length_penalty)]
     ranking = Ranking(settings.beam_size if settings.ctc_weight else settings.n_best, settings.length_penalty)

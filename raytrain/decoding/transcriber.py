@@ -43,8 +43,8 @@ class Word:
 @dataclass(frozen=True)
 class Transcript:
     """One recording's text. `confidence` is the geometric mean of its tokens' probabilities, null without
-    text; `alternatives` are the other texts of the beam, best first (recordings of one window only); `cut_off` tells
-    that a length cap ended the text; `error` says why the text is missing."""
+    text; `alternatives` are the other texts of the beam, best first (recordings of one window only); `cut_off` is
+    true where a length cap ended the text; `error` says why the text is missing."""
 
     path: str
     text: str | None

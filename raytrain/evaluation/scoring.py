@@ -26,7 +26,7 @@ from raytrain.evaluation.error_counts import LENGTH, edit_counts
 from raytrain.evaluation.normalize import normalizer as normalizer_of
 
 Result = Mapping[str, Any]
-# Fixed, so that runs with other bucket plans compare.
+# Fixed, so that runs with different bucket plans can be compared.
 DURATION_EDGES_MS = (5_000, 10_000, 20_000, 30_000, 40_000)
 
 

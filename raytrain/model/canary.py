@@ -87,7 +87,7 @@ class Canary(nn.Module):
         return states, lengths, self.ctc_head(raw).float().log_softmax(-1)
 
     def cross_mask(self, states_BTD: Tensor, lengths_B: Tensor) -> Tensor:
-        """(B, 1, 1, T) bool: the frames that cross-attention may look at."""
+        """(B, 1, 1, T) bool: the frames that cross-attention may attend to."""
         return mask_until(lengths_B.clamp_min(1), states_BTD.shape[1])[:, None, None]
 
     def decode_logits(self, input_ids: Tensor, states: Tensor, state_lengths: Tensor) -> Tensor:

@@ -97,7 +97,7 @@ def _bfloat16(weight: Tensor, bias: Tensor | None) -> Linear:
 def _int8(weight: Tensor, bias: Tensor | None) -> Linear:
     scale = (weight.abs().amax(1) / 127).clamp_min(1e-12).double()
     with warnings.catch_warnings():
-        # Quantized tensors are to leave PyTorch some day; this version's fastest kernel takes its weight as one.
+        # Quantized tensors will leave PyTorch some day; this version's fastest kernel takes its weight as one.
         warnings.simplefilter("ignore")
         rounded = torch.quantize_per_channel(
             weight.float(), scale, torch.zeros(len(scale), dtype=torch.long), 0, torch.qint8

@@ -1,4 +1,4 @@
-"""What makes decoding fast changes no text: seldom looks at the device, steps of fixed shape, packed linear layers."""
+"""What makes decoding fast changes no text: rare synchronization, steps of fixed shape, packed linear layers."""
 
 import copy
 
@@ -89,14 +89,14 @@ def assert_same(found, wanted):
         (beam, DecodeSettings(beam_size=4, n_best=2, max_generation_delta=60, length_penalty=1.0)),
     ],
 )
-def test_texts_do_not_depend_on_when_the_host_looks(spoken, search, settings, sync_interval):
+def test_texts_do_not_depend_on_the_synchronization_interval(spoken, search, settings, sync_interval):
     wanted = run(spoken, search, settings, sync_interval=1)
     assert_same(run(spoken, search, settings, sync_interval=sync_interval), wanted)
     ends = {len(row[0].ids) for row in wanted if row[0].ended}
     assert len(ends) > 2 and not all(row[0].ended for row in wanted), "texts should end at different steps"
 
 
-class Looks(TorchFunctionMode):
+class HostReads(TorchFunctionMode):
     """Counts values read from tensors: on a GPU the host waits for each."""
 
     READS = (torch.Tensor.tolist, torch.Tensor.item, torch.Tensor.__bool__, torch.Tensor.__int__, torch.Tensor.cpu)
@@ -110,14 +110,14 @@ class Looks(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-def looks(spoken, search, settings, **options) -> int:
-    with Looks() as reads, Syncs() as syncs:
+def num_reads(spoken, search, settings, **options) -> int:
+    with HostReads() as reads, Syncs() as syncs:
         run(spoken, search, settings, **options)
     assert syncs.found == ["is_nonzero"]  # whether frames are padded
     return reads.number
 
 
-def test_nothing_is_read_between_two_looks(spoken):
+def test_nothing_is_read_between_two_synchronizations(spoken):
     model = spoken[0]
     bias = model.log_softmax.mlp["layer0"].bias
     bias.data[EOS] -= 100
@@ -127,12 +127,13 @@ def test_nothing_is_read_between_two_looks(spoken):
         assert steps > 80
         for programs in (None, Programs(model, spoken[1])):
             often, seldom, never = (
-                looks(spoken, greedy, LONG, rows=one, sync_interval=every, programs=programs) for every in (1, 8, 1000)
+                num_reads(spoken, greedy, LONG, rows=one, sync_interval=every, programs=programs)
+                for every in (1, 8, 1000)
             )
             assert often - never == steps - 1 and seldom - never == -(-steps // 8) - 1
             assert never < 6
         settings = DecodeSettings(beam_size=2, max_generation_delta=50)
-        often, seldom = (looks(spoken, beam, settings, rows=one, sync_interval=every) for every in (1, 8))
+        often, seldom = (num_reads(spoken, beam, settings, rows=one, sync_interval=every) for every in (1, 8))
         assert 0 < seldom < often / 4
     finally:
         bias.data[EOS] += 100

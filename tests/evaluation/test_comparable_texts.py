@@ -26,7 +26,7 @@ _TEXTS = st.text(max_size=30) | _ACCENTED | _TYPOGRAPHY
 
 @cache
 def tokenizer(rule: str) -> CanaryTokenizer:
-    """A tokenizer that writes any text, by bytes where it has no piece, with one of SentencePiece's normalisers."""
+    """A tokenizer that writes any text, by bytes where it has no piece, with one of SentencePiece's normalizers."""
     writer = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(["déjà vu été", "hello world"] * 5),

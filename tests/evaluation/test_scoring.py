@@ -151,7 +151,7 @@ def test_nothing_to_score_is_no_interval():
     assert body["bleu"]["en"] == pytest.approx(bleu([Decoded("en", "", True, "a b", "a b")]))
 
 
-# --- the normaliser
+# --- the normalizer
 
 
 @pytest.mark.parametrize(
@@ -345,7 +345,7 @@ def test_confusions_are_counted_over_all_utterances_not_only_the_worst():
     assert found["insert"] == [("de", "", "ja", 5)]
 
 
-def test_a_normaliser_leaves_only_real_errors_on_the_page(tmp_path):
+def test_a_normalizer_leaves_only_real_errors_on_the_page(tmp_path):
     rows = [result("Mr. Smith won't pay $20.", "mister smith will not pay thirty dollars")]
     (columns,) = shown_columns(page_of(rows, tmp_path, "whisper"))
     assert [one for one in columns if one[0]] == [("s", "$20", "$30")]
