@@ -24,7 +24,8 @@ from benchmarks._record import record
 from benchmarks.train_step import parts_of, peer_of
 from raytrain.data.text.prompt import prompt_ids
 from raytrain.data.text.tokenizer import CanaryTokenizer
-from raytrain.decoding.search import DecodeSettings, decode
+from raytrain.decoding.search import decode
+from raytrain.decoding.settings import DecodeSettings
 from raytrain.model.formats.portable import ModelParts
 
 

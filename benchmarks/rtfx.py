@@ -25,8 +25,9 @@ from benchmarks._models import random_parts
 from benchmarks._record import record
 from benchmarks.decode import Decoding, seconds_of
 from raytrain.decoding.graphs import VARIABLE
+from raytrain.decoding.greedy import greedy_search
 from raytrain.decoding.precision import prepare_for_inference
-from raytrain.decoding.search import _greedy
+from raytrain.decoding.steps import PromptGroup
 from raytrain.model.formats.portable import ModelParts
 from raytrain.model.linear import PRECISIONS
 
@@ -42,9 +43,10 @@ class Utterances(Decoding):
     def search(self) -> list[int]:
         limits = torch.full_like(self.sizes, self.tokens)
         states, lengths = self.states
-        found = _greedy(self.model, states, lengths, self.prompts, limits, self.eos, self.settings)
+        group = PromptGroup(states, lengths, self.prompts, limits)
+        hypotheses = greedy_search(self.model, group, self.eos, self.settings.length_penalty)
         self._wait()
-        return [len(hypotheses[0].ids) for hypotheses in found]
+        return [len(hypothesis.ids) for hypothesis in hypotheses]
 
 
 def load(name: str, precision: str, device: str) -> tuple[ModelParts, torch.nn.Module]:

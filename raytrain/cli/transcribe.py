@@ -103,7 +103,7 @@ def transcribe(
 
     Exit code 1 if a recording could not be read.
     """
-    from raytrain.decoding.search import DecodeSettings
+    from raytrain.decoding.settings import DecodeSettings
 
     try:
         settings = DecodeSettings(beam_size, length_penalty, n_best)

@@ -18,7 +18,7 @@ from raytrain.data.sequences import BlockEncoder
 from raytrain.data.text.tokenizer import CanaryTokenizer
 from raytrain.lengths.plan import BucketPlan
 from raytrain.run_folder.assigned_chunks import FOLDER, clear_stale_parts, standing_notes
-from raytrain.storage.filesystem import patiently
+from raytrain.storage.patience import patiently
 from raytrain.storage.run_store import RunStore
 
 

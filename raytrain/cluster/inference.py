@@ -22,7 +22,7 @@ from raytrain.cluster.mapping import results_of_workers
 from raytrain.cluster.pool import Pool
 from raytrain.decoding.batching import sorted_batches
 from raytrain.decoding.requests import Request
-from raytrain.decoding.search import DecodeSettings
+from raytrain.decoding.settings import DecodeSettings
 from raytrain.errors import RaytrainError, last_line
 from raytrain.model.config import ModelConfig
 from raytrain.training.memory.decoding import BatchSizes, DecodeTracer

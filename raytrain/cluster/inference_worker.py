@@ -19,11 +19,11 @@ from raytrain.data.batch_table import pack_batch, unpack_batch
 from raytrain.data.text.tokenizer import CanaryTokenizer
 from raytrain.decoding.longform import most_windows, windows
 from raytrain.decoding.requests import Request
-from raytrain.decoding.search import DecodeSettings
+from raytrain.decoding.settings import DecodeSettings
 from raytrain.errors import DataError
 from raytrain.model.canary import Canary
 from raytrain.model.device import worker_device
-from raytrain.storage.filesystem import is_uri
+from raytrain.storage.locations import is_uri
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -179,13 +179,13 @@ class RecognizerActor:
     def __init__(self, job: Job, cuda: bool, threads: int) -> None:
         import torch
 
-        from raytrain.decoding.recognizer import Recogniser
+        from raytrain.decoding.recognizer import Recognizer
 
         device = worker_device(cuda).torch
         if device.type == "cpu":
             torch.set_num_threads(threads)
         self._sample_rate = job.sample_rate
-        self._recognizer = Recogniser(*job.load(), job.settings, device, job.precision)
+        self._recognizer = Recognizer(*job.load(), job.settings, device, job.precision)
 
     def __call__(self, table: pa.Table) -> dict[str, list[bytes]]:
         """`table` has one batch; returns one `RecognizedBatch`."""
@@ -215,7 +215,7 @@ class RecognizerActor:
         for number, piece in enumerate(pieces):
             numbers.setdefault(piece.utterance, []).append(number)
         timed = [len(numbers[piece.utterance]) > 1 for piece in pieces]
-        results = self._recognizer.hear(batch, [piece.start / rate for piece in pieces], timed, note.limit)
+        results = self._recognizer.recognize(batch, [piece.start / rate for piece in pieces], timed, note.limit)
         texts = {}
         for utterance, ordered in numbers.items():
             ordered.sort(key=lambda number: pieces[number].start)

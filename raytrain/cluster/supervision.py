@@ -14,7 +14,7 @@ from pathlib import Path
 from raytrain.cluster import supervisor
 from raytrain.cluster.sockets import ray_folders
 from raytrain.storage.leftovers import Leftover, size_of
-from raytrain.storage.ownership import Owner, read_owner, this_machine, write_owner
+from raytrain.storage.owner import Owner, read_owner, this_machine, write_owner
 
 NOTE = "raytrain.json"
 _STARTED: list[subprocess.Popen[bytes]] = []  # keeps each supervisor that still runs from a ResourceWarning

@@ -13,7 +13,7 @@ from raytrain.cluster.room import trains_on_gpus
 from raytrain.config import Config
 from raytrain.errors import TrainingError
 from raytrain.storage.artifacts import file_id
-from raytrain.storage.filesystem import absolute
+from raytrain.storage.locations import absolute
 from raytrain.storage.run_store import RunStore
 
 

@@ -29,7 +29,7 @@ from raytrain.model.canary import Canary
 from raytrain.model.config import ModelConfig
 from raytrain.model.cost import peak_flops, training_flops
 from raytrain.model.device import Device, worker_device
-from raytrain.model.formats.transfer import initialise_from
+from raytrain.model.formats.transfer import initialize_from
 from raytrain.run_folder.checkpoint_mirror import mirror_of
 from raytrain.run_folder.workspace import Workspace
 from raytrain.storage.run_store import RunStore
@@ -177,7 +177,7 @@ def build(rank: Rank, model: Canary, checkpoint: Checkpoint | None) -> TrainStat
     if checkpoint is not None:
         model.load_state_dict(checkpoint.load("model", device))
     elif settings.init_from:
-        initialise_from(model, rank.workspace.tokenizer.models, load_model(Path(settings.init_from).expanduser()))
+        initialize_from(model, rank.workspace.tokenizer.models, load_model(Path(settings.init_from).expanduser()))
     return TrainState(
         model=model,
         wrapped=parallel_model(model, settings, rank.world_size, device),

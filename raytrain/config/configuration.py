@@ -18,7 +18,7 @@ from raytrain.lengths.plan import BucketSettings
 from raytrain.model.config import ModelConfig
 from raytrain.redaction import MLFLOW_VARIABLE, holds_credentials
 from raytrain.settings import Range, Setting, refuse
-from raytrain.storage.filesystem import absolute, is_uri
+from raytrain.storage.locations import absolute, is_uri
 from raytrain.storage.run_store import local_folder
 from raytrain.training.settings import TrainSettings
 

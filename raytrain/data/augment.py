@@ -16,7 +16,7 @@ import numpy as np
 from raytrain.data.audio import AudioError, read_audio
 from raytrain.errors import DataError
 from raytrain.settings import Range, Setting, refuse, setting_problems
-from raytrain.storage.filesystem import expand
+from raytrain.storage.patterns import expand
 
 Probability = Annotated[float, Range(0, 1)]
 Decibels = Annotated[float, Range(-200, 200)]

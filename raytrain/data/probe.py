@@ -22,7 +22,7 @@ from raytrain.data.corpora.rejected import RejectedExamples
 from raytrain.data.corpora.types import TAR_FORMATS, BadRow, Chunk, Problem
 from raytrain.data.locator import AudioLocator
 from raytrain.errors import DataError
-from raytrain.storage.filesystem import StorageReadError, is_uri
+from raytrain.storage.locations import StorageReadError, is_uri
 
 REASONS = ("missing_audio", "unreadable_audio", "short_audio")
 MISSING, UNREADABLE, SHORT = REASONS

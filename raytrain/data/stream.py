@@ -36,7 +36,7 @@ from raytrain.errors import ManifestError, PlanError
 from raytrain.lengths.permutation import key_of
 from raytrain.lengths.plan import BucketPlan
 from raytrain.lengths.schedule import StepPlan
-from raytrain.storage.filesystem import StorageReadError
+from raytrain.storage.locations import StorageReadError
 
 _NUM_SHOWN = 5
 _MAX_TARS = 256  # whose headers are kept

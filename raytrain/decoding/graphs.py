@@ -1,13 +1,13 @@
 """Decoder steps as CUDA graphs: shapes that do not change, captured once and replayed for every token.
 
-A decoder step is some 15 small kernels per layer, and starting them one by one takes the host longer than the GPU needs
-to run them. A graph starts them all at once, if their shapes and addresses stay: rows, positions and frames are rounded
-up to powers of two, masks hide what is not there, and the position is a number on the device. A text that outgrows its
-positions moves on to the graph of the next size, a batch that has shrunk to half to that of fewer rows.
+A decoder step is about 15 small kernels per layer, and launching each takes the host longer than the GPU needs to run
+it. A graph starts them all at once, if their shapes and addresses stay: rows, positions and frames are rounded up to
+powers of two, masks hide the padding, and the position is a number on the device. A text that outgrows its positions
+moves on to the graph of the next size, a batch that has shrunk to half to that of fewer rows.
 
     programs = programs_for(model, states)                       # None where graphs can't be used
     if programs and programs.have_room(rows, frames, max_tokens):
-        steps = StaticSteps(programs, eager)                     # goes on where the eager steps are, after the prompt
+        steps = StaticSteps(programs, eager)                     # continues from the eager steps, after the prompt
 
 `RAYTRAIN_CUDA_GRAPHS=0` turns them off. Programs are kept for the next batch, up to `MAX_BYTES` of keys and values;
 those of changed weights are dropped. Only inference mode has them: validation during training would hold memory that
@@ -27,10 +27,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from raytrain.decoding.steps import EagerSteps, most_likely
+from raytrain.decoding.steps import EagerSteps, NextToken
 from raytrain.model.canary import Canary
 from raytrain.model.decoder import LayerCache
-from raytrain.model.linear import affine_of
 
 VARIABLE = "RAYTRAIN_CUDA_GRAPHS"
 MAX_BYTES = 4 << 30
@@ -45,18 +44,18 @@ def size_class(number: int, least: int = 1) -> int:
 class Program:
     """One step of R rows, U positions and T frames, in tensors that stay where they are."""
 
-    def __init__(self, owner: Programs, rows: int, positions: int, frames: int) -> None:
-        decoder, device, dtype = owner.decoder, owner.device, owner.dtype
+    def __init__(self, programs: Programs, rows: int, positions: int, frames: int) -> None:
+        device, dtype = programs.device, programs.dtype
         self.rows, self.positions, self.frames = rows, positions, frames
-        self._decoder, self._head = decoder, owner.head
+        self._next_token = programs.next_token
         self.tokens = torch.zeros(rows, dtype=torch.long, device=device)
         self.log_probs = torch.zeros(rows, device=device)
         self.position = torch.zeros(1, dtype=torch.long, device=device)
-        # Rows that hold nothing look at one frame: no row may be masked whole.
+        # Empty rows attend to a frame: no row may be masked whole.
         self.mask = torch.zeros(rows, 1, 1, frames, dtype=torch.bool, device=device)
         self.mask[..., 0] = True
-        heads = decoder.heads
-        width = owner.width // heads
+        heads = programs.next_token.decoder.heads
+        width = programs.width // heads
         # Here and in `load` zeros, not whatever was there: what a mask hides must still be a number.
         self.cache = [
             LayerCache(
@@ -65,57 +64,56 @@ class Program:
                 torch.zeros(rows, heads, frames, width, device=device, dtype=dtype),
                 maps,
             )
-            for maps in owner.maps
+            for maps in programs.maps
         ]
         self.run: Callable[[], None] = self._step
         if device.type == "cuda":
-            self.run = _captured(self._step, owner)
+            self.run = _captured(self._step, programs)
 
     def _step(self) -> None:
-        hidden = self._decoder.extend(self.tokens[:, None], self.cache, self.position, self.mask)
-        chosen, log_probs = most_likely(self._head(hidden[:, -1]))
+        chosen, log_probs = self._next_token.best(self.tokens[:, None], self.cache, self.position, self.mask)
         self.tokens.copy_(chosen)
         self.log_probs.copy_(log_probs)
         self.position += 1
 
     def load(self, tokens: Tensor, cache: list[LayerCache], mask: Tensor | None, filled: int) -> None:
-        """Take over the state of `len(tokens)` rows, which has `filled` positions."""
+        """Copy the state of `len(tokens)` rows, which has `filled` positions."""
         rows, frames = len(tokens), cache[0].cross_keys.shape[2]
         self.tokens[:rows] = tokens
         self.position.fill_(filled)
         self.mask[:rows] = False
         self.mask[:rows, :, :, :frames] = True if mask is None else mask
-        for own, other in zip(self.cache, cache, strict=True):
-            own.self_keys_values[:, :rows, :, :filled] = other.self_keys_values[:, :, :, :filled]
-            own.self_keys_values[:, :rows, :, filled:] = 0
-            for mine, theirs in ((own.cross_keys, other.cross_keys), (own.cross_values, other.cross_values)):
-                mine[:rows, :, :frames] = theirs
-                mine[:rows, :, frames:] = 0
+        for target, source in zip(self.cache, cache, strict=True):
+            target.self_keys_values[:, :rows, :, :filled] = source.self_keys_values[:, :, :, :filled]
+            target.self_keys_values[:, :rows, :, filled:] = 0
+            pairs = ((target.cross_keys, source.cross_keys), (target.cross_values, source.cross_values))
+            for target_part, source_part in pairs:
+                target_part[:rows, :, :frames] = source_part
+                target_part[:rows, :, frames:] = 0
 
 
-def _captured(step: Callable[[], None], owner: Programs) -> Callable[[], None]:
+def _captured(step: Callable[[], None], programs: Programs) -> Callable[[], None]:
     """A graph of `step`. It runs before, since kernels and libraries set themselves up when they first run."""
-    side = torch.cuda.Stream(owner.device)
-    side.wait_stream(torch.cuda.current_stream(owner.device))
+    side = torch.cuda.Stream(programs.device)
+    side.wait_stream(torch.cuda.current_stream(programs.device))
     with torch.cuda.stream(side):
         for _ in range(2):
             step()
-    torch.cuda.current_stream(owner.device).wait_stream(side)
+    torch.cuda.current_stream(programs.device).wait_stream(side)
     graph = torch.cuda.CUDAGraph()
-    # Graphs run one after the other, so what they need in between may be the same memory.
-    with torch.cuda.graph(graph, pool=owner.pool, capture_error_mode="thread_local"):
+    # Graphs run in turn, so what they need in between may be the same memory.
+    with torch.cuda.graph(graph, pool=programs.pool, capture_error_mode="thread_local"):
         step()
     return graph.replay
 
 
 class Programs:
-    """A model's programs by size, the least recently used of which make way for new ones."""
+    """A model's programs by size, the least recently used of which are dropped for new ones."""
 
     def __init__(self, model: Canary, states: Tensor) -> None:
-        self.decoder, self.width = model.transf_decoder, states.shape[2]
+        self.next_token, self.width = NextToken.of(model), states.shape[2]
         self.device, self.dtype = states.device, states.dtype
-        self.head = affine_of(model.log_softmax.mlp["layer0"])
-        self.maps = [layer.maps() for layer in self.decoder._decoder.layers]
+        self.maps = [layer.maps() for layer in self.next_token.decoder._decoder.layers]
         self.fingerprint = _fingerprint(model, states)
         self.pool = torch.cuda.graph_pool_handle() if states.is_cuda else None
         self._held: OrderedDict[tuple[int, int, int], Program] = OrderedDict()
@@ -134,7 +132,7 @@ class Programs:
         key = size_class(rows), size_class(positions, _LEAST_POSITIONS), size_class(frames, _LEAST_FRAMES)
         if key not in self._held:
             new = self.num_bytes(*key)
-            while self._held and new + sum(self.num_bytes(*one) for one in self._held) > MAX_BYTES:
+            while self._held and new + sum(self.num_bytes(*held) for held in self._held) > MAX_BYTES:
                 self._held.popitem(last=False)
             self._held[key] = Program(self, *key)
         self._held.move_to_end(key)
@@ -142,7 +140,7 @@ class Programs:
 
 
 class StaticSteps:
-    """`EagerSteps` in a program's shapes, from where they are on."""
+    """`EagerSteps` in a program's shapes, from their position on."""
 
     def __init__(self, programs: Programs, eager: EagerSteps) -> None:
         self.programs, self.position, self.rows = programs, eager.position, len(eager.inputs)
@@ -151,7 +149,7 @@ class StaticSteps:
         self.program.load(eager.inputs[:, 0], eager.cache, eager.mask, self.position)
 
     def step(self) -> tuple[Tensor, Tensor]:
-        """See `EagerSteps.step`."""
+        """See `Steps.step`."""
         if self.position == self.program.positions:
             self._move(list(range(self.rows)))
         self.program.run()
@@ -159,7 +157,7 @@ class StaticSteps:
         return self.program.tokens[: self.rows].clone(), self.program.log_probs[: self.rows].clone()
 
     def keep(self, slots: list[int]) -> list[int]:
-        """Go on with some rows, or with all where as large a program would run for the fewer."""
+        """See `Steps.keep`: all rows where as large a program would run for the fewer."""
         if size_class(len(slots)) == self.program.rows:
             return list(range(self.rows))
         self._move(slots)
@@ -177,23 +175,24 @@ _KEPT = threading.local()  # a program holds one batch at a time
 
 def programs_for(model: Canary, states: Tensor) -> Programs | None:
     """The model's programs; None off CUDA, outside inference mode, under autocast, and where they are turned off."""
-    wanted = states.is_cuda and torch.is_inference_mode_enabled() and os.environ.get(VARIABLE, "1") != "0"
-    return kept_programs(model, states) if wanted and not torch.is_autocast_enabled("cuda") else None
+    usable = states.is_cuda and torch.is_inference_mode_enabled() and os.environ.get(VARIABLE, "1") != "0"
+    return kept_programs(model, states) if usable and not torch.is_autocast_enabled("cuda") else None
 
 
 def kept_programs(model: Canary, states: Tensor) -> Programs:
     """The programs of the model as it is now, of this thread."""
     if not hasattr(_KEPT, "by_model"):
         _KEPT.by_model = weakref.WeakKeyDictionary()
-    found = _KEPT.by_model.get(model)
-    if found is None or found.fingerprint != _fingerprint(model, states):
-        found = _KEPT.by_model[model] = Programs(model, states)
-    return found
+    by_model: weakref.WeakKeyDictionary[Canary, Programs] = _KEPT.by_model
+    programs = by_model.get(model)
+    if programs is None or programs.fingerprint != _fingerprint(model, states):
+        programs = by_model[model] = Programs(model, states)
+    return programs
 
 
-def _fingerprint(model: Canary, states: Tensor) -> tuple:
+def _fingerprint(model: Canary, states: Tensor) -> tuple[object, ...]:
     """Changes with any weight that a graph reads, whether written in place or replaced."""
     parts = (model.transf_decoder, model.log_softmax)
     tensors = [tensor for part in parts for tensor in (*part.parameters(), *part.buffers())]
-    versions = [(one.data_ptr(), 0 if one.is_inference() else one._version) for one in tensors]
+    versions = [(tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version) for tensor in tensors]
     return (states.dtype, states.device, *versions)

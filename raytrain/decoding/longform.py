@@ -1,13 +1,14 @@
 """Long recordings: windows that overlap, and their token sequences joined without repeats or gaps.
 
-Two neighbouring windows both hear the overlap. Tokens that both decoded at about the same time are matched, and
-the text changes over from one to the other after a match, near the middle of the overlap, at the end of a word
-where there is one. So a word that an edge cut in half is taken from the window that heard it whole. Edges lie
-where it is quiet, so that there are few such words.
+Neighboring windows share the overlap. Tokens that both decoded at about the same time are matched, and the text
+switches from one window to the next after a match, near the middle of the overlap, at the end of a word if possible.
+So a word that an edge cut in half is taken from the window that has it whole. Edges lie where it is quiet, so that
+there are few such words.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -41,9 +42,9 @@ class TimedToken:
 def windows(audio: np.ndarray, sample_rate: int, *, window_s: float, overlap_s: float) -> list[tuple[int, int]]:
     """Spans [start, end) in samples that cover `audio` (num_samples,), none longer than `window_s`.
 
-    A recording of at most `window_s` is one span. Neighbours share about `overlap_s`, at least half of it, and
-    begin and end where it is quiet: half a word at an edge is what a decoder stumbles over. All are of about one
-    length, since a short last one would have little context. Raises `DataError` for lengths that make no sense.
+    A recording of at most `window_s` is one span. Neighbors share about `overlap_s`, at least half of it, and
+    begin and end where it is quiet: half a word at an edge is what a decoder stumbles over. All are about equally
+    long, since a short last one would have little context. Raises `DataError` for lengths that make no sense.
     """
     check_window(window_s, overlap_s)
     window, overlap, size = round(window_s * sample_rate), round(overlap_s * sample_rate), len(audio)
@@ -70,7 +71,7 @@ def most_windows(size: int, window: int, overlap: int) -> int:
 
 
 def default_overlap(window_s: float) -> float:
-    """Seconds that neighbouring windows share where nothing else is asked for."""
+    """Seconds that neighboring windows share by default."""
     return min(4.0, window_s / 4)
 
 
@@ -108,14 +109,14 @@ def _quietest(loudness: np.ndarray, low: int, high: int, sample_rate: int) -> in
 
 
 def join(left: list[TimedToken], right: list[TimedToken], start_s: float, end_s: float) -> list[TimedToken]:
-    """Two windows' tokens as one sequence; times count from the start of the recording.
+    """Two windows' tokens as a single sequence; times count from the start of the recording.
 
     The overlap is [start_s, end_s): the right window begins at `start_s`, the left one ends at `end_s`.
     """
     middle = (start_s + end_s) / 2
     tail = _within(left, start_s - _TOLERANCE_S, None)
     head = _within(right, None, end_s + _TOLERANCE_S)
-    if not tail or not head:  # one of them heard nothing there, so nothing can repeat
+    if not tail or not head:  # one window has no token there, so nothing can repeat
         return left + right
     pairs = _matches([left[i] for i in tail], [right[j] for j in head])
     if not pairs:
@@ -143,7 +144,7 @@ def _word_ends(tokens: list[TimedToken], number: int) -> bool:
 
 
 def _matches(left: list[TimedToken], right: list[TimedToken]) -> list[tuple[int, int]]:
-    """Pairs of equal tokens at about one time: the longest common subsequence, and of those the closest in time."""
+    """Pairs of equal tokens at about the same time: the longest common subsequence, of several the closest in time."""
 
     def gain(i: int, j: int) -> float:
         distance = abs(left[i].middle_s - right[j].middle_s)
@@ -172,12 +173,13 @@ def _matches(left: list[TimedToken], right: list[TimedToken]) -> list[tuple[int,
 
 def _cut(left: list[TimedToken], right: list[TimedToken], middle: float) -> list[TimedToken]:
     """Nothing in common: whole words before the middle from the left, those after it from the right."""
-    return [token for word in _words(left) if word[0].middle_s < middle for token in word] + [
-        token for word in _words(right) if word[0].middle_s >= middle for token in word
+    return [token for word in group_words(left) if word[0].middle_s < middle for token in word] + [
+        token for word in group_words(right) if word[0].middle_s >= middle for token in word
     ]
 
 
-def _words(tokens: list[TimedToken]) -> list[list[TimedToken]]:
+def group_words(tokens: Sequence[TimedToken]) -> list[list[TimedToken]]:
+    """The tokens of each word, in order."""
     words: list[list[TimedToken]] = []
     for token in tokens:
         if token.starts_word or not words:

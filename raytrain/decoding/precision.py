@@ -2,7 +2,7 @@
 
     model = prepare_for_inference(parts.build(), "int8", torch.device("cpu"))
 
-It can't be trained or saved any more. What the precisions cost in errors and give in speed is in `docs/log.md`.
+It can't be trained or saved afterwards. What the precisions cost in errors and give in speed is in `docs/log.md`.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from torch import nn
 
 from raytrain.errors import DataError
 from raytrain.model.canary import Canary
-from raytrain.model.linear import PRECISIONS, PreparedLinear
+from raytrain.model.linear import PRECISIONS, PreparedLinear, weight_and_bias
 
 
 def prepare_for_inference(model: Canary, precision: str, device: torch.device) -> Canary:
@@ -45,4 +45,5 @@ def _pack(module: nn.Module, precision: str) -> None:
     for parent in list(module.modules()):
         for name, layer in list(parent.named_children()):
             if isinstance(layer, nn.Linear) or getattr(layer, "kernel_size", None) in ((1,), (1, 1)):
-                setattr(parent, name, PreparedLinear(layer.weight.flatten(1), layer.bias, precision))
+                weight, bias = weight_and_bias(layer)
+                setattr(parent, name, PreparedLinear(weight.flatten(1), bias, precision))

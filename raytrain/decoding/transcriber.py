@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -21,9 +21,10 @@ from raytrain.data.audio import AudioError, read_audio
 from raytrain.data.batch import SpeechBatch
 from raytrain.data.text.prompt import prompt_ids
 from raytrain.data.text.tokenizer import CanaryTokenizer
-from raytrain.decoding.longform import TimedToken, check_window, default_overlap, windows
-from raytrain.decoding.recognizer import Heard, Recogniser, confidence, joined
-from raytrain.decoding.search import DecodeSettings
+from raytrain.decoding.batching import sorted_batches
+from raytrain.decoding.longform import TimedToken, check_window, default_overlap, group_words, windows
+from raytrain.decoding.recognizer import Recognition, Recognizer, confidence, joined
+from raytrain.decoding.settings import DecodeSettings
 from raytrain.errors import DataError
 from raytrain.model.formats.portable import ModelParts
 
@@ -42,8 +43,8 @@ class Word:
 @dataclass(frozen=True)
 class Transcript:
     """One recording's text. `confidence` is the geometric mean of its tokens' probabilities, null without
-    text; `alternatives` are the other texts of the beam, best first (recordings of one window only); `cut_off` tells
-    that a length cap ended the text; `error` says why there is none."""
+    text; `alternatives` are the other texts of the beam, best first (recordings of one window only); `cut_off` is
+    true where a length cap ended the text; `error` says why the text is missing."""
 
     path: str
     text: str | None
@@ -54,15 +55,27 @@ class Transcript:
     cut_off: bool = False
     error: str | None = None
 
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values for JSON, times to the hundredth of a second."""
-        return _rounded(asdict(self))
+    def to_dict(self) -> dict[str, object]:
+        """Plain values for JSON, numbers to four digits after the point."""
+        return {name: _rounded(value) for name, value in asdict(self).items()}
+
+
+@dataclass(frozen=True)
+class _Recording:
+    """A recording cut into windows, which lie at `spans_s`."""
+
+    path: str
+    spans_s: list[tuple[float, float]]
+    windows: list[np.ndarray]
 
 
 class _Window(NamedTuple):
+    """A window of a recording; `timed` asks for times of its tokens."""
+
     recording: int
     start_s: float
     samples: np.ndarray
+    timed: bool
 
 
 class Transcriber:
@@ -88,27 +101,14 @@ class Transcriber:
     ) -> None:
         self.tokenizer = CanaryTokenizer(parts.tokenizers)
         language = language or only_language(self.tokenizer)
-        self.prompt = prompt_ids(
-            self.tokenizer,
-            language,
-            target_language or language,
-            pnc=pnc,
-            prompt_format=parts.config.prompt_format,
-        )
+        target, prompt_format = target_language or language, parts.config.prompt_format
+        self.prompt = prompt_ids(self.tokenizer, language, target, pnc=pnc, prompt_format=prompt_format)
         self.sample_rate = parts.config.sample_rate
         overlap_s = default_overlap(window_s) if overlap_s is None else overlap_s
         check_window(window_s, overlap_s)
-        if device == "auto":
-            device = "cuda" if torch.cuda.is_available() else "cpu"
-        if device not in ("cpu", "cuda") or (device == "cuda" and not torch.cuda.is_available()):
-            raise DataError(
-                "there is no such device",
-                got=device,
-                allowed="auto, cpu, and cuda where there is one",
-                remedy="pass --device auto",
-            )
-        self.recogniser = Recogniser(
-            parts.build(), self.tokenizer, settings or DecodeSettings(), torch.device(device), precision
+        torch_device = device_named(device)
+        self.recognizer = Recognizer(
+            parts.build(), self.tokenizer, settings or DecodeSettings(), torch_device, precision
         )
         self.batch_size, self.times = batch_size, times
         self.window_s, self.overlap_s = window_s, overlap_s
@@ -119,75 +119,91 @@ class Transcriber:
             yield from self._group(paths[first : first + self.batch_size])
 
     def _group(self, paths: Sequence[str]) -> Iterator[Transcript]:
-        pieces: list[_Window] = []
-        results: list[Transcript | None] = [None] * len(paths)
-        spans: dict[int, list[tuple[float, float]]] = {}
-        for number, path in enumerate(paths):
-            try:
-                audio = read_audio(str(path), sample_rate=self.sample_rate)
-            except AudioError as error:
-                results[number] = Transcript(str(path), None, error=str(error))
-                continue
-            cuts = windows(audio, self.sample_rate, window_s=self.window_s, overlap_s=self.overlap_s)
-            spans[number] = [(start / self.sample_rate, end / self.sample_rate) for start, end in cuts]
-            pieces += [_Window(number, start / self.sample_rate, audio[start:end]) for start, end in cuts]
-        decoded: dict[int, list[Heard]] = {number: [] for number in spans}
-        # Windows of like length share a batch, so that little of it is padding.
-        order = sorted(range(len(pieces)), key=lambda i: -len(pieces[i].samples))
-        found: dict[int, Heard] = {}
-        for first in range(0, len(order), self.batch_size):
-            chosen = order[first : first + self.batch_size]
-            timed = [self.times or len(spans[pieces[i].recording]) > 1 for i in chosen]
-            found.update(zip(chosen, self._hear([pieces[i] for i in chosen], timed), strict=True))
-        for number, piece in enumerate(pieces):
-            decoded[piece.recording].append(found[number])
-        for number, path in enumerate(paths):
-            yield results[number] or self._transcript(str(path), spans[number], decoded[number])
+        recordings = [self._read(str(path)) for path in paths]
+        windows = [
+            _Window(number, start_s, samples, self.times or len(recording.windows) > 1)
+            for number, recording in enumerate(recordings)
+            if isinstance(recording, _Recording)
+            for (start_s, _), samples in zip(recording.spans_s, recording.windows, strict=True)
+        ]
+        by_recording: list[list[Recognition]] = [[] for _ in recordings]
+        for window, recognition in zip(windows, self._recognize(windows), strict=True):
+            by_recording[window.recording].append(recognition)
+        for recording, recognitions in zip(recordings, by_recording, strict=True):
+            yield recording if isinstance(recording, Transcript) else self._transcript(recording, recognitions)
 
-    def _hear(self, pieces: list[_Window], timed: list[bool]) -> list[Heard]:
-        size, prompts = len(self.prompt), [self.prompt] * len(pieces)
+    def _read(self, path: str) -> _Recording | Transcript:
+        """A recording's windows, or the transcript that says why it can't be read."""
+        try:
+            audio = read_audio(path, sample_rate=self.sample_rate)
+        except AudioError as error:
+            return Transcript(path, None, error=str(error))
+        spans = windows(audio, self.sample_rate, window_s=self.window_s, overlap_s=self.overlap_s)
+        spans_s = [(start / self.sample_rate, end / self.sample_rate) for start, end in spans]
+        return _Recording(path, spans_s, [audio[start:end] for start, end in spans])
+
+    def _recognize(self, windows: list[_Window]) -> list[Recognition]:
+        """Recognitions in the order of the windows; windows of like length share a batch, so that little is padding."""
+        sizes = [len(window.samples) for window in windows]
+        results: dict[int, Recognition] = {}
+        for indices in sorted_batches(sizes, [1] * len(sizes), largest=lambda _: self.batch_size):
+            results.update(zip(indices, self._recognize_batch([windows[index] for index in indices]), strict=True))
+        return [results[index] for index in range(len(windows))]
+
+    def _recognize_batch(self, windows: list[_Window]) -> Iterator[Recognition]:
+        size, prompts = len(self.prompt), [self.prompt] * len(windows)
         batch = SpeechBatch.collate(
-            [piece.samples for piece in pieces], prompts, [size] * len(pieces), pad_id=self.tokenizer.pad_id
+            [window.samples for window in windows], prompts, [size] * len(windows), pad_id=self.tokenizer.pad_id
         )
-        heard = self.recogniser.hear(batch, [piece.start_s for piece in pieces], timed)
-        for one in heard:
-            if isinstance(one, DataError):
-                raise one
-        return heard
+        starts_s, timed = [window.start_s for window in windows], [window.timed for window in windows]
+        for recognition in self.recognizer.recognize(batch, starts_s, timed):
+            if isinstance(recognition, DataError):
+                raise recognition
+            yield recognition
 
-    def _transcript(self, path: str, spans: list[tuple[float, float]], decoded: list[Heard]) -> Transcript:
-        tokens = joined(spans, decoded)
-        alternatives = [self.tokenizer.decode(ids) for ids in decoded[0].others] if len(decoded) == 1 else []
+    def _transcript(self, recording: _Recording, recognitions: list[Recognition]) -> Transcript:
+        tokens = joined(recording.spans_s, recognitions)
+        alternatives = recognitions[0].alternatives if len(recognitions) == 1 else []
         return Transcript(
-            path,
-            self.recogniser.text(tokens),
-            spans[-1][1],
+            recording.path,
+            self.recognizer.text(tokens),
+            recording.spans_s[-1][1],
             confidence(tokens),
-            self._words(tokens),
-            alternatives,
-            cut_off=not all(part.ended for part in decoded),
+            list(self._words(tokens)),
+            [self.tokenizer.decode(ids) for ids in alternatives],
+            cut_off=not all(recognition.ended for recognition in recognitions),
         )
 
-    def _words(self, tokens: list[TimedToken]) -> list[Word]:
-        groups: list[list[TimedToken]] = []
-        for token in tokens:
-            if token.starts_word or not groups:
-                groups.append([])
-            groups[-1].append(token)
-        words = []
-        for group in groups:
-            text = self.recogniser.text(group)
-            start, end = group[0].start_s, group[-1].end_s
-            known = not math.isnan(start)
-            # A single space piece before the word it belongs to is no word of its own.
-            if text:
-                sure = math.exp(sum(token.log_prob for token in group))
-                words.append(Word(text, start if known else None, end if known else None, sure))
-        return words
+    def _words(self, tokens: list[TimedToken]) -> Iterator[Word]:
+        for group in group_words(tokens):
+            text = self.recognizer.text(group)
+            if not text:  # a single space piece before its word is not a word itself
+                continue
+            start_s, end_s = group[0].start_s, group[-1].end_s
+            probability = math.exp(sum(token.log_prob for token in group))
+            if math.isnan(start_s):
+                yield Word(text, None, None, probability)
+            else:
+                yield Word(text, start_s, end_s, probability)
+
+
+def device_named(name: str) -> torch.device:
+    """The torch device of `auto`, `cpu` or `cuda`. Raises `DataError` where there is no such device."""
+    has_cuda = torch.cuda.is_available()
+    if name == "auto":
+        name = "cuda" if has_cuda else "cpu"
+    if name not in ("cpu", "cuda") or (name == "cuda" and not has_cuda):
+        raise DataError(
+            "there is no such device",
+            got=name,
+            allowed="auto, cpu, and cuda where there is one",
+            remedy="pass --device auto",
+        )
+    return torch.device(name)
 
 
 def only_language(tokenizer: CanaryTokenizer) -> str:
-    """The language of a model that knows one. Raises `DataError` for one that knows more."""
+    """The language of a model that has a single one. Raises `DataError` for a model of several languages."""
     if len(tokenizer.languages) == 1:
         return tokenizer.languages[0]
     raise DataError(
@@ -195,7 +211,7 @@ def only_language(tokenizer: CanaryTokenizer) -> str:
     )
 
 
-def _rounded(value: Any) -> Any:
+def _rounded(value: object) -> object:
     if isinstance(value, float):
         return round(value, 4)
     if isinstance(value, dict):

@@ -1,180 +1,254 @@
 """What `scores.json` says of decoded test rows: error rates and BLEU with 95 % confidence intervals, by language and
 by duration.
 
-A result is a line of `hypotheses.jsonl`: `text` as the manifest has it, `reference` as the tokenizer's normaliser
+A result is a line of `hypotheses.jsonl`: `text` as the manifest has it, `reference` as the tokenizer's normalizer
 leaves it (`text` where there is none), which is what is compared with `hypothesis` (None where the recording can't be
 read), `lang`, `translated`, `duration_ms`, `audio_filepath`. Transcriptions have error rates, translations BLEU and
 chrF.
 
     texts = texts_of(results, normalizer="whisper")
-    score(texts)["wer"], score(texts)["wer_ci"]        # 0.121, [0.112, 0.131]
+    scores = score(texts)
+    scores.total.rates["wer"]           # Rate(value=0.121, interval=[0.112, 0.131])
+    scores.to_dict()["wer"]             # 0.121
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from raytrain.evaluation.bootstrap import interval, rate_interval, resampled_sums
-from raytrain.evaluation.error_counts import bleu_metric
+from raytrain.evaluation.bleu import CorpusScore, bleu_metric, chrf_metric, corpus_score
+from raytrain.evaluation.bootstrap import rate_interval
+from raytrain.evaluation.error_counts import LENGTH, edit_counts
 from raytrain.evaluation.normalize import normalizer as normalizer_of
 
 Result = Mapping[str, Any]
-# Fixed, so that runs with other bucket plans compare.
+# Fixed, so that runs with different bucket plans can be compared.
 DURATION_EDGES_MS = (5_000, 10_000, 20_000, 30_000, 40_000)
-SUBSTITUTIONS, DELETIONS, INSERTIONS, LENGTH = range(4)
-_PAIRS_AT_A_TIME = 1000
+
+
+@dataclass(frozen=True)
+class Utterance:
+    """A readable result: `text` as the manifest has it, and `reference`, which `hypothesis` is compared with."""
+
+    language: str
+    duration_ms: int
+    audio: str
+    text: str
+    reference: str
+    hypothesis: str
+
+    @classmethod
+    def of(cls, result: Result) -> Utterance:
+        """The utterance of a line of `hypotheses.jsonl`."""
+        text = result["text"]
+        return cls(
+            language=result["lang"],
+            duration_ms=result["duration_ms"],
+            audio=str(result["audio_filepath"]),
+            text=text,
+            reference=result.get("reference", text),
+            hypothesis=result["hypothesis"],
+        )
 
 
 @dataclass(frozen=True)
 class Texts:
-    """Readable results, apart by how they are scored; `normalized` has the reference and the hypothesis of each of
-    `heard` as the normaliser leaves them, and is None without one."""
+    """Readable utterances, apart by how they are scored; `normalized` has the references and the hypotheses of
+    `transcriptions` as the normalizer leaves them, and is None without one."""
 
-    heard: Sequence[Result]
-    translated: Sequence[Result]
+    transcriptions: Sequence[Utterance]
+    translations: Sequence[Utterance]
     unreadable: int
     normalizer: str
     normalized: tuple[list[str], list[str]] | None
 
     @property
     def raw(self) -> tuple[list[str], list[str]]:
-        """References and hypotheses of `heard`, without a normaliser besides the tokenizer's."""
-        return [reference_of(item) for item in self.heard], [item["hypothesis"] for item in self.heard]
+        """References and hypotheses of `transcriptions`, without a normalizer besides the tokenizer's."""
+        return pairs_of(self.transcriptions)
 
 
-def reference_of(result: Result) -> str:
-    """What the hypothesis is compared with."""
-    return result.get("reference", result["text"])
+def pairs_of(utterances: Sequence[Utterance]) -> tuple[list[str], list[str]]:
+    """References and hypotheses."""
+    return [utterance.reference for utterance in utterances], [utterance.hypothesis for utterance in utterances]
 
 
 def texts_of(results: Sequence[Result], normalizer: str = "none") -> Texts:
-    """Results for `score` and for the page of errors; each text is normalised once."""
-    readable = [item for item in results if item["hypothesis"] is not None]
-    heard = [item for item in readable if not item["translated"]]
+    """Results for `score` and for the page of errors; each text is normalized once."""
+    readable = [result for result in results if result["hypothesis"] is not None]
+    transcriptions = [Utterance.of(result) for result in readable if not result["translated"]]
+    translations = [Utterance.of(result) for result in readable if result["translated"]]
     normalized = None
     if normalizer != "none":
-        clean = {language: normalizer_of(normalizer, language) for language in {item["lang"] for item in heard}}
+        languages = {utterance.language for utterance in transcriptions}
+        clean = {language: normalizer_of(normalizer, language) for language in languages}
         normalized = (
-            [clean[item["lang"]](reference_of(item)) for item in heard],
-            [clean[item["lang"]](item["hypothesis"]) for item in heard],
+            [clean[utterance.language](utterance.reference) for utterance in transcriptions],
+            [clean[utterance.language](utterance.hypothesis) for utterance in transcriptions],
         )
-    translated = [item for item in readable if item["translated"]]
-    return Texts(heard, translated, len(results) - len(readable), normalizer, normalized)
+    return Texts(transcriptions, translations, len(results) - len(readable), normalizer, normalized)
 
 
-def alignments(
-    references: Sequence[str], hypotheses: Sequence[str], *, unit: str = "word"
-) -> Iterator[tuple[list[str], list[str], list[Any]]]:
-    """For each pair the words of the reference, those of the hypothesis, and jiwer's chunks that align them by minimum
-    edit distance; `unit` is `word` or `character`."""
-    import jiwer
+@dataclass(frozen=True)
+class Rate:
+    """Errors over reference length with [low, high] of its 95 % interval, None where no reference has a word."""
 
-    process = jiwer.process_words if unit == "word" else jiwer.process_characters
-    for start in range(0, len(references), _PAIRS_AT_A_TIME):
-        part = slice(start, start + _PAIRS_AT_A_TIME)
-        found = process(list(references[part]), list(hypotheses[part]))
-        yield from zip(found.references, found.hypotheses, found.alignments, strict=True)
+    value: float | None
+    interval: list[float] | None
 
 
-def edit_counts(references: Sequence[str], hypotheses: Sequence[str], *, unit: str = "word") -> np.ndarray:
-    """(N, 4) substitutions, deletions, insertions and reference length of each pair."""
-    counts = np.zeros((len(references), 4), np.int64)
-    column = {"substitute": SUBSTITUTIONS, "delete": DELETIONS, "insert": INSERTIONS}
-    for row, (said, _, chunks) in zip(counts, alignments(references, hypotheses, unit=unit), strict=True):
-        row[LENGTH] = len(said)
-        for chunk in chunks:
-            if chunk.type != "equal":
-                size = max(chunk.ref_end_idx - chunk.ref_start_idx, chunk.hyp_end_idx - chunk.hyp_start_idx)
-                row[column[chunk.type]] += size
-    return counts
+@dataclass(frozen=True)
+class GroupScores:
+    """Error rates of transcriptions by name (`wer`, `cer`, and `wer_normalized` with a normalizer), and counts."""
+
+    rates: Mapping[str, Rate]
+    utterances: int
+    hours: float
+    words: int
+    errors: int
+
+    def to_dict(self) -> dict[str, object]:
+        """As `scores.json` has it: each rate, and its interval beside it under `_ci`."""
+        rates: dict[str, object] = {}
+        for name, rate in self.rates.items():
+            rates |= {name: rate.value, f"{name}_ci": rate.interval}
+        counts = {"utterances": self.utterances, "hours": self.hours, "words": self.words, "errors": self.errors}
+        return {**rates, **counts}
 
 
-def score(texts: Texts) -> dict[str, Any]:
-    """`scores.json`.
+@dataclass(frozen=True)
+class DurationScores:
+    """Scores of the utterances longer than `from_ms`, and at most `to_ms` long if that is a number."""
 
-    `wer` and `cer` of transcriptions as fractions with `wer_ci` and `cer_ci`, [low, high] at 95 % (all None where no
-    reference has a word), `wer_normalized` and its interval with a normaliser, and counts; the same in `by_language`,
-    and in `by_duration` for each span of `DURATION_EDGES_MS` that has utterances, upper edge included. `bleu` and
-    `chrf` of translations (0 to 100) by target language, with intervals. `references_changed` counts the readable
-    results whose reference is not the manifest's text.
+    from_ms: int
+    to_ms: int | None
+    scores: GroupScores
+
+    def to_dict(self) -> dict[str, object]:
+        """As `scores.json` has it."""
+        return {"from_ms": self.from_ms, "to_ms": self.to_ms, **self.scores.to_dict()}
+
+
+@dataclass(frozen=True)
+class TranslationScores:
+    """BLEU and chrF of the translations into a language, none where no reference has a text."""
+
+    utterances: int
+    bleu: CorpusScore | None = None
+    chrf: CorpusScore | None = None
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Everything about a test: transcriptions in `total` and by group, translations by target language.
+
+    `by_duration` has each span of `DURATION_EDGES_MS` that has utterances, upper edge included. `references_changed`
+    counts the readable results whose reference is not the manifest's text.
     """
+
+    total: GroupScores
+    normalizer: str
+    unreadable: int
+    references_changed: int
+    substitutions: int
+    deletions: int
+    insertions: int
+    by_language: Mapping[str, GroupScores]
+    by_duration: Sequence[DurationScores]
+    translations: Mapping[str, TranslationScores]
+
+    def to_dict(self) -> dict[str, Any]:
+        """The body of `scores.json`."""
+        metrics = {
+            "bleu": {language: scores.bleu for language, scores in self.translations.items() if scores.bleu},
+            "chrf": {language: scores.chrf for language, scores in self.translations.items() if scores.chrf},
+        }
+        translations: dict[str, object] = {
+            "translations": {language: scores.utterances for language, scores in self.translations.items()}
+        }
+        for name, by_language in metrics.items():
+            translations[name] = {language: score.value for language, score in by_language.items()}
+            translations[f"{name}_ci"] = {language: score.interval for language, score in by_language.items()}
+        return {
+            **self.total.to_dict(),
+            "normalizer": self.normalizer,
+            "unreadable": self.unreadable,
+            "references_changed": self.references_changed,
+            "substitutions": self.substitutions,
+            "deletions": self.deletions,
+            "insertions": self.insertions,
+            "by_language": {language: scores.to_dict() for language, scores in self.by_language.items()},
+            "by_duration": [scores.to_dict() for scores in self.by_duration],
+            **translations,
+        }
+
+
+def score(texts: Texts) -> Scores:
+    """The scores of a test's texts."""
     counts = {"wer": edit_counts(*texts.raw), "cer": edit_counts(*texts.raw, unit="character")}
     if texts.normalized is not None:
         counts["wer_normalized"] = edit_counts(*texts.normalized)
-    duration_ms = np.array([item["duration_ms"] for item in texts.heard], np.int64)
-    languages = np.array([item["lang"] for item in texts.heard], object)
-    substitutions, deletions, insertions, _ = (int(value) for value in counts["wer"].sum(axis=0))
-    return {
-        **_group(counts, duration_ms, np.ones(len(duration_ms), bool)),
-        "normalizer": texts.normalizer,
-        "unreadable": texts.unreadable,
-        "references_changed": sum(reference_of(item) != item["text"] for item in (*texts.heard, *texts.translated)),
-        "substitutions": substitutions,
-        "deletions": deletions,
-        "insertions": insertions,
-        "by_language": {
+    duration_ms = np.array([utterance.duration_ms for utterance in texts.transcriptions], np.int64)
+    languages = np.array([utterance.language for utterance in texts.transcriptions], object)
+    substitutions, deletions, insertions, _ = counts["wer"].sum(axis=0).tolist()
+    return Scores(
+        total=_group(counts, duration_ms, np.full(len(duration_ms), True)),
+        normalizer=texts.normalizer,
+        unreadable=texts.unreadable,
+        references_changed=sum(
+            utterance.reference != utterance.text for utterance in (*texts.transcriptions, *texts.translations)
+        ),
+        substitutions=substitutions,
+        deletions=deletions,
+        insertions=insertions,
+        by_language={
             language: _group(counts, duration_ms, languages == language) for language in sorted(set(languages))
         },
-        "by_duration": _by_duration(counts, duration_ms),
-        **_translations(texts.translated),
-    }
+        by_duration=_by_duration(counts, duration_ms),
+        translations=_translations(texts.translations),
+    )
 
 
-def _group(counts: Mapping[str, np.ndarray], duration_ms: np.ndarray, chosen: np.ndarray) -> dict[str, Any]:
-    """Rates with intervals and sizes of the `chosen` utterances, a mask (N,)."""
-    group: dict[str, Any] = {}
+def _group(counts: Mapping[str, np.ndarray], duration_ms: np.ndarray, chosen: np.ndarray) -> GroupScores:
+    """Scores of the `chosen` utterances, a mask (N,)."""
+    rates = {}
     for name, table in counts.items():
         errors, lengths = table[chosen, :LENGTH].sum(axis=1), table[chosen, LENGTH]
-        group[name] = float(errors.sum() / lengths.sum()) if lengths.any() else None
-        group[f"{name}_ci"] = rate_interval(errors, lengths) if lengths.any() else None
+        rates[name] = Rate(None, None)
+        if lengths.any():
+            rates[name] = Rate(float(errors.sum() / lengths.sum()), rate_interval(errors, lengths))
     words = counts["wer"][chosen]
-    return {
-        **group,
-        "utterances": int(chosen.sum()),
-        "hours": round(int(duration_ms[chosen].sum()) / 3_600_000, 6),
-        "words": int(words[:, LENGTH].sum()),
-        "errors": int(words[:, :LENGTH].sum()),
-    }
+    return GroupScores(
+        rates=rates,
+        utterances=int(chosen.sum()),
+        hours=round(int(duration_ms[chosen].sum()) / 3_600_000, 6),
+        words=int(words[:, LENGTH].sum()),
+        errors=int(words[:, :LENGTH].sum()),
+    )
 
 
-def _by_duration(counts: Mapping[str, np.ndarray], duration_ms: np.ndarray) -> list[dict[str, Any]]:
+def _by_duration(counts: Mapping[str, np.ndarray], duration_ms: np.ndarray) -> list[DurationScores]:
     span = np.searchsorted(DURATION_EDGES_MS, duration_ms, side="left")
-    edges = (0, *DURATION_EDGES_MS, None)
+    low, high = (0, *DURATION_EDGES_MS), (*DURATION_EDGES_MS, None)
     return [
-        {"from_ms": edges[number], "to_ms": edges[number + 1], **_group(counts, duration_ms, span == number)}
-        for number in sorted({int(one) for one in span})
+        DurationScores(low[number], high[number], _group(counts, duration_ms, span == number))
+        for number in sorted(set(span.tolist()))
     ]
 
 
-def _translations(items: Sequence[Result]) -> dict[str, Any]:
-    from sacrebleu.metrics import CHRF
-
-    found: dict[str, Any] = {"translations": {}, "bleu": {}, "bleu_ci": {}, "chrf": {}, "chrf_ci": {}}
-    for language in sorted({item["lang"] for item in items}):
-        some = [item for item in items if item["lang"] == language]
-        pair = [item["hypothesis"] for item in some], [reference_of(item) for item in some]
-        found["translations"][language] = len(some)
-        if not any(pair[1]):  # nothing to compare with
-            continue
-        for name, metric in (("bleu", bleu_metric(language)), ("chrf", CHRF())):
-            found[name][language], found[f"{name}_ci"][language] = corpus_score(metric, *pair)
-    return found
-
-
-def corpus_score(metric: Any, hypotheses: Sequence[str], references: Sequence[str]) -> tuple[float, list[float]]:
-    """A sacrebleu metric's corpus score with its 95 % interval; both are equal to what the metric makes of the texts.
-
-    sacrebleu's own bootstrap gives half a width in place of an interval, and holds a thousand copies of the statistics
-    in memory. So this takes the sentence statistics that it takes.
-    """
-    statistics = np.array(metric._extract_corpus_statistics(hypotheses, [references]), np.int64)
-
-    def of_sums(sums: np.ndarray) -> float:
-        return float(metric._compute_score_from_stats(sums.tolist()).score)
-
-    scores = [of_sums(sums) for sums in resampled_sums(statistics)]
-    return of_sums(statistics.sum(axis=0)), interval(np.array(scores))
+def _translations(utterances: Sequence[Utterance]) -> dict[str, TranslationScores]:
+    by_language: dict[str, TranslationScores] = {}
+    for language in sorted({utterance.language for utterance in utterances}):
+        references, hypotheses = pairs_of([utterance for utterance in utterances if utterance.language == language])
+        by_language[language] = TranslationScores(len(references))
+        if any(references):
+            by_language[language] = TranslationScores(
+                len(references),
+                bleu=corpus_score(bleu_metric(language), hypotheses, references),
+                chrf=corpus_score(chrf_metric(), hypotheses, references),
+            )
+    return by_language

@@ -1,110 +1,169 @@
 """The worst utterances of a test with their alignments, and what is confused most often: what `errors.html` shows.
 
-Everything here is bounded, whatever the size of the test: each language gets its share of the places, so that a
-language with few utterances is seen beside one with many.
+Everything here is bounded, whatever the size of the test: each language gets its share of the page, so that a
+language with few utterances is seen beside a language with many.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from itertools import zip_longest
-from typing import Any
+from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 
-from raytrain.evaluation.error_counts import bleu_metric
-from raytrain.evaluation.scoring import (
+from raytrain.evaluation.bleu import bleu_metric, chrf_metric
+from raytrain.evaluation.error_counts import (
     DELETIONS,
     INSERTIONS,
     LENGTH,
     SUBSTITUTIONS,
-    Result,
-    Texts,
     alignments,
     edit_counts,
-    reference_of,
 )
+from raytrain.evaluation.scoring import Texts, Utterance
 
-FEW_WORDS = 4  # below that, one error makes a rate that says little
-_PLACES, _MOST_PLACES = 60, 120
+if TYPE_CHECKING:
+    from jiwer import AlignmentChunk
+    from sacrebleu.metrics.bleu import BLEU
+
+FEW_WORDS = 4  # below that, a single error makes a rate that says little
+_SHOWN, _MOST_SHOWN = 60, 120
 _CONFUSIONS, _MOST_CONFUSIONS = 30, 60
-_PLACES_PER_LANGUAGE = 10
+_LEAST_PER_LANGUAGE = 10
 _MOST_COLUMNS = 120
 _MOST_CHARACTERS = {"word": 40, "path": 300, "text": 1500}
 
+Entry = TypeVar("Entry", bound=Hashable)
+Column = tuple[str, str, str]  # kind of edit, word of the reference, word of the hypothesis
+Confusion = tuple[str, str, str, int]  # language, word of the reference, word of the hypothesis, count
 
-def worst(texts: Texts) -> dict[str, Any]:
-    """Plain values for the page.
 
-    `most_errors`, and `highest_rates` of those with at least `FEW_WORDS` words that are not among them: utterances with
-    `columns` of (kind, word said, word transcribed), kind being `equal`, `substitute`, `delete` or `insert`, and how
-    many columns did `not_shown`. `confusions`: for each kind of error, (language, said, transcribed, count), most
-    frequent first. `translations`: utterances by chrF. Words are those that the normaliser left, where there is one.
+@dataclass(frozen=True)
+class WorstTranscription:
+    """An utterance with its errors. `columns` are its alignment, each of kind `equal`, `substitute`, `delete` or
+    `insert`; `not_shown` counts those that were left out."""
+
+    lang: str
+    duration_ms: int
+    audio: str
+    errors: int
+    substitutions: int
+    deletions: int
+    insertions: int
+    words: int
+    wer: float | None
+    columns: Sequence[Column]
+    not_shown: int
+
+
+@dataclass(frozen=True)
+class WorstTranslation:
+    """An utterance with its scores as a sentence, 0 to 100."""
+
+    lang: str
+    duration_ms: int
+    audio: str
+    text: str
+    hypothesis: str
+    chrf: float
+    bleu: float
+
+
+@dataclass(frozen=True)
+class Worst:
+    """The content of the page.
+
+    `highest_rates` are of utterances with at least `few_words` words that are not among `most_errors`. `confusions`
+    are by kind of error, most frequent first; `translations` by chrF. Words are those that the normalizer left, where
+    there is one.
     """
+
+    utterances: int
+    without_error: int
+    few_words: int
+    most_errors: Sequence[WorstTranscription]
+    highest_rates: Sequence[WorstTranscription]
+    confusions: Mapping[str, Sequence[Confusion]]
+    translations: Sequence[WorstTranslation]
+
+
+def worst(texts: Texts) -> Worst:
+    """The worst of a test's texts."""
     references, hypotheses = texts.normalized or texts.raw
     counts = edit_counts(references, hypotheses)
     errors, lengths = counts[:, :LENGTH].sum(axis=1), counts[:, LENGTH]
     rates = errors / np.maximum(lengths, 1)
-    languages = [item["lang"] for item in texts.heard]
-    most = _places(languages, errors, rates)
+    languages = [utterance.language for utterance in texts.transcriptions]
+    most = _worst_indices(languages, errors, rates)
     taken = np.zeros(len(errors), bool)
     taken[most] = True
-    highest = _places(languages, np.where(taken | (lengths < FEW_WORDS), 0, rates), errors)
+    highest = _worst_indices(languages, np.where(taken | (lengths < FEW_WORDS), 0, rates), errors)
 
-    def shown(chosen: Sequence[int]) -> list[dict[str, Any]]:
-        return [_utterance(texts.heard[one], references[one], hypotheses[one], counts[one]) for one in chosen]
+    def shown(indices: Sequence[int]) -> list[WorstTranscription]:
+        return [_transcription(texts.transcriptions[i], references[i], hypotheses[i], counts[i]) for i in indices]
 
-    return {
-        "utterances": len(errors),
-        "without_error": int((errors == 0).sum()),
-        "few_words": FEW_WORDS,
-        "most_errors": shown(most),
-        "highest_rates": shown(highest),
-        "confusions": _confusions(languages, references, hypotheses),
-        "translations": _translations(texts.translated),
-    }
-
-
-def _share(places: int, num_languages: int) -> int:
-    return max(_PLACES_PER_LANGUAGE, places // max(num_languages, 1))
+    return Worst(
+        utterances=len(errors),
+        without_error=int((errors == 0).sum()),
+        few_words=FEW_WORDS,
+        most_errors=shown(most),
+        highest_rates=shown(highest),
+        confusions=_confusions(languages, references, hypotheses),
+        translations=_translations(texts.translations),
+    )
 
 
-def _places(languages: Sequence[str], badness: np.ndarray, second: np.ndarray) -> list[int]:
-    """Numbers of the worst utterances, worst first: each language's share of those whose badness is above 0. Equally
-    bad ones go by `second`, then by their order."""
-    order = np.lexsort((-second, -badness))
-    share, taken, places = _share(_PLACES, len(set(languages))), Counter(), []
-    for number in (int(one) for one in order[: np.count_nonzero(badness > 0)]):
-        if taken[languages[number]] < share:
-            taken[languages[number]] += 1
-            places.append(number)
-            if len(places) == _MOST_PLACES:
+def _fair_selection(
+    entries: Iterable[Entry], language_of: Callable[[Entry], str], per_language: int, most: int
+) -> list[Entry]:
+    """The first entries in order, at most `per_language` of each language and `most` in all."""
+    taken: Counter[str] = Counter()
+    selection: list[Entry] = []
+    for entry in entries:
+        if taken[language_of(entry)] < per_language:
+            taken[language_of(entry)] += 1
+            selection.append(entry)
+            if len(selection) == most:
                 break
-    return places
+    return selection
 
 
-def _utterance(item: Result, reference: str, hypothesis: str, counts: np.ndarray) -> dict[str, Any]:
+def _share(number: int, num_languages: int) -> int:
+    return max(_LEAST_PER_LANGUAGE, number // max(num_languages, 1))
+
+
+def _worst_indices(languages: Sequence[str], badness: np.ndarray, second: np.ndarray) -> list[int]:
+    """Indices of the worst utterances, worst first: each language's share of those whose badness is above 0. Equally
+    bad utterances go by `second`, then by their order."""
+    order = np.lexsort((-second, -badness))[: np.count_nonzero(badness > 0)]
+    share = _share(_SHOWN, len(set(languages)))
+    return _fair_selection(order.tolist(), lambda index: languages[index], share, _MOST_SHOWN)
+
+
+def _transcription(utterance: Utterance, reference: str, hypothesis: str, counts: np.ndarray) -> WorstTranscription:
     columns = list(_columns(*next(alignments([reference], [hypothesis]))))
     errors, words = int(counts[:LENGTH].sum()), int(counts[LENGTH])
-    return {
-        **_recording(item),
-        "errors": errors,
-        "substitutions": int(counts[SUBSTITUTIONS]),
-        "deletions": int(counts[DELETIONS]),
-        "insertions": int(counts[INSERTIONS]),
-        "words": words,
-        "wer": errors / words if words else None,
-        "columns": [(kind, _cut(said, "word"), _cut(got, "word")) for kind, said, got in columns[:_MOST_COLUMNS]],
-        "not_shown": max(0, len(columns) - _MOST_COLUMNS),
-    }
+    return WorstTranscription(
+        lang=utterance.language,
+        duration_ms=utterance.duration_ms,
+        audio=_cut_path(utterance.audio),
+        errors=errors,
+        substitutions=int(counts[SUBSTITUTIONS]),
+        deletions=int(counts[DELETIONS]),
+        insertions=int(counts[INSERTIONS]),
+        words=words,
+        wer=errors / words if words else None,
+        columns=[(kind, _cut(old, "word"), _cut(new, "word")) for kind, old, new in columns[:_MOST_COLUMNS]],
+        not_shown=max(0, len(columns) - _MOST_COLUMNS),
+    )
 
 
-def _recording(item: Result) -> dict[str, Any]:
-    path = str(item["audio_filepath"])
+def _cut_path(path: str) -> str:
     most = _MOST_CHARACTERS["path"]
-    shown = path if len(path) <= most else f"…{path[-most:]}"  # the end names the recording
-    return {"lang": item["lang"], "duration_ms": item["duration_ms"], "audio": shown}
+    return path if len(path) <= most else f"…{path[-most:]}"  # the end names the recording
 
 
 def _cut(text: str, kind: str) -> str:
@@ -112,53 +171,64 @@ def _cut(text: str, kind: str) -> str:
     return text if len(text) <= most else f"{text[:most]}…"
 
 
-def _columns(said: list[str], got: list[str], chunks: list[Any]) -> Iterator[tuple[str, str, str]]:
-    """(kind, word said, word transcribed) along an alignment; a word that is not there is empty."""
+def _columns(reference: list[str], hypothesis: list[str], chunks: list[AlignmentChunk]) -> Iterator[Column]:
+    """The columns of an alignment; a word that is missing is empty."""
     for chunk in chunks:
-        old, new = said[chunk.ref_start_idx : chunk.ref_end_idx], got[chunk.hyp_start_idx : chunk.hyp_end_idx]
+        old = reference[chunk.ref_start_idx : chunk.ref_end_idx]
+        new = hypothesis[chunk.hyp_start_idx : chunk.hyp_end_idx]
         for pair in zip_longest(old, new, fillvalue=""):
             yield (chunk.type, *pair)
 
 
 def _confusions(
     languages: Sequence[str], references: Sequence[str], hypotheses: Sequence[str]
-) -> dict[str, list[tuple[str, str, str, int]]]:
-    counts: dict[str, Counter] = {"substitute": Counter(), "delete": Counter(), "insert": Counter()}
+) -> dict[str, list[Confusion]]:
+    counts: dict[str, Counter[tuple[str, str, str]]] = {
+        "substitute": Counter(),
+        "delete": Counter(),
+        "insert": Counter(),
+    }
     for language, aligned in zip(languages, alignments(references, hypotheses), strict=True):
-        for kind, said, got in _columns(*aligned):
+        for kind, old, new in _columns(*aligned):
             if kind != "equal":
-                counts[kind][language, said, got] += 1
-    return {kind: _most_frequent(found, len(set(languages))) for kind, found in counts.items()}
+                counts[kind][language, old, new] += 1
+    return {kind: _most_frequent(counter, len(set(languages))) for kind, counter in counts.items()}
 
 
-def _most_frequent(counts: Counter, num_languages: int) -> list[tuple[str, str, str, int]]:
-    share, taken, rows = _share(_CONFUSIONS, num_languages), Counter(), []
-    for (language, said, got), number in sorted(counts.items(), key=lambda one: (-one[1], one[0])):
-        if taken[language] < share:
-            taken[language] += 1
-            rows.append((language, _cut(said, "word"), _cut(got, "word"), number))
-            if len(rows) == _MOST_CONFUSIONS:
-                break
-    return rows
-
-
-def _translations(items: Sequence[Result]) -> list[dict[str, Any]]:
-    """The translations of lowest chrF with their BLEU as sentences."""
-    from sacrebleu.metrics import CHRF
-
-    if not items:
-        return []
-    chrf = CHRF()
-    scores = np.array([chrf.sentence_score(item["hypothesis"], [reference_of(item)]).score for item in items])
-    languages = [item["lang"] for item in items]
-    bleu = {language: bleu_metric(language, sentences=True) for language in set(languages)}
+def _most_frequent(counts: Counter[tuple[str, str, str]], num_languages: int) -> list[Confusion]:
+    order = sorted(counts.items(), key=lambda entry: (-entry[1], entry[0]))
+    share = _share(_CONFUSIONS, num_languages)
     return [
-        {
-            **_recording(items[one]),
-            "text": _cut(reference_of(items[one]), "text"),
-            "hypothesis": _cut(items[one]["hypothesis"], "text"),
-            "chrf": float(scores[one]),
-            "bleu": bleu[languages[one]].sentence_score(items[one]["hypothesis"], [reference_of(items[one])]).score,
-        }
-        for one in _places(languages, 100 - scores, np.zeros(len(items)))
+        (language, _cut(old, "word"), _cut(new, "word"), number)
+        for (language, old, new), number in _fair_selection(order, _language, share, _MOST_CONFUSIONS)
     ]
+
+
+def _language(confusion: tuple[tuple[str, str, str], int]) -> str:
+    return confusion[0][0]
+
+
+def _translations(utterances: Sequence[Utterance]) -> list[WorstTranslation]:
+    """The translations of lowest chrF with their BLEU as sentences."""
+    if not utterances:
+        return []
+    chrf = chrf_metric()
+    scores = np.array(
+        [chrf.sentence_score(utterance.hypothesis, [utterance.reference]).score for utterance in utterances]
+    )
+    languages = [utterance.language for utterance in utterances]
+    bleu = {language: bleu_metric(language, sentences=True) for language in set(languages)}
+    indices = _worst_indices(languages, 100 - scores, np.zeros(len(utterances)))
+    return [_translation(utterances[i], float(scores[i]), bleu[languages[i]]) for i in indices]
+
+
+def _translation(utterance: Utterance, chrf: float, bleu: BLEU) -> WorstTranslation:
+    return WorstTranslation(
+        lang=utterance.language,
+        duration_ms=utterance.duration_ms,
+        audio=_cut_path(utterance.audio),
+        text=_cut(utterance.reference, "text"),
+        hypothesis=_cut(utterance.hypothesis, "text"),
+        chrf=chrf,
+        bleu=bleu.sentence_score(utterance.hypothesis, [utterance.reference]).score,
+    )

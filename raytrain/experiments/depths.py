@@ -154,24 +154,24 @@ def _rtfx(values: dict[str, Any], folder: str, cuda: bool) -> dict[str, float]:
     decoder's part of the time; reading audio does not count."""
 
     from raytrain.data.loader import read_rows
-    from raytrain.decoding.recognizer import Recogniser
-    from raytrain.decoding.search import DecodeSettings
+    from raytrain.decoding.recognizer import Recognizer
+    from raytrain.decoding.settings import DecodeSettings
     from raytrain.run_folder.scored_rows import encode_split
     from raytrain.run_folder.trained import load_run
 
     config = check_config(values)
     device = worker_device(cuda).torch
     search = DecodeSettings(max_generation_delta=config.evaluate.max_generation_delta)
-    recogniser = Recogniser(*load_run(values, folder, "best"), search, device)
+    recogniser = Recognizer(*load_run(values, folder, "best"), search, device)
     rows, pad_id = encode_split(Workspace(config, folder), "dev", 40).rows, recogniser.tokenizer.pad_id
     sample_rate = config.model.sample_rate
     found: dict[str, float] = {}
     for size in (1, 8):
         batches = [batch for _, batch in read_rows(rows, sample_rate, pad_id, size, lambda row, error: None)]
-        recogniser.hear(batches[0], [0.0] * len(batches[0]), [False] * len(batches[0]))  # the first one warms up
+        recogniser.recognize(batches[0], [0.0] * len(batches[0]), [False] * len(batches[0]))  # the first one warms up
         recogniser.take_seconds()
         for batch in batches:
-            recogniser.hear(batch, [0.0] * len(batch), [False] * len(batch))
+            recogniser.recognize(batch, [0.0] * len(batch), [False] * len(batch))
         spent = recogniser.take_seconds()
         audio = sum(float(batch.audio_lengths.sum()) for batch in batches) / sample_rate
         found[f"rtfx_batch_{size}"] = audio / spent.total()

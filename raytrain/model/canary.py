@@ -14,9 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from raytrain.model.config import ModelConfig
-from raytrain.model.decoder import TransformerDecoder, initialise
+from raytrain.model.decoder import TransformerDecoder, initialize
 from raytrain.model.encoder import FastConformer
 from raytrain.model.features import LogMelFeatures, SpecAugment, mask_until
+from raytrain.model.linear import Linear, affine_of
 
 
 class CanaryOutput(NamedTuple):
@@ -34,6 +35,13 @@ class _Head(nn.Module):
     def __init__(self, width: int, vocab: int) -> None:
         super().__init__()
         self.mlp = nn.ModuleDict({"layer0": nn.Linear(width, vocab)})
+
+    @property
+    def linear(self) -> nn.Linear:
+        """The output layer of a model that is not prepared for inference."""
+        layer = self.mlp["layer0"]
+        assert isinstance(layer, nn.Linear)
+        return layer
 
     def forward(self, x: Tensor) -> Tensor:
         return self.mlp["layer0"](x)
@@ -56,9 +64,9 @@ class Canary(nn.Module):
         if config.ctc_head:
             self.ctc_head = nn.Linear(config.encoder_width, vocab + 1)
         if not self.preprocessor.featurizer.fb.is_meta:
-            initialise(self.transf_decoder)
-            nn.init.zeros_(self.log_softmax.mlp["layer0"].bias)
-        self.log_softmax.mlp["layer0"].weight = self.transf_decoder._embedding.token_embedding.weight
+            initialize(self.transf_decoder)
+            nn.init.zeros_(self.log_softmax.linear.bias)
+        self.tie_head()
 
     def _encode(self, audio_BS: Tensor, lengths_B: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         mel, frames = self.preprocessor(audio_BS, lengths_B)
@@ -79,7 +87,7 @@ class Canary(nn.Module):
         return states, lengths, self.ctc_head(raw).float().log_softmax(-1)
 
     def cross_mask(self, states_BTD: Tensor, lengths_B: Tensor) -> Tensor:
-        """(B, 1, 1, T) bool: the frames that cross-attention may look at."""
+        """(B, 1, 1, T) bool: the frames that cross-attention may attend to."""
         return mask_until(lengths_B.clamp_min(1), states_BTD.shape[1])[:, None, None]
 
     def decode_logits(self, input_ids: Tensor, states: Tensor, state_lengths: Tensor) -> Tensor:
@@ -94,6 +102,14 @@ class Canary(nn.Module):
         logits = self.decode_logits(input_ids, states, lengths)
         ctc = self.ctc_head(raw) if self.config.ctc_head else None
         return CanaryOutput(logits, states, lengths, ctc)
+
+    def head(self) -> Linear:
+        """The output layer as a linear map for inference: hidden (…, D) → logits (…, V)."""
+        return affine_of(self.log_softmax.mlp["layer0"])
+
+    def tie_head(self) -> None:
+        """Let the head have the token embedding's weight."""
+        self.log_softmax.linear.weight = self.transf_decoder._embedding.token_embedding.weight
 
     def reset_constants(self) -> None:
         """Fill filterbank, window and position table again, after `to_empty` of a model made on meta."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -17,26 +18,41 @@ from torch.nn import functional as F
 from raytrain.model.config import ModelConfig
 from raytrain.model.dropout import dropout
 from raytrain.model.linear import Linear, PreparedLinear, affine, affine_of
+from raytrain.model.module_list import ModuleList
 
 Norm = tuple[Tensor, Tensor]
 
 
-@dataclass
-class LayerCache:
-    """What one layer needs to decode on: `self_keys_values` (2, B, H, max, K) filled up to the position,
-    `cross_keys` and `cross_values` (B, H, T, K), and its layer norms and linear maps in the order of use.
+class LayerMaps(NamedTuple):
+    """Layer norms (weight, bias) and linear maps of a decoder layer in the order of use.
 
     A step of one token is mostly overhead. Weights that are looked up once, and queries, keys and values from one
-    product, make it about a third faster than calling the modules.
+    product (`projections`), make it about a third faster than calling the modules.
     """
+
+    norm_1: Norm
+    projections: Linear
+    out: Linear
+    norm_2: Norm
+    query: Linear
+    cross_out: Linear
+    norm_3: Norm
+    dense_in: Linear
+    dense_out: Linear
+
+
+@dataclass
+class LayerCache:
+    """What one layer needs to continue decoding: `self_keys_values` (2, B, H, max, K) filled up to the position,
+    `cross_keys` and `cross_values` (B, H, T, K), and its maps."""
 
     self_keys_values: Tensor
     cross_keys: Tensor
     cross_values: Tensor
-    maps: tuple[Norm | Linear, ...]
+    maps: LayerMaps
 
     def append(self, keys_values: Tensor, start: int | Tensor) -> Tensor:
-        """Write (2, B, H, U, K) at positions `start` on; returns those that there are now.
+        """Write (2, B, H, U, K) at positions `start` on; returns all filled ones.
 
         A tensor `start` (1,) stays on its device, for one token, and all `max` positions are returned: shapes do not
         depend on it.
@@ -48,8 +64,8 @@ class LayerCache:
         return self.self_keys_values[:, :, :, :end]
 
     def select(self, rows: Tensor, filled: int, cross_rows: Tensor | slice | None = None) -> LayerCache:
-        """Some rows of the batch, of which `filled` positions are in use; cross-attention rows are the same ones
-        unless given (beams of one utterance share them)."""
+        """A selection of the batch's rows, of which `filled` positions are in use; cross-attention takes the same
+        rows unless given (beams of one utterance share them)."""
         cross_rows = rows if cross_rows is None else cross_rows
         old = self.self_keys_values
         new = old.new_empty(2, len(rows), *old.shape[2:])
@@ -62,7 +78,7 @@ class LayerCache:
         )
 
     def reorder(self, rows: Tensor, filled: int) -> None:
-        """Let each row go on from another row's `filled` positions (beam search)."""
+        """Give each row the `filled` positions of the row that it continues (beam search)."""
         self.self_keys_values[:, :, :, :filled] = self.self_keys_values[:, rows, :, :filled]
 
 
@@ -130,34 +146,33 @@ class DecoderBlock(nn.Module):
         """An empty cache for `max_tokens` positions with the cross-attention keys filled in."""
         heads, width = self.first_sub_layer.heads, states_BTD.shape[2]
         keys, values = self.second_sub_layer.keys_values(states_BTD)
-        own = states_BTD.new_empty(2, len(states_BTD), heads, max_tokens, width // heads)
-        return LayerCache(own, keys.contiguous(), values.contiguous(), self.maps())
+        self_keys_values = states_BTD.new_empty(2, len(states_BTD), heads, max_tokens, width // heads)
+        return LayerCache(self_keys_values, keys.contiguous(), values.contiguous(), self.maps())
 
-    def maps(self) -> tuple[Norm | Linear, ...]:
-        """Layer norms and linear maps in the order in which `extend_layer` uses them."""
-        own, cross, feed = self.first_sub_layer, self.second_sub_layer, self.third_sub_layer
-        order = (
-            self.layer_norm_1,
-            None,
-            own.out_projection,
-            self.layer_norm_2,
-            cross.query_net,
-            cross.out_projection,
-            self.layer_norm_3,
-            feed.dense_in,
-            feed.dense_out,
-        )
-        projections = affine_of(self.projections) if self.projections else affine(*self.joined_projections())
-        return tuple(
-            projections if one is None else (one.weight, one.bias) if isinstance(one, nn.LayerNorm) else affine_of(one)
-            for one in order
+    def maps(self) -> LayerMaps:
+        """Layer norms and linear maps for `extend_layer`."""
+        attention, cross, feed_forward = self.first_sub_layer, self.second_sub_layer, self.third_sub_layer
+        return LayerMaps(
+            norm_1=_norm(self.layer_norm_1),
+            projections=affine_of(self.projections) if self.projections else affine(*self.joined_projections()),
+            out=affine_of(attention.out_projection),
+            norm_2=_norm(self.layer_norm_2),
+            query=affine_of(cross.query_net),
+            cross_out=affine_of(cross.out_projection),
+            norm_3=_norm(self.layer_norm_3),
+            dense_in=affine_of(feed_forward.dense_in),
+            dense_out=affine_of(feed_forward.dense_out),
         )
 
     def joined_projections(self) -> tuple[Tensor, Tensor]:
         """Weight (3D, D) and bias (3D,) of self-attention's queries, keys and values."""
-        own = self.first_sub_layer
-        nets = (own.query_net, own.key_net, own.value_net)
+        attention = self.first_sub_layer
+        nets = (attention.query_net, attention.key_net, attention.value_net)
         return torch.cat([net.weight for net in nets]), torch.cat([net.bias for net in nets])
+
+
+def _norm(layer: nn.LayerNorm) -> Norm:
+    return layer.weight, layer.bias
 
 
 def extend_layer(
@@ -185,6 +200,8 @@ def extend_layer(
 
 
 class _Position(nn.Module):
+    pos_enc: Tensor
+
     def __init__(self, size: int, width: int) -> None:
         super().__init__()
         self.register_buffer("pos_enc", torch.empty(size, width))
@@ -223,7 +240,7 @@ class Embedding(nn.Module):
 class _Blocks(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.layers = nn.ModuleList(DecoderBlock(config) for _ in range(config.decoder_layers))
+        self.layers: ModuleList[DecoderBlock] = ModuleList(DecoderBlock(config) for _ in range(config.decoder_layers))
         self.final_layer_norm = nn.LayerNorm(config.decoder_width, eps=1e-5)
 
 
@@ -256,13 +273,13 @@ class TransformerDecoder(nn.Module):
         elif ids_BU.shape[1] > 1:
             size = (ids_BU.shape[1], start + ids_BU.shape[1])
             mask = torch.ones(size, dtype=torch.bool, device=ids_BU.device).tril(start)
-        for own in cache:
-            x = extend_layer(x, own, start, mask, cross_mask, beams)
+        for layer_cache in cache:
+            x = extend_layer(x, layer_cache, start, mask, cross_mask, beams)
         return self._decoder.final_layer_norm(x)
 
 
-def initialise(decoder: TransformerDecoder) -> None:
-    """Linears and the token embedding xavier-uniform, biases zero."""
+def initialize(decoder: TransformerDecoder) -> None:
+    """Set linear layers and the token embedding to Xavier-uniform values, biases to zero."""
     for module in decoder.modules():
         if isinstance(module, nn.Linear):
             nn.init.xavier_uniform_(module.weight)

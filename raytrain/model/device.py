@@ -1,11 +1,11 @@
-"""Where a worker computes: the one place that knows what a GPU worker's device is, and why it has none.
+"""The device that a worker computes on, and the reason where a GPU worker has none.
 
     device = gpu_device()            # in a process that Ray gave a GPU
     device.kind, device.torch        # "cuda", torch.device("cuda:0")
 
 With `RAYTRAIN_EMULATED_GPU=NAME:BYTES` in the environment of a node, its GPU workers take every branch of the code that
-a GPU's do (`kind` is cuda: resources, bf16 autocast, budgets, profiles by name) while their tensors stay on the
-processor (`torch` is cpu). That is for tests on machines whose Ray only claims GPUs.
+workers on a GPU do (`kind` is cuda: resources, bf16 autocast, budgets, profiles by name) while their tensors stay on
+the processor (`torch` is cpu). That is for tests on machines whose Ray only claims GPUs.
 """
 
 from __future__ import annotations
@@ -13,18 +13,21 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING
 
 from raytrain.errors import ClusterError
+
+if TYPE_CHECKING:
+    from torch import device as TorchDevice
 
 EMULATED_GPU = "RAYTRAIN_EMULATED_GPU"
 
 
 @dataclass(frozen=True)
 class Device:
-    """What one worker computes on.
+    """What a worker computes on.
 
-    `kind` is cuda or cpu and says which way the code goes; `torch_name` is the device that tensors live on (`cuda:0`,
+    `kind` is cuda or cpu and selects the branches of the code; `torch_name` is the device of tensors (`cuda:0`,
     `cpu`). `name` and `total_bytes` are the GPU's, empty and 0 on a CPU.
     """
 
@@ -34,7 +37,7 @@ class Device:
     total_bytes: int = 0
 
     @property
-    def torch(self) -> Any:
+    def torch(self) -> TorchDevice:
         """The `torch.device` of tensors."""
         import torch
 
@@ -55,7 +58,7 @@ CPU = Device("cpu", "cpu")
 
 
 def emulated_gpu() -> Device | None:
-    """The GPU that this process is to act as if it had. Raises `ClusterError` for a malformed setting."""
+    """The GPU that this process is to emulate. Raises `ClusterError` for a malformed setting."""
     text = os.environ.get(EMULATED_GPU)
     if not text:
         return None
@@ -113,7 +116,7 @@ def visible_gpus() -> list[Device]:
             "Ray hands out GPUs here that torch can't use",
             why=str(error).strip().splitlines()[0],
             remedy="install a torch build with CUDA that the driver supports (compare nvidia-smi with "
-            "torch.version.cuda), or set train.device: cpu; `raytrain doctor` looks at every node",
+            "torch.version.cuda), or set train.device: cpu; `raytrain doctor` checks every node",
         ) from error
 
 

@@ -13,6 +13,7 @@ from functools import partial
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import BackwardCFunction, FunctionCtx
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
@@ -20,6 +21,7 @@ from raytrain.model.config import ModelConfig
 from raytrain.model.dropout import dropout
 from raytrain.model.features import mask_until
 from raytrain.model.linear import pointwise
+from raytrain.model.module_list import ModuleList
 
 
 def subsampled(lengths: Tensor) -> Tensor:
@@ -30,17 +32,17 @@ def subsampled(lengths: Tensor) -> Tensor:
 
 
 class MaskedReLU(torch.autograd.Function):
-    """ReLU of x·mask. Where the mask is 0 so is the output, hence the mask needs no backward pass of its own; these
-    are the largest activations of the model."""
+    """ReLU of x·mask. Where the mask is 0 so is the output, hence the mask needs no backward pass; these are the
+    largest activations of the model."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, mask: Tensor) -> Tensor:
+    def forward(ctx: FunctionCtx, x: Tensor, mask: Tensor) -> Tensor:
         result = (x * mask).relu_()
         ctx.save_for_backward(result)
         return result
 
     @staticmethod
-    def backward(ctx, gradient: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: BackwardCFunction, gradient: Tensor) -> tuple[Tensor, None]:
         (result,) = ctx.saved_tensors
         return torch.ops.aten.threshold_backward(gradient, result, 0), None
 
@@ -50,14 +52,13 @@ class Subsampling(nn.Module):
 
     def __init__(self, mel_bins: int, channels: int, width: int) -> None:
         super().__init__()
-        stride = {"stride": 2, "padding": 1}
         self.conv = nn.Sequential(
-            nn.Conv2d(1, channels, 3, **stride),
+            nn.Conv2d(1, channels, 3, stride=2, padding=1),
             nn.ReLU(),
-            nn.Conv2d(channels, channels, 3, groups=channels, **stride),
+            nn.Conv2d(channels, channels, 3, groups=channels, stride=2, padding=1),
             nn.Conv2d(channels, channels, 1),
             nn.ReLU(),
-            nn.Conv2d(channels, channels, 3, groups=channels, **stride),
+            nn.Conv2d(channels, channels, 3, groups=channels, stride=2, padding=1),
             nn.Conv2d(channels, channels, 1),
             nn.ReLU(),
         )
@@ -132,10 +133,11 @@ class Convolution(nn.Module):
 
     def __init__(self, width: int, kernel: int) -> None:
         super().__init__()
+        self.padding = (kernel - 1) // 2
         self.pointwise_conv1 = nn.Conv1d(width, 2 * width, 1)
-        self.depthwise_conv = nn.Conv1d(width, width, kernel, padding=(kernel - 1) // 2, groups=width)
+        self.depthwise_conv = nn.Conv1d(width, width, kernel, padding=self.padding, groups=width)
         self.batch_norm = nn.BatchNorm1d(width)
-        # While a block is computed anew for its gradient, its running statistics have seen the batch already.
+        # While a block is recomputed for its gradient, its running statistics have seen the batch already.
         self.recomputing = False
         self.pointwise_conv2 = nn.Conv1d(width, width, 1)
 
@@ -144,21 +146,20 @@ class Convolution(nn.Module):
         x = pointwise(self.pointwise_conv1, x_BTD)
         x = F.glu(x) * valid_B1T.transpose(1, 2)
         x = self._depthwise(x.transpose(1, 2)[:, :, None])[:, :, 0].transpose(1, 2)
-        x = F.silu(self._normalise(x.flatten(0, 1)).view_as(x))
+        x = F.silu(self._normalize(x.flatten(0, 1)).view_as(x))
         return pointwise(self.pointwise_conv2, x)
 
-    def _normalise(self, x_ND: Tensor) -> Tensor:
+    def _normalize(self, x_ND: Tensor) -> Tensor:
         norm = self.batch_norm
         if self.training and self.recomputing:
+            assert norm.running_mean is not None and norm.running_var is not None and norm.momentum is not None
             mean, variance = norm.running_mean.clone(), norm.running_var.clone()
             return F.batch_norm(x_ND, mean, variance, norm.weight, norm.bias, True, norm.momentum, norm.eps)
         return norm(x_ND)
 
     def _depthwise(self, x_BD1T: Tensor) -> Tensor:
         layer = self.depthwise_conv
-        return F.conv2d(
-            x_BD1T, layer.weight[:, :, None], layer.bias, padding=(0, layer.padding[0]), groups=layer.groups
-        )
+        return F.conv2d(x_BD1T, layer.weight[:, :, None], layer.bias, padding=(0, self.padding), groups=layer.groups)
 
 
 class ConformerBlock(nn.Module):
@@ -193,7 +194,9 @@ class FastConformer(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.pre_encode = Subsampling(config.mel_bins, config.subsampling_channels, config.encoder_width)
-        self.layers = nn.ModuleList(ConformerBlock(config) for _ in range(config.encoder_layers))
+        self.layers: ModuleList[ConformerBlock] = ModuleList(
+            ConformerBlock(config) for _ in range(config.encoder_layers)
+        )
         self.dropout = config.dropout
         self.checkpoint_blocks = False  # keep only the blocks' inputs in training, and compute them twice
 
@@ -213,7 +216,7 @@ class FastConformer(nn.Module):
         return x, lengths
 
 
-def _contexts(conv: Convolution) -> tuple[AbstractContextManager, AbstractContextManager]:
+def _contexts(conv: Convolution) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
     return nullcontext(), _recomputing(conv)
 
 

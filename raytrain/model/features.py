@@ -18,7 +18,7 @@ _PREEMPHASIS, _DITHER, _GUARD, _EPSILON = 0.97, 1e-5, 2.0**-24, 1e-5
 
 
 def mel_filterbank(num_bins: int, sample_rate: int = 16000, n_fft: int = _N_FFT) -> Tensor:
-    """(num_bins, n_fft/2+1) triangular filters on Slaney's mel scale with Slaney's area normalisation."""
+    """(num_bins, n_fft/2+1) triangular filters on Slaney's mel scale with Slaney's area normalization."""
 
     def to_mel(hertz: float) -> float:
         return hertz / (200 / 3) if hertz < 1000 else 15 + math.log(hertz / 1000) / (math.log(6.4) / 27)
@@ -40,6 +40,9 @@ def mel_filterbank(num_bins: int, sample_rate: int = 16000, n_fft: int = _N_FFT)
 
 class _Featurizer(nn.Module):
     """Holds the two constants under the names that NeMo's state dict gives them."""
+
+    window: Tensor
+    fb: Tensor
 
     def __init__(self, mel_bins: int, sample_rate: int) -> None:
         super().__init__()
@@ -92,13 +95,13 @@ class LogMelFeatures(nn.Module):
         valid = mask_until(frames, mel.shape[2])[:, None]
         count = frames.clamp_min(1).to(mel.dtype)[:, None, None]
         mean = (mel * valid).sum(2, keepdim=True) / count
-        centred = (mel - mean) * valid
-        variance = centred.square().sum(2, keepdim=True) / (count - 1).clamp_min(1)
-        return centred / (variance.sqrt() + _EPSILON), frames
+        centered = (mel - mean) * valid
+        variance = centered.square().sum(2, keepdim=True) / (count - 1).clamp_min(1)
+        return centered / (variance.sqrt() + _EPSILON), frames
 
 
 class SpecAugment(nn.Module):
-    """Masks spans of time and of mel bins with 0, in training only; vectorised over the batch."""
+    """Masks spans of time and of mel bins with 0, in training only; vectorized over the batch."""
 
     def __init__(self, settings: SpecAugmentSettings) -> None:
         super().__init__()

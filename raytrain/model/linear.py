@@ -37,12 +37,21 @@ def affine(weight: Tensor, bias: Tensor | None) -> Linear:
 
 def affine_of(layer: nn.Module) -> Linear:
     """`affine` of a layer, or what it was prepared to be."""
-    return layer.run if isinstance(layer, PreparedLinear) else affine(layer.weight, layer.bias)
+    return layer.run if isinstance(layer, PreparedLinear) else affine(*weight_and_bias(layer))
 
 
 def pointwise(layer: nn.Module, x: Tensor) -> Tensor:
     """A convolution of kernel 1, prepared or not, of x (…, channels)."""
-    return layer.run(x) if isinstance(layer, PreparedLinear) else F.linear(x, layer.weight.flatten(1), layer.bias)
+    if isinstance(layer, PreparedLinear):
+        return layer.run(x)
+    weight, bias = weight_and_bias(layer)
+    return F.linear(x, weight.flatten(1), bias)
+
+
+def weight_and_bias(layer: nn.Module) -> tuple[Tensor, Tensor | None]:
+    """The weight of a linear layer or convolution, (out, in) or (out, in, kernel…), and its bias (out,)."""
+    assert isinstance(layer, (nn.Linear, nn.Conv1d, nn.Conv2d))
+    return layer.weight, layer.bias
 
 
 class PreparedLinear(nn.Module):
@@ -62,7 +71,7 @@ class PreparedLinear(nn.Module):
 
 
 def _for_onednn(weight: Tensor) -> bool:
-    cpu = weight.device.type == "cpu" and torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled
+    cpu = weight.device.type == "cpu" and torch.backends.mkldnn.is_available() and bool(torch.backends.mkldnn.enabled)
     return cpu and weight.dtype == torch.float32 and weight.numel() >= _LARGE
 
 
@@ -88,7 +97,7 @@ def _bfloat16(weight: Tensor, bias: Tensor | None) -> Linear:
 def _int8(weight: Tensor, bias: Tensor | None) -> Linear:
     scale = (weight.abs().amax(1) / 127).clamp_min(1e-12).double()
     with warnings.catch_warnings():
-        # Quantized tensors are to leave PyTorch some day; this version's fastest kernel takes its weight as one.
+        # Quantized tensors will leave PyTorch some day; this version's fastest kernel takes its weight as one.
         warnings.simplefilter("ignore")
         rounded = torch.quantize_per_channel(
             weight.float(), scale, torch.zeros(len(scale), dtype=torch.long), 0, torch.qint8

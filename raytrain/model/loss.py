@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd.function import BackwardCFunction, FunctionCtx
 from torch.nn import functional as F
 
 from raytrain.model.canary import CanaryOutput
@@ -40,7 +41,7 @@ def canary_loss(
     logits = output.logits
     vocab = logits.shape[-1]
     valid = mask_until(label_lengths, labels.shape[1])
-    if prompt_lengths is not None:  # a label stands one place before its token
+    if prompt_lengths is not None:  # a label stands one position before its token
         valid = valid & ~mask_until(prompt_lengths - 1, labels.shape[1])
     targets = labels.masked_fill(~valid, -100)
     smoothing = vocab * label_smoothing / (vocab - 1)
@@ -49,6 +50,7 @@ def canary_loss(
     )
     ctc_sum = ce_sum.new_zeros(())
     if ctc_weight:
+        assert ctc_targets is not None and ctc_target_lengths is not None
         ctc_sum = _ctc(output, ctc_targets, ctc_target_lengths)
     total = (1 - ctc_weight) * ce_sum + ctc_weight * ctc_sum
     return LossSums(total, ce_sum, ctc_sum, valid.sum())
@@ -56,6 +58,7 @@ def canary_loss(
 
 def _ctc(output: CanaryOutput, targets: Tensor, target_lengths: Tensor) -> Tensor:
     """CTC with the blank last; utterances with more tokens than frames count 0 instead of infinity."""
+    assert output.ctc_logits is not None, "ctc_weight needs a model with ctc_head"
     log_probs = output.ctc_logits.float().log_softmax(-1).transpose(0, 1)
     if log_probs.is_meta:
         return _MetaCtc.apply(log_probs, targets.shape[1])
@@ -75,15 +78,16 @@ class _MetaCtc(torch.autograd.Function):
     where PyTorch has no CTC."""
 
     @staticmethod
-    def forward(ctx, log_probs: Tensor, target_length: int) -> Tensor:
+    def forward(ctx: FunctionCtx, log_probs: Tensor, target_length: int) -> Tensor:
         time, batch, _ = log_probs.shape
         alpha = log_probs.new_empty(batch, time, 2 * target_length + 1)
         ctx.save_for_backward(log_probs, alpha)
         return log_probs.new_empty(())
 
     @staticmethod
-    def backward(ctx, gradient: Tensor) -> tuple[Tensor, None]:
-        log_probs, alpha = ctx.saved_tensors
+    def backward(ctx: BackwardCFunction, gradient: Tensor) -> tuple[Tensor, None]:
+        saved: tuple[Tensor, ...] = ctx.saved_tensors
+        log_probs, alpha = saved
         beta = torch.empty_like(alpha)
         result = torch.empty_like(log_probs)
         del beta

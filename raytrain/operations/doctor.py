@@ -31,7 +31,7 @@ from raytrain.operations.facts import NodeFacts, Storage
 from raytrain.operations.machine import NodeQuestion, measure_node, versions
 from raytrain.operations.run_storage import StorageQuestion, Witness, ask_mlflow, measure_storage
 from raytrain.redaction import without_credentials
-from raytrain.storage.filesystem import is_uri
+from raytrain.storage.locations import is_uri
 from raytrain.storage.ownership import describe_owner
 from raytrain.tracking.runs import tracking_uri
 

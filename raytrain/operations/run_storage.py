@@ -17,7 +17,9 @@ import requests
 from raytrain.errors import RaytrainError
 from raytrain.operations.facts import MIB, Manifest, Mlflow, Speed, Storage
 from raytrain.operations.machine import folder_facts
-from raytrain.storage.filesystem import expand, is_folder, is_uri, list_files, locate, open_stream
+from raytrain.storage.filesystem import is_folder, list_files, open_stream
+from raytrain.storage.locations import is_uri, locate
+from raytrain.storage.patterns import expand
 
 _HTTP_SECONDS = 5.0
 _BLOCK = 4 * MIB

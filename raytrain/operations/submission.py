@@ -19,7 +19,7 @@ import raytrain
 from raytrain.config import DATA_ROOT_VARIABLE, RUN_ROOT_VARIABLE, Config
 from raytrain.errors import ConfigError
 from raytrain.redaction import MLFLOW_VARIABLE, TRACKING_VARIABLE, is_secret, redacted
-from raytrain.storage.filesystem import absolute
+from raytrain.storage.locations import absolute
 
 CONFIG_FILE = "config.yaml"
 # Locations; credentials are for the nodes to have, or to be named with --env.

@@ -24,7 +24,7 @@ from raytrain.data.corpora.types import Chunk, Corpus
 from raytrain.data.text.tokenizer import CanaryTokenizer
 from raytrain.decoding.longform import check_window, default_overlap
 from raytrain.decoding.requests import Prompts, read_requests
-from raytrain.decoding.search import DecodeSettings
+from raytrain.decoding.settings import DecodeSettings
 from raytrain.errors import ConfigError, ManifestError
 from raytrain.model.canary import Canary
 from raytrain.model.config import ModelConfig

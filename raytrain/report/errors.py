@@ -7,18 +7,19 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from raytrain.evaluation.worst import Worst, WorstTranscription, WorstTranslation
 from raytrain.report.rendering import write_page
 
 
-def write_errors(out: Path, *, title: str, scores: Mapping[str, Any], worst: Mapping[str, Any]) -> Path:
-    """Write the page from the body of `scores.json` and what `raytrain.evaluation.worst.worst` found; returns its path.
+def write_errors(out: Path, *, title: str, scores: Mapping[str, Any], worst: Worst) -> Path:
+    """Write the page from the body of `scores.json` and the worst utterances; returns its path.
 
     Its size is bounded as `worst` is. Languages are numbered, for their names, which come from outside, can't be used
     in a style sheet.
     """
-    shown = [*worst["most_errors"], *worst["highest_rates"], *worst["translations"]]
-    confused = [row[0] for rows in worst["confusions"].values() for row in rows]
-    languages = sorted({*(item["lang"] for item in shown), *confused})
+    shown: list[WorstTranscription | WorstTranslation] = [*worst.most_errors, *worst.highest_rates, *worst.translations]
+    confused = [row[0] for rows in worst.confusions.values() for row in rows]
+    languages = sorted({*(item.lang for item in shown), *confused})
     return write_page(
         out,
         "errors.html",

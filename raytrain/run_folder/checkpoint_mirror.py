@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from raytrain.config import Config
-from raytrain.storage.filesystem import absolute
+from raytrain.storage.locations import absolute
 from raytrain.training.mirror import CheckpointMirror
 
 

@@ -13,7 +13,8 @@ from raytrain.data.corpora.types import Chunk
 from raytrain.run_folder.documents import CHUNKS_FORMAT
 from raytrain.run_folder.workspace import Workspace
 from raytrain.storage.artifacts import file_id
-from raytrain.storage.filesystem import fingerprints, is_uri
+from raytrain.storage.filesystem import fingerprints
+from raytrain.storage.locations import is_uri
 
 MAX_CHUNKS = 4096
 _HASHED_BYTES = 64 << 20

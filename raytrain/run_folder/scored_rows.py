@@ -20,7 +20,7 @@ from raytrain.data.locator import AudioLocator
 from raytrain.data.sentences import quota_of_each
 from raytrain.data.sequences import BlockEncoder
 from raytrain.data.text.prompt import prompt_languages
-from raytrain.decoding.search import DecodeSettings
+from raytrain.decoding.settings import DecodeSettings
 from raytrain.errors import ManifestError
 from raytrain.run_folder.chunks import chunks_of
 from raytrain.run_folder.workspace import Workspace

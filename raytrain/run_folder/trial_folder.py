@@ -11,7 +11,7 @@ from typing import Any
 from raytrain.config import Config, check_config
 from raytrain.errors import ConfigError
 from raytrain.storage.artifacts import content_id, file_id, make_folder
-from raytrain.storage.filesystem import is_uri
+from raytrain.storage.locations import is_uri
 
 SHARED = (
     "tokenizer",

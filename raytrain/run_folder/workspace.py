@@ -30,7 +30,7 @@ from raytrain.run_folder.documents import (
 )
 from raytrain.run_folder.quarantine import open_quarantine
 from raytrain.storage.artifacts import content_id
-from raytrain.storage.filesystem import is_uri
+from raytrain.storage.locations import is_uri
 from raytrain.storage.run_store import RunStore
 from raytrain.training.mirror import checkpoints_of
 

@@ -15,7 +15,8 @@ from typing import Any
 
 from raytrain.errors import CheckpointError, RaytrainError, StorageError
 from raytrain.storage.artifacts import file_id, make_folder
-from raytrain.storage.filesystem import download, list_files, locate, remove_file, upload
+from raytrain.storage.filesystem import download, list_files, remove_file, upload
+from raytrain.storage.locations import locate
 from raytrain.storage.run_store import RunStore
 from raytrain.training.checkpoint import BEST, META, Checkpoint, CheckpointFolder, parse_meta, read_checkpoint
 

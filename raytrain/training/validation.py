@@ -15,9 +15,11 @@ import torch.distributed as dist
 from torch import nn
 
 from raytrain.data.batch import SpeechBatch
-from raytrain.decoding.search import DecodeSettings, transcribe_batch
+from raytrain.decoding.search import transcribe_batch
+from raytrain.decoding.settings import DecodeSettings
 from raytrain.errors import TrainingError
-from raytrain.evaluation.error_counts import Decoded, are_enough_readable, score_decoded
+from raytrain.evaluation.readable import are_enough_readable
+from raytrain.evaluation.validation_scores import Decoded, score_decoded
 from raytrain.model.loss import canary_loss
 from raytrain.training.limits import GaveUp
 

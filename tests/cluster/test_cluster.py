@@ -18,7 +18,8 @@ from disturbed_cluster import Disturbed, Door, tracked_steps, tracking_server
 from raytrain.config import check_config
 from raytrain.console import Console
 from raytrain.stages.pipeline import run_pipeline
-from raytrain.storage.filesystem import list_files, locate, read_range
+from raytrain.storage.filesystem import list_files, read_range
+from raytrain.storage.locations import locate
 
 pytestmark = pytest.mark.timeout(900)
 STEPS, COPIES = 60, 10

@@ -17,7 +17,7 @@ from conftest import wait_for
 
 from raytrain.cluster import supervisor
 from raytrain.cluster.supervision import NOTE, dead_sessions
-from raytrain.storage.ownership import Owner, start_of, write_owner
+from raytrain.storage.owner import Owner, start_of, write_owner
 
 
 def test_sessions_of_the_living_and_of_others_are_left_alone(tmp_path, monkeypatch):

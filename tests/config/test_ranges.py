@@ -15,7 +15,7 @@ from pydantic import BaseModel
 from raytrain.config import Config, Distribution, check_config, load_config, parse_bytes
 from raytrain.data.augment import AugmentSettings
 from raytrain.data.corpora.types import Corpus
-from raytrain.decoding.search import DecodeSettings
+from raytrain.decoding.settings import DecodeSettings
 from raytrain.errors import ConfigError
 from raytrain.lengths.plan import BucketSettings
 from raytrain.model.config import ModelConfig, SpecAugmentSettings

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from raytrain.data.augment import Augmenter, AugmentSettings, add_noise, change_speed, reverberate
 from raytrain.errors import DataError
-from raytrain.storage.filesystem import StorageReadError
+from raytrain.storage.locations import StorageReadError
 
 RATE = 16000
 

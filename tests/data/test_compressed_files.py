@@ -13,7 +13,8 @@ from raytrain.data.corpora.reading import plan_chunks, read_chunk
 from raytrain.data.corpora.types import Corpus
 from raytrain.errors import ManifestError
 from raytrain.operations.run_storage import read_start
-from raytrain.storage.filesystem import StorageReadError, open_file, open_stream
+from raytrain.storage.filesystem import open_file, open_stream
+from raytrain.storage.locations import StorageReadError
 
 ROWS = b"".join(
     b'{"audio_filepath":"%d.flac","duration":1,"text":"one %x","lang":"en"}\n' % (n, n**5) for n in range(200)

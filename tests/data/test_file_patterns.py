@@ -14,7 +14,9 @@ from hypothesis import strategies as st
 
 from raytrain.data.corpora.reading import plan_chunks
 from raytrain.data.corpora.types import Corpus
-from raytrain.storage.filesystem import absolute, expand, list_files, natural_key
+from raytrain.storage.filesystem import list_files
+from raytrain.storage.locations import absolute, natural_key
+from raytrain.storage.patterns import expand
 
 end = st.one_of(
     st.integers(-120, 120).map(str),

@@ -29,7 +29,8 @@ from raytrain.data.corpora.tar_index import TarIndex
 from raytrain.data.corpora.types import BadRow, Chunk, Corpus, Utterance
 from raytrain.data.text.slots import PromptKey
 from raytrain.errors import ManifestError
-from raytrain.storage.filesystem import StorageReadError, read_range
+from raytrain.storage.filesystem import read_range
+from raytrain.storage.locations import StorageReadError
 
 RATE = 8000
 TEXTS = ["one", "zwei drei", "four", "fünf, sechs", "seven"]

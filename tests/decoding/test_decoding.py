@@ -7,7 +7,10 @@ import pytest
 import torch
 from conftest import SHARED
 
-from raytrain.decoding.search import DecodeSettings, _beam, decode
+from raytrain.decoding.beam import Ranking, beam_search
+from raytrain.decoding.search import decode
+from raytrain.decoding.settings import DecodeSettings
+from raytrain.decoding.steps import PromptGroup
 from raytrain.errors import DataError
 from raytrain.model.canary import Canary
 from raytrain.model.config import ModelConfig
@@ -96,7 +99,8 @@ def test_the_beam_search_with_one_beam_is_greedy(spoken):
 
     def beam(model, states, lengths, prompt, sizes, eos, settings):
         limits = (lengths + settings.max_generation_delta).clamp_max(TINY.max_positions) - prompt.shape[1]
-        return _beam(model, states, lengths.clamp_min(1), prompt, limits, eos, settings)
+        group = PromptGroup(states, lengths.clamp_min(1), prompt, limits)
+        return beam_search(model, group, eos, 1, Ranking(1, settings.length_penalty))
 
     with torch.no_grad():
         found = run(*spoken, settings, beam)

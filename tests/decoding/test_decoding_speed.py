@@ -1,4 +1,4 @@
-"""What makes decoding fast changes no text: seldom looks at the device, steps of fixed shape, packed linear layers."""
+"""What makes decoding fast changes no text: rare synchronization, steps of fixed shape, packed linear layers."""
 
 import copy
 
@@ -9,9 +9,13 @@ from torch.overrides import TorchFunctionMode
 from training_parts import Syncs
 
 from raytrain.decoding import graphs
+from raytrain.decoding.beam import Ranking, beam_search
 from raytrain.decoding.graphs import Programs, kept_programs, programs_for
+from raytrain.decoding.greedy import greedy_search
 from raytrain.decoding.precision import prepare_for_inference
-from raytrain.decoding.search import DecodeSettings, _beam, _greedy, decode
+from raytrain.decoding.search import decode
+from raytrain.decoding.settings import DecodeSettings
+from raytrain.decoding.steps import PromptGroup
 from raytrain.errors import DataError
 from raytrain.model.canary import Canary, count_parameters
 from raytrain.model.config import ModelConfig
@@ -52,13 +56,22 @@ def spoken():
     return talker(), states, torch.tensor([13, 8, 3, 10, 1, 12, 6])
 
 
+def greedy(model, group, settings, **options):
+    return [[hypothesis] for hypothesis in greedy_search(model, group, EOS, settings.length_penalty, **options)]
+
+
+def beam(model, group, settings, **options):
+    ranking = Ranking(settings.n_best, settings.length_penalty)
+    return beam_search(model, group, EOS, settings.beam_size, ranking, **options)
+
+
 def run(spoken, search, settings, rows=slice(None), **options):
     """`search` of some rows; what it finds."""
     model, states, lengths = spoken[0], spoken[1][rows], spoken[2][rows].clamp_min(1)
     limits = (lengths + settings.max_generation_delta).clamp_max(model.config.max_positions) - len(PROMPT)
     prompt = torch.tensor([PROMPT] * len(lengths), device=states.device)
     with torch.inference_mode():
-        return search(model, states, lengths, prompt, limits, EOS, settings, **options)
+        return search(model, PromptGroup(states, lengths, prompt, limits), settings, **options)
 
 
 def assert_same(found, wanted):
@@ -68,23 +81,23 @@ def assert_same(found, wanted):
         assert one.token_log_probs == pytest.approx(other.token_log_probs, abs=1e-4)
 
 
-@pytest.mark.parametrize("look_every", [3, 8, 64])
+@pytest.mark.parametrize("sync_interval", [3, 8, 64])
 @pytest.mark.parametrize(
     ("search", "settings"),
     [
-        (_greedy, LONG),
-        (_beam, DecodeSettings(beam_size=3, n_best=3, max_generation_delta=40)),
-        (_beam, DecodeSettings(beam_size=4, n_best=2, max_generation_delta=60, length_penalty=1.0)),
+        (greedy, LONG),
+        (beam, DecodeSettings(beam_size=3, n_best=3, max_generation_delta=40)),
+        (beam, DecodeSettings(beam_size=4, n_best=2, max_generation_delta=60, length_penalty=1.0)),
     ],
 )
-def test_texts_do_not_depend_on_when_the_host_looks(spoken, search, settings, look_every):
-    wanted = run(spoken, search, settings, look_every=1)
-    assert_same(run(spoken, search, settings, look_every=look_every), wanted)
+def test_texts_do_not_depend_on_the_synchronization_interval(spoken, search, settings, sync_interval):
+    wanted = run(spoken, search, settings, sync_interval=1)
+    assert_same(run(spoken, search, settings, sync_interval=sync_interval), wanted)
     ends = {len(row[0].ids) for row in wanted if row[0].ended}
     assert len(ends) > 2 and not all(row[0].ended for row in wanted), "texts should end at different steps"
 
 
-class Looks(TorchFunctionMode):
+class HostReads(TorchFunctionMode):
     """Counts values read from tensors: on a GPU the host waits for each."""
 
     READS = (torch.Tensor.tolist, torch.Tensor.item, torch.Tensor.__bool__, torch.Tensor.__int__, torch.Tensor.cpu)
@@ -98,40 +111,41 @@ class Looks(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-def looks(spoken, search, settings, **options) -> int:
-    with Looks() as reads, Syncs() as syncs:
+def num_reads(spoken, search, settings, **options) -> int:
+    with HostReads() as reads, Syncs() as syncs:
         run(spoken, search, settings, **options)
     assert syncs.found == ["is_nonzero"]  # whether frames are padded
     return reads.number
 
 
-def test_nothing_is_read_between_two_looks(spoken):
+def test_nothing_is_read_between_two_synchronizations(spoken):
     model = spoken[0]
     bias = model.log_softmax.mlp["layer0"].bias
     bias.data[EOS] -= 100
     try:
         one = slice(0, 1)
-        steps = len(run(spoken, _greedy, LONG, one)[0][0].ids)
+        steps = len(run(spoken, greedy, LONG, one)[0][0].ids)
         assert steps > 80
         for programs in (None, Programs(model, spoken[1])):
             often, seldom, never = (
-                looks(spoken, _greedy, LONG, rows=one, look_every=every, programs=programs) for every in (1, 8, 1000)
+                num_reads(spoken, greedy, LONG, rows=one, sync_interval=every, programs=programs)
+                for every in (1, 8, 1000)
             )
             assert often - never == steps - 1 and seldom - never == -(-steps // 8) - 1
             assert never < 6
-        beam = DecodeSettings(beam_size=2, max_generation_delta=50)
-        often, seldom = (looks(spoken, _beam, beam, rows=one, look_every=every) for every in (1, 8))
+        settings = DecodeSettings(beam_size=2, max_generation_delta=50)
+        often, seldom = (num_reads(spoken, beam, settings, rows=one, sync_interval=every) for every in (1, 8))
         assert 0 < seldom < often / 4
     finally:
         bias.data[EOS] += 100
 
 
-@pytest.mark.parametrize("look_every", [1, 8])
-def test_steps_of_fixed_shape_give_the_same_texts(spoken, look_every):
+@pytest.mark.parametrize("sync_interval", [1, 8])
+def test_steps_of_fixed_shape_give_the_same_texts(spoken, sync_interval):
     programs = Programs(spoken[0], spoken[1])
     for rows in (slice(None), slice(2, 4), slice(None), slice(4, 5)):  # programs are used again
-        wanted = run(spoken, _greedy, LONG, rows)
-        assert_same(run(spoken, _greedy, LONG, rows, look_every=look_every, programs=programs), wanted)
+        wanted = run(spoken, greedy, LONG, rows)
+        assert_same(run(spoken, greedy, LONG, rows, sync_interval=sync_interval, programs=programs), wanted)
     sizes = set(programs._held)
     assert (8, 64, 64) in sizes and {positions for _, positions, _ in sizes} == {64, 128}, "texts outgrow 64 positions"
     assert len({rows for rows, _, _ in sizes}) > 2, "the batch shrinks"
@@ -141,9 +155,9 @@ def test_a_program_is_as_good_as_new_after_a_batch_of_nonsense(spoken):
     model, states, lengths = spoken
     programs = Programs(model, states)
     broken = (model, torch.full_like(states, float("nan")), lengths)
-    run(broken, _greedy, LONG, look_every=8, programs=programs)
+    run(broken, greedy, LONG, sync_interval=8, programs=programs)
     shorter = (model, states[:, :9], lengths.clamp_max(9))
-    assert_same(run(shorter, _greedy, LONG, programs=programs), run(shorter, _greedy, LONG))
+    assert_same(run(shorter, greedy, LONG, programs=programs), run(shorter, greedy, LONG))
 
 
 def test_programs_are_bounded_in_memory(spoken, monkeypatch):
@@ -159,8 +173,8 @@ def test_programs_are_bounded_in_memory(spoken, monkeypatch):
     assert programs.num_bytes(4, 64, 64) == len(program.cache) * sum(
         part.nbytes for part in (own.self_keys_values, own.cross_keys, own.cross_values)
     )
-    wanted = run(spoken, _greedy, LONG)
-    assert_same(run(spoken, _greedy, LONG, programs=programs), wanted)  # too large: without programs
+    wanted = run(spoken, greedy, LONG)
+    assert_same(run(spoken, greedy, LONG, programs=programs), wanted)  # too large: without programs
 
 
 def test_programs_of_changed_weights_are_dropped(spoken):
@@ -182,15 +196,15 @@ def test_graphs_give_the_texts_of_eager_steps(spoken, monkeypatch):
     model = talker().cuda()
     states, lengths = (part.clone().cuda() for part in spoken[1:])
     there = (model, states, lengths)
-    wanted = run(there, _greedy, LONG, look_every=1, programs=None)
+    wanted = run(there, greedy, LONG, sync_interval=1, programs=None)
     monkeypatch.setenv(graphs.VARIABLE, "0")
     with torch.inference_mode():
         assert programs_for(model, states) is None
-    eager = run(there, _greedy, LONG, look_every=1)
+    eager = run(there, greedy, LONG, sync_interval=1)
     monkeypatch.delenv(graphs.VARIABLE)
     assert_same(wanted, eager)
     for rows in (slice(None), slice(1, 4), slice(None)):
-        assert_same(run(there, _greedy, LONG, rows), eager[rows])
+        assert_same(run(there, greedy, LONG, rows), eager[rows])
     assert len(kept_programs(model, states)._held) > 2
 
 
@@ -266,7 +280,7 @@ def test_precisions_that_are_not_there():
 def test_packed_layers_run_in_fixed_shapes_too(spoken):
     model = prepare_for_inference(talker(), "int8", CPU)
     there = (model, *spoken[1:])
-    wanted = run(there, _greedy, LONG, slice(1, 2))
+    wanted = run(there, greedy, LONG, slice(1, 2))
     programs = Programs(model, spoken[1])
-    assert_same(run(there, _greedy, LONG, slice(1, 2), programs=programs), wanted)
+    assert_same(run(there, greedy, LONG, slice(1, 2), programs=programs), wanted)
     assert programs._held

@@ -32,7 +32,7 @@ from raytrain.data.text.tokenizer import CanaryTokenizer, train_tokenizer
 from raytrain.decoding.batching import sorted_batches
 from raytrain.decoding.recognizer import PARTS
 from raytrain.decoding.requests import ManifestRow, Prompts, Request, read_requests
-from raytrain.decoding.search import DecodeSettings
+from raytrain.decoding.settings import DecodeSettings
 from raytrain.decoding.transcriber import Transcriber
 from raytrain.errors import ConfigError, DataError, ManifestError, RaytrainError
 from raytrain.model.canary import Canary

@@ -41,7 +41,7 @@ def test_senseless_windows_are_refused(window, overlap):
 
 
 def speak(seed: int, seconds: float) -> list[TimedToken]:
-    """Words of one to three tokens from a tiny vocabulary, so that neighbours are often equal."""
+    """Words of one to three tokens from a tiny vocabulary, so that neighbors are often equal."""
     random, tokens, now = np.random.default_rng(seed), [], 0.3
     while now < seconds - 1:
         for part in range(random.integers(1, 4)):

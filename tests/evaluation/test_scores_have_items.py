@@ -21,11 +21,12 @@ from raytrain.data.audio import AudioError
 from raytrain.data.batch import SpeechBatch
 from raytrain.data.corpora.rejected import RejectedRows
 from raytrain.data.corpora.types import BadRow, Corpus
-from raytrain.decoding.search import DecodeSettings
+from raytrain.decoding.settings import DecodeSettings
 from raytrain.errors import DataError, ManifestError, PlanError, TrainingError
 from raytrain.evaluation.bootstrap import rate_interval
-from raytrain.evaluation.error_counts import Decoded, ErrorCounts, count_errors, score_decoded
+from raytrain.evaluation.error_counts import ErrorCounts, count_errors
 from raytrain.evaluation.scoring import score, texts_of
+from raytrain.evaluation.validation_scores import Decoded, score_decoded
 from raytrain.evaluation.worst import worst
 from raytrain.experiments.tune import score_of
 from raytrain.lengths.histogram import LengthHistogram
@@ -82,7 +83,7 @@ def test_a_rate_lies_in_an_interval_of_rates(pairs):
 def test_scores_and_pages_of_references_without_words(tmp_path):
     result = {"text": "", "hypothesis": "a", "lang": "en", "translated": False, "duration_ms": 9, "audio_filepath": "a"}
     texts = texts_of([result], "whisper")
-    body = score(texts)
+    body = score(texts).to_dict()
     for group in (body, body["by_language"]["en"], body["by_duration"][0]):
         assert group["utterances"] == 1 and group["wer"] is group["wer_ci"] is group["wer_normalized"] is None
     assert "none" in write_errors(tmp_path / "errors.html", title="t", scores=body, worst=worst(texts)).read_text()
@@ -91,7 +92,7 @@ def test_scores_and_pages_of_references_without_words(tmp_path):
 def test_translations_without_references_have_no_score(tmp_path):
     result = {"text": "", "hypothesis": "a", "lang": "en", "translated": True, "duration_ms": 9, "audio_filepath": "a"}
     texts = texts_of([result, {**result, "lang": "de", "text": "a"}])
-    body = score(texts)
+    body = score(texts).to_dict()
     assert body["translations"] == {"en": 1, "de": 1}
     assert body["bleu"].keys() == body["chrf_ci"].keys() == {"de"}
     assert "a" in write_errors(tmp_path / "errors.html", title="t", scores=body, worst=worst(texts)).read_text()

@@ -15,10 +15,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from raytrain.evaluation.bleu import bleu_metric, corpus_score
 from raytrain.evaluation.bootstrap import interval, rate_interval, resampled_sums
-from raytrain.evaluation.error_counts import Decoded, bleu, bleu_metric, count_errors
+from raytrain.evaluation.error_counts import count_errors, edit_counts
 from raytrain.evaluation.normalize import normalizer
-from raytrain.evaluation.scoring import DURATION_EDGES_MS, corpus_score, edit_counts, score, texts_of
+from raytrain.evaluation.scoring import DURATION_EDGES_MS, score, texts_of
+from raytrain.evaluation.validation_scores import Decoded, bleu
 from raytrain.evaluation.worst import FEW_WORDS, worst
 from raytrain.report.errors import write_errors
 
@@ -84,7 +86,7 @@ _ROWS = st.lists(
 @settings(max_examples=60, deadline=None)
 @given(_ROWS, st.sampled_from(["none", "whisper"]))
 def test_counts_add_up_over_languages_and_durations(rows, name):
-    body = score(texts_of(rows, name))
+    body = score(texts_of(rows, name)).to_dict()
     readable = [row for row in rows if row["hypothesis"] is not None]
     heard = [row for row in readable if not row["translated"]]
     assert body["unreadable"] == len(rows) - len(readable)
@@ -108,7 +110,7 @@ def test_scores_are_what_jiwer_and_sacrebleu_make_of_the_texts():
     from sacrebleu.metrics import CHRF
 
     rows, translated = spoken(300), spoken(80, seed=1, translated=True)
-    body = score(texts_of([*rows, *translated, result("lost", None)]))
+    body = score(texts_of([*rows, *translated, result("lost", None)])).to_dict()
     references, hypotheses = [row["text"] for row in rows], [row["hypothesis"] for row in rows]
     assert body["wer"] == pytest.approx(jiwer.wer(references, hypotheses))
     assert body["cer"] == pytest.approx(jiwer.cer(references, hypotheses))
@@ -129,7 +131,7 @@ def test_scores_are_what_jiwer_and_sacrebleu_make_of_the_texts():
 
 def test_durations_belong_to_the_span_that_they_end():
     edges = [*DURATION_EDGES_MS, 1, 5001, 40_001]
-    body = score(texts_of([result("a", "a", duration_ms=edge) for edge in edges]))
+    body = score(texts_of([result("a", "a", duration_ms=edge) for edge in edges])).to_dict()
     spans = [(group["from_ms"], group["to_ms"], group["utterances"]) for group in body["by_duration"]]
     assert spans == [
         (0, 5000, 2),
@@ -144,12 +146,12 @@ def test_durations_belong_to_the_span_that_they_end():
 
 def test_nothing_to_score_is_no_interval():
     for rows in ([], [result("a", None)], [result("a b", "a b", translated=True)]):
-        body = score(texts_of(rows, "whisper"))
+        body = score(texts_of(rows, "whisper")).to_dict()
         assert (body["wer"], body["wer_ci"], body["by_language"], body["by_duration"]) == (None, None, {}, [])
     assert body["bleu"]["en"] == pytest.approx(bleu([Decoded("en", "", True, "a b", "a b")]))
 
 
-# --- the normaliser
+# --- the normalizer
 
 
 @pytest.mark.parametrize(
@@ -167,7 +169,7 @@ def test_what_whispers_evaluation_takes_for_the_same(language, said, heard):
     clean = normalizer("whisper", language)
     assert clean(said) == clean(heard) != ""
     assert normalizer("none", language)(said) == said
-    body = score(texts_of([result(said, heard, language)], "whisper"))
+    body = score(texts_of([result(said, heard, language)], "whisper")).to_dict()
     assert body["wer"] > 0 and body["wer_normalized"] == 0.0
 
 
@@ -176,12 +178,12 @@ def test_real_errors_stay_errors():
     assert english("nine dollars") != english("five dollars")
     assert spanish("año") != spanish("ano")  # another word
     assert spanish("uh no") == "uh no"  # English fillers are words elsewhere
-    body = score(texts_of([result("今天天气很好", "今天天汽很好", "zh")], "whisper"))
+    body = score(texts_of([result("今天天气很好", "今天天汽很好", "zh")], "whisper")).to_dict()
     assert chinese("今天") == "今 天" and body["wer_normalized"] == pytest.approx(1 / 6) and body["wer"] == 1.0
 
 
 def test_a_reference_that_was_only_a_filler_counts_what_was_added():
-    body = score(texts_of([result("uh", "yes"), result("two words", "two words")], "whisper"))
+    body = score(texts_of([result("uh", "yes"), result("two words", "two words")], "whisper")).to_dict()
     assert body["wer_normalized"] == 0.5
 
 
@@ -236,8 +238,8 @@ def test_the_interval_of_a_rate_is_that_of_the_plain_bootstrap():
 def test_intervals_repeat_contain_the_rate_and_shrink_with_the_square_root_of_utterances():
     widths = []
     for number in (250, 1000, 4000):
-        body = score(texts_of(spoken(number, seed=number), "whisper"))
-        assert body == score(texts_of(spoken(number, seed=number), "whisper"))
+        body = score(texts_of(spoken(number, seed=number), "whisper")).to_dict()
+        assert body == score(texts_of(spoken(number, seed=number), "whisper")).to_dict()
         for key in ("wer", "cer", "wer_normalized"):
             low, high = body[f"{key}_ci"]
             assert 0 < low < body[key] < high < 1
@@ -276,7 +278,9 @@ def test_an_interval_holds_95_percent():
 
 def page_of(rows: list[dict[str, Any]], folder: Path, name: str = "none") -> str:
     texts = texts_of(rows, name)
-    return write_errors(folder / "errors.html", title="a run", scores=score(texts), worst=worst(texts)).read_text()
+    return write_errors(
+        folder / "errors.html", title="a run", scores=score(texts).to_dict(), worst=worst(texts)
+    ).read_text()
 
 
 def shown_columns(page: str) -> list[list[tuple[str, str, str]]]:
@@ -304,19 +308,19 @@ def test_alignments_account_for_every_word_and_error():
     rows = spoken(200, seed=8)
     by_path = {row["audio_filepath"]: row for row in rows}
     found = worst(texts_of(rows))
-    assert found["utterances"] == 200
-    for item in found["most_errors"] + found["highest_rates"]:
-        row = by_path[item["audio"]]
-        assert " ".join(said for _, said, _ in item["columns"] if said) == row["text"]
-        assert " ".join(got for _, _, got in item["columns"] if got) == row["hypothesis"]
-        kinds = Counter(kind for kind, _, _ in item["columns"])
+    assert found.utterances == 200
+    for item in [*found.most_errors, *found.highest_rates]:
+        row = by_path[item.audio]
+        assert " ".join(said for _, said, _ in item.columns if said) == row["text"]
+        assert " ".join(got for _, _, got in item.columns if got) == row["hypothesis"]
+        kinds = Counter(kind for kind, _, _ in item.columns)
         assert (kinds["substitute"], kinds["delete"], kinds["insert"]) == (
-            item["substitutions"],
-            item["deletions"],
-            item["insertions"],
+            item.substitutions,
+            item.deletions,
+            item.insertions,
         )
         counts = count_errors([row["text"]], [row["hypothesis"]])
-        assert (item["errors"], item["words"]) == (counts.errors, counts.reference_length)
+        assert (item.errors, item.words) == (counts.errors, counts.reference_length)
 
 
 def test_the_worst_are_those_with_most_errors_then_those_with_the_highest_rates():
@@ -325,23 +329,23 @@ def test_the_worst_are_those_with_most_errors_then_those_with_the_highest_rates(
     for language in ("en", "de", "es"):
         mine = [row for row in rows if row["lang"] == language]
         counts = {row["audio_filepath"]: count_errors([row["text"]], [row["hypothesis"]]) for row in mine}
-        most = [item for item in found["most_errors"] if item["lang"] == language]
-        assert [item["errors"] for item in most] == sorted((one.errors for one in counts.values()), reverse=True)[:20]
-        rest = {path: one for path, one in counts.items() if path not in {item["audio"] for item in most}}
+        most = [item for item in found.most_errors if item.lang == language]
+        assert [item.errors for item in most] == sorted((one.errors for one in counts.values()), reverse=True)[:20]
+        rest = {path: one for path, one in counts.items() if path not in {item.audio for item in most}}
         rates = sorted((one.rate for one in rest.values() if one.reference_length >= FEW_WORDS), reverse=True)
-        assert [item["wer"] for item in found["highest_rates"] if item["lang"] == language] == rates[:20]
+        assert [item.wer for item in found.highest_rates if item.lang == language] == rates[:20]
 
 
 def test_confusions_are_counted_over_all_utterances_not_only_the_worst():
     rows = [result("I said so", "I sad so")] * 300 + [result("a b c d e f g h", "x y z 1 2 3 4 5")] * 200
     rows += [result("so it was then", "so it then", "de")] * 7 + [result("ja", "ja ja", "de")] * 5
-    found = worst(texts_of(rows))["confusions"]
+    found = worst(texts_of(rows)).confusions
     assert found["substitute"][0] == ("en", "said", "sad", 300)
     assert found["delete"] == [("de", "was", "", 7)]
     assert found["insert"] == [("de", "", "ja", 5)]
 
 
-def test_a_normaliser_leaves_only_real_errors_on_the_page(tmp_path):
+def test_a_normalizer_leaves_only_real_errors_on_the_page(tmp_path):
     rows = [result("Mr. Smith won't pay $20.", "mister smith will not pay thirty dollars")]
     (columns,) = shown_columns(page_of(rows, tmp_path, "whisper"))
     assert [one for one in columns if one[0]] == [("s", "$20", "$30")]
@@ -363,7 +367,7 @@ def test_texts_from_outside_are_escaped_and_nothing_is_fetched(tmp_path):
     rows = [result(bad, _EVIL, _EVIL, audio_filepath=f"{_EVIL}.wav"), result("one two", "one", '"]}</style>')]
     rows.append(result(bad, f"{_EVIL} x", _EVIL, translated=True))
     texts = texts_of(rows)
-    page = write_errors(tmp_path / "e.html", title=_EVIL, scores=score(texts), worst=worst(texts)).read_text()
+    page = write_errors(tmp_path / "e.html", title=_EVIL, scores=score(texts).to_dict(), worst=worst(texts)).read_text()
     assert "<script" not in page and page.count("&lt;script&gt;") > 10
     assert page.count("</style>") == 1
     assert not re.findall(r"(?:src|href)=|url\(|@import", page)
@@ -382,7 +386,7 @@ def test_languages_can_be_filtered_without_a_script(tmp_path):
 
 def test_the_page_stays_small_for_many_rows_long_texts_and_many_languages(tmp_path):
     rows = spoken(2000) * 10
-    scores = score(texts_of(rows[:2000]))
+    scores = score(texts_of(rows[:2000])).to_dict()
     out = tmp_path / "errors.html"
     write_errors(out, title="many rows", scores=scores, worst=worst(texts_of(rows)))
     assert len(rows) == 20_000 and out.stat().st_size < 400_000

@@ -147,7 +147,7 @@ def test_hostile_archives_are_refused(parts, tmp_path):
         pack(bad, good, info)
         refused("link, device")
     pack(bad, {**good, "model_config.yaml": b"a: 1"})
-    refused("two files of one name")
+    refused("two files with the same name")
 
     code = io.BytesIO()
     torch.save({"x": Evil(victim)}, code)

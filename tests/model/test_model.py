@@ -11,7 +11,8 @@ from conftest import SHARED
 
 from raytrain.config import load_config
 from raytrain.data.batch import SpeechBatch
-from raytrain.decoding.search import greedy
+from raytrain.decoding.search import decode
+from raytrain.decoding.settings import DecodeSettings
 from raytrain.model.canary import Canary, CanaryOutput, count_parameters, exported_state
 from raytrain.model.config import ModelConfig, SpecAugmentSettings
 from raytrain.model.dropout import dropout
@@ -171,6 +172,13 @@ def uncached_greedy(model, states, lengths, prompt, eos, delta):
     return ids[len(prompt) :]
 
 
+def greedy(model, states, lengths, prompt, delta):
+    """Generated ids of each utterance after one prompt, with 3 as the end of text."""
+    prompts, sizes = torch.tensor([prompt] * len(lengths)), torch.full((len(lengths),), len(prompt))
+    found = decode(model, states, lengths, prompts, sizes, 3, DecodeSettings(max_generation_delta=delta))
+    return [hypotheses[0].ids for hypotheses in found]
+
+
 def test_cached_decoding_equals_uncached_and_batch_equals_single():
     torch.manual_seed(1)
     model = Canary(TINY).eval()
@@ -181,9 +189,7 @@ def test_cached_decoding_equals_uncached_and_batch_equals_single():
     prompt = [7, 4, 8]
     with torch.no_grad():
         states, sizes = model.encode(audio, lengths)
-        found = greedy(
-            model, states, sizes, torch.tensor([prompt] * 4), torch.full((4,), 3), 3, max_generation_delta=20
-        )
+        found = greedy(model, states, sizes, prompt, 20)
         for row in range(4):
             wanted = uncached_greedy(model, states[row : row + 1], sizes[row : row + 1], prompt, 3, 20)
             assert found[row] == wanted
@@ -207,9 +213,7 @@ def test_equal_to_nemo(name):
         states, lengths = model.encode(expected["wave"], expected["wave_len"])
         log_probs = model.decode_logits(expected["ids"], states, lengths).log_softmax(-1)
         assert torch.equal(frames, expected["mel_len"]) and torch.equal(lengths, expected["enc_len"])
-        prompt = torch.tensor([decoded["prompt"]] * 3)
-        sizes = torch.full((3,), prompt.shape[1])
-        found = greedy(model, states, lengths, prompt, sizes, 3, max_generation_delta=decoded["max_generation_delta"])
+        found = greedy(model, states, lengths, decoded["prompt"], decoded["max_generation_delta"])
     for row in range(3):
         for value, key, size in (
             (mel[row].T, "mel", frames[row]),

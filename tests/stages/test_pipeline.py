@@ -18,7 +18,7 @@ from raytrain.data.augment import AugmentSettings
 from raytrain.demo.run import ARTEFACTS
 from raytrain.errors import ArtifactError, CheckpointError, ManifestError, ProfileError, RaytrainError, StorageError
 from raytrain.model.canary import Canary
-from raytrain.model.formats.transfer import initialise_from, pieces_of
+from raytrain.model.formats.transfer import initialize_from, pieces_of
 from raytrain.run_folder.batches import make_loader
 from raytrain.run_folder.documents import PROFILE_FORMAT
 from raytrain.run_folder.workspace import Workspace
@@ -370,4 +370,4 @@ def test_training_starts_from_another_model_with_another_tokenizer(finished, cor
         wanted = [source.state[name][old[piece]] for piece in stayed]
         torch.testing.assert_close(torch.stack(rows), torch.stack(wanted), atol=1e-6, rtol=0)
     with pytest.raises(CheckpointError, match="decoder_width 32.*decoder_width 48"):
-        initialise_from(Canary(replace(found.config, decoder_width=48)), found.tokenizers, source)
+        initialize_from(Canary(replace(found.config, decoder_width=48)), found.tokenizers, source)

@@ -11,9 +11,9 @@ from training_parts import MODEL, SETTINGS, Syncs, make_loop, micro_batch
 
 from raytrain.data.assignment import Row
 from raytrain.data.batch import SpeechBatch
-from raytrain.decoding.search import DecodeSettings
+from raytrain.decoding.settings import DecodeSettings
 from raytrain.errors import StorageError, TrainingError
-from raytrain.evaluation.error_counts import Decoded, score_decoded
+from raytrain.evaluation.validation_scores import Decoded, score_decoded
 from raytrain.lengths.schedule import shares_of
 from raytrain.model.canary import Canary
 from raytrain.training.average import WeightAverage

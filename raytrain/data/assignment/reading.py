@@ -19,7 +19,7 @@ from raytrain.data.assignment.parts import ChangedError, MappedPart
 from raytrain.data.assignment.rows import Row
 from raytrain.errors import ArtifactError, RaytrainError
 from raytrain.storage.artifacts import read_json
-from raytrain.storage.filesystem import is_uri
+from raytrain.storage.locations import is_uri
 from raytrain.storage.run_store import DamagedFileError, RunStore
 
 _MAX_OPEN_PARTS = 2048  # a process may map 65530 files, and a billion rows have more parts

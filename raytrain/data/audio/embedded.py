@@ -9,7 +9,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet
 
-from raytrain.storage.filesystem import StorageReadError, open_file
+from raytrain.storage.filesystem import open_file
+from raytrain.storage.locations import StorageReadError
 
 ROWS_WITH_AUDIO = 64  # read at a time
 _BUFFER = 1 << 20  # a column is read in pieces of this size, so that a large row group needs little memory

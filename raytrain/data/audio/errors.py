@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 
 from raytrain.errors import DataError
-from raytrain.storage.filesystem import StorageReadError
+from raytrain.storage.locations import StorageReadError
 
 MAX_HOURS = 8  # of one span: 1.8 GB at 16 kHz
 _OBJECT = re.compile(r"<[\w.]+ object at 0x\w+>")  # in libsndfile's messages, different in each run

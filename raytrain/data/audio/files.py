@@ -8,7 +8,8 @@ import stat
 import time
 
 from raytrain.data.audio.headers import format_of
-from raytrain.storage.filesystem import StorageReadError, is_uri, read_range
+from raytrain.storage.filesystem import read_range
+from raytrain.storage.locations import StorageReadError, is_uri
 
 RETRY_SECONDS = (0.5, 1.0, 2.0, 4.0)
 PARQUET_ROW = -1  # as `size`: the audio is row `start` of a Parquet file

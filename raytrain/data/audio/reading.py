@@ -15,7 +15,8 @@ import numpy as np
 from raytrain.data.audio.errors import AudioError, audio_error, no_audio, shown
 from raytrain.data.audio.files import FIRST_BYTES, local_bytes, read_bytes
 from raytrain.data.audio.headers import HEAD_BYTES, AudioHeader, checked, flac_header
-from raytrain.storage.filesystem import is_uri, open_file
+from raytrain.storage.filesystem import open_file
+from raytrain.storage.locations import is_uri
 
 if TYPE_CHECKING:
     from raytrain.data.audio.samples import Source

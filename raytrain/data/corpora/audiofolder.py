@@ -18,7 +18,8 @@ from raytrain.data.corpora.blocks import locate_audio
 from raytrain.data.corpora.durations import add_durations
 from raytrain.data.corpora.types import Chunk, Corpus, Fields, RawRow
 from raytrain.errors import ManifestError
-from raytrain.storage.filesystem import StorageReadError, file_size, is_folder, list_files, open_stream
+from raytrain.storage.filesystem import file_size, is_folder, list_files, open_stream
+from raytrain.storage.locations import StorageReadError
 
 _NAMES = ("metadata.jsonl", "metadata.csv")
 _TEXTS = ("transcription", "text", "sentence")

@@ -11,7 +11,7 @@ import numpy as np
 
 from raytrain.data.corpora.types import TAR_FORMATS, BadRow, Chunk, Utterance
 from raytrain.data.text.slots import PromptKey
-from raytrain.storage.filesystem import is_uri, parent
+from raytrain.storage.locations import is_uri, parent
 
 Key = TypeVar("Key", bound=Hashable)
 

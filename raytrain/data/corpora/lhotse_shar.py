@@ -14,7 +14,8 @@ from raytrain.data.corpora import lines
 from raytrain.data.corpora.lhotse_cuts import cut_row
 from raytrain.data.corpora.types import Chunk, Corpus, RawRow
 from raytrain.errors import ManifestError
-from raytrain.storage.filesystem import file_sizes, list_files, parent
+from raytrain.storage.filesystem import file_sizes, list_files
+from raytrain.storage.locations import parent
 
 _CUTS = re.compile(r"(?:^|/)cuts(\.[^/]*)?\.jsonl(\.\w+)?$")
 

@@ -13,7 +13,8 @@ from typing import Any
 import orjson
 
 from raytrain.data.corpora.types import Chunk, Corpus, Fields, RawRow
-from raytrain.storage.filesystem import StorageReadError, compression, file_sizes, open_file, open_stream
+from raytrain.storage.filesystem import compression, file_sizes, open_file, open_stream
+from raytrain.storage.locations import StorageReadError
 
 WHOLE = -1  # `end` of a chunk whose size in lines' bytes is not known
 _BLOCK = 1 << 20

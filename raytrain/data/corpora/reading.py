@@ -26,7 +26,9 @@ from raytrain.data.corpora.blocks import Block
 from raytrain.data.corpora.rows import RowParser
 from raytrain.data.corpora.types import BadRow, Chunk, Corpus, RawRow, Utterance
 from raytrain.errors import ManifestError
-from raytrain.storage.filesystem import StorageReadError, bare_name, expand, is_folder, list_files, open_stream
+from raytrain.storage.filesystem import bare_name, is_folder, list_files, open_stream
+from raytrain.storage.locations import StorageReadError
+from raytrain.storage.patterns import expand
 
 DEFAULT_CHUNK_BYTES = 16 << 20
 

@@ -9,7 +9,8 @@ import re
 import tarfile
 from typing import BinaryIO
 
-from raytrain.storage.filesystem import StorageReadError, is_uri, open_file
+from raytrain.storage.filesystem import open_file
+from raytrain.storage.locations import StorageReadError, is_uri
 
 _SUFFIX = re.compile(r"-sub\d+(?=(\.\w+)?$)")  # NeMo's, of several rows that are spans of one member
 _NO_AUDIO = (".json", ".nodata", ".nometa")  # what Lhotse puts beside its audio

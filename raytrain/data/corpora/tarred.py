@@ -17,7 +17,8 @@ from collections.abc import Iterator, Sequence
 from raytrain.data.corpora.lines import WHOLE
 from raytrain.data.corpora.types import Chunk, Corpus
 from raytrain.errors import ManifestError
-from raytrain.storage.filesystem import bare_name, expand, file_sizes
+from raytrain.storage.filesystem import bare_name, file_sizes
+from raytrain.storage.patterns import expand
 
 _TOTAL = re.compile(r"[-_.]of[-_.][0-9]+$")
 _AT_END = re.compile(r"(?:^|[-_.])[0-9]+$")

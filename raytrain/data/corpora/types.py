@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal, NamedTuple
 
 from raytrain.data.text.slots import PromptKey
 from raytrain.settings import Range, Setting, refuse, setting_problems
-from raytrain.storage.filesystem import absolute
+from raytrain.storage.locations import absolute
 
 Format = Literal["nemo", "nemo_tarred", "lhotse_cuts", "lhotse_shar", "parquet", "audiofolder"]
 TAR_FORMATS = ("nemo_tarred", "lhotse_shar")

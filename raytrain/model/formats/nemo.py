@@ -14,29 +14,28 @@ import gzip
 import hashlib
 import io
 import os
-import re
 import reprlib
 import struct
 import tarfile
 import tempfile
 import zipfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path, PurePosixPath
-from typing import Any, BinaryIO
+from typing import IO, Any, BinaryIO
 
 import torch
 
 from raytrain.errors import CheckpointError
-from raytrain.model.config import ModelConfig
 from raytrain.model.formats.nemo_config import model_config_of, nemo_config_of
-from raytrain.model.formats.portable import ModelParts, check_state
+from raytrain.model.formats.portable import ModelParts, check_state, float32_state
+from raytrain.model.formats.sentencepieces import PLAIN_NAME, SPECIAL_TOKENS, Piece, read_pieces
 from raytrain.storage.yaml_loading import load_yaml
 
 MAX_BYTES = 16 << 30
 _MAX_MEMBERS, _MAX_YAML, _MAX_TOKENIZER = 10_000, 4 << 20, 64 << 20
 _BLOCK = 4 << 20
-_SPECIALS = "spl_tokens"
+_SAVE_AGAIN = "save the model again with NeMo's save_to"
 _MAX_HEADER = 1 << 20
 # What the standard library's readers raise for archives that were damaged or made to do harm.
 _DAMAGED = (
@@ -50,7 +49,7 @@ _DAMAGED = (
     zlib.error,
     zipfile.BadZipFile,
 )
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
+Members = dict[str, tarfile.TarInfo]
 
 
 def read_nemo(path: Path, *, max_bytes: int = MAX_BYTES) -> ModelParts:
@@ -66,14 +65,17 @@ def read_nemo(path: Path, *, max_bytes: int = MAX_BYTES) -> ModelParts:
             raw = _yaml(_read(archive, members, "model_config.yaml", _MAX_YAML, path), path)
             tokenizers = _tokenizers(archive, members, raw, path)
             config = model_config_of(raw, vocab_size=_vocab_size(tokenizers, path), source=str(path))
-            state = _weights(archive, members, config, path, max_bytes)
+            state = _weights(archive, members, path)
+            check_state(config, state)
+            if sum(value.numel() * 4 for value in state.values()) > max_bytes:
+                raise _too_large(path, max_bytes)
     except _DAMAGED as error:
         raise CheckpointError(
             f"{path} can't be read as a .nemo archive",
             why=str(error) or "it is damaged",
             remedy="download the archive again and compare its size; a model is a .nemo file or a folder",
         ) from error
-    return ModelParts(config, state, tokenizers)
+    return ModelParts(config, float32_state(state), tokenizers)
 
 
 class _Member(tarfile.TarInfo):
@@ -89,7 +91,7 @@ class _Member(tarfile.TarInfo):
         )
         if self.type in headers and self.size > _MAX_HEADER:
             raise tarfile.ReadError(f"a header of {self.size} bytes")
-        return super()._proc_member(archive)
+        return super()._proc_member(archive)  # type: ignore[misc]  # tarfile's hook has no type: it is private
 
 
 @contextlib.contextmanager
@@ -107,7 +109,7 @@ def _open(path: Path, max_bytes: int) -> Iterator[tarfile.TarFile]:
             yield archive
 
 
-def _copy(source: Any, target: BinaryIO, limit: int, path: Path) -> None:
+def _copy(source: gzip.GzipFile, target: BinaryIO, limit: int, path: Path) -> None:
     copied = 0
     while block := source.read(_BLOCK):
         copied += len(block)
@@ -125,9 +127,9 @@ def _too_large(path: Path, limit: int) -> CheckpointError:
     )
 
 
-def _members(archive: tarfile.TarFile, path: Path, max_bytes: int) -> dict[str, tarfile.TarInfo]:
-    """Regular files by plain name. Anything else than folders and regular files inside the archive is refused."""
-    found: dict[str, tarfile.TarInfo] = {}
+def _members(archive: tarfile.TarFile, path: Path, max_bytes: int) -> Members:
+    """Regular files by plain name. Anything but folders and regular files inside the archive is refused."""
+    members: Members = {}
     total = 0
     for number, member in enumerate(archive):
         if number > _MAX_MEMBERS:
@@ -150,17 +152,17 @@ def _members(archive: tarfile.TarFile, path: Path, max_bytes: int) -> dict[str, 
         total += member.size
         if total > max_bytes:
             raise _too_large(path, max_bytes)
-        if str(name) in found:
+        if str(name) in members:
             raise CheckpointError(
-                f"{path} holds two files of one name",
+                f"{path} holds two files with the same name",
                 got=reprlib.repr(member.name),
-                remedy="save the model again with NeMo's save_to",
+                remedy=_SAVE_AGAIN,
             )
-        found[str(name)] = member
-    return found
+        members[str(name)] = member
+    return members
 
 
-def _read(archive: tarfile.TarFile, members: dict[str, tarfile.TarInfo], name: str, limit: int, path: Path) -> bytes:
+def _read(archive: tarfile.TarFile, members: Members, name: str, limit: int, path: Path) -> bytes:
     member = members.get(name)
     if member is None:
         raise CheckpointError(
@@ -175,7 +177,13 @@ def _read(archive: tarfile.TarFile, members: dict[str, tarfile.TarInfo], name: s
             allowed=f"at most {limit} bytes",
             remedy="download the archive again; a model's own file is never so large",
         )
-    return archive.extractfile(member).read()
+    return _open_member(archive, member).read()
+
+
+def _open_member(archive: tarfile.TarFile, member: tarfile.TarInfo) -> IO[bytes]:
+    file = archive.extractfile(member)
+    assert file is not None, "`_members` holds regular files only"
+    return file
 
 
 def _yaml(data: bytes, path: Path) -> dict[str, Any]:
@@ -185,25 +193,26 @@ def _yaml(data: bytes, path: Path) -> dict[str, Any]:
         raise CheckpointError(
             f"model_config.yaml in {path} is not valid YAML",
             why=str(error),
-            remedy="save the model again with NeMo's save_to",
+            remedy=_SAVE_AGAIN,
         ) from error
     if not isinstance(raw, dict):
         raise CheckpointError(
             f"model_config.yaml in {path} holds no settings",
             got=type(raw).__name__,
-            remedy="save the model again with NeMo's save_to",
+            remedy=_SAVE_AGAIN,
         )
     return raw
 
 
-def _tokenizers(archive: Any, members: dict, raw: dict[str, Any], path: Path) -> dict[str, bytes]:
+def _tokenizers(archive: tarfile.TarFile, members: Members, raw: Mapping[str, object], path: Path) -> dict[str, bytes]:
     section = raw.get("tokenizer")
     languages = section.get("langs") if isinstance(section, dict) else None
-    _check_names(languages if isinstance(languages, dict) else {}, path)
-    found = {}
+    languages = languages if isinstance(languages, dict) else {}
+    _check_names(languages, path)
+    tokenizers = {}
     for language, entry in languages.items():
         reference = entry.get("model_path") if isinstance(entry, dict) else None
-        if not isinstance(language, str) or not _NAME.fullmatch(language):
+        if not isinstance(language, str) or not PLAIN_NAME.fullmatch(language):
             raise CheckpointError(
                 f"{path} has a language that is not a plain name",
                 got=reprlib.repr(language),
@@ -214,20 +223,20 @@ def _tokenizers(archive: Any, members: dict, raw: dict[str, Any], path: Path) ->
                 f"{path} names no SentencePiece model for {language}",
                 got=reprlib.repr(reference),
                 allowed="model_path: nemo:<file>",
-                remedy="save the model again with NeMo's save_to, which puts the tokenizers into the archive",
+                remedy=f"{_SAVE_AGAIN}, which puts the tokenizers into the archive",
             )
-        found[language] = _read(archive, members, reference.removeprefix("nemo:"), _MAX_TOKENIZER, path)
-    return found
+        tokenizers[language] = _read(archive, members, reference.removeprefix("nemo:"), _MAX_TOKENIZER, path)
+    return tokenizers
 
 
-def _check_names(languages: dict[str, Any], source: Path | str) -> None:
-    if next(iter(languages), None) != _SPECIALS or len(languages) < 2:
+def _check_names(languages: Mapping[str, object], source: Path | str) -> None:
+    if next(iter(languages), None) != SPECIAL_TOKENS or len(languages) < 2:
         raise CheckpointError(
             f"{source} has no aggregate tokenizer",
             got=reprlib.repr(list(languages)),
-            allowed=f"{_SPECIALS} first, then at least one language",
+            allowed=f"{SPECIAL_TOKENS} first, then at least one language",
             why="prompts are looked up in the special-token model",
-            remedy="use a Canary with an aggregate tokenizer, as all published ones have",
+            remedy="use a Canary with an aggregate tokenizer, as all published models have",
         )
 
 
@@ -235,14 +244,9 @@ def _vocab_size(tokenizers: dict[str, bytes], path: Path) -> int:
     return sum(len(_pieces(name, proto, path)) for name, proto in tokenizers.items())
 
 
-def _pieces(name: str, proto: bytes, path: Path | str) -> list[tuple[str, float]]:
-    """(piece, score) of a SentencePiece model."""
-    import sentencepiece
-
+def _pieces(name: str, proto: bytes, path: Path | str) -> list[Piece]:
     try:
-        processor = sentencepiece.SentencePieceProcessor(model_proto=proto)
-        size = processor.get_piece_size()
-        return [(processor.id_to_piece(number), processor.get_score(number)) for number in range(size)]
+        return read_pieces(proto)
     except (RuntimeError, UnicodeDecodeError) as error:
         raise CheckpointError(
             f"the tokenizer {name} of {path} can't be read",
@@ -251,25 +255,17 @@ def _pieces(name: str, proto: bytes, path: Path | str) -> list[tuple[str, float]
         ) from error
 
 
-def _weights(
-    archive: tarfile.TarFile, members: dict[str, tarfile.TarInfo], config: ModelConfig, path: Path, max_bytes: int
-) -> dict[str, torch.Tensor]:
+def _weights(archive: tarfile.TarFile, members: Members, path: Path) -> dict[str, torch.Tensor]:
+    """The weights as they were saved, under NeMo's names."""
     member = members.get("model_weights.ckpt")
     if member is None:
         raise CheckpointError(
             f"{path} lacks model_weights.ckpt",
             got=", ".join(sorted(members)[:8]),
-            remedy="save the model again with NeMo's save_to; sharded (distributed) weights are not read",
+            remedy=f"{_SAVE_AGAIN}; sharded (distributed) weights are not read",
         )
-    file = archive.extractfile(member)
-    with zipfile.ZipFile(file) as entries:  # raises BadZipFile for the pickle format of torch < 1.6
-        if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries.infolist()):
-            raise CheckpointError(
-                f"the weights of {path} are compressed",
-                why="torch never compresses; they could be a bomb",
-                remedy="save the model again with NeMo's save_to",
-            )
-    file.seek(0)
+    file = _open_member(archive, member)
+    _check_stored(file, path)
     try:
         state = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:
@@ -284,13 +280,21 @@ def _weights(
     ):
         raise CheckpointError(
             f"the weights of {path} are not a flat dictionary of tensors",
-            remedy="save the model again with NeMo's save_to, not from a training checkpoint (.ckpt)",
+            remedy=f"{_SAVE_AGAIN}, not from a training checkpoint (.ckpt)",
         )
-    check_state(config, state)
-    if sum(value.numel() * 4 for value in state.values()) > max_bytes:
-        raise _too_large(path, max_bytes)
-    # Archives of half-precision models load as what the model computes in.
-    return {name: value.float() if value.is_floating_point() else value for name, value in state.items()}
+    return state
+
+
+def _check_stored(file: IO[bytes], path: Path) -> None:
+    """Refuse a compressed torch archive, and go back to the start of the file."""
+    with zipfile.ZipFile(file) as entries:  # raises BadZipFile for the pickle format of torch < 1.6
+        if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries.infolist()):
+            raise CheckpointError(
+                f"the weights of {path} are compressed",
+                why="torch never compresses; they could be a bomb",
+                remedy=_SAVE_AGAIN,
+            )
+    file.seek(0)
 
 
 def write_nemo(path: Path, parts: ModelParts) -> None:
@@ -311,9 +315,8 @@ def write_nemo(path: Path, parts: ModelParts) -> None:
             allowed=f"{parts.config.vocab_size} ids",
             remedy="convert from the run folder that has both, without other files put into it",
         )
-    files, langs = {}, {}
-    for name, proto in parts.tokenizers.items():
-        langs[name] = _add_tokenizer(files, name, proto)
+    files: dict[str, bytes] = {}
+    langs = {name: _add_tokenizer(files, name, proto) for name, proto in parts.tokenizers.items()}
     config = nemo_config_of(parts.config, langs)
     files["model_config.yaml"] = yaml.safe_dump(config, sort_keys=False).encode()
     with tempfile.TemporaryFile() as weights, atomic_write(Path(path)) as target:
@@ -327,10 +330,10 @@ def write_nemo(path: Path, parts: ModelParts) -> None:
 
 
 def _add_tokenizer(files: dict[str, bytes], name: str, proto: bytes) -> dict[str, str]:
-    """Add a SentencePiece model with the two listings that NeMo wants beside it; returns its configuration."""
+    """Add a SentencePiece model with the two listings that NeMo expects beside it; returns its configuration."""
     pieces = _pieces(name, proto, "this model")
-    listing = "".join(f"{piece}\t{score:g}\n" for piece, score in pieces).encode()
-    words = "".join(f"{piece}\n" for piece, _ in pieces).encode()
+    listing = "".join(f"{piece.text}\t{piece.score:g}\n" for piece in pieces).encode()
+    words = "".join(f"{piece.text}\n" for piece in pieces).encode()
     entry = {"dir": name, "type": "bpe"}
     for key, ending, data in (
         ("model_path", "tokenizer.model", proto),

@@ -16,6 +16,8 @@ from raytrain.errors import CheckpointError
 from raytrain.model.canary import Canary, exported_state
 from raytrain.model.config import ModelConfig
 
+EMBEDDING, HEAD = "transf_decoder._embedding.token_embedding.weight", "log_softmax.mlp.layer0.weight"
+
 
 @dataclass(frozen=True)
 class ModelParts:
@@ -45,38 +47,46 @@ class ModelParts:
             model = Canary(replace(self.config, ctc_head=False))
         check_state(self.config, self.state)
         model.load_state_dict(self.state, assign=True)
-        head, embedding = model.log_softmax.mlp["layer0"], model.transf_decoder._embedding.token_embedding
-        head.weight = embedding.weight
+        model.tie_head()
         return model.requires_grad_(True).eval()
 
 
-def _is_plain(value: Tensor, wanted: Tensor) -> bool:
-    """Dense, with memory of its own for each number (no expanded view), and a float where a float belongs."""
-    return (
-        value.layout is torch.strided
-        and not value.is_meta
-        and value.is_floating_point() == wanted.is_floating_point()
-        and not value.is_complex()
-        and value.dtype != torch.bool
-        and value.untyped_storage().nbytes() >= value.numel() * value.element_size()
-    )
+def state_shapes(config: ModelConfig) -> dict[str, Tensor]:
+    """The state of such a model on meta: names, shapes and dtypes without numbers."""
+    with torch.device("meta"):
+        return exported_state(Canary(replace(config, ctc_head=False)))
+
+
+def float32_state(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The state with its floats as float32: files of half-precision models load as what the model computes in."""
+    return {name: value.float() if value.is_floating_point() else value for name, value in state.items()}
 
 
 def check_state(config: ModelConfig, state: dict[str, Tensor]) -> None:
-    """Raises `CheckpointError` that names missing, unknown and wrongly shaped weights, and an untied head."""
-    with torch.device("meta"):
-        wanted = exported_state(Canary(replace(config, ctc_head=False)))
-    missing, unknown = sorted(wanted.keys() - state.keys()), sorted(state.keys() - wanted.keys())
+    """Raises `CheckpointError` that names missing, unknown and wrongly shaped weights, non-finite ones, and an untied
+    head."""
+    _check_shapes(state_shapes(config), state)
+    _check_finite(state)
+    if not torch.equal(state[HEAD], state[EMBEDDING]):
+        raise CheckpointError(
+            "the head's weight differs from the token embedding",
+            allowed="models whose head is tied to the embedding, as all published Canary models are",
+            remedy="train the model with a tied head; two matrices can't become one",
+        )
+
+
+def _check_shapes(expected: dict[str, Tensor], state: dict[str, Tensor]) -> None:
+    missing, unknown = sorted(expected.keys() - state.keys()), sorted(state.keys() - expected.keys())
     problems = [f"missing {name}" for name in missing[:3]] + [f"unknown {name}" for name in unknown[:3]]
     problems += [
         f"{name} has shape {tuple(state[name].shape)} instead of {tuple(value.shape)}"
-        for name, value in wanted.items()
+        for name, value in expected.items()
         if name in state and state[name].shape != value.shape
     ][:3]
     problems += [
         f"{name} is not a plain tensor of numbers ({value.dtype}, {value.layout}, {value.device})"
         for name, value in state.items()
-        if name in wanted and not _is_plain(value, wanted[name])
+        if name in expected and not _is_plain(value, expected[name])
     ][:3]
     if problems:
         raise CheckpointError(
@@ -85,6 +95,21 @@ def check_state(config: ModelConfig, state: dict[str, Tensor]) -> None:
             why=f"{len(missing)} names are missing and {len(unknown)} unknown",
             remedy="take weights and settings from one model; if they are, download or save it again",
         )
+
+
+def _is_plain(value: Tensor, expected: Tensor) -> bool:
+    """Dense, with its own memory for each number (no expanded view), and a float where a float belongs."""
+    return (
+        value.layout is torch.strided
+        and not value.is_meta
+        and value.is_floating_point() == expected.is_floating_point()
+        and not value.is_complex()
+        and value.dtype != torch.bool
+        and value.untyped_storage().nbytes() >= value.numel() * value.element_size()
+    )
+
+
+def _check_finite(state: dict[str, Tensor]) -> None:
     broken = [name for name, value in state.items() if value.is_floating_point() and not value.isfinite().all()]
     if broken:
         raise CheckpointError(
@@ -92,14 +117,4 @@ def check_state(config: ModelConfig, state: dict[str, Tensor]) -> None:
             got=", ".join(broken[:3]),
             why="training went wrong before they were saved, or the file is damaged",
             remedy="name an earlier checkpoint, or download the model again",
-        )
-    head, embedding = (
-        state["log_softmax.mlp.layer0.weight"],
-        state["transf_decoder._embedding.token_embedding.weight"],
-    )
-    if not torch.equal(head, embedding):
-        raise CheckpointError(
-            "the head's weight differs from the token embedding",
-            allowed="models whose head is tied to the embedding, as all published Canary models are",
-            remedy="train the model with a tied head; two matrices can't become one",
         )

@@ -1,4 +1,4 @@
-"""Shapes of the published Canary models, to plan for without a configuration of one."""
+"""Shapes of the published Canary models, for plans without a configuration."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ PUBLISHED = {
 
 
 def published(name: str) -> ModelConfig:
-    """The shape of a published model. Raises `ConfigError` that lists the known ones."""
+    """The shape of a published model. Raises `ConfigError` that lists all names."""
     try:
         return PUBLISHED[name]
     except KeyError:

@@ -1,8 +1,8 @@
-"""Start a model from another one's weights: fine-tuning, also with another tokenizer or other languages.
+"""Start a model from another model's weights: fine-tuning, also with another tokenizer or other languages.
 
-Everything but the vocabulary must have one shape. Rows of the embedding (and of the head, which is tied to it,
+Everything but the vocabulary must have the same shape. Rows of the embedding (and of the head, which is tied to it,
 with its bias) are kept for the pieces that stay: the same piece of the same language, the same special token.
-Rows of new pieces keep their fresh initialisation.
+Rows of new pieces keep their fresh initialization.
 """
 
 from __future__ import annotations
@@ -14,10 +14,11 @@ import torch
 
 from raytrain.errors import CheckpointError
 from raytrain.model.canary import Canary
-from raytrain.model.formats.portable import ModelParts
+from raytrain.model.formats.portable import EMBEDDING, HEAD, ModelParts
+from raytrain.model.formats.sentencepieces import read_pieces
 
 _BIAS = "log_softmax.mlp.layer0.bias"
-_ROWS = ("transf_decoder._embedding.token_embedding.weight", "log_softmax.mlp.layer0.weight", _BIAS)
+_ROWS = (EMBEDDING, HEAD, _BIAS)
 # The model fills these itself; the position table may have another length.
 _CONSTANTS = ("preprocessor.", "transf_decoder._embedding.position_embedding.", "ctc_head.")
 _FREE = {
@@ -39,7 +40,7 @@ class Transfer(NamedTuple):
 
 
 @torch.no_grad()
-def initialise_from(model: Canary, tokenizers: dict[str, bytes], parts: ModelParts) -> Transfer:
+def initialize_from(model: Canary, tokenizers: dict[str, bytes], parts: ModelParts) -> Transfer:
     """Copy the weights of `parts` into `model`, whose tokenizer is `tokenizers` (see `ModelParts`).
 
     Raises `CheckpointError` that names every setting in which the two differ.
@@ -70,16 +71,13 @@ def initialise_from(model: Canary, tokenizers: dict[str, bytes], parts: ModelPar
 
 def pieces_of(tokenizers: dict[str, bytes]) -> dict[tuple[str, str], int]:
     """(language, piece) → id."""
-    import sentencepiece
-
-    found: dict[tuple[str, str], int] = {}
+    ids: dict[tuple[str, str], int] = {}
     offset = 0
     for name, proto in tokenizers.items():
-        processor = sentencepiece.SentencePieceProcessor(model_proto=proto)
-        size = processor.get_piece_size()
-        found.update({(name, processor.id_to_piece(i)): offset + i for i in range(size)})
-        offset += size
-    return found
+        pieces = read_pieces(proto)
+        ids.update({(name, piece.text): offset + number for number, piece in enumerate(pieces)})
+        offset += len(pieces)
+    return ids
 
 
 def _shared_rows(new: dict[tuple[str, str], int], old: dict[tuple[str, str], int]) -> tuple[list[int], list[int]]:

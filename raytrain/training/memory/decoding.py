@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from raytrain.data.batch import SpeechBatch
-from raytrain.decoding.search import DecodeSettings
+from raytrain.decoding.settings import DecodeSettings
 from raytrain.model.canary import Canary
 from raytrain.model.config import ModelConfig
 from raytrain.model.encoder import subsampled
