@@ -75,24 +75,23 @@ def new_loop(config: Config, workspace: Workspace, batches: Any, out: Path, log:
 
     from raytrain.model.canary import Canary
     from raytrain.training.checkpoint import CheckpointFolder
+    from raytrain.training.hooks import LoopHooks
     from raytrain.training.loop import TrainingLoop
     from raytrain.training.optim import make_optimizer
+    from raytrain.training.state import TrainState
 
     torch.manual_seed(1)
     model = Canary(workspace.model_config())
     return TrainingLoop(
-        model=model,
-        wrapped=model,
-        optimizer=make_optimizer(model, config.train),
+        state=TrainState(model, model, make_optimizer(model, config.train)),
         settings=config.train,
         batches=batches,
         checkpoints=CheckpointFolder(out / "checkpoints"),
         device=torch.device("cpu"),
-        log=log,
-        validate=None,
         checkpoint_meta={},
         seed=1,
         sample_rate=config.model.sample_rate,
+        hooks=LoopHooks(log=log),
     )
 
 
@@ -114,10 +113,10 @@ def overhead(config: Config, steps: int, turns: int) -> dict[str, Any]:
     bare, whole = [], []
     for turn in range(turns):
         loop = new_loop(config, workspace, (), config.run_dir / "bare", None)
-        loop.model.train()
+        loop.state.model.train()
         start = time.perf_counter()
         for number, batch in enumerate(kept):
-            train_step(loop.model, [batch], loop.optimizer, config.train, precision="fp32", seeds=[number])
+            train_step(loop.state.model, [batch], loop.state.optimizer, config.train, precision="fp32", seeds=[number])
         bare.append(time.perf_counter() - start)
 
         out = config.run_dir / f"loop-{turn}"

@@ -9,9 +9,11 @@ from raytrain.lengths.schedule import ScheduleState, StepPlan
 from raytrain.model.canary import Canary
 from raytrain.model.config import ModelConfig
 from raytrain.training.checkpoint import CheckpointFolder
+from raytrain.training.hooks import LoopHooks
 from raytrain.training.loop import TrainingLoop
 from raytrain.training.optim import make_optimizer
 from raytrain.training.settings import TrainSettings
+from raytrain.training.state import RankShares, TrainState
 
 MODEL = ModelConfig(
     encoder_layers=1,
@@ -45,24 +47,25 @@ def micro_batch(number: int, broken: bool = False) -> LoadedStep:
     return LoadedStep(batch, StepPlan(1, 0, (3,), 0), ScheduleState(0, (number, 0)), 0, rows=[row] * 3)
 
 
-def make_loop(tmp_path, batches, settings=SETTINGS, model=None, validate=None, **options):
+def make_loop(
+    tmp_path, batches, settings=SETTINGS, model=None, *, average=None, shares=None, flops=None, **hooks
+):
+    """A loop and the list that its log lines go to; `hooks` are those of `LoopHooks`."""
     torch.manual_seed(0)
     model = model or Canary(MODEL)
     logged = []
     loop = TrainingLoop(
-        model=model,
-        wrapped=model,
-        optimizer=make_optimizer(model, settings),
+        state=TrainState(model, model, make_optimizer(model, settings), average),
         settings=settings,
         batches=batches,
         checkpoints=CheckpointFolder(tmp_path / "checkpoints", settings.keep_checkpoints, settings.keep_best),
         device=torch.device("cpu"),
-        log=lambda metrics, step, seconds: logged.append({"step": step, **metrics}),
-        validate=validate,
         checkpoint_meta={},
         seed=1,
         sample_rate=16000,
-        **options,
+        hooks=LoopHooks(log=lambda metrics, step, seconds: logged.append({"step": step, **metrics}), **hooks),
+        shares=shares or RankShares(),
+        flops=flops,
     )
     return loop, logged
 

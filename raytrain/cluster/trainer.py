@@ -94,10 +94,14 @@ def _train(job: dict[str, Any]) -> None:
     from raytrain.run_folder.workspace import Workspace
     from raytrain.training.average import WeightAverage
     from raytrain.training.faults import SAVING, Watchdog, kills_for_memory
-    from raytrain.training.loop import GaveUp, TrainingLoop, sharded_module
+    from raytrain.training.hooks import LoopHooks
+    from raytrain.training.limits import GaveUp
+    from raytrain.training.loop import TrainingLoop
     from raytrain.training.optim import make_optimizer
     from raytrain.training.parallel import is_sharded, parallel_model
+    from raytrain.training.state import Progress, RankShares, TrainState
     from raytrain.training.step import resolve_precision
+    from raytrain.training.window import FlopsEstimate
 
     config = check_config(job["config"])
     workspace = Workspace(config, job["location"])
@@ -132,11 +136,9 @@ def _train(job: dict[str, Any]) -> None:
     wrapped = parallel_model(model, config.train, world_size, device)
     optimizer = make_optimizer(model, config.train)
     average = WeightAverage(model, config.train.average_decay) if config.train.average_decay is not None else None
+    state = TrainState(model, wrapped, optimizer, average, sharded)
     if resume is not None:
-        state = resume.load("optimizer", device)
-        sharded_module().load_optimizer(model, optimizer, state) if sharded else optimizer.load_state_dict(state)
-        if average is not None:
-            average.load_state_dict(resume.load("average", device))
+        state.load(resume, device)
     meta = resume.meta if resume else {}
     flops = training_flops(model_config)
     sizes = _batch_sizes(workspace, worker, notes)
@@ -147,37 +149,33 @@ def _train(job: dict[str, Any]) -> None:
         Watchdog(config.train.stall_minutes * 60, notes.note_stall) as watchdog,
     ):
         loop = TrainingLoop(
-            model=model,
-            wrapped=wrapped,
-            optimizer=optimizer,
+            state=state,
             settings=config.train,
             batches=batches,
             checkpoints=checkpoints,
             device=device,
-            log=log,
-            validate=workspace.validator(rank, world_size, notes, watchdog.beat, mark),
             checkpoint_meta=job["meta"],
             seed=config.seed,
             sample_rate=model_config.sample_rate,
-            rank=rank,
-            step=resume.step if resume else 0,
-            seconds_before=meta.get("seconds", 0.0),
-            audio_seconds=meta.get("audio_seconds", 0.0),
+            hooks=LoopHooks(
+                log=log,
+                validate=workspace.validator(rank, world_size, notes, watchdog.beat, mark),
+                before_step=lambda step, loaded: mark(step, loaded.plan.bucket, max(loaded.plan.sizes)),
+                before_saving=lambda: mark(None, SAVING, 0),
+                on_activity=watchdog.beat,
+                on_out_of_memory=lambda bucket, size: notes.lower(bucket, size, "out of memory in a training step"),
+                should_save=_Preemption(),
+                should_stop=workspace.path(STOP).exists,
+            ),
+            progress=Progress.of_checkpoint(resume),
+            shares=RankShares(rank, shares, job["num_shares"]),
             label_smoothing=model_config.label_smoothing,
-            shares=shares,
-            num_shares=job["num_shares"],
-            average=average,
-            sharded=sharded,
-            flops=lambda batch: flops(batch.audio_lengths * 1000 / model_config.sample_rate / 80, batch.token_lengths),
-            peak_flops=None if worker.is_emulated else peak_flops(worker.name),
             precision=resolve_precision(config.train.precision, worker.kind),
+            flops=FlopsEstimate(
+                lambda batch: flops(batch.audio_lengths * 1000 / model_config.sample_rate / 80, batch.token_lengths),
+                None if worker.is_emulated else peak_flops(worker.name),
+            ),
             max_replaced=config.data.max_bad_fraction,
-            on_out_of_memory=lambda bucket, size: notes.lower(bucket, size, "out of memory in a training step"),
-            before_step=lambda step, loaded: mark(step, loaded.plan.bucket, max(loaded.plan.sizes)),
-            before_saving=lambda: mark(None, SAVING, 0),
-            doing=watchdog.beat,
-            save_now=_Preemption(),
-            stop_now=workspace.path(STOP).exists,
         )
         try:
             loop.run()
@@ -251,7 +249,7 @@ def _agreed_checkpoint(checkpoints: Any, rank: int, meta: dict[str, Any]) -> Any
     lineage than `meta` names: it would be the same after a restart."""
     from ray.train.collective import broadcast_from_rank_zero
 
-    from raytrain.training.loop import GaveUp
+    from raytrain.training.limits import GaveUp
 
     lineage = meta.get("ids", {}).get("lineage")
     found, refusal = checkpoints.newest() if rank == 0 else None, None

@@ -16,6 +16,11 @@ from raytrain.lengths.plan import BucketPlan
 _MAX_UTTERANCES = 200_000
 
 
+def padding_fraction(real: float, padded: float) -> float:
+    """The share of a batch that is padding: `padded` samples or tokens of which `real` hold speech or text."""
+    return 1 - real / padded
+
+
 @dataclass(frozen=True)
 class PaddingRow:
     """One scheme: share of padding in audio and in tokens (fractions), and utterances per batch."""

@@ -38,6 +38,7 @@ from raytrain.storage.artifacts import (
 META = "meta.json"
 _FORMAT = "raytrain.checkpoint/1"
 BEST = "best.json"
+StateDict = dict[str, Any]  # tensors by name, or what an optimizer nests of them
 
 
 @dataclass(frozen=True)

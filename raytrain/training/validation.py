@@ -19,7 +19,7 @@ from raytrain.decoding.search import DecodeSettings, transcribe_batch
 from raytrain.errors import TrainingError
 from raytrain.evaluation.error_counts import Decoded, are_enough_readable, score_decoded
 from raytrain.model.loss import canary_loss
-from raytrain.training.loop import GaveUp
+from raytrain.training.limits import GaveUp
 
 _NUM_EXAMPLES = 3
 OnError = Callable[[Any, Exception], object]

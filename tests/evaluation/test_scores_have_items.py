@@ -37,7 +37,7 @@ from raytrain.report.errors import write_errors
 from raytrain.stages.pipeline import run_pipeline
 from raytrain.stages.stages import check_unreadable
 from raytrain.training import validation
-from raytrain.training.loop import GaveUp
+from raytrain.training.limits import GaveUp
 from raytrain.training.validation import Validator
 
 CPU = torch.device("cpu")

@@ -14,7 +14,7 @@ from raytrain.stages.evaluate import trained_checkpoint
 from raytrain.storage.artifacts import canonical_json
 from raytrain.storage.run_store import RunStore
 from raytrain.training.checkpoint import CheckpointFolder
-from raytrain.training.loop import GaveUp
+from raytrain.training.limits import GaveUp
 
 
 def save(folder: CheckpointFolder, step: int, lineage: str, value: float = 0.0):

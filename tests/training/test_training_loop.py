@@ -19,18 +19,20 @@ from raytrain.model.canary import Canary
 from raytrain.training.average import WeightAverage
 from raytrain.training.checkpoint import CheckpointFolder, CheckpointWriter
 from raytrain.training.faults import SAVING, VALIDATION, FaultNotes, Watchdog, kills_for_memory
-from raytrain.training.loop import GaveUp
+from raytrain.training.limits import GaveUp
 from raytrain.training.optim import learning_rate, make_optimizer
+from raytrain.training.state import RankShares
 from raytrain.training.step import train_step
 from raytrain.training.validation import Validator
+from raytrain.training.window import FlopsEstimate
 
 
 def test_a_step_whose_gradients_are_not_finite_changes_nothing(tmp_path):
     kept = {}
 
     def state(loop):
-        moments = loop.optimizer.state_dict()["state"].values()
-        return [one.clone() for one in loop.model.state_dict().values()] + [
+        moments = loop.state.optimizer.state_dict()["state"].values()
+        return [weight.clone() for weight in loop.state.model.state_dict().values()] + [
             value.clone() for moment in moments for value in moment.values()
         ]
 
@@ -38,7 +40,7 @@ def test_a_step_whose_gradients_are_not_finite_changes_nothing(tmp_path):
     loop, logged = make_loop(tmp_path, batches, before_step=lambda step, loaded: kept.update({step: state(loop)}))
     assert loop.run() == 6
     counted = [name for name, _ in Canary(MODEL).named_buffers() if name.endswith("num_batches_tracked")]
-    names = list(loop.model.state_dict())
+    names = list(loop.state.model.state_dict())
     for place, (before, after) in enumerate(zip(kept[4], kept[5], strict=True)):
         if place >= len(names) or names[place] not in counted:
             assert torch.equal(before, after)
@@ -95,7 +97,7 @@ def test_errors_on_another_dev_set_do_not_compare(tmp_path):
         validate = lambda model, device: {"wer": error, "error": error, "val_loss": 1.0}  # noqa: E731
         longer = replace(settings, max_steps=step + 6)
         loop, _ = make_loop(tmp_path, (micro_batch(number) for number in range(100)), longer, validate=validate)
-        loop.checkpoint_meta, loop.step = {"ids": {"validation": validation}}, step
+        loop.checkpoint_meta, loop.progress.step = {"ids": {"validation": validation}}, step
         loop.run()
         return loop.checkpoints.best_note()
 
@@ -132,7 +134,7 @@ def test_averaged_weights_are_what_the_formula_says_and_what_validation_and_deco
         [micro_batch(number) for number in range(6)],
         settings,
         model,
-        validate,
+        validate=validate,
         average=average,
         before_step=lambda step, loaded: weights.append(model.state_dict()[name].clone()),
     )
@@ -262,7 +264,7 @@ def test_the_watchdog_ends_what_stands_still_and_nothing_else(tmp_path):
 
 def test_a_notice_saves_at_once(tmp_path):
     notices = iter([False, True, False])
-    loop, _ = make_loop(tmp_path, [micro_batch(number) for number in range(6)], save_now=lambda: next(notices))
+    loop, _ = make_loop(tmp_path, [micro_batch(number) for number in range(6)], should_save=lambda: next(notices))
     loop.checkpoints.keep = 10
     loop.run()
     steps = [folder.name for folder in sorted((tmp_path / "checkpoints").glob("step_*"))]
@@ -273,10 +275,8 @@ def test_metrics_say_how_fast_and_how_full(tmp_path):
     loop, logged = make_loop(
         tmp_path,
         [micro_batch(number) for number in range(12)],
-        shares=range(2),
-        num_shares=2,
-        flops=lambda batch: 1e9,
-        peak_flops=1e12,
+        shares=RankShares(0, range(2), 2),
+        flops=FlopsEstimate(lambda batch: 1e9, 1e12),
     )
     loop.run()
     line = SimpleNamespace(**logged[-1])
@@ -356,14 +356,14 @@ def test_an_utterance_that_can_not_be_validated_is_an_error():
 
 def test_a_checkpoint_that_does_not_fit_is_copied_without_gradients(tmp_path):
     loop, _ = make_loop(tmp_path, [micro_batch(number) for number in range(6)])
-    whole, had_gradients = loop.model.state_dict, []
+    whole, had_gradients = loop.state.model.state_dict, []
 
     def state_dict(*arguments, **options):
-        had_gradients.append(any(parameter.grad is not None for parameter in loop.model.parameters()))
+        had_gradients.append(any(parameter.grad is not None for parameter in loop.state.model.parameters()))
         if had_gradients[-1]:
             raise torch.OutOfMemoryError("CUDA out of memory")
         return whole(*arguments, **options)
 
-    loop.model.state_dict = state_dict
+    loop.state.model.state_dict = state_dict
     assert loop.run() == 6
     assert had_gradients == [True, False] and loop.checkpoints.newest().step == 6
