@@ -47,9 +47,7 @@ def micro_batch(number: int, broken: bool = False) -> LoadedStep:
     return LoadedStep(batch, StepPlan(1, 0, (3,), 0), ScheduleState(0, (number, 0)), 0, rows=[row] * 3)
 
 
-def make_loop(
-    tmp_path, batches, settings=SETTINGS, model=None, *, average=None, shares=None, flops=None, **hooks
-):
+def make_loop(tmp_path, batches, settings=SETTINGS, model=None, *, average=None, shares=None, flops=None, **hooks):
     """A loop and the list that its log lines go to; `hooks` are those of `LoopHooks`."""
     torch.manual_seed(0)
     model = model or Canary(MODEL)

@@ -120,7 +120,9 @@ def _predict(
     """Predictions for some buckets; runs on a worker, which keeps what it learns for the next."""
     import torch
 
-    from raytrain.training.memory.tracer import Neighbours, StepTracer, predict_batch_size
+    from raytrain.training.memory.prediction import predict_batch_size
+    from raytrain.training.memory.surface import NeighborLines
+    from raytrain.training.memory.tracer import StepTracer
 
     torch.set_num_threads(1)
     key = content_id([asdict(model), asdict(train), precision, device_type, budget])
@@ -129,7 +131,7 @@ def _predict(
         # Of the numbers of workers that training may have, the one in which a rank takes most.
         world_size = train.least_workers if train.shard else train.most_workers
         options = {"precision": precision, "world_size": world_size, "device_type": device_type}
-        _TRACERS[key] = StepTracer(model, train, **options), Neighbours()
+        _TRACERS[key] = StepTracer(model, train, **options), NeighborLines()
     tracer, neighbours = _TRACERS[key]
     found = []
     for cell in cells:

@@ -9,7 +9,9 @@ import pytest
 from raytrain.model.canary import Canary
 from raytrain.model.config import ModelConfig
 from raytrain.training.memory.live_bytes import cuda_block, rounded
-from raytrain.training.memory.tracer import Neighbours, StepTracer, predict_batch_size
+from raytrain.training.memory.prediction import predict_batch_size
+from raytrain.training.memory.surface import NeighborLines
+from raytrain.training.memory.tracer import StepTracer
 from raytrain.training.parallel import micro_batches
 from raytrain.training.settings import TrainSettings
 
@@ -214,7 +216,7 @@ def test_most_predictions_are_exact_and_take_three_traces():
 
 
 def test_neighbours_suggest_what_saves_traces():
-    tracer, neighbours = StepTracer(MODEL, SETTINGS, world_size=2), Neighbours()
+    tracer, neighbours = StepTracer(MODEL, SETTINGS, world_size=2), NeighborLines()
     assert neighbours.guess(1000, 12) is None
     budget = tracer.trace(60, 6000, 30).peak_bytes
     traces = []

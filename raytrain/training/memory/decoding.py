@@ -9,7 +9,6 @@ cache of keys and values for every beam, and the copy of that cache when ended u
 
 from __future__ import annotations
 
-import gc
 import math
 from typing import Any
 
@@ -23,7 +22,9 @@ from raytrain.model.config import ModelConfig
 from raytrain.model.encoder import subsampled
 from raytrain.model.features import HOP
 from raytrain.training.memory.live_bytes import DeviceLike, LiveBytes
-from raytrain.training.memory.tracer import Neighbours, Prediction, StepMemory, predict_batch_size
+from raytrain.training.memory.prediction import Prediction, predict_batch_size
+from raytrain.training.memory.surface import NeighborLines
+from raytrain.training.memory.tracer import StepMemory, without_gc
 
 _PROMPT_TOKENS = 10
 _FIRST_EDGE_MS, _RATIO = 1000, 1.15
@@ -91,15 +92,8 @@ class DecodeTracer:
         resident = meter.live
         for tensor in batch.tensors():
             meter.watch(tensor, "activations", "batch")
-        # Thousands of objects come and go in a trace, without cycles; looking for some takes a fifth of its time.
-        collects = gc.isenabled()
-        gc.disable()
-        try:
-            with torch.device("meta"), meter, _EvaluationLike(self._device_type):
-                self._decode(batch, max_tokens)
-        finally:
-            if collects:
-                gc.enable()
+        with without_gc(), torch.device("meta"), meter, _EvaluationLike(self._device_type):
+            self._decode(batch, max_tokens)
         return StepMemory(resident, meter.peak, {origin: size for origin, size in meter.at_peak.items() if size})
 
     def _decode(self, batch: SpeechBatch, max_tokens: int) -> None:
@@ -142,20 +136,20 @@ class BatchSizes:
 
     def __init__(self, tracer: DecodeTracer, budget_bytes: int, max_size: int = 256) -> None:
         self._tracer, self.budget_bytes, self.max_size = tracer, budget_bytes, max_size
-        self._known: dict[int, Prediction] = {}
-        self._neighbours = Neighbours()
+        self._predictions: dict[int, Prediction] = {}
+        self._neighbors = NeighborLines()
 
     def prediction(self, duration_ms: int) -> Prediction:
         """The largest batch at the edge that `duration_ms` counts under; its `batch_size` is None where not even one
         utterance fits."""
         edge = upper_edge(duration_ms)
-        if edge not in self._known:
+        if edge not in self._predictions:
             tokens = self._tracer.most_tokens(edge)
-            guess = self._neighbours.guess(edge, tokens)
-            found = predict_batch_size(self._tracer, edge, tokens, self.budget_bytes, self.max_size, guess)
-            self._neighbours.add(edge, tokens, found.line)
-            self._known[edge] = found
-        return self._known[edge]
+            guess = self._neighbors.guess(edge, tokens)
+            prediction = predict_batch_size(self._tracer, edge, tokens, self.budget_bytes, self.max_size, guess)
+            self._neighbors.add(edge, tokens, prediction.line)
+            self._predictions[edge] = prediction
+        return self._predictions[edge]
 
     def largest(self, duration_ms: int) -> int:
         """Utterances of `duration_ms` to decode together, at least 1: the device decides about a single one."""
