@@ -110,7 +110,7 @@ class ChunkAssigner:
 
     def _add(self, block: Block) -> None:
         encoded = self._encoder.encode(block)
-        buckets, reasons = self._plan.place(block.duration_ms, encoded.lengths)
+        buckets, reasons = self._plan.assign(block.duration_ms, encoded.lengths)
         table, problems = row_table(block, encoded, self._audio)
         if self._sample_rate is None and pc.any(pc.equal(table["audio_size"], PARQUET_ROW)).as_py():
             raise ManifestError(

@@ -236,7 +236,7 @@ class StreamSampler:
             return
         in_tar = block.chunk.format in _TAR_FORMATS
         encoded = self.encoder.encode(block)
-        buckets, reasons = self.plan.place(block.duration_ms, encoded.lengths)
+        buckets, reasons = self.plan.assign(block.duration_ms, encoded.lengths)
         table, _ = row_table(block, encoded, _Unlocated(block.chunk) if in_tar else AudioFinder(block.chunk))
         kept = buckets >= 0
         for place in np.flatnonzero(~kept).tolist():

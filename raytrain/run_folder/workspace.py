@@ -39,10 +39,9 @@ from raytrain.data.text.sequences import BlockEncoder
 from raytrain.data.text.tokenizer import CanaryTokenizer
 from raytrain.decoding.search import DecodeSettings
 from raytrain.errors import ArtifactError, ConfigError, ManifestError
-from raytrain.lengths.mixture import Mixture, repeats_of
+from raytrain.lengths.mixture import Mixture, repeats_of, sampling_shares
 from raytrain.lengths.plan import BucketPlan, BucketPlanBody
 from raytrain.lengths.profile import BatchProfile
-from raytrain.lengths.sampling import sampling_shares
 from raytrain.lengths.schedule import BatchSchedule
 from raytrain.model.config import ModelConfig
 from raytrain.storage.artifacts import atomic_write_bytes, content_id, make_folder, read_json
