@@ -14,7 +14,7 @@ equal token edges of a bucket, of which only one can ever be used, are one.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Annotated, Any
 
@@ -157,7 +157,7 @@ class BucketPlan:
         return {key: list(value) if isinstance(value, tuple) else value for key, value in body.items()}
 
     @classmethod
-    def from_body(cls, body: dict[str, Any]) -> BucketPlan:
+    def from_body(cls, body: Mapping[str, Any]) -> BucketPlan:
         """The inverse of `to_body`."""
         return cls(
             grid=BucketGrid(tuple(Bucket(*edges) for edges in body["buckets"])),

@@ -160,15 +160,9 @@ def simulate_scheme(
     rng = np.random.default_rng(seed)
     steps = min(steps, max(traced, int(_MAX_DRAWN / cells.mean_batch)))
     buckets = rng.choice(len(sizes), steps, p=cells.batches_per_epoch / cells.batches_per_epoch.sum())
-    real, padded, peaks = np.zeros(3), np.zeros(3), np.zeros(steps)
-    for bucket in np.unique(buckets):
-        drawn_steps, size = np.flatnonzero(buckets == bucket), cells.batch_sizes[bucket]
-        lengths, tokens = cells.draw(bucket, len(drawn_steps), rng)
-        longest, most = lengths.max(1), tokens.max(1)
-        real += lengths.sum(), tokens.sum(), cost.of(lengths, tokens).sum()
-        padded += size * longest.sum(), size * most.sum(), size * cost.of(longest, most).sum()
-        peaks[drawn_steps] = memory(np.full(len(drawn_steps), size), longest, most) / budget
-    audio, token, compute = (padding_fraction(float(r), float(p)) for r, p in zip(real, padded, strict=True))
+    drawn = cells.draw(buckets, rng, cost, memory)
+    audio, token, compute = map(padding_fraction, drawn.real.tolist(), drawn.padded.tolist())
+    peaks = drawn.peaks / budget
     return SchemeRow(
         scheme=scheme,
         title=_TITLES[scheme],
@@ -180,13 +174,22 @@ def simulate_scheme(
         token_padding=token,
         compute_padding=compute,
         mean_batch=float(cells.batch_sizes[buckets].mean()),
-        audio_seconds=float(real[0]) / 1000 / steps,
+        audio_seconds=float(drawn.real[0]) / 1000 / steps,
         memory_mean=float(peaks.mean()),
         memory_worst=float(peaks.max()),
         steps_per_epoch=float(cells.batches_per_epoch.sum()),
-        flops=6 * float(padded[2]) / steps,  # two operations per multiply-accumulate; backward is twice forward
+        flops=6 * float(drawn.padded[2]) / steps,  # two operations per multiply-accumulate; backward is twice forward
         memory_trace=tuple(np.round(peaks[:traced], 4).tolist()),
     )
+
+
+@dataclass(frozen=True)
+class _DrawnBatches:
+    """Sums over drawn batches, `real` and `padded`: audio (ms), tokens and compute; `peaks` (N,) bytes of each."""
+
+    real: np.ndarray
+    padded: np.ndarray
+    peaks: np.ndarray
 
 
 class _BucketCells:
@@ -201,7 +204,19 @@ class _BucketCells:
         self.batches_per_epoch = self._counts / batch_sizes
         self.mean_batch = self._counts.sum() / self.batches_per_epoch.sum()
 
-    def draw(self, bucket: int, number: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+    def draw(self, buckets: np.ndarray, rng: np.random.Generator, cost: CostModel, memory: Memory) -> _DrawnBatches:
+        """A batch of each of `buckets` (N,)."""
+        real, padded, peaks = np.zeros(3), np.zeros(3), np.zeros(len(buckets))
+        for bucket in np.unique(buckets):
+            batches, size = np.flatnonzero(buckets == bucket), self.batch_sizes[bucket]
+            lengths, tokens = self._draw(bucket, len(batches), rng)
+            longest, most = lengths.max(1), tokens.max(1)
+            real += lengths.sum(), tokens.sum(), cost.of(lengths, tokens).sum()
+            padded += size * longest.sum(), size * most.sum(), size * cost.of(longest, most).sum()
+            peaks[batches] = memory(np.full(len(batches), size), longest, most)
+        return _DrawnBatches(real, padded, peaks)
+
+    def _draw(self, bucket: int, number: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
         """(number, batch size) durations and tokens of batches of a bucket."""
         members = np.flatnonzero(self._buckets == bucket)
         shares = self._histogram.counts[members] / self._counts[bucket]

@@ -10,7 +10,7 @@ import numpy as np
 
 from raytrain.errors import PlanError
 from raytrain.lengths.padding import padded_sizes, padding_fraction
-from raytrain.lengths.schedule import BatchSchedule, StepPlan
+from raytrain.lengths.schedule import BatchSchedule, ScheduleState, StepPlan
 
 _CHECKED_RANKS = 8
 
@@ -68,20 +68,7 @@ def simulate(
             got=f"{sum(schedule.draws_per_bucket)} rows in an epoch",
             remedy="train with fewer workers or on more rows, or raise train.max_epochs",
         )
-    return Simulation(
-        steps=tally.steps,
-        world_size=world_size,
-        epochs=tally.rows / sum(schedule.draws_per_bucket),
-        rows=tally.rows,
-        mean_batch=tally.rows / tally.steps / world_size,
-        audio_padding=padding_fraction(float(tally.real[0]), float(tally.padded[0])),
-        token_padding=padding_fraction(float(tally.real[1]), float(tally.padded[1])),
-        bucket_agreement=tally.agreed / tally.steps,
-        slowest_rank=float(tally.imbalance / tally.steps),
-        audio_share=tuple((tally.audio / tally.audio.sum()).tolist()),
-        remainder=schedule.remainder(state),
-        seconds_per_batch=spent / tally.steps,
-    )
+    return tally.simulation(schedule, state, world_size, seconds_per_batch=spent / tally.steps)
 
 
 class _IndependentRanks:
@@ -120,3 +107,22 @@ class _Tally:
         self.audio += np.bincount(corpora, durations, len(self.audio))
         self.rows += len(durations)
         self.steps += 1
+
+    def simulation(
+        self, schedule: BatchSchedule, state: ScheduleState, world_size: int, seconds_per_batch: float
+    ) -> Simulation:
+        """What the steps up to `state` come to; at least one."""
+        return Simulation(
+            steps=self.steps,
+            world_size=world_size,
+            epochs=self.rows / sum(schedule.draws_per_bucket),
+            rows=self.rows,
+            mean_batch=self.rows / self.steps / world_size,
+            audio_padding=padding_fraction(float(self.real[0]), float(self.padded[0])),
+            token_padding=padding_fraction(float(self.real[1]), float(self.padded[1])),
+            bucket_agreement=self.agreed / self.steps,
+            slowest_rank=float(self.imbalance / self.steps),
+            audio_share=tuple((self.audio / self.audio.sum()).tolist()),
+            remainder=schedule.remainder(state),
+            seconds_per_batch=seconds_per_batch,
+        )

@@ -135,7 +135,7 @@ class _RunningStatistics:
     def __init__(self, model: nn.Module) -> None:
         self._buffers = running_statistics(model)
         self._before = [buffer.clone() for buffer in self._buffers]
-        self._sums: Sequence[Tensor] | None = None
+        self._sums: list[Tensor] | tuple[Tensor, ...] | None = None
         self._num_batches = 0
 
     def end_micro_batch(self) -> None:

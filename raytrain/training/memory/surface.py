@@ -55,7 +55,8 @@ class SlopePolynomial:
         """Fitted to the slopes of at least as many shapes (ms, tokens) as there are terms. Relative errors count, since
         the largest size that fits goes with 1 / slope."""
         slopes = np.array([line.slope_bytes for line in lines])
-        terms = _terms(*np.array(edges, np.float64).T, powers)
+        durations, tokens = np.array(edges, np.float64).T
+        terms = _terms(durations, tokens, powers)
         weights = np.linalg.lstsq(terms / slopes[:, None], np.ones(len(slopes)), rcond=None)[0]
         return cls(powers, tuple(weights.tolist()))
 
