@@ -31,7 +31,7 @@ from benchmarks.train_step import stepper
 from raytrain.model.config import ModelConfig
 from raytrain.training.memory.meter import Edges, Meter
 from raytrain.training.memory.prediction import Prediction, predict_batch_size
-from raytrain.training.memory.probe import StepMeter
+from raytrain.training.memory.step_meter import StepMeter
 from raytrain.training.memory.surface import NeighborLines
 from raytrain.training.memory.tracer import StepTracer
 from raytrain.training.settings import TrainSettings

@@ -37,9 +37,9 @@ from raytrain.lengths import BatchSizeSearch, BucketPlan, BucketSearches, Bucket
 from raytrain.model.config import ModelConfig
 from raytrain.model.cost import cost_of
 from raytrain.stages.oomptimize import predict, traced_device
-from raytrain.training.memory.isolated import IsolatedMeter
+from raytrain.training.memory.isolated_meter import IsolatedMeter
 from raytrain.training.memory.meter import Probe, ProbeGroup, joint_probe
-from raytrain.training.memory.probe import StepMeter
+from raytrain.training.memory.step_meter import StepMeter
 from raytrain.training.memory.tracer import StepTracer
 from raytrain.training.settings import TrainSettings
 

@@ -28,10 +28,10 @@ from benchmarks._models import config_of
 from benchmarks._record import record
 from raytrain.lengths import BatchSizeSearch, BucketPlan, BucketSearches, BucketSettings, LengthHistogram, make_plan
 from raytrain.model.cost import cost_of
-from raytrain.training.memory.isolated import IsolatedMeter
+from raytrain.training.memory.isolated_meter import IsolatedMeter
 from raytrain.training.memory.meter import Probe, search_batch_size, search_buckets, soak
 from raytrain.training.memory.prediction import predict_batch_size
-from raytrain.training.memory.probe import StepMeter
+from raytrain.training.memory.step_meter import StepMeter
 from raytrain.training.memory.surface import NeighborLines
 from raytrain.training.memory.tracer import StepTracer
 from raytrain.training.settings import TrainSettings

@@ -22,9 +22,7 @@ from raytrain.cluster.placement import Placement
 from raytrain.errors import ProfileError
 from raytrain.model.device import emulated_gpu
 from raytrain.storage.artifacts import atomic_write_bytes, canonical_json, read_state
-from raytrain.training.memory.isolated import IsolatedMeter, make_step_meter
-from raytrain.training.memory.meter import Edges, Meter, Probe, ProbeGroup, joint_probe
-from raytrain.training.memory.probing import (
+from raytrain.training.memory.coordinator import (
     Answer,
     AnswerNote,
     ProbeCoordinator,
@@ -35,6 +33,8 @@ from raytrain.training.memory.probing import (
     answers_to_json,
     run_prober,
 )
+from raytrain.training.memory.isolated_meter import IsolatedMeter, make_step_meter
+from raytrain.training.memory.meter import Edges, Meter, Probe, ProbeGroup, joint_probe
 from raytrain.waiting import repeating
 
 Progress = Callable[[str, int, int], None]  # what is done, how many of how many

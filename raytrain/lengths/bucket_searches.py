@@ -71,9 +71,7 @@ class BucketSearches:
         self._searches[bucket].report(size, fits)
         self._shared.report(bucket, size, fits, peak_bytes)
         self._num_probes[bucket] += 1
-        self.ended(
-            bucket
-        )  # fixes the answer by what was reported so far, so that the same reports give the same answers
+        self.ended(bucket)  # fixes the answer by what was reported so far: the same reports give the same answers
 
     def release(self, bucket: int) -> None:
         """Hand a bucket out again, whose probe will not be reported."""

@@ -2,7 +2,7 @@
 
 The cost of a plan is what all utterances cost padded to the edges of their buckets (`CostModel`). Duration edges
 are nested over token edges. Every pair of candidate durations is a possible row of the grid; the best token edges
-of each row, for every number of them, come from a dynamic programme over tokens, and a second one over durations
+of each row, for every number of them, come from a dynamic program over tokens, and a second one over durations
 chooses the rows and shares a budget of cells among them by need.
 
 Candidates are spread so that equal parts of the corpus's cost lie between them, hence nothing grows with the

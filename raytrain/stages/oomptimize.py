@@ -24,7 +24,7 @@ from raytrain.lengths.plan import BucketPlan
 from raytrain.lengths.profile import BatchProfile, ProbeSetting
 from raytrain.model.config import ModelConfig
 from raytrain.storage.artifacts import content_id
-from raytrain.training.memory.probing import ProbeJob, ProbeOutcome
+from raytrain.training.memory.coordinator import ProbeJob, ProbeOutcome
 from raytrain.training.settings import TrainSettings
 
 GIB = 2**30

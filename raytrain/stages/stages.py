@@ -55,8 +55,8 @@ from raytrain.storage.filesystem import fingerprints, is_uri
 from raytrain.tracking.runs import RunTracking
 from raytrain.training.conversion import model_stamp
 from raytrain.training.data_wait import DataPath, DataWaitMonitor
+from raytrain.training.memory.coordinator import ProbeOutcome
 from raytrain.training.memory.meter import Probe
-from raytrain.training.memory.probing import ProbeOutcome
 from raytrain.training.memory.tracer import TRACER_VERSION
 
 # Settings of training that say when to stop, look and save, but not what is learnt: a run goes on when they change.

@@ -167,7 +167,7 @@ class DeviceLike(TorchFunctionMode):
     of one byte per element (elsewhere dropout multiplies by a mask of the input's type).
 
     Autocast knows no `meta` device. Its rule for CUDA is short: matrix products, convolutions and attention take bf16,
-    with one bf16 copy of each float32 weight for the whole forward pass; normalisations, softmax and losses take
+    with one bf16 copy of each float32 weight for the whole forward pass; normalizations, softmax and losses take
     float32; all others take what comes.
     """
 

@@ -27,7 +27,7 @@ from raytrain.training.memory.meter import Edges, Meter, Probe
 
 def make_step_meter(*arguments: Any) -> Meter:
     """A `StepMeter` for `IsolatedMeter` to make: who only asks for it imports no torch, which takes seconds."""
-    from raytrain.training.memory.probe import StepMeter
+    from raytrain.training.memory.step_meter import StepMeter
 
     return StepMeter(*arguments)
 
@@ -92,7 +92,7 @@ class IsolatedMeter:
         begun = time.perf_counter()
         self._messages = tempfile.TemporaryFile()  # noqa: SIM115 - closed with this object
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "raytrain.training.memory.isolated"],
+            [sys.executable, "-m", "raytrain.training.memory.isolated_meter"],
             env=self._environment,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,

@@ -164,7 +164,7 @@ def probe_model(config: ModelConfig, device: torch.device | str) -> Canary:
     zeros, which GPUs multiply faster.
 
     Drawing 0.9 billion numbers takes a processor 17 s, longer than the probes. Here matrices repeat 2¹⁶ normal numbers
-    of standard deviation 0.02, biases are 0, and normalisations and computed tables are as in a new model.
+    of standard deviation 0.02, biases are 0, and normalizations and computed tables are as in a new model.
     """
     with torch.device("meta"):
         model = Canary(config)
