@@ -186,7 +186,7 @@ def _train(job: dict[str, Any]) -> None:
         finally:
             workspace.share_quarantine()
         if rank == 0:
-            checkpoints.settle()
+            checkpoints.flush()
 
 
 def mirror_of(config: Config) -> Any:

@@ -18,6 +18,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 import torch.distributed as dist
@@ -43,6 +44,16 @@ class StepResult:
     skipped: Tensor
 
 
+class StepOptimizer(Protocol):
+    """What a step asks of an optimizer; a traced rank stands for one that allocates nothing."""
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Drop all gradients."""
+
+    def step(self) -> object:
+        """Update the weights."""
+
+
 def autocast(device_type: str, precision: str) -> contextlib.AbstractContextManager[object]:
     """bf16 autocast where asked for, else nothing; on meta the tracer does it (`live_bytes.DeviceLike`)."""
     if precision == "bf16" and device_type != "meta":
@@ -60,7 +71,7 @@ def resolve_precision(precision: str, device_type: str) -> str:
 def train_step(
     model: nn.Module,
     batches: Sequence[SpeechBatch],
-    optimizer: torch.optim.Optimizer,
+    optimizer: StepOptimizer,
     settings: TrainSettings,
     *,
     precision: str,
@@ -75,8 +86,7 @@ def train_step(
     world_size = dist.get_world_size() if dist.is_initialized() else 1
     optimizer.zero_grad(set_to_none=True)
     statistics = _RunningStatistics(model)
-    tokens = torch.stack([label_tokens(batch, settings) for batch in batches]).sum().float()
-    reduced = dist.all_reduce(tokens, async_op=True) if world_size > 1 else None
+    tokens, reduced = _global_tokens(batches, settings, world_size)
     sums = []
     for number, batch in enumerate(batches):
         if seeds is not None:
@@ -93,17 +103,31 @@ def train_step(
         if len(batches) > 1:
             statistics.end_micro_batch()
     statistics.average()
-    grad_norm = nn.utils.clip_grad_norm_(model.parameters(), settings.clip_norm)
+    grad_norm, skipped = _update(model, optimizer, settings.clip_norm)
+    statistics.restore_where(skipped)
+    if average is not None:
+        average.update()
+    return StepResult(torch.stack(sums).sum(0), grad_norm, skipped)
+
+
+def _update(model: nn.Module, optimizer: StepOptimizer, clip_norm: float) -> tuple[Tensor, Tensor]:
+    """Clip and update; the gradient's norm, and 1 where it is not finite and nothing changes."""
+    grad_norm = nn.utils.clip_grad_norm_(model.parameters(), clip_norm)
     if hasattr(grad_norm, "full_tensor"):  # of a sharded model
         grad_norm = grad_norm.full_tensor()
     skipped = (~torch.isfinite(grad_norm)).float()
     # Fused kernels then leave weights, moments and step counts as they are.
     optimizer.found_inf = skipped  # type: ignore[attr-defined]  # what `GradScaler` sets, too; torch declares it nowhere
     optimizer.step()
-    statistics.restore_where(skipped)
-    if average is not None:
-        average.update()
-    return StepResult(torch.stack(sums).sum(0), grad_norm, skipped)
+    return grad_norm, skipped
+
+
+def _global_tokens(
+    batches: Sequence[SpeechBatch], settings: TrainSettings, world_size: int
+) -> tuple[Tensor, dist.Work | None]:
+    """Labels of all ranks and micro-batches, and what to wait for before they are used."""
+    tokens = torch.stack([label_tokens(batch, settings) for batch in batches]).sum().float()
+    return tokens, dist.all_reduce(tokens, async_op=True) if world_size > 1 else None
 
 
 def _gradient_sync(model: nn.Module, is_last: bool) -> contextlib.AbstractContextManager[object]:

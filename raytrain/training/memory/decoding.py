@@ -53,10 +53,10 @@ class _EvaluationLike(DeviceLike):
         mask = attn_mask
         if mask is not None and mask.dtype == torch.bool:
             mask = torch.zeros_like(mask, dtype=query.dtype)
-        found = _aten._scaled_dot_product_flash_attention_for_cpu(
+        outputs = _aten._scaled_dot_product_flash_attention_for_cpu(
             query, key, value, dropout_p, is_causal, attn_mask=mask
         )
-        return found[0]
+        return outputs[0]
 
 
 class DecodeTracer:
@@ -98,31 +98,31 @@ class DecodeTracer:
 
     def _decode(self, batch: SpeechBatch, max_tokens: int) -> None:
         model, meter, beams = self._model, self._meter, self._settings.beam_size
-        meter.phase, meter.place = "activations", "encoder"
+        meter.phase, meter.area = "activations", "encoder"
         if self._settings.ctc_weight:
             states, lengths, ctc = model.encode_with_ctc(batch.audio, batch.audio_lengths)
         else:
             (states, lengths), ctc = model.encode(batch.audio, batch.audio_lengths), None
-        meter.place = "decoder"
+        meter.area = "decoder"
         size, prompt = len(batch), batch.tokens
-        every = torch.arange(size)
-        own = states[every]  # the search has the rows of one prompt length to itself
-        decoder, mask = model.transf_decoder, model.cross_mask(own, lengths)
-        cache = decoder.make_cache(own, max_tokens)
+        rows = torch.arange(size)
+        selected = states[rows]  # the search has the rows of one prompt length to itself
+        decoder, mask = model.transf_decoder, model.cross_mask(selected, lengths)
+        cache = decoder.make_cache(selected, max_tokens)
         scores = self._scores(decoder.extend(prompt, cache, 0, mask))
         if beams > 1:
-            every = every.repeat_interleave(beams, output_size=size * beams)
-            cache = [layer.select(every, prompt.shape[1], slice(None)) for layer in cache]
-            found = torch.empty(2, size, beams, max_tokens)
+            rows = rows.repeat_interleave(beams, output_size=size * beams)
+            cache = [layer.select(rows, prompt.shape[1], slice(None)) for layer in cache]
+            hypotheses = torch.empty(2, size, beams, max_tokens)
         last = max_tokens - 1
         scores = self._scores(decoder.extend(torch.empty(size * beams, 1, dtype=torch.long), cache, last, mask, beams))
         if beams > 1:
             scores = scores.unflatten(0, (-1, beams)).topk(min(beams, scores.shape[-1]))
             for layer in cache:
-                layer.reorder(every, max_tokens)
-            found = found[:, torch.arange(size)]
+                layer.reorder(rows, max_tokens)
+            hypotheses = hypotheses[:, torch.arange(size)]
         cache = [layer.select(torch.arange(size * beams), last, torch.arange(size)) for layer in cache]
-        del own, ctc, states, scores, cache
+        del selected, ctc, states, scores, cache
 
     def _scores(self, hidden: Tensor) -> Tensor:
         return self._model.log_softmax(hidden[:, -1]).float().log_softmax(-1)
@@ -157,7 +157,7 @@ class BatchSizes:
 
 
 def upper_edge(duration_ms: int) -> int:
-    """The shortest edge of at least `duration_ms`; an edge is its own."""
+    """The shortest edge of at least `duration_ms`; that of an edge is the edge."""
     step = max(0, math.floor(math.log(max(duration_ms, 1) / _FIRST_EDGE_MS, _RATIO)) - 1)
     while (edge := math.ceil(_FIRST_EDGE_MS * _RATIO**step)) < duration_ms:
         step += 1

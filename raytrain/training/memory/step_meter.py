@@ -48,7 +48,8 @@ class StepMeter:
     ) -> None:
         self.seconds: dict[str, float] = {}
         self._device, self._config, self._settings = torch.device(device), model, settings
-        self._budget, self._broken = budget_bytes, None
+        self._budget = budget_bytes
+        self._broken: str | None = None
         self._precision = resolve_precision(settings.precision, kind or self._device.type)
         self._world_size = group.world_size if group is not None else settings.most_workers
         with self._timed("context"):

@@ -14,20 +14,21 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from functools import partial
 
 import torch
+from torch.utils.hooks import RemovableHandle
 
 from raytrain.data.batch import SpeechBatch
 from raytrain.model.canary import Canary
 from raytrain.model.config import ModelConfig
 from raytrain.training.memory.live_bytes import DeviceLike, LiveBytes, cuda_block, rounded
-from raytrain.training.memory.ranks import ShardedRank, WholeRank, area
+from raytrain.training.memory.ranks import ShardedRank, WholeRank, area_of
 from raytrain.training.parallel import is_sharded, micro_batches
 from raytrain.training.settings import TrainSettings
 from raytrain.training.step import train_step
 
-TRACER_VERSION = 2  # raised where predictions change: sizes by an older one are found anew
+TRACER_VERSION = 2  # raised where predictions change: sizes by an older tracer are predicted again
 
 
 @dataclass(frozen=True)
@@ -35,8 +36,8 @@ class StepMemory:
     """Bytes of one step: what stays between steps (parameters, optimizer, reducer), the highest point, and what was
     live there.
 
-    `at_peak` is bytes by (phase, place): parameters, gradients and optimizer; activations, which forward made and
-    backward needs; and temporary, what backward makes on its way. The place is the module, as far as one made it.
+    `at_peak` is bytes by (phase, area): parameters, gradients and optimizer; activations, which forward made and
+    backward needs; and temporary, what backward makes on its way. The area is the module, as far as one made it.
     """
 
     resident_bytes: int
@@ -84,8 +85,10 @@ class StepTracer:
         self._model.encoder.checkpoint_blocks = settings.activation_checkpointing
         self._meter = LiveBytes(remember, cuda_block if device_type == "cuda" else rounded)
         averaged = settings.average_decay is not None
-        if is_sharded(settings, world_size) if shard is None else shard and world_size > 1:
-            self._rank: Any = ShardedRank(self._model, self._meter, world_size, averaged, device_type)
+        is_part = is_sharded(settings, world_size) if shard is None else shard and world_size > 1
+        self._rank: WholeRank | ShardedRank
+        if is_part:
+            self._rank = ShardedRank(self._model, self._meter, world_size, averaged, device_type)
         else:
             self._rank = WholeRank(self._model, self._meter, world_size, averaged)
 
@@ -113,10 +116,10 @@ class StepTracer:
         meter, bf16 = self._meter, self._precision == "bf16"
 
         def backward_begins() -> None:
-            meter.phase, meter.place = "temporary", "backward"
+            meter.phase, meter.area = "temporary", "backward"
 
         device_like = DeviceLike(self._device_type, bf16, backward_begins)
-        with _autocast_hooks(self._model, device_like), _places(self._model, meter), without_gc():
+        with _autocast_hooks(self._model, device_like), _named_areas(self._model, meter), without_gc():
             try:
                 with meter, device_like:
                     train_step(
@@ -133,7 +136,7 @@ class StepTracer:
 
 @contextmanager
 def without_gc() -> Iterator[None]:
-    """Thousands of objects come and go in a trace, without cycles; looking for some takes a fifth of its time."""
+    """Thousands of objects come and go in a trace, without cycles; looking for cycles takes a fifth of its time."""
     collects = gc.isenabled()
     gc.disable()
     try:
@@ -159,23 +162,22 @@ def _autocast_hooks(model: Canary, device_like: DeviceLike) -> Iterator[None]:
 
 
 @contextmanager
-def _places(model: Canary, meter: LiveBytes) -> Iterator[None]:
+def _named_areas(model: Canary, meter: LiveBytes) -> Iterator[None]:
     """Name the modules of the first two levels while they run."""
-    handles: list[Any] = []
+    handles: list[RemovableHandle] = []
     before: list[str] = []
 
-    def enter(place: str) -> None:
-        before.append(meter.place)
-        meter.place = place
+    def enter(area: str, *_: object) -> None:
+        before.append(meter.area)
+        meter.area = area
 
-    def leave(*_: Any) -> None:
-        meter.place = before.pop()
+    def leave(*_: object) -> None:
+        meter.area = before.pop()
 
     for name, module in model.named_modules():
         # A list of layers is never called itself.
         if name and (name.count(".") < 2 or name.split(".")[2].isdigit() and name.count(".") == 2):
-            place = area(name)
-            handles.append(module.register_forward_pre_hook(lambda *_, place=place: enter(place)))
+            handles.append(module.register_forward_pre_hook(partial(enter, area_of(name))))
             handles.append(module.register_forward_hook(leave, always_call=True))
     try:
         yield
