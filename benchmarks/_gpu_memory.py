@@ -20,7 +20,7 @@ from raytrain.model.config import ModelConfig
 from raytrain.model.decoder import Attention, DecoderFeedForward
 from raytrain.model.encoder import Convolution, FeedForward, RelativeAttention, Subsampling
 from raytrain.training.memory.live_bytes import DeviceLike, LiveBytes
-from raytrain.training.memory.probe import StepMeter
+from raytrain.training.memory.step_meter import StepMeter
 from raytrain.training.settings import TrainSettings
 from raytrain.training.step import autocast
 

@@ -30,8 +30,10 @@ from benchmarks._models import config_of, random_model
 from benchmarks.train_step import stepper
 from raytrain.model.config import ModelConfig
 from raytrain.training.memory.meter import Edges, Meter
-from raytrain.training.memory.probe import StepMeter
-from raytrain.training.memory.tracer import Neighbours, Prediction, StepTracer, predict_batch_size
+from raytrain.training.memory.prediction import Prediction, predict_batch_size
+from raytrain.training.memory.step_meter import StepMeter
+from raytrain.training.memory.surface import NeighborLines
+from raytrain.training.memory.tracer import StepTracer
 from raytrain.training.settings import TrainSettings
 from raytrain.training.step import resolve_precision
 
@@ -99,7 +101,7 @@ def _budget(bench: Bench) -> int:
 
 
 def _predictions(tracer: StepTracer, cells: tuple[Edges, ...], budget: int, max_size: int) -> list[Prediction]:
-    neighbours, predictions = Neighbours(), []
+    neighbours, predictions = NeighborLines(), []
     for cell in cells:
         predictions.append(predict_batch_size(tracer, *cell, budget, max_size, neighbours.guess(*cell)))
         neighbours.add(*cell, predictions[-1].line)

@@ -38,9 +38,9 @@ from raytrain.model.config import ModelConfig
 from raytrain.model.cost import cost_of
 from raytrain.stages.devices import traced_device
 from raytrain.stages.predicted_sizes import predict
-from raytrain.training.memory.isolated import IsolatedMeter
+from raytrain.training.memory.isolated_meter import IsolatedMeter
 from raytrain.training.memory.meter import Probe, ProbeGroup, joint_probe
-from raytrain.training.memory.probe import StepMeter
+from raytrain.training.memory.step_meter import StepMeter
 from raytrain.training.memory.tracer import StepTracer
 from raytrain.training.settings import TrainSettings
 
@@ -100,14 +100,14 @@ def schemes(histogram: LengthHistogram, model: ModelConfig, memory: str, duratio
     one = make_plan(histogram, BucketSettings(durations, 1, max_tokens=2048), "", cost_of(model))
     two = make_plan(histogram, BucketSettings(durations, 2, max_tokens=2048), "", cost_of(model))
     edges = [bucket.max_duration_ms for bucket in one.grid.buckets]
-    kept = histogram.select(one.place(histogram.cells, histogram.tokens)[0] >= 0)
+    kept = histogram.select(one.assign(histogram.cells, histogram.tokens)[0] >= 0)
     result: dict[str, Any] = {
         "mean_batch_A": mean_batch(*heuristic_sizes(histogram, edges)),
         "mean_batch_B": mean_batch(*heuristic_sizes(kept, edges)),
     }
     for name, plan in (("C", one), ("D", two)):
         sizes = np.array([found.batch_size for found in sizes_of(plan, model, memory)[0]], float)
-        place = plan.place(histogram.cells, histogram.tokens)[0]
+        place = plan.assign(histogram.cells, histogram.tokens)[0]
         counts = np.bincount(place[place >= 0], histogram.counts[place >= 0], len(sizes))
         result[f"mean_batch_{name}"] = mean_batch(counts, sizes)
     result["D_over_A"] = result["mean_batch_D"] / result["mean_batch_A"]

@@ -28,10 +28,12 @@ from benchmarks._models import config_of
 from benchmarks._record import record
 from raytrain.lengths import BatchSizeSearch, BucketPlan, BucketSearches, BucketSettings, LengthHistogram, make_plan
 from raytrain.model.cost import cost_of
-from raytrain.training.memory.isolated import IsolatedMeter
+from raytrain.training.memory.isolated_meter import IsolatedMeter
 from raytrain.training.memory.meter import Probe, search_batch_size, search_buckets, soak
-from raytrain.training.memory.probe import StepMeter
-from raytrain.training.memory.tracer import Neighbours, StepTracer, predict_batch_size
+from raytrain.training.memory.prediction import predict_batch_size
+from raytrain.training.memory.step_meter import StepMeter
+from raytrain.training.memory.surface import NeighborLines
+from raytrain.training.memory.tracer import StepTracer
 from raytrain.training.settings import TrainSettings
 
 GIB = 2**30
@@ -57,7 +59,7 @@ def measure_model(name: str, plan: BucketPlan, total: int, memory_fraction: floa
     edges = [(bucket.max_duration_ms, bucket.max_tokens) for bucket in plan.grid.buckets]
     budget = int(total * memory_fraction)
     start = time.perf_counter()
-    tracer, neighbours = StepTracer(model, settings, precision="bf16", world_size=2), Neighbours()
+    tracer, neighbours = StepTracer(model, settings, precision="bf16", world_size=2), NeighborLines()
     predictions = []
     for edge in edges:
         predictions.append(predict_batch_size(tracer, *edge, budget, 4096, neighbours.guess(*edge)))

@@ -83,7 +83,7 @@ def least_cost(histogram: LengthHistogram, cost: CostModel, num_cells: int, numb
 def nearness(histogram: LengthHistogram, plan: BucketPlan, cost: CostModel, num_cells: int) -> dict[str, Any]:
     """Padded compute of `num_cells` cells by need for the utterances of `plan`, with the candidates that planning
     uses and with finer ones."""
-    kept = histogram.select(plan.place(histogram.cells, histogram.tokens)[0] >= 0)
+    kept = histogram.select(plan.assign(histogram.cells, histogram.tokens)[0] >= 0)
     real = float((kept.counts * cost.of(kept.cells, kept.tokens)).sum())
     return {
         f"padded_compute_of_{durations}x{tokens}": round(

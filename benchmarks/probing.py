@@ -26,10 +26,10 @@ from raytrain.cluster.probing import probe_all
 from raytrain.cluster.session import ray_session
 from raytrain.config import ClusterSection
 from raytrain.model.device import EMULATED_GPU
-from raytrain.training.memory.isolated import IsolatedMeter
+from raytrain.training.memory.coordinator import ProbeJob, ProbeOutcome
+from raytrain.training.memory.isolated_meter import IsolatedMeter
 from raytrain.training.memory.meter import Edges, Probe, ProbeGroup
-from raytrain.training.memory.probe import StepMeter
-from raytrain.training.memory.probing import ProbeJob, ProbeOutcome
+from raytrain.training.memory.step_meter import StepMeter
 from raytrain.training.settings import TrainSettings
 
 _BASE = 1 << 30

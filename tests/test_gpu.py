@@ -20,10 +20,11 @@ from raytrain.data.batch import SpeechBatch
 from raytrain.model.canary import Canary
 from raytrain.model.config import ModelConfig
 from raytrain.training.average import WeightAverage
-from raytrain.training.memory.isolated import IsolatedMeter
+from raytrain.training.memory.isolated_meter import IsolatedMeter
 from raytrain.training.memory.meter import Probe
-from raytrain.training.memory.probe import StepMeter
-from raytrain.training.memory.tracer import StepTracer, predict_batch_size
+from raytrain.training.memory.prediction import predict_batch_size
+from raytrain.training.memory.step_meter import StepMeter
+from raytrain.training.memory.tracer import StepTracer
 from raytrain.training.optim import make_optimizer
 from raytrain.training.parallel import join_alone, parallel_model
 from raytrain.training.settings import TrainSettings

@@ -23,7 +23,8 @@ from benchmarks._models import config_of, random_model
 from benchmarks.gpu import PARTS, Run, chosen
 from raytrain.data.batch import SpeechBatch
 from raytrain.training.memory.meter import Probe
-from raytrain.training.memory.tracer import StepTracer, predict_batch_size
+from raytrain.training.memory.prediction import predict_batch_size
+from raytrain.training.memory.tracer import StepTracer
 from raytrain.training.settings import TrainSettings
 
 ROOT, GIB = Path(__file__).parents[1], 2**30

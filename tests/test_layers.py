@@ -173,8 +173,8 @@ import {modules}
             "raytrain.decoding.precision, raytrain.model.formats.nemo, raytrain.model.formats.huggingface, "
             "raytrain.training.loop, "
             "raytrain.training.memory.tracer, "
-            "raytrain.training.checkpoint, raytrain.training.validation, raytrain.training.memory.probe, "
-            "raytrain.training.memory.isolated, raytrain.evaluation.scoring, raytrain.evaluation.worst, "
+            "raytrain.training.checkpoint, raytrain.training.validation, raytrain.training.memory.step_meter, "
+            "raytrain.training.memory.isolated_meter, raytrain.evaluation.scoring, raytrain.evaluation.worst, "
             "benchmarks.oomptimizer_gpu, benchmarks.gpu, benchmarks._gpu_parts, benchmarks._gpu_pipeline, "
             "benchmarks._gpu_ranks, test_gpu",
             {

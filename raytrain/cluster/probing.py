@@ -21,9 +21,9 @@ from raytrain.cluster.probing_groups import PROBER_CPUS, GroupMeter, MakeMeter, 
 from raytrain.errors import ProfileError, last_line
 from raytrain.model.device import emulated_gpu
 from raytrain.run_folder.probe_answers import read_answers, write_answers
-from raytrain.training.memory.isolated import IsolatedMeter, make_step_meter
+from raytrain.training.memory.coordinator import Answer, ProbeCoordinator, ProbeJob, ProbeOutcome, Task, run_prober
+from raytrain.training.memory.isolated_meter import IsolatedMeter, make_step_meter
 from raytrain.training.memory.meter import ProbeGroup
-from raytrain.training.memory.probing import Answer, ProbeCoordinator, ProbeJob, ProbeOutcome, Task, run_prober
 from raytrain.waiting import repeating
 
 if TYPE_CHECKING:

@@ -6,8 +6,8 @@ import socket
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Protocol
 
+from raytrain.training.memory.coordinator import ProbeJob
 from raytrain.training.memory.meter import Edges, Meter, Probe, ProbeGroup, joint_probe
-from raytrain.training.memory.probing import ProbeJob
 
 if TYPE_CHECKING:
     from ray import ObjectRef

@@ -91,7 +91,7 @@ def _train(job: TrainingJob) -> None:
     progress = restore(state, checkpoint, rank.device.torch)
     run(rank, state, progress, checkpoint.meta.get("schedule") if checkpoint else None)
     if rank.is_first:
-        rank.checkpoints.settle()
+        rank.checkpoints.flush()
 
 
 @dataclass(frozen=True)

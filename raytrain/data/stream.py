@@ -236,7 +236,7 @@ class StreamSampler:
             return
         in_tar = block.chunk.format in TAR_FORMATS
         encoded = self.encoder.encode(block)
-        buckets, reasons = self.plan.place(block.duration_ms, encoded.lengths)
+        buckets, reasons = self.plan.assign(block.duration_ms, encoded.lengths)
         locator: Locator = WholeFileLocator(block.chunk) if in_tar else AudioLocator(block.chunk)
         table, _ = row_table(block, encoded, locator)
         kept = buckets >= 0

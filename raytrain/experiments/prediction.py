@@ -27,8 +27,9 @@ from raytrain.lengths.schemes import (
 )
 from raytrain.model.config import ModelConfig
 from raytrain.model.cost import cost_of
-from raytrain.training.memory.surface import MemorySurface
-from raytrain.training.memory.tracer import Neighbours, StepTracer, predict_batch_size
+from raytrain.training.memory.prediction import predict_batch_size
+from raytrain.training.memory.surface import MemorySurface, NeighborLines
+from raytrain.training.memory.tracer import StepTracer
 from raytrain.training.settings import TrainSettings
 
 _DURATIONS = (0.05, 0.125, 0.25, 0.5, 0.75, 1.0)  # of the longest
@@ -70,7 +71,7 @@ def trace_surface(
         | {(longest, most)}
     )
     tracer = StepTracer(model, train, precision=precision, world_size=train.most_workers, device_type=device_type)
-    lines, known = [], Neighbours()
+    lines, known = [], NeighborLines()
     for number, shape in enumerate(shapes):
         line = predict_batch_size(tracer, *shape, budget, _LARGEST_BATCH, known.guess(*shape)).line
         known.add(*shape, line)

@@ -1,9 +1,13 @@
-"""Lengths, buckets, batch sizes and schedules: pure mathematics on integers, with numpy alone."""
+"""Lengths of utterances: histograms, bucket plans, batch sizes, mixtures and schedules, as pure functions.
+
+It imports numpy alone, holds no device, no file and no process, and what is named here is its public API. Open
+`plan.py` first (how buckets are cut), then `schedule.py` (which rows a step takes) and `search.py` (batch sizes).
+"""
 
 from raytrain.lengths.bucket_searches import BucketSearches
+from raytrain.lengths.compare import PaddingRow, padding_by_scheme
 from raytrain.lengths.grid import Bucket, BucketGrid
 from raytrain.lengths.histogram import LengthHistogram
-from raytrain.lengths.padding import PaddingRow, padding_by_scheme
 from raytrain.lengths.plan import BucketPlan, BucketSettings, make_plan
 from raytrain.lengths.profile import BatchProfile, ProbeSetting
 from raytrain.lengths.schedule import BatchSchedule, ScheduleState, StepPlan

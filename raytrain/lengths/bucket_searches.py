@@ -29,7 +29,7 @@ class BucketSearches:
     Heavy buckets come first: one that takes not even one utterance shows at once, and what fits there fits in all
     shorter ones. A bucket that is being probed is not handed out a second time; `release` takes back what a process
     did not live to report. To resume after a stop, `report` the earlier outcomes to a new object in their order. A
-    bucket's answer is settled when its search ends, and later probes leave it as it is, so that its times can be
+    bucket's answer is final once its search has ended, and later probes leave it as it is, so that its times can be
     measured while other buckets are searched.
     """
 
@@ -57,9 +57,12 @@ class BucketSearches:
     def next(self) -> tuple[int, int] | None:
         """(bucket, size) to probe now; None where all that is left is being probed, or nothing is (`done`)."""
         for bucket in self._order:
-            if bucket not in self._in_flight and not self.ended(bucket):
+            if bucket in self._in_flight or self.ended(bucket):
+                continue
+            size = self._searches[bucket].next()
+            if size is not None:
                 self._in_flight.add(bucket)
-                return bucket, self._searches[bucket].next()
+                return bucket, size
         return None
 
     def report(self, bucket: int, size: int, fits: bool, peak_bytes: float | None = None) -> None:
@@ -68,14 +71,14 @@ class BucketSearches:
         self._searches[bucket].report(size, fits)
         self._shared.report(bucket, size, fits, peak_bytes)
         self._num_probes[bucket] += 1
-        self.ended(bucket)  # settles the answer by what is known now, so that the same reports give the same answers
+        self.ended(bucket)  # fixes the answer by what was reported so far: the same reports give the same answers
 
     def release(self, bucket: int) -> None:
         """Hand a bucket out again, whose probe will not be reported."""
         self._in_flight.discard(bucket)
 
     def ended(self, bucket: int) -> bool:
-        """Whether the bucket needs no further probe; its `result` is settled then."""
+        """Whether the bucket needs no further probe; its `result` is final then."""
         if bucket in self._answers:
             return True
         if bucket in self._in_flight:
@@ -87,7 +90,7 @@ class BucketSearches:
         return search.done
 
     def result(self, bucket: int) -> int | None:
-        """The largest size known to fit, settled once the bucket has `ended`; None where not even 1 fits (yet)."""
+        """The largest size that is sure to fit, final once the bucket has `ended`; None where not even 1 fits (yet)."""
         return self._answers[bucket] if self.ended(bucket) else self._searches[bucket].result
 
     @property

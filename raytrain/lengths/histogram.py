@@ -57,7 +57,7 @@ class LengthHistogram:
                 remedy="leave out utterances without audio or tokens before they are counted",
             )
         cells = -(-duration_ms // DURATION_CELL_MS) * DURATION_CELL_MS
-        return cls.from_arrays(cells, tokens, np.ones_like(tokens), int(duration_ms.sum()))
+        return cls.from_arrays(cells, tokens, np.full_like(tokens, 1), int(duration_ms.sum()))
 
     @classmethod
     def from_arrays(
@@ -83,29 +83,28 @@ class LengthHistogram:
         first = order[starts]
         return cls(cells[first], tokens[first], np.add.reduceat(counts[order], starts), int(real_duration_ms))
 
-    def __add__(self, other: LengthHistogram) -> LengthHistogram:
-        return LengthHistogram.from_arrays(
-            np.concatenate((self.cells, other.cells)),
-            np.concatenate((self.tokens, other.tokens)),
-            np.concatenate((self.counts, other.counts)),
-            self.real_duration_ms + other.real_duration_ms,
-        )
+    def __add__(self, addend: LengthHistogram) -> LengthHistogram:
+        return LengthHistogram.sum((self, addend))
 
     @classmethod
     def sum(cls, parts: Sequence[LengthHistogram]) -> LengthHistogram:
         """All parts together, merged at once."""
         if not parts:
             return cls.empty()
-        columns = [np.concatenate([getattr(part, name) for part in parts]) for name in ("cells", "tokens", "counts")]
-        return cls.from_arrays(*columns, sum(part.real_duration_ms for part in parts))
+        return cls.from_arrays(
+            np.concatenate([part.cells for part in parts]),
+            np.concatenate([part.tokens for part in parts]),
+            np.concatenate([part.counts for part in parts]),
+            sum(part.real_duration_ms for part in parts),
+        )
 
-    def __eq__(self, other: object) -> bool:
-        if not isinstance(other, LengthHistogram):
+    def __eq__(self, right: object) -> bool:
+        if not isinstance(right, LengthHistogram):
             return NotImplemented
-        pairs = ((self.cells, other.cells), (self.tokens, other.tokens), (self.counts, other.counts))
-        return self.real_duration_ms == other.real_duration_ms and all(np.array_equal(a, b) for a, b in pairs)
+        pairs = ((self.cells, right.cells), (self.tokens, right.tokens), (self.counts, right.counts))
+        return self.real_duration_ms == right.real_duration_ms and all(np.array_equal(a, b) for a, b in pairs)
 
-    __hash__ = None  # type: ignore[assignment]
+    __hash__ = None  # type: ignore[assignment]  # compared by value, and arrays have no hash
 
     @property
     def total(self) -> int:

@@ -14,6 +14,7 @@ the draw's number alone.
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
@@ -91,30 +92,51 @@ class Mixture:
         """(N,) int64 row numbers at stream positions (N,) of a bucket: position p is draw p mod D of epoch p div D."""
         count = self.draws_per_bucket[bucket]
         epochs = positions // count
-        found = np.empty_like(positions)
+        rows = np.empty_like(positions)
         for epoch in range(int(epochs.min()), int(epochs.max()) + 1) if len(positions) else ():
             inside = slice(None) if epochs[0] == epochs[-1] else epochs == epoch
             draws = shuffle(count, key_of(seed, bucket, epoch)).many(positions[inside] - epoch * count)
-            found[inside] = draws if self.draws[bucket] == self.rows[bucket] else self._rows(bucket, epoch, draws, seed)
-        return found
+            rows[inside] = draws if self.draws[bucket] == self.rows[bucket] else self._rows(bucket, epoch, draws, seed)
+        return rows
 
     def _rows(self, bucket: int, epoch: int, draws: np.ndarray, seed: int) -> np.ndarray:
         first_draws, first_rows = self._starts[bucket]
         corpora = np.searchsorted(first_draws, draws, side="right") - 1
-        found = np.empty_like(draws)
+        result = np.empty_like(draws)
         for corpus in np.unique(corpora).tolist():
             mine = corpora == corpus
             rows = self.rows[bucket][corpus]
             # Where the corpus stands in its own endless stream of shuffled passes.
-            places = draws[mine] - first_draws[corpus] + epoch * self.draws[bucket][corpus]
-            passes = places // rows
-            numbers = np.empty_like(places)
-            for one in np.unique(passes).tolist():
-                now = passes == one
-                order = shuffle(rows, key_of(seed, bucket, corpus, one, 1))
-                numbers[now] = order.many(places[now] - one * rows)
-            found[mine] = numbers + first_rows[corpus]
-        return found
+            positions = draws[mine] - first_draws[corpus] + epoch * self.draws[bucket][corpus]
+            passes = positions // rows
+            numbers = np.empty_like(positions)
+            for number in np.unique(passes).tolist():
+                now = passes == number
+                order = shuffle(rows, key_of(seed, bucket, corpus, number, 1))
+                numbers[now] = order.many(positions[now] - number * rows)
+            result[mine] = numbers + first_rows[corpus]
+        return result
+
+
+def sampling_shares(
+    hours: Sequence[float], weights: Sequence[float], temperature: float = 1.0, groups: Sequence[str] | None = None
+) -> list[float]:
+    """Shares ∝ weight · hours · H^(1/temperature − 1), with sum 1, where H is the hours of the corpus' group.
+
+    Without `groups` each corpus is its own: weight · hours^(1/temperature). Temperature 1 keeps the corpora's own
+    proportions, and a larger one brings groups (languages, say) nearer to each other, as is usual in multilingual
+    training (Conneau & Lample, arXiv 1901.07291, who give the exponent). A corpus without hours gets none.
+    """
+    names: Sequence[int | str] = range(len(hours)) if groups is None else groups
+    total_of: defaultdict[int | str, float] = defaultdict(float)
+    for name, hour in zip(names, hours, strict=True):
+        total_of[name] += hour
+    masses = [
+        weight * hour * total_of[name] ** (1 / temperature - 1) if hour > 0 else 0.0
+        for name, hour, weight in zip(names, hours, weights, strict=True)
+    ]
+    total = sum(masses)
+    return [mass / total if total else 0.0 for mass in masses]
 
 
 def repeats_of(hours: Sequence[float], shares: Sequence[float]) -> tuple[float, ...]:

@@ -2,7 +2,7 @@
 
 The cost of a plan is what all utterances cost padded to the edges of their buckets (`CostModel`). Duration edges
 are nested over token edges. Every pair of candidate durations is a possible row of the grid; the best token edges
-of each row, for every number of them, come from a dynamic programme over tokens, and a second one over durations
+of each row, for every number of them, come from a dynamic program over tokens, and a second one over durations
 chooses the rows and shares a budget of cells among them by need.
 
 Candidates are spread so that equal parts of the corpus's cost lie between them, hence nothing grows with the
@@ -112,8 +112,7 @@ def _share(row_costs: np.ndarray, durations: np.ndarray, num_cells: int) -> list
             used = min(split, n)
             # (m, i): a last row from i with m cells, the rest before it.
             options = best[: j + 1, n - used : n][:, ::-1].T + row_costs[:used, : j + 1, j]
-            place = int(np.argmin(options))
-            m, i = divmod(place, j + 1)
+            m, i = divmod(int(np.argmin(options)), j + 1)
             best[j + 1, n] = options[m, i]
             came[j + 1, n] = i, m + 1
     rows, j, n = [], size, num_cells
@@ -157,10 +156,10 @@ def optimal_token_edges(
         options[0, 0] = 0
         came.append(np.argmin(options, axis=0))
         best.append(np.where(np.arange(len(values)) > 0, options.min(axis=0) + until * decoder, best[-1]))
-    level = int(np.argmin([one[-1] for one in best]))
-    edges, place = [values[-1]], len(values) - 1
-    while level and place:
-        place = int(came[level - 1][place])
+    level = int(np.argmin([costs[-1] for costs in best]))
+    edges, edge = [values[-1]], len(values) - 1
+    while level and edge:
+        edge = int(came[level - 1][edge])
         level -= 1
-        edges.append(values[place])
+        edges.append(values[edge])
     return np.unique(edges)

@@ -14,6 +14,7 @@ from __future__ import annotations
 import math
 
 import numpy as np
+from numpy.typing import NDArray
 
 _ROUNDS = 4
 
@@ -22,8 +23,8 @@ _MASK = (1 << 64) - 1
 _GOLDEN = 0x9E3779B97F4A7C15
 
 
-def mix(value: np.ndarray) -> np.ndarray:
-    """A 64-bit hash of 64-bit integers (SplitMix64's finaliser, Steele et al. 2014)."""
+def mix(value: NDArray[np.uint64]) -> NDArray[np.uint64]:
+    """A 64-bit hash of 64-bit integers (SplitMix64's finalizer, Steele et al. 2014)."""
     value = (value ^ (value >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     value = (value ^ (value >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return value ^ (value >> np.uint64(31))
@@ -52,14 +53,14 @@ class FeistelPermutation:
         self._keys = [np.uint64(key_of(key, number)) for number in range(_ROUNDS)]
 
     def __call__(self, index: int) -> int:
-        """The element at one place."""
+        """The element at one position."""
         return int(self.many(np.array([index], np.int64))[0])
 
     def many(self, index: np.ndarray) -> np.ndarray:
-        """(N,) int64 elements at (N,) places in [0, n)."""
+        """(N,) int64 elements at (N,) positions in [0, n)."""
         index = np.asarray(index, np.int64)
         if index.size and (index.min() < 0 or index.max() >= self.n):
-            raise IndexError(f"places run from 0 to {self.n - 1}; got {index.min()} to {index.max()}")
+            raise IndexError(f"positions run from 0 to {self.n - 1}; got {index.min()} to {index.max()}")
         value = self._network(index.astype(np.uint64))
         outside = value >= self.n
         while outside.any():
@@ -67,7 +68,7 @@ class FeistelPermutation:
             outside = value >= self.n
         return value.astype(np.int64)
 
-    def _network(self, value: np.ndarray) -> np.ndarray:
+    def _network(self, value: NDArray[np.uint64]) -> NDArray[np.uint64]:
         high, low = value // self._low, value % self._low
         for number in range(0, _ROUNDS, 2):
             high = (high + mix(low + self._keys[number]) % self._high) % self._high

@@ -14,8 +14,8 @@ equal token edges of a bucket, of which only one can ever be used, are one.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, fields
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from typing import Annotated, Any, Literal
 
 import numpy as np
@@ -25,6 +25,7 @@ from raytrain.lengths.cost import CANARY_1B, CostModel
 from raytrain.lengths.grid import Bucket, BucketGrid
 from raytrain.lengths.histogram import LengthHistogram
 from raytrain.lengths.optimal import GridRow, optimal_rows, optimal_token_edges
+from raytrain.lengths.padding import padding_fraction
 from raytrain.settings import Range, Setting, refuse, setting_problems
 
 Policy = Literal["equal_mass", "optimal"]
@@ -115,7 +116,7 @@ class BucketPlanBody:
     histogram_id: str
 
     def __post_init__(self) -> None:
-        lengths = {len(one) for one in (self.buckets, self.counts, self.duration_padding, self.token_padding)}
+        lengths = {len(values) for values in (self.buckets, self.counts, self.duration_padding, self.token_padding)}
         durations = {duration for duration, _ in self.buckets}
         if len(lengths) != 1 or len(durations) != len(self.tps_limits):
             raise ValueError("its lists differ in length")
@@ -125,7 +126,7 @@ class BucketPlanBody:
 
 @dataclass(frozen=True)
 class BucketPlan:
-    """The grid with what is known about it. `tps_limits` has one entry per duration bucket (inf: no limit);
+    """The grid, and what it makes of a histogram. `tps_limits` has one entry per duration bucket (inf: no limit);
     `counts`, `duration_padding`, `token_padding` (fractions against the bucket's edge, None for an empty bucket) one
     per bucket."""
 
@@ -140,7 +141,7 @@ class BucketPlan:
     rejected: dict[str, int] = field(default_factory=dict)
     histogram_id: str = ""
 
-    def place(self, duration_ms: np.ndarray, tokens: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def assign(self, duration_ms: np.ndarray, tokens: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """(N,) bucket numbers with -1 for rejected ones, and (N,) reasons, empty where there is a bucket.
 
         Durations count as their histogram cell (the next 10 ms), so plan and assignment agree on every row.
@@ -174,36 +175,31 @@ class BucketPlan:
         return {key: list(value) if isinstance(value, tuple) else value for key, value in body.items()}
 
     @classmethod
-    def from_body(cls, body: dict[str, Any]) -> BucketPlan:
+    def from_body(cls, body: Mapping[str, Any]) -> BucketPlan:
         """The inverse of `to_body`."""
-        values = {key: tuple(value) if isinstance(value, list) else value for key, value in body.items()}
-        buckets = values.pop("buckets")
-        values["tps_limits"] = tuple(math.inf if limit is None else limit for limit in body["tps_limits"])
-        values = {part.name: values[part.name] for part in fields(cls) if part.name in values}
-        return cls(grid=BucketGrid(tuple(Bucket(*edges) for edges in buckets)), **values)
+        return cls(
+            grid=BucketGrid(tuple(Bucket(*edges) for edges in body["buckets"])),
+            policy=body["policy"],
+            min_duration_ms=body["min_duration_ms"],
+            max_tokens=body["max_tokens"],
+            tps_limits=tuple(math.inf if limit is None else limit for limit in body["tps_limits"]),
+            counts=tuple(body.get("counts", ())),
+            duration_padding=tuple(body.get("duration_padding", ())),
+            token_padding=tuple(body.get("token_padding", ())),
+            rejected=body.get("rejected", {}),
+            histogram_id=body.get("histogram_id", ""),
+        )
 
 
 def make_plan(
     histogram: LengthHistogram, settings: BucketSettings, histogram_id: str, cost: CostModel = CANARY_1B
 ) -> BucketPlan:
-    """A plan for the utterances of `histogram`; `cost` is what the policy `optimal` minimises.
+    """A plan for the utterances of `histogram`; `cost` is what the policy `optimal` minimizes.
 
     Raises `PlanError` where no utterance is within the limits, where a duration bucket would keep none under
     `max_tps`, and where `max_tps` has not one number per duration bucket.
     """
-    usable = (
-        (histogram.cells >= settings.min_duration_ms)
-        & (histogram.cells <= settings.max_duration_ms)
-        & (histogram.tokens <= settings.max_tokens)
-    )
-    kept = histogram.select(usable)
-    if not kept.total:
-        raise PlanError(
-            "no utterance is within the limits",
-            got=f"{histogram.total} utterances",
-            allowed=f"{settings.min_duration_ms} to {settings.max_duration_ms} ms, ≤ {settings.max_tokens} tokens",
-            remedy="widen buckets.min_duration_ms, max_duration_ms or max_tokens",
-        )
+    kept = _within_limits(histogram, settings)
     rows = _rows(kept, settings, cost)
     index, limits, inside = _staying(kept, [row.max_duration_ms for row in rows], settings)
     buckets = []
@@ -225,6 +221,23 @@ def make_plan(
     return _with_counts(bare, histogram)
 
 
+def _within_limits(histogram: LengthHistogram, settings: BucketSettings) -> LengthHistogram:
+    usable = (
+        (histogram.cells >= settings.min_duration_ms)
+        & (histogram.cells <= settings.max_duration_ms)
+        & (histogram.tokens <= settings.max_tokens)
+    )
+    kept = histogram.select(usable)
+    if not kept.total:
+        raise PlanError(
+            "no utterance is within the limits",
+            got=f"{histogram.total} utterances",
+            allowed=f"{settings.min_duration_ms} to {settings.max_duration_ms} ms, ≤ {settings.max_tokens} tokens",
+            remedy="widen buckets.min_duration_ms, max_duration_ms or max_tokens",
+        )
+    return kept
+
+
 def _rows(kept: LengthHistogram, settings: BucketSettings, cost: CostModel) -> list[GridRow]:
     """Duration edges and how many token edges each has."""
     number, split = settings.num_duration_buckets, settings.num_token_buckets
@@ -232,7 +245,7 @@ def _rows(kept: LengthHistogram, settings: BucketSettings, cost: CostModel) -> l
     if settings.policy == "equal_mass":
         return [GridRow(edge, n * split) for edge, n in zip(edges.tolist(), repeats.tolist(), strict=True)]
     # Edges are for the utterances that stay, and which stay depends on the edges: NeMo's rule says it well enough.
-    _, limits, inside = _staying(kept, edges, settings)
+    _, limits, inside = _staying(kept, edges.tolist(), settings)
     if not inside.any():
         raise _nobody_stays("the plan", kept, limits[0])
     staying = kept.select(inside)
@@ -288,17 +301,6 @@ def _token_edges(
     return np.unique(equal_mass_edges(tokens[order], counts[order], row.num_token_buckets))
 
 
-def padded_compute(plan: BucketPlan, histogram: LengthHistogram, cost: CostModel) -> float:
-    """Share of the compute that goes into padding when all utterances are padded to the edges of their buckets."""
-    buckets, _ = plan.place(histogram.cells, histogram.tokens)
-    inside = buckets >= 0
-    counts = histogram.counts[inside]
-    edges = np.array([(bucket.max_duration_ms, bucket.max_tokens) for bucket in plan.grid.buckets])[buckets[inside]]
-    padded = float((counts * cost.of(edges[:, 0], edges[:, 1])).sum())
-    real = float((counts * cost.of(histogram.cells[inside], histogram.tokens[inside])).sum())
-    return 1 - real / padded
-
-
 def equal_mass_edges(values: np.ndarray, counts: np.ndarray, num_buckets: int) -> np.ndarray:
     """(≤ num_buckets,) upper edges of sorted `values`, NeMo's and lhotse's rule; equal ones where a value holds
     several shares.
@@ -308,15 +310,15 @@ def equal_mass_edges(values: np.ndarray, counts: np.ndarray, num_buckets: int) -
     """
     mass = np.cumsum(values * counts) * num_buckets
     edges, target = [], int(mass[-1]) // num_buckets  # num_buckets times what must have gone by
-    while (place := int(np.searchsorted(mass, target, side="right"))) < len(mass):
-        step = int(values[place]) * num_buckets
-        before = int(mass[place]) - step * int(counts[place])
+    while (cell := int(np.searchsorted(mass, target, side="right"))) < len(mass):
+        step = int(values[cell]) * num_buckets
+        before = int(mass[cell]) - step * int(counts[cell])
         # The cut is between two utterances of this cell, or behind its last one.
         passed = (target - before) // step + 1
-        place += passed == counts[place]
-        if place == len(mass):
+        cell += passed == counts[cell]
+        if cell == len(mass):
             break
-        edges.append(values[place])
+        edges.append(values[cell])
         target = before + passed * step + int(mass[-1]) // num_buckets
     return np.array([*edges, values[-1]])
 
@@ -330,27 +332,20 @@ def tps_limit(rate: np.ndarray, counts: np.ndarray, sigma: float) -> float:
 
 
 def _with_counts(plan: BucketPlan, histogram: LengthHistogram) -> BucketPlan:
-    buckets, reasons = plan.place(histogram.cells, histogram.tokens)
-    counts, durations, tokens = [], [], []
-    for number, bucket in enumerate(plan.grid.buckets):
-        members = buckets == number
-        count = int(histogram.counts[members].sum())
-        counts.append(count)
-        for values, edge, out in (
-            (histogram.cells, bucket.max_duration_ms, durations),
-            (histogram.tokens, bucket.max_tokens, tokens),
-        ):
-            real = int((values[members] * histogram.counts[members]).sum())
-            out.append(round(1 - real / (count * edge), 6) if count else None)
+    buckets, reasons = plan.assign(histogram.cells, histogram.tokens)
+    members = [histogram.select(buckets == number) for number in range(len(plan.grid.buckets))]
+    pairs = list(zip(members, plan.grid.buckets, strict=True))
     names = [reason for reason in np.unique(reasons).tolist() if reason]
-    rejected = {name: int(histogram.counts[reasons == name].sum()) for name in names}
-    values = {**asdict(plan), "grid": plan.grid}
-    return BucketPlan(
-        **{
-            **values,
-            "counts": tuple(counts),
-            "duration_padding": tuple(durations),
-            "token_padding": tuple(tokens),
-            "rejected": rejected,
-        }
+    return replace(
+        plan,
+        counts=tuple(cells.total for cells in members),
+        duration_padding=tuple(_edge_padding(cells.cells, cells.counts, edge.max_duration_ms) for cells, edge in pairs),
+        token_padding=tuple(_edge_padding(cells.tokens, cells.counts, edge.max_tokens) for cells, edge in pairs),
+        rejected={name: int(histogram.counts[reasons == name].sum()) for name in names},
     )
+
+
+def _edge_padding(lengths: np.ndarray, counts: np.ndarray, edge: int) -> float | None:
+    """The padding of a bucket whose utterances all get its edge; None for an empty one."""
+    total = int(counts.sum())
+    return round(padding_fraction(int((lengths * counts).sum()), total * edge), 6) if total else None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
@@ -54,7 +54,7 @@ class BatchProfile:
     def __post_init__(self) -> None:
         if not self.batch_sizes or any(size < 1 for size in self.batch_sizes):
             raise ProfileError("every batch size must be at least 1", got=self.batch_sizes, remedy=_MADE_ANEW)
-        if any(len(one) != len(self.batch_sizes) for one in vars(self).values() if isinstance(one, tuple)):
+        if any(len(column) != len(self.batch_sizes) for column in vars(self).values() if isinstance(column, tuple)):
             raise ProfileError("a profile's lists differ in length", remedy=_MADE_ANEW)
 
     @property
@@ -67,7 +67,7 @@ class BatchProfile:
         """The measured peak of each bucket, the predicted one where there is none."""
         measured = self.measured_gib or (None,) * len(self.predicted_gib)
         return tuple(
-            found if found is not None else traced for found, traced in zip(measured, self.predicted_gib, strict=True)
+            traced if peak is None else peak for peak, traced in zip(measured, self.predicted_gib, strict=True)
         )
 
     def to_body(self) -> dict[str, Any]:
@@ -76,21 +76,21 @@ class BatchProfile:
         return {key: list(value) if isinstance(value, tuple) else value for key, value in body.items()}
 
     @classmethod
-    def from_body(cls, body: dict[str, Any]) -> BatchProfile:
+    def from_body(cls, body: Mapping[str, Any]) -> BatchProfile:
         """The inverse of `to_body`."""
         values = {key: tuple(value) if isinstance(value, list) else value for key, value in body.items()}
-        setting = ProbeSetting(**_fields_of(ProbeSetting, body["setting"]))
-        return cls(**{**_fields_of(cls, values), "setting": setting})
+        values["setting"] = ProbeSetting(**_fields_of(ProbeSetting, body["setting"]))
+        return cls(**_fields_of(cls, values))
 
     def check_matches(self, *, plan_id: str, model_id: str) -> None:
         """Raise `ProfileError` that names each difference where the profile is for another plan or model."""
         differences = [
-            f"{name} {found} instead of {wanted}"
-            for name, found, wanted in (
+            f"{name} {actual} instead of {wanted}"
+            for name, actual, wanted in (
                 ("bucket plan", self.plan_id, plan_id),
                 ("model", self.setting.model_id, model_id),
             )
-            if found != wanted
+            if actual != wanted
         ]
         if differences:
             raise ProfileError(
@@ -101,7 +101,7 @@ class BatchProfile:
             )
 
 
-def _fields_of(kind: type, values: dict[str, Any]) -> dict[str, Any]:
+def _fields_of(kind: type[BatchProfile | ProbeSetting], values: Mapping[str, Any]) -> dict[str, Any]:
     return {part.name: values[part.name] for part in fields(kind) if part.name in values}
 
 
@@ -119,16 +119,18 @@ def choose_profile(profiles: Sequence[BatchProfile], device_name: str | None, de
     for profile in profiles:
         if profile.confirmed and profile.setting.device_name == device_name:
             return profile
-    traced = [one for one in profiles if not one.confirmed and one.setting.device_gib <= device_gib * _NOMINAL]
+    limit = device_gib * _NOMINAL
+    traced = [profile for profile in profiles if not profile.confirmed and profile.setting.device_gib <= limit]
     if not traced:
-        listing = ", ".join(f"{one.setting.device_name} ({one.setting.device_gib:g} GiB)" for one in profiles)
+        settings = [profile.setting for profile in profiles]
+        listing = ", ".join(f"{setting.device_name} ({setting.device_gib:g} GiB)" for setting in settings)
         raise ProfileError(
             f"no batch profile for {device_name} with {device_gib:.1f} GiB",
             got=listing,
             why="batch sizes of another GPU waste memory or run out of it",
             remedy="run oomptimize on this kind of GPU, or trace it with oomptimize.device_memory",
         )
-    return max(traced, key=lambda one: one.setting.device_gib)
+    return max(traced, key=lambda profile: profile.setting.device_gib)
 
 
 def least_sizes(profiles: Sequence[BatchProfile]) -> tuple[int, ...]:

@@ -15,16 +15,23 @@ epoch, so buckets run out together.
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
-from typing import Any
+from typing import Any, TypedDict
 
 import numpy as np
 
 from raytrain.errors import PlanError
 from raytrain.lengths.mixture import Mixture
 from raytrain.lengths.permutation import key_of
+
+
+class ScheduleStateBody(TypedDict):
+    """A `ScheduleState` as a checkpoint keeps it."""
+
+    epoch: int
+    positions: list[int]
 
 
 @dataclass(frozen=True)
@@ -34,12 +41,12 @@ class ScheduleState:
     epoch: int
     positions: tuple[int, ...]
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> ScheduleStateBody:
         """JSON values."""
         return {"epoch": self.epoch, "positions": list(self.positions)}
 
     @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> ScheduleState:
+    def from_dict(cls, values: Mapping[str, Any]) -> ScheduleState:
         """The inverse of `to_dict`."""
         try:
             return cls(int(values["epoch"]), tuple(int(position) for position in values["positions"]))
@@ -81,7 +88,7 @@ class BatchSchedule:
                 remedy="run assign and oomptimize again",
             )
 
-    def restored(self, values: dict[str, Any]) -> ScheduleState:
+    def restored(self, values: Mapping[str, Any]) -> ScheduleState:
         """The state of a checkpoint. Raises `PlanError` where it is of other buckets."""
         state = ScheduleState.from_dict(values)
         if len(state.positions) != len(self.draws_per_bucket):
@@ -151,10 +158,10 @@ class BatchSchedule:
 
     def steps_in_epoch(self, world_size: int) -> int:
         """Steps of the first epoch, counted by going through it."""
-        one = BatchSchedule(self.seed, self.mixture, self.batch_sizes, num_epochs=1)
-        state, steps = one.initial(), 0
-        while not one.is_last(state, world_size):
-            _, state = one.step(state, world_size)
+        epoch = BatchSchedule(self.seed, self.mixture, self.batch_sizes, num_epochs=1)
+        state, steps = epoch.initial(), 0
+        while not epoch.is_last(state, world_size):
+            _, state = epoch.step(state, world_size)
             steps += 1
         return steps
 

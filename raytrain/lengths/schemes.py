@@ -22,6 +22,7 @@ import numpy as np
 
 from raytrain.lengths.cost import CostModel
 from raytrain.lengths.histogram import LengthHistogram
+from raytrain.lengths.padding import padding_fraction
 from raytrain.lengths.plan import BucketPlan, BucketSettings
 
 SCHEMES = ("R", "A", "B", "C", "D", "D+")
@@ -74,10 +75,10 @@ def sizes_by_seconds(
     fills a batch with what comes, hence the mean and not the bucket's edge."""
     seconds = histogram.cells / 1000
     needs = histogram.counts * (seconds + seconds**2 / penalty_seconds)
-    place = plan.place(histogram.cells, histogram.tokens)[0]
-    inside, number = place >= 0, len(plan.grid.buckets)
-    counts = np.bincount(place[inside], histogram.counts[inside], number)
-    total = np.bincount(place[inside], needs[inside], number)
+    buckets = plan.assign(histogram.cells, histogram.tokens)[0]
+    inside, number = buckets >= 0, len(plan.grid.buckets)
+    counts = np.bincount(buckets[inside], histogram.counts[inside], number)
+    total = np.bincount(buckets[inside], needs[inside], number)
     return tuple(max(1, int(batch_seconds * n / need)) if n else 1 for n, need in zip(counts, total, strict=True))
 
 
@@ -101,15 +102,15 @@ def largest_batch_seconds(
 
 def sizes_by_memory(plan: BucketPlan, memory: Memory, budget: float, most: int = 4096) -> tuple[int, ...]:
     """The largest batch of each bucket within the budget at its upper edges, at least 1."""
-    found = []
+    sizes = []
     for bucket in plan.grid.buckets:
         low, high = 1, most + 1  # `low` fits, or is all there is
         while high - low > 1:
             middle = (low + high) // 2
             edges = np.array([middle]), np.array([bucket.max_duration_ms]), np.array([bucket.max_tokens])
             low, high = (middle, high) if memory(*edges)[0] <= budget else (low, middle)
-        found.append(low)
-    return tuple(found)
+        sizes.append(low)
+    return tuple(sizes)
 
 
 @dataclass(frozen=True)
@@ -155,44 +156,72 @@ def simulate_scheme(
     traced: int = 240,
 ) -> SchemeRow:
     """Draw `steps` batches of a scheme, buckets as often as they have batches, and count."""
-    place = plan.place(histogram.cells, histogram.tokens)[0]
-    kept = place >= 0
-    counts = np.bincount(place[kept], histogram.counts[kept], len(sizes))
-    size_of = np.array(sizes, np.int64)
-    per_epoch = counts / size_of
+    cells = _BucketCells(histogram, plan, np.array(sizes, np.int64))
     rng = np.random.default_rng(seed)
-    steps = min(steps, max(traced, int(_MAX_DRAWN / (counts.sum() / per_epoch.sum()))))
-    buckets = rng.choice(len(size_of), steps, p=per_epoch / per_epoch.sum())
-    real, padded, peaks = np.zeros(3), np.zeros(3), np.zeros(steps)
-    for number in np.unique(buckets):
-        where = np.flatnonzero(buckets == number)
-        members = np.flatnonzero(place == number)
-        share = histogram.counts[members] / counts[number]
-        drawn = members[rng.choice(len(members), (len(where), size_of[number]), p=share)]
-        lengths, tokens = histogram.cells[drawn], histogram.tokens[drawn]
-        longest, most, size = lengths.max(1), tokens.max(1), size_of[number]
-        real += lengths.sum(), tokens.sum(), cost.of(lengths, tokens).sum()
-        padded += size * longest.sum(), size * most.sum(), size * cost.of(longest, most).sum()
-        peaks[where] = memory(np.full(len(where), size), longest, most) / budget
-    audio, token, compute = (float(one) for one in 1 - real / padded)
+    steps = min(steps, max(traced, int(_MAX_DRAWN / cells.mean_batch)))
+    buckets = rng.choice(len(sizes), steps, p=cells.batches_per_epoch / cells.batches_per_epoch.sum())
+    drawn = cells.draw(buckets, rng, cost, memory)
+    audio, token, compute = map(padding_fraction, drawn.real.tolist(), drawn.padded.tolist())
+    peaks = drawn.peaks / budget
     return SchemeRow(
         scheme=scheme,
         title=_TITLES[scheme],
-        buckets=len(size_of),
-        rejected=int(histogram.counts[~kept].sum()),
-        batch_sizes=tuple(int(size) for size in size_of),
+        buckets=len(sizes),
+        rejected=cells.rejected,
+        batch_sizes=tuple(int(size) for size in sizes),
         batch_seconds=batch_seconds,
         audio_padding=audio,
         token_padding=token,
         compute_padding=compute,
-        mean_batch=float(size_of[buckets].mean()),
-        audio_seconds=float(real[0]) / 1000 / steps,
+        mean_batch=float(cells.batch_sizes[buckets].mean()),
+        audio_seconds=float(drawn.real[0]) / 1000 / steps,
         memory_mean=float(peaks.mean()),
         memory_worst=float(peaks.max()),
-        steps_per_epoch=float(per_epoch.sum()),
-        flops=6 * float(padded[2]) / steps,  # two operations per multiply-accumulate; backward is twice forward
+        steps_per_epoch=float(cells.batches_per_epoch.sum()),
+        flops=6 * float(drawn.padded[2]) / steps,  # two operations per multiply-accumulate; backward is twice forward
         memory_trace=tuple(np.round(peaks[:traced], 4).tolist()),
     )
+
+
+@dataclass(frozen=True)
+class _DrawnBatches:
+    """Sums over drawn batches, `real` and `padded`: audio (ms), tokens and compute; `peaks` (N,) bytes of each."""
+
+    real: np.ndarray
+    padded: np.ndarray
+    peaks: np.ndarray
+
+
+class _BucketCells:
+    """A histogram's cells by a plan's buckets, from which batches of `batch_sizes` utterances are drawn."""
+
+    def __init__(self, histogram: LengthHistogram, plan: BucketPlan, batch_sizes: np.ndarray) -> None:
+        self.batch_sizes, self._histogram = batch_sizes, histogram
+        self._buckets = plan.assign(histogram.cells, histogram.tokens)[0]
+        kept = self._buckets >= 0
+        self._counts = np.bincount(self._buckets[kept], histogram.counts[kept], len(batch_sizes))
+        self.rejected = int(histogram.counts[~kept].sum())
+        self.batches_per_epoch = self._counts / batch_sizes
+        self.mean_batch = self._counts.sum() / self.batches_per_epoch.sum()
+
+    def draw(self, buckets: np.ndarray, rng: np.random.Generator, cost: CostModel, memory: Memory) -> _DrawnBatches:
+        """A batch of each of `buckets` (N,)."""
+        real, padded, peaks = np.zeros(3), np.zeros(3), np.zeros(len(buckets))
+        for bucket in np.unique(buckets):
+            batches, size = np.flatnonzero(buckets == bucket), self.batch_sizes[bucket]
+            lengths, tokens = self._draw(bucket, len(batches), rng)
+            longest, most = lengths.max(1), tokens.max(1)
+            real += lengths.sum(), tokens.sum(), cost.of(lengths, tokens).sum()
+            padded += size * longest.sum(), size * most.sum(), size * cost.of(longest, most).sum()
+            peaks[batches] = memory(np.full(len(batches), size), longest, most)
+        return _DrawnBatches(real, padded, peaks)
+
+    def _draw(self, bucket: int, number: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+        """(number, batch size) durations and tokens of batches of a bucket."""
+        members = np.flatnonzero(self._buckets == bucket)
+        shares = self._histogram.counts[members] / self._counts[bucket]
+        drawn = members[rng.choice(len(members), (number, self.batch_sizes[bucket]), p=shares)]
+        return self._histogram.cells[drawn], self._histogram.tokens[drawn]
 
 
 def random_batch(histogram: LengthHistogram, size: int, seed: int = 0) -> list[tuple[int, int]]:

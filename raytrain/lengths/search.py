@@ -191,7 +191,7 @@ class SharedBrackets:
         tolerance: float = 0.05,
     ) -> None:
         self._edges, self._budget = list(edges), budget
-        self._needs = None if needs is None else [(base, max(slope, 1.0)) for base, slope in needs]
+        self._needs = [(base, max(slope, 1.0)) for base, slope in needs or ()]
         self._fits = [0] * len(edges)
         self._fails: list[int | None] = [None] * len(edges)
         self._peaks: dict[int, tuple[int, float]] = {}  # bucket: its largest measured fit, and that one's peak
@@ -225,7 +225,7 @@ class SharedBrackets:
     def start(self, bucket: int) -> int | None:
         """The size to try next in a bucket, at least 1: one that should fit with little room left. None without
         predictions."""
-        if self._needs is None:
+        if not self._needs:
             return None
         base, slope = self._needs[bucket]
         if bucket in self._peaks:
@@ -240,7 +240,7 @@ class SharedBrackets:
     def ceiling(self, bucket: int) -> int | None:
         """The largest size that can fit by the bucket's measured peak, at least the one that was measured; None
         without."""
-        if self._needs is None or bucket not in self._peaks:
+        if not self._needs or bucket not in self._peaks:
             return None
         size, peak = self._peaks[bucket]
         return size + max(0, int((self._limit() - peak) / self._slopes(bucket)[0]))
@@ -262,9 +262,9 @@ class SharedBrackets:
     def _limit(self) -> float:
         """Measured bytes at which the device runs out: the budget, or less by what failed."""
         fails = [
-            peak + (self._fails[bucket] - size) * self._slopes(bucket)[1]
+            peak + (smallest - size) * self._slopes(bucket)[1]
             for bucket, (size, peak) in self._peaks.items()
-            if self._fails[bucket] is not None
+            if (smallest := self._fails[bucket]) is not None
         ]
         fits = max(peak for _, peak in self._peaks.values())
         return min(self._budget, max(fits, min(fails, default=self._budget)))

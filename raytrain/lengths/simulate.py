@@ -9,7 +9,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from raytrain.errors import PlanError
-from raytrain.lengths.schedule import BatchSchedule, StepPlan
+from raytrain.lengths.padding import padded_sizes, padding_fraction
+from raytrain.lengths.schedule import BatchSchedule, ScheduleState, StepPlan
 
 _CHECKED_RANKS = 8
 
@@ -49,59 +50,79 @@ def simulate(
 
     Raises `PlanError` for a schedule without a step.
     """
-    mixture = schedule.mixture
-    others = [
-        BatchSchedule(schedule.seed, mixture, schedule.batch_sizes, schedule.num_epochs) for _ in range(_CHECKED_RANKS)
-    ]
-    others = others[: max(0, min(_CHECKED_RANKS, world_size) - 1)]
-    states = [one.initial() for one in others]
-    state, done, agreed, rows = schedule.initial(), 0, 0, 0
-    real, padded, imbalance, spent = np.zeros(2), np.zeros(2), 0.0, 0.0
-    audio = np.zeros(len(mixture.repeats))
-    while done < steps and not schedule.is_last(state, world_size):
+    ranks, tally = _IndependentRanks(schedule, world_size), _Tally(len(schedule.mixture.repeats))
+    state, spent = schedule.initial(), 0.0
+    while tally.steps < steps and not schedule.is_last(state, world_size):
         start = time.perf_counter()
         plan, state = schedule.step(state, world_size)
-        schedule.rows(plan, done % world_size)
+        schedule.rows(plan, tally.steps % world_size)
         spent += time.perf_counter() - start
-        buckets = {plan.bucket}
-        for index, one in enumerate(others):
-            own, states[index] = one.step(states[index], world_size)
-            buckets.add(own.bucket)
-        agreed += len(buckets) == 1
         numbers = schedule.all_rows(plan)
         durations, tokens = (values[numbers] for values in lengths[plan.bucket])
-        longest = _padded(plan, durations)
-        real += durations.sum(), tokens.sum()
-        padded += longest.sum(), _padded(plan, tokens).sum()
-        imbalance += longest.max() / longest.mean()
-        audio += np.bincount(mixture.corpora(plan.bucket, numbers), durations, len(audio))
-        rows += len(numbers)
-        done += 1
-        on_step(done)
-    if not done:
+        tally.add(plan, durations, tokens, schedule.mixture.corpora(plan.bucket, numbers))
+        tally.agreed += ranks.step() <= {plan.bucket}
+        on_step(tally.steps)
+    if not tally.steps:
         raise PlanError(
             f"the schedule has no step for {world_size} worker(s)",
             got=f"{sum(schedule.draws_per_bucket)} rows in an epoch",
             remedy="train with fewer workers or on more rows, or raise train.max_epochs",
         )
-    per_epoch = sum(schedule.draws_per_bucket)
-    return Simulation(
-        steps=done,
-        world_size=world_size,
-        epochs=rows / per_epoch,
-        rows=rows,
-        mean_batch=rows / done / world_size,
-        audio_padding=float(1 - real[0] / padded[0]),
-        token_padding=float(1 - real[1] / padded[1]),
-        bucket_agreement=agreed / done,
-        slowest_rank=float(imbalance / done),
-        audio_share=tuple((audio / audio.sum()).tolist()),
-        remainder=schedule.remainder(state),
-        seconds_per_batch=spent / done,
-    )
+    return tally.simulation(schedule, state, world_size, seconds_per_batch=spent / tally.steps)
 
 
-def _padded(plan: StepPlan, values: np.ndarray) -> np.ndarray:
-    """(world_size,) padded sizes of the ranks' batches: number of rows times the largest."""
-    starts = np.cumsum((0, *plan.sizes[:-1]))
-    return np.maximum.reduceat(values, starts) * np.array(plan.sizes)
+class _IndependentRanks:
+    """Ranks that each go through the schedule by themselves, as those of a training do."""
+
+    def __init__(self, schedule: BatchSchedule, world_size: int) -> None:
+        number = max(0, min(_CHECKED_RANKS, world_size) - 1)
+        self._schedules = [
+            BatchSchedule(schedule.seed, schedule.mixture, schedule.batch_sizes, schedule.num_epochs)
+            for _ in range(number)
+        ]
+        self._states = [rank.initial() for rank in self._schedules]
+        self._world_size = world_size
+
+    def step(self) -> set[int]:
+        """The buckets that they are in at the next step."""
+        steps = [rank.step(state, self._world_size) for rank, state in zip(self._schedules, self._states, strict=True)]
+        self._states = [state for _, state in steps]
+        return {plan.bucket for plan, _ in steps}
+
+
+class _Tally:
+    """Sums over steps: `real` and `padded` are (audio in ms, tokens), `audio` is ms by corpus."""
+
+    def __init__(self, num_corpora: int) -> None:
+        self.steps = self.rows = self.agreed = 0
+        self.real, self.padded, self.audio = np.zeros(2), np.zeros(2), np.zeros(num_corpora)
+        self.imbalance = 0.0
+
+    def add(self, plan: StepPlan, durations: np.ndarray, tokens: np.ndarray, corpora: np.ndarray) -> None:
+        """Take in a step: lengths and corpora of all ranks' rows, one rank after the other."""
+        audio = padded_sizes(durations, plan.sizes)
+        self.real += durations.sum(), tokens.sum()
+        self.padded += audio.sum(), padded_sizes(tokens, plan.sizes).sum()
+        self.imbalance += audio.max() / audio.mean()
+        self.audio += np.bincount(corpora, durations, len(self.audio))
+        self.rows += len(durations)
+        self.steps += 1
+
+    def simulation(
+        self, schedule: BatchSchedule, state: ScheduleState, world_size: int, seconds_per_batch: float
+    ) -> Simulation:
+        """What the steps up to `state` come to; at least one."""
+        return Simulation(
+            steps=self.steps,
+            world_size=world_size,
+            epochs=self.rows / sum(schedule.draws_per_bucket),
+            rows=self.rows,
+            mean_batch=self.rows / self.steps / world_size,
+            audio_padding=padding_fraction(float(self.real[0]), float(self.padded[0])),
+            token_padding=padding_fraction(float(self.real[1]), float(self.padded[1])),
+            bucket_agreement=self.agreed / self.steps,
+            slowest_rank=float(self.imbalance / self.steps),
+            audio_share=tuple((self.audio / self.audio.sum()).tolist()),
+            remainder=schedule.remainder(state),
+            seconds_per_batch=seconds_per_batch,
+        )

@@ -14,8 +14,7 @@ from raytrain.data.sequences import BlockEncoder
 from raytrain.data.threads import available_cpus, loader_threads
 from raytrain.data.work import StepWork, scheduled_work
 from raytrain.errors import ArtifactError, ConfigError
-from raytrain.lengths.mixture import Mixture, repeats_of
-from raytrain.lengths.sampling import sampling_shares
+from raytrain.lengths.mixture import Mixture, repeats_of, sampling_shares
 from raytrain.lengths.schedule import BatchSchedule
 from raytrain.run_folder.chunks import chunks_of, numbered_chunks
 from raytrain.run_folder.documents import CorpusStatistics

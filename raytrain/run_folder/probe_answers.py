@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from raytrain.storage.artifacts import atomic_write_bytes, canonical_json, read_state
-from raytrain.training.memory.probing import (
+from raytrain.training.memory.coordinator import (
     Answer,
     AnswerNote,
     ProbeCoordinator,

@@ -17,8 +17,8 @@ from raytrain.model.config import ModelConfig
 from raytrain.run_folder.workspace import Workspace
 from raytrain.stages.devices import GIB, Device, probe_placements, sharded_world
 from raytrain.stages.predicted_sizes import does_not_fit, edges_of, predict
-from raytrain.training.memory.probing import ProbeJob, ProbeOutcome
-from raytrain.training.memory.tracer import Prediction
+from raytrain.training.memory.coordinator import ProbeJob, ProbeOutcome
+from raytrain.training.memory.prediction import Prediction
 from raytrain.training.step import resolve_precision
 
 Needs = list[tuple[float, float]]  # the predicted memory of each bucket's step: bytes, and bytes per utterance

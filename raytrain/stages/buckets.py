@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 
 from raytrain.lengths import make_plan, padding_by_scheme
-from raytrain.lengths.padding import PaddingRow
+from raytrain.lengths.compare import PaddingRow
 from raytrain.model.cost import cost_of
 from raytrain.run_folder.documents import PLAN_FORMAT
 from raytrain.run_folder.histograms import HISTOGRAM, read_histogram

@@ -19,8 +19,8 @@ from raytrain.stages.batch_profiles import Cell, find_profiles, profile_summary,
 from raytrain.stages.context import Context
 from raytrain.stages.devices import GIB, find_devices
 from raytrain.storage.artifacts import atomic_write_bytes, write_json
+from raytrain.training.memory.coordinator import ProbeOutcome
 from raytrain.training.memory.meter import Probe
-from raytrain.training.memory.probing import ProbeOutcome
 from raytrain.training.memory.tracer import TRACER_VERSION
 
 PROFILE = "batch_profile.json"

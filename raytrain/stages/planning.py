@@ -20,7 +20,7 @@ from raytrain.run_folder.workspace import Workspace
 from raytrain.stages.devices import GIB, traced_device
 from raytrain.stages.oomptimize import tracing_progress
 from raytrain.stages.predicted_sizes import predict
-from raytrain.training.memory.tracer import Prediction
+from raytrain.training.memory.prediction import Prediction
 
 
 def compare_plans(config: Config) -> list[PolicyRow]:

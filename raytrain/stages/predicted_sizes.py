@@ -15,12 +15,14 @@ from raytrain.lengths.plan import BucketPlan
 from raytrain.model.config import ModelConfig
 from raytrain.stages.devices import GIB, Device
 from raytrain.storage.artifacts import content_id
-from raytrain.training.memory.tracer import Neighbours, Prediction, StepTracer, predict_batch_size
+from raytrain.training.memory.prediction import Prediction, predict_batch_size
+from raytrain.training.memory.surface import NeighborLines
+from raytrain.training.memory.tracer import StepTracer
 from raytrain.training.settings import TrainSettings
 from raytrain.training.step import resolve_precision
 
 Edges = tuple[int, int]  # max_duration_ms, max_tokens
-_TRACERS: dict[str, tuple[StepTracer, Neighbours]] = {}
+_TRACERS: dict[str, tuple[StepTracer, NeighborLines]] = {}
 
 
 def predict_buckets(
@@ -43,7 +45,7 @@ def predict_buckets(
         # Of the numbers of workers that training may have, the one in which a rank takes most.
         world_size = train.least_workers if train.shard else train.most_workers
         tracer = StepTracer(model, train, precision=precision, world_size=world_size, device_type=device_type)
-        _TRACERS[key] = tracer, Neighbours()
+        _TRACERS[key] = tracer, NeighborLines()
     tracer, neighbours = _TRACERS[key]
     predictions = []
     for cell in cells:

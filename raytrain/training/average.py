@@ -16,16 +16,17 @@ class WeightAverage:
     """
 
     def __init__(self, model: nn.Module, decay: float) -> None:
-        self._names, self._weights = [], []
+        self._names: list[str] = []
+        self._weights: list[Tensor] = []
         for name, parameter in model.named_parameters():
             if parameter.requires_grad:
                 self._names.append(name)
                 self._weights.append(parameter)
         self._average = [weight.detach().clone() for weight in self._weights]
         # A tied weight has several names in a model's state, and is one and the same under all of them.
-        place = {id(weight): number for number, weight in enumerate(self._weights)}
-        every = model.named_parameters(remove_duplicate=False)
-        self._aliases = {name: place[id(weight)] for name, weight in every if id(weight) in place}
+        numbers = {id(weight): number for number, weight in enumerate(self._weights)}
+        aliases = model.named_parameters(remove_duplicate=False)
+        self._aliases = {name: numbers[id(weight)] for name, weight in aliases if id(weight) in numbers}
         self._decay, self._updates = decay, 0
 
     @torch.no_grad()
@@ -36,7 +37,7 @@ class WeightAverage:
         torch._foreach_lerp_(self._average, self._weights, 1 - decay)
 
     @contextlib.contextmanager
-    def in_place(self) -> Iterator[None]:
+    def swapped_in(self) -> Iterator[None]:
         """Within it the model has the averaged weights."""
         self._swap()
         try:
@@ -53,7 +54,7 @@ class WeightAverage:
 
     def state_dict(self) -> dict[str, Tensor]:
         """Averages by each name of a parameter, and the number of updates as `updates`; all ranks must ask for it."""
-        whole = [one.full_tensor() if hasattr(one, "full_tensor") else one for one in self._average]
+        whole = [average.full_tensor() if hasattr(average, "full_tensor") else average for average in self._average]
         averages = {name: whole[number] for name, number in self._aliases.items()}
         return {**averages, "updates": torch.tensor(self._updates)}
 
@@ -62,9 +63,12 @@ class WeightAverage:
         """The inverse of `state_dict`."""
         for name, average in zip(self._names, self._average, strict=True):
             value = state[name].to(average.device)
-            if hasattr(average, "full_tensor"):  # of a sharded model
-                from torch.distributed.tensor import distribute_tensor
-
-                value = distribute_tensor(value, average.device_mesh, average.placements)
-            average.copy_(value)
+            average.copy_(_sharded_like(value, average) if hasattr(average, "full_tensor") else value)
         self._updates = int(state["updates"])
+
+
+def _sharded_like(value: Tensor, target: Tensor) -> Tensor:
+    """A whole tensor as the ranks of a sharded model hold it."""
+    from torch.distributed.tensor import DTensor, distribute_tensor  # their imports take seconds
+
+    return distribute_tensor(value, target.device_mesh, target.placements) if isinstance(target, DTensor) else value

@@ -14,7 +14,7 @@ import io
 import os
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,33 +27,39 @@ from raytrain.storage.artifacts import (
     atomic_write_bytes,
     canonical_json,
     file_id,
-    is_count,
-    is_number,
     make_folder,
     parse_json,
     read_at_once,
     storage_error,
 )
+from raytrain.training.checkpoint_meta import (
+    FORMAT,
+    BestNote,
+    CheckpointMeta,
+    Score,
+    is_score,
+    parse_meta,
+    validation_of,
+)
 
 META = "meta.json"
-_FORMAT = "raytrain.checkpoint/1"
 BEST = "best.json"
 StateDict = dict[str, Any]  # tensors by name, or what an optimizer nests of them
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A checkpoint that was found complete on disk."""
+    """A checkpoint that is complete on disk."""
 
     folder: Path
-    meta: dict[str, Any]
+    meta: CheckpointMeta
 
     @property
     def step(self) -> int:
         """Optimizer steps done when it was written."""
         return self.meta["step"]
 
-    def load(self, name: str, device: str | torch.device = "cpu") -> dict[str, Any]:
+    def load(self, name: str, device: str | torch.device = "cpu") -> StateDict:
         """Read `model`, `optimizer` or `average`. Raises `CheckpointError` for a damaged file."""
         path = self.folder / f"{name}.pt"
         try:
@@ -85,7 +91,7 @@ class Checkpoint:
         """Whether there is such a part."""
         return f"{name}.pt" in self.meta["files"]
 
-    def load_weights(self, device: str | torch.device = "cpu") -> dict[str, Any]:
+    def load_weights(self, device: str | torch.device = "cpu") -> StateDict:
         """The weights to decode with: averaged where there is an average."""
         state = self.load("model", device)
         if self.has("average"):
@@ -97,8 +103,8 @@ class Checkpoint:
 def write_checkpoint(
     final: Path,
     step: int,
-    parts: dict[str, dict],
-    meta: dict[str, Any],
+    parts: Mapping[str, StateDict],
+    meta: CheckpointMeta,
     extra: Callable[[Path], object] | None = None,
 ) -> Checkpoint:
     """Write one checkpoint folder, which appears whole or not at all and replaces an older one of its name.
@@ -113,7 +119,7 @@ def write_checkpoint(
         if extra is not None:
             extra(temporary)
         files = {f"{name}.pt": file_id(temporary / f"{name}.pt") for name in parts}
-        document = {"format": _FORMAT, "step": step, "files": files, **meta}
+        document: CheckpointMeta = {"format": FORMAT, "step": step, "files": files, **meta}
         (temporary / META).write_bytes(canonical_json(document))
         os.chmod(temporary, 0o755)
         if final.exists():
@@ -126,7 +132,7 @@ def write_checkpoint(
     return Checkpoint(final, document)
 
 
-def _save(state: dict[str, Any], path: Path) -> None:
+def _save(state: StateDict, path: Path) -> None:
     """Write a state dict. Raises `OSError` where the disk is full or a limit is reached."""
     with _CheckedFile(path, "wb") as file:
         try:
@@ -158,54 +164,15 @@ def read_checkpoint(folder: Path) -> Checkpoint | None:
     """A checkpoint folder whose files are all there and unchanged, else None."""
     try:
         meta = parse_meta(read_at_once(folder / META))
-        whole = meta is not None and all(file_id(folder / name) == known for name, known in meta["files"].items())
+        if meta is None or any(file_id(folder / name) != identity for name, identity in meta["files"].items()):
+            return None
     except (OSError, ValueError):
         return None
-    return Checkpoint(folder, meta) if whole else None
-
-
-def parse_meta(data: bytes) -> dict[str, Any] | None:
-    """What a checkpoint's `meta.json` says; None where that is not what `write_checkpoint` writes."""
-    try:
-        meta = parse_json(data)
-    except ValueError:
-        return None
-    if not isinstance(meta, dict) or meta.get("format") != _FORMAT or not is_count(meta.get("step")):
-        return None
-    files, optional = meta.get("files"), {"ids": {}, "model": {}, "schedule": {}, **meta}
-    fits = (
-        isinstance(files, dict)
-        and "model.pt" in files
-        and all(Path(name).name == name and isinstance(known, str) for name, known in files.items())
-        and all(isinstance(optional[name], dict) for name in ("ids", "model"))
-        and all(isinstance(identity, str) for identity in optional["ids"].values())
-        and all(is_number(meta.get(name, 0.0)) for name in ("seconds", "audio_seconds"))
-        and _is_schedule(optional["schedule"])
-    )
-    return meta if fits else None
-
-
-def _is_schedule(state: Any) -> bool:
-    """Whether this is how far a `BatchSchedule` or a stream had come, or nothing."""
-    if not isinstance(state, dict) or not is_count(state.get("epoch", 0)):
-        return False
-    positions, segments = state.get("positions", []), state.get("segments", [])
-    return (
-        (not state or "epoch" in state and ("positions" in state or "segments" in state))
-        and _are_counts(positions)
-        and isinstance(segments, list)
-        and all(
-            isinstance(one, list) and len(one) == 2 and _are_counts(one[0]) and is_count(one[1]) for one in segments
-        )
-    )
-
-
-def _are_counts(values: Any) -> bool:
-    return isinstance(values, list) and all(map(is_count, values))
+    return Checkpoint(folder, meta)
 
 
 class Mirror(Protocol):
-    """Keeps copies of checkpoint folders elsewhere. No method raises because that place is away."""
+    """Keeps copies of checkpoint folders elsewhere. No method raises where that storage is unavailable."""
 
     def put(self, source: Path) -> None:
         """Copy a folder or a file."""
@@ -221,7 +188,7 @@ class CheckpointFolder:
     def __init__(self, folder: Path, keep: int = 2, keep_best: int = 1, mirror: Mirror | None = None) -> None:
         self.folder, self.keep, self.keep_best, self._mirror = Path(folder), keep, keep_best, mirror
 
-    def save(self, step: int, parts: dict[str, dict], meta: dict[str, Any]) -> Checkpoint:
+    def save(self, step: int, parts: Mapping[str, StateDict], meta: CheckpointMeta) -> Checkpoint:
         """Write `parts` (name → state dict) as `step_N`. Raises `StorageError`; older ones stay as they are."""
         checkpoint = write_checkpoint(self.folder / f"step_{step:08d}", step, parts, meta)
         if self._mirror is not None:
@@ -232,10 +199,12 @@ class CheckpointFolder:
     def mark_best(self, step: int, error: float, validation: str | None = None) -> bool:
         """Note a checkpoint's validation error; True if it is the lowest so far. `validation` names what was validated
         on and how: errors on something else do not compare, and give way."""
-        best = self.best_note(validation)
-        known = [one for one in (best or {}).get("kept", []) if one["step"] != step]
-        kept = sorted([*known, {"step": step, "error": error}], key=lambda one: (one["error"], one["step"]))
-        note = {**kept[0], "kept": kept[: self.keep_best], **({"validation": validation} if validation else {})}
+        scores = [score for score in self._kept_scores(validation) if score["step"] != step]
+        scores.append({"step": step, "error": error})
+        kept = sorted(scores, key=lambda score: (score["error"], score["step"]))
+        note: BestNote = {"step": kept[0]["step"], "error": kept[0]["error"], "kept": kept[: self.keep_best]}
+        if validation:
+            note["validation"] = validation
         atomic_write_bytes(self.folder / BEST, canonical_json(note))
         if self._mirror is not None:
             self._mirror.put(self.folder / BEST)
@@ -262,8 +231,8 @@ class CheckpointFolder:
     def best(self) -> Checkpoint | None:
         """The checkpoint with the lowest validation error, else the newest."""
         note = self.best_note()
-        found = read_checkpoint(self.folder / f"step_{note['step']:08d}") if note else None
-        return found or self.newest()
+        checkpoint = read_checkpoint(self.folder / f"step_{note['step']:08d}") if note else None
+        return checkpoint or self.newest()
 
     def about(self, which: str) -> Checkpoint | None:
         """The `newest` or the `best` checkpoint for what its `meta` says; its files need not be here."""
@@ -277,27 +246,35 @@ class CheckpointFolder:
         """The checkpoint of a step with what `load_weights` reads. Raises `CheckpointError` where it is not whole."""
         return self.at(step)
 
-    def settle(self) -> None:
-        """Come back when what was saved is where it is to stay."""
+    def flush(self) -> None:
+        """Return once all that was saved is in its final storage."""
 
-    def best_note(self, validation: str | None = None) -> dict[str, Any] | None:
+    def best_note(self, validation: str | None = None) -> BestNote | None:
         """`step` and `error` of the best checkpoint, None before the first validation, or before the first that
         `validation` names (see `mark_best`)."""
         try:
             note = parse_json(read_at_once(self.folder / BEST))
         except (OSError, ValueError):
             return None
-        if not _is_score(note):
+        if not is_score(note):
             return None
         if validation is not None and note.get("validation", validation) != validation:
             return None
         kept = note.get("kept", [note])
-        if not isinstance(kept, list) or not kept or not all(map(_is_score, kept)):
+        if not isinstance(kept, list) or not kept or not all(map(is_score, kept)):
             return None
-        return {**note, "kept": [{"step": one["step"], "error": one["error"]} for one in kept]}
+        scores: list[Score] = [{"step": score["step"], "error": score["error"]} for score in kept]
+        best: BestNote = {"step": note["step"], "error": note["error"], "kept": scores}
+        if "validation" in note:
+            best["validation"] = note["validation"]
+        return best
+
+    def _kept_scores(self, validation: str | None = None) -> list[Score]:
+        note = self.best_note(validation)
+        return note["kept"] if note is not None else []
 
     def _prune(self) -> None:
-        best = {f"step_{one['step']:08d}" for one in (self.best_note() or {}).get("kept", [])}
+        best = {f"step_{score['step']:08d}" for score in self._kept_scores()}
         for name in self._names()[: -self.keep]:
             if name not in best:
                 shutil.rmtree(self.folder / name, ignore_errors=True)
@@ -308,22 +285,13 @@ class CheckpointFolder:
         return sorted(folder.name for folder in self.folder.glob("step_*"))
 
 
-def _is_score(note: Any) -> bool:
-    return isinstance(note, dict) and is_count(note.get("step")) and is_number(note.get("error"))
-
-
-def validation_of(meta: dict[str, Any]) -> str | None:
-    """What a checkpoint of this `meta` is validated on; see `CheckpointFolder.mark_best`."""
-    return meta.get("ids", {}).get("validation")
-
-
 class CheckpointWriter:
     """Writes checkpoints in a thread while training goes on; one at a time. An error is raised by the next call."""
 
     def __init__(self, folder: CheckpointFolder) -> None:
         self._folder = folder
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
-        self._pending: Future | None = None
+        self._pending: Future[None] | None = None
 
     def __enter__(self) -> CheckpointWriter:
         return self
@@ -337,8 +305,10 @@ class CheckpointWriter:
         finally:
             self._pool.shutdown()
 
-    def save(self, step: int, parts: dict[str, dict], meta: dict[str, Any], error: float | None, *, wait: bool) -> None:
-        """Copy `parts` to the host and hand them over; with `wait` come back when all is written."""
+    def save(
+        self, step: int, parts: Mapping[str, StateDict], meta: CheckpointMeta, error: float | None, *, wait: bool
+    ) -> None:
+        """Copy `parts` to the host and hand them over; with `wait` return once all is written."""
         self.wait()
         self._pending = self._pool.submit(self._write, step, _on_host(parts), meta, error)
         if wait:
@@ -350,18 +320,18 @@ class CheckpointWriter:
             pending, self._pending = self._pending, None
             pending.result()
 
-    def _write(self, step: int, parts: dict[str, dict], meta: dict[str, Any], error: float | None) -> None:
+    def _write(self, step: int, parts: Mapping[str, StateDict], meta: CheckpointMeta, error: float | None) -> None:
         self._folder.save(step, parts, meta)
         if error is not None:
             self._folder.mark_best(step, error, validation_of(meta))
 
 
-def _on_host(value: Any) -> Any:
-    """A copy of nested dictionaries and lists with their tensors in host memory: training changes its own in place."""
+def _on_host(value: object) -> Any:
+    """A copy of nested dictionaries and lists with their tensors in host memory: training goes on changing its own."""
     if isinstance(value, torch.Tensor):
         return value.detach().to("cpu", copy=True)
     if isinstance(value, dict):
-        return {key: _on_host(one) for key, one in value.items()}
+        return {key: _on_host(entry) for key, entry in value.items()}
     if isinstance(value, list):
-        return [_on_host(one) for one in value]
+        return [_on_host(entry) for entry in value]
     return value

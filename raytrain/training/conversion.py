@@ -12,7 +12,6 @@ from dataclasses import asdict
 from enum import StrEnum
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
 
 from raytrain.data.text.tokenizer import CanaryTokenizer
 from raytrain.errors import CheckpointError, StorageError
@@ -22,6 +21,7 @@ from raytrain.model.formats.nemo import read_nemo, write_nemo
 from raytrain.model.formats.portable import ModelParts, check_state
 from raytrain.storage.artifacts import check_absent, file_id, storage_error
 from raytrain.training.checkpoint import Checkpoint, CheckpointFolder, read_checkpoint, write_checkpoint
+from raytrain.training.checkpoint_meta import CheckpointMeta
 
 _KINDS = "a .nemo file, a run folder, a checkpoint folder (step_N) or a Hugging Face folder"
 
@@ -61,7 +61,7 @@ def load_model(path: Path) -> ModelParts:
             allowed=_KINDS,
             remedy="name a folder that has one; a run has none before its first checkpoint",
         )
-    return _read_own(checkpoint)
+    return _read_raytrain(checkpoint)
 
 
 def find_checkpoint(path: Path) -> Checkpoint | None:
@@ -72,7 +72,7 @@ def find_checkpoint(path: Path) -> Checkpoint | None:
     return CheckpointFolder(folder if folder.is_dir() else path).best()
 
 
-def model_config_of(meta: dict[str, Any]) -> ModelConfig:
+def model_config_of(meta: CheckpointMeta) -> ModelConfig:
     """`ModelConfig` from a checkpoint's meta data. Raises `CheckpointError`."""
     try:
         values = dict(meta["model"])
@@ -85,7 +85,7 @@ def model_config_of(meta: dict[str, Any]) -> ModelConfig:
         ) from error
 
 
-def model_stamp(path: Path) -> list[Any]:
+def model_stamp(path: Path) -> list[list[str]]:
     """Names a model's files and their content: what depends on the model depends on this.
 
     Raises `CheckpointError` where there is nothing at `path`.
@@ -113,23 +113,23 @@ def _file_id(path: Path, *stamp: int) -> str:
     return file_id(path)
 
 
-def _read_own(checkpoint: Checkpoint) -> ModelParts:
+def _read_raytrain(checkpoint: Checkpoint) -> ModelParts:
     folder = checkpoint.folder.resolve()
     # A training run keeps its tokenizer once, beside its checkpoints; an exported model has its own.
-    places = [folder / "tokenizer", folder.parent.parent / "tokenizer"]
-    found = next((place for place in places if (place / "tokenizer.json").exists()), None)
-    if found is None:
+    folders = [folder / "tokenizer", folder.parent.parent / "tokenizer"]
+    tokenizer_folder = next((candidate for candidate in folders if (candidate / "tokenizer.json").exists()), None)
+    if tokenizer_folder is None:
         raise CheckpointError(
             f"{checkpoint.folder} has no tokenizer",
             allowed="a folder tokenizer in it or in its run folder",
             remedy="copy the tokenizer folder of the run that trained it beside its checkpoints",
         )
     config = model_config_of(checkpoint.meta)
-    tokenizer = CanaryTokenizer.load(found)
+    tokenizer = CanaryTokenizer.load(tokenizer_folder)
     wanted = checkpoint.meta.get("ids", {}).get("tokenizer")
     if tokenizer.id != wanted or tokenizer.vocab_size != config.vocab_size:
         raise CheckpointError(
-            f"{checkpoint.folder} was made with another tokenizer than {found}",
+            f"{checkpoint.folder} was made with another tokenizer than {tokenizer_folder}",
             got=f"{tokenizer.id} with {tokenizer.vocab_size} ids",
             allowed=f"{wanted} with {config.vocab_size} ids",
             why="the run has trained another tokenizer since, and its ids would mean other pieces",
@@ -167,7 +167,7 @@ def save_model(parts: ModelParts, path: Path, format: Format) -> None:
             raise storage_error(path, error) from error
         return
     tokenizer = CanaryTokenizer(parts.tokenizers)
-    meta = {"ids": {"tokenizer": tokenizer.id}, "model": asdict(parts.config)}
+    meta: CheckpointMeta = {"ids": {"tokenizer": tokenizer.id}, "model": asdict(parts.config)}
     write_checkpoint(path, 0, {"model": parts.state}, meta, extra=lambda folder: tokenizer.save(folder / "tokenizer"))
 
 

@@ -49,7 +49,7 @@ def kills_for_memory() -> tuple[str, int]:
 
 
 class FaultNotes:
-    """Notes of one run. `profile_id` names the batch profile that they are about: those of another one do not count.
+    """Notes of one run. `profile_id` names the batch profile that they are about: notes on another do not count.
 
     `on_written` and `on_removed` are told of each note's path, to do the same where others read it; not of marks, which
     are for this machine."""
@@ -149,22 +149,22 @@ class FaultNotes:
 
     def learn_from_deaths(self, kills: Mapping[str, int], marks: Iterable[str]) -> None:
         """Lower what the last attempt was in, a bucket or validation, where one of its processes was killed for memory;
-        while it saved there is nothing to lower. `kills`: see
-        `kills_for_memory`, and `marks`, see `take_marks`, of all machines. For one rank to call, before any marks."""
+        while it saved there is nothing to lower. `kills`: see `kills_for_memory`, and `marks`, see `take_marks`, of all
+        machines. A single rank calls it, before any rank marks."""
         killed = self._folder / KILLED_FOR_MEMORY
         by_monitor = killed.exists()
         if by_monitor:
             killed.unlink()
             self._on_removed(killed)
-        found = [
+        killed_steps = [
             (step, bucket, size)
             for step, bucket, size, before, machine in _marks_of(marks)
             if by_monitor or kills.get(machine, 0) > before
         ]
-        if not found:
+        if not killed_steps:
             return
         # Ranks go on together to what follows a step.
-        _, bucket, size = max(found, key=lambda mark: (mark[0], -mark[1]))
+        _, bucket, size = max(killed_steps, key=lambda mark: (mark[0], -mark[1]))
         if bucket == VALIDATION:
             self.lower_validation(max(1, size))
         elif bucket >= 0 and size > 1:
@@ -181,11 +181,11 @@ class FaultNotes:
                 yield note
 
 
-def _is_text(value: Any) -> bool:
+def _is_text(value: object) -> bool:
     return isinstance(value, str)
 
 
-def _is_size(value: Any) -> bool:
+def _is_size(value: object) -> bool:
     return is_count(value, least=1)
 
 

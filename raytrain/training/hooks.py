@@ -6,12 +6,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from torch import nn
 
 from raytrain.data.batch import LoadedStep
+from raytrain.model.canary import Canary
 
 Log = Callable[[dict[str, float], int, float], None]
-Validate = Callable[[nn.Module, torch.device], dict[str, float]]
+Validate = Callable[[Canary, torch.device], dict[str, float]]
 
 
 @dataclass(frozen=True)

@@ -11,15 +11,15 @@ import itertools
 import math
 import time
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 
 from raytrain.data.batch import LoadedStep
 from raytrain.errors import TrainingError
-from raytrain.training.checkpoint import CheckpointFolder, CheckpointWriter, validation_of
+from raytrain.training.checkpoint import CheckpointFolder, CheckpointWriter
+from raytrain.training.checkpoint_meta import CheckpointMeta, validation_of
 from raytrain.training.hooks import LoopHooks, Validate
 from raytrain.training.limits import Patience, ReplacedRows, SkippedSteps
 from raytrain.training.optim import learning_rate, set_learning_rate
@@ -43,7 +43,7 @@ class TrainingLoop:
     batches: Iterable[LoadedStep]
     checkpoints: CheckpointFolder
     device: torch.device
-    checkpoint_meta: Mapping[str, Any]
+    checkpoint_meta: CheckpointMeta
     seed: int
     sample_rate: int
     hooks: LoopHooks = field(default_factory=LoopHooks)
@@ -211,7 +211,7 @@ class TrainingLoop:
         parts = self.state.state_dicts()
         if self.shares.rank != 0:
             return
-        meta = {
+        meta: CheckpointMeta = {
             **self.checkpoint_meta,
             "schedule": loaded.state.to_dict(),
             "seconds": round(self.progress.total_seconds(), 3),

@@ -1,5 +1,5 @@
-"""Checkpoints on another filesystem: copies (`train.storage_path`), from which training goes on where the run folder is
-lost, or the run's own ones, where its folder is there.
+"""Checkpoints on another filesystem: copies (`train.storage_path`), from which training resumes where the run folder is
+lost; or the only ones, where the run folder itself is at a URI.
 
 Copying never ends training: what can't be copied is said once, and the next checkpoint tries again.
 """
@@ -10,15 +10,24 @@ import contextlib
 import logging
 import shutil
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from raytrain.errors import CheckpointError, RaytrainError, StorageError
 from raytrain.storage.artifacts import file_id, make_folder
 from raytrain.storage.filesystem import download, list_files, remove_file, upload
 from raytrain.storage.locations import locate
 from raytrain.storage.run_store import RunStore
-from raytrain.training.checkpoint import BEST, META, Checkpoint, CheckpointFolder, parse_meta, read_checkpoint
+from raytrain.training.checkpoint import (
+    BEST,
+    META,
+    Checkpoint,
+    CheckpointFolder,
+    Mirror,
+    StateDict,
+    read_checkpoint,
+)
+from raytrain.training.checkpoint_meta import CheckpointMeta, parse_meta
 
 FOLDER = "checkpoints"
 _WEIGHTS = ("model.pt", "average.pt")
@@ -61,21 +70,21 @@ class CheckpointMirror:
             _LOG.debug("%s was not removed from %s: %s", name, self.path, error)
 
     def fetch_newest(self, into: Path, lineage: str) -> Checkpoint | None:
-        """Bring the newest whole checkpoint of a lineage into a folder; None where there is none. Raises
+        """Fetch the newest whole checkpoint of a lineage into a folder; None where there is none. Raises
         `CheckpointError` where the storage can't be read."""
         import pyarrow.fs
 
         try:
             filesystem, base = locate(self.path)
-            found = filesystem.get_file_info(pyarrow.fs.FileSelector(base, allow_not_found=True))
-            names = sorted((one.base_name for one in found if one.base_name.startswith("step_")), reverse=True)
-            for name in names:
+            selector = pyarrow.fs.FileSelector(base, allow_not_found=True)
+            folders = [info.base_name for info in filesystem.get_file_info(selector)]
+            for name in sorted((name for name in folders if name.startswith("step_")), reverse=True):
                 with tempfile.TemporaryDirectory(dir=into, prefix=".fetching.") as temporary:
                     copy = make_folder(Path(temporary) / name)
-                    for one in filesystem.get_file_info(pyarrow.fs.FileSelector(f"{base}/{name}")):
-                        if one.is_file:
-                            target = copy / one.base_name
-                            with filesystem.open_input_stream(one.path) as data, open(target, "wb") as out:
+                    for info in filesystem.get_file_info(pyarrow.fs.FileSelector(f"{base}/{name}")):
+                        if info.is_file:
+                            target = copy / info.base_name
+                            with filesystem.open_input_stream(info.path) as data, open(target, "wb") as out:
                                 shutil.copyfileobj(data, out, 8 << 20)
                     checkpoint = read_checkpoint(copy)
                     if checkpoint is None or checkpoint.lineage != lineage:
@@ -92,50 +101,50 @@ class CheckpointMirror:
 
 
 class SharedCheckpoints(CheckpointFolder):
-    """The checkpoints of a run at a URI: written in this machine's cache, put there, and brought where they are read.
+    """The checkpoints of a run at a URI: written to this machine's cache and uploaded, fetched where they are read.
 
-    What is there counts. Methods that read raise `StorageReadError` and `CheckpointError`.
+    What is at the URI counts. Methods that read raise `StorageReadError` and `CheckpointError`.
     """
 
     def __init__(self, store: RunStore, keep: int = 2, keep_best: int = 1) -> None:
-        self._there = CheckpointMirror(store.place(FOLDER))
-        super().__init__(store.local / FOLDER, keep, keep_best, self._there)
+        self._remote = CheckpointMirror(store.place(FOLDER))
+        super().__init__(store.local / FOLDER, keep, keep_best, self._remote)
         self._store = store
 
-    def save(self, step: int, parts: dict[str, dict], meta: dict[str, Any]) -> Checkpoint:
-        """As `CheckpointFolder.save`; what was logged up to the step is there before it."""
+    def save(self, step: int, parts: Mapping[str, StateDict], meta: CheckpointMeta) -> Checkpoint:
+        """As `CheckpointFolder.save`; what was logged up to the step is uploaded before it."""
         metrics = self._store.own("metrics.jsonl")
         if metrics.exists():
-            with contextlib.suppress(StorageError):  # the checkpoint's own copy will say so
+            with contextlib.suppress(StorageError):  # the upload of the checkpoint will say so
                 self._store.share(metrics.name, metrics)
         return super().save(step, parts, meta)
 
     def newest(self) -> Checkpoint | None:
-        """The newest complete checkpoint, brought here; those that are here alone are another life's and go."""
-        self._look_at_best()
+        """The newest complete checkpoint, fetched; those in the cache alone are of an earlier run folder and go."""
+        self._refresh_best()
         names = self._names()
         for folder in self.folder.glob("step_*"):
             if folder.name not in names:
                 shutil.rmtree(folder, ignore_errors=True)
         for name in reversed(names):
-            checkpoint = self._brought(name)
+            checkpoint = self._fetch(name)
             if checkpoint is not None:
                 return checkpoint
         return None
 
     def at(self, step: int) -> Checkpoint:
-        """The checkpoint of a step, brought here. Raises `CheckpointError` where it is not whole."""
+        """The checkpoint of a step, fetched. Raises `CheckpointError` where it is not whole."""
         return self._whole(step)
 
     def best(self) -> Checkpoint | None:
-        """The checkpoint with the lowest validation error, else the newest, brought here."""
-        self._look_at_best()
+        """The checkpoint with the lowest validation error, else the newest, fetched."""
+        self._refresh_best()
         note = self.best_note()
-        return (self._brought(f"step_{note['step']:08d}") if note else None) or self.newest()
+        return (self._fetch(f"step_{note['step']:08d}") if note else None) or self.newest()
 
     def about(self, which: str) -> Checkpoint | None:
         """The `newest` or the `best` checkpoint for what its `meta` says."""
-        self._look_at_best()
+        self._refresh_best()
         note, names = self.best_note(), self._names()
         best = f"step_{note['step']:08d}" if note and which == "best" else None
         for name in ([best] if best in names else []) + names[::-1]:
@@ -145,49 +154,49 @@ class SharedCheckpoints(CheckpointFolder):
         return None
 
     def to_decode(self, which: str) -> Checkpoint | None:
-        """The `last` or the `best` checkpoint with its weights here, not with the rest of it."""
-        found = self.about("best" if which == "best" else "newest")
-        return self._brought(found.folder.name, _WEIGHTS) if found else None
+        """The `last` or the `best` checkpoint with its weights fetched, not the rest of it."""
+        checkpoint = self.about("best" if which == "best" else "newest")
+        return self._fetch(checkpoint.folder.name, _WEIGHTS) if checkpoint else None
 
     def weights_of(self, step: int) -> Checkpoint:
         """As `at`, without the rest of it."""
         return self._whole(step, _WEIGHTS)
 
-    def settle(self) -> None:
-        """Put what could not be put when it was written. Raises `StorageError`."""
-        there = set(self._names())
+    def flush(self) -> None:
+        """Upload what could not be uploaded when it was written. Raises `StorageError`."""
+        uploaded = set(self._names())
         for folder in sorted(self.folder.glob("step_*")):
-            if folder.name not in there and read_checkpoint(folder) is not None:
-                self._there.copy(folder)
+            if folder.name not in uploaded and read_checkpoint(folder) is not None:
+                self._remote.copy(folder)
         if (self.folder / BEST).exists():
-            self._there.copy(self.folder / BEST)
+            self._remote.copy(self.folder / BEST)
 
     def _whole(self, step: int, only: tuple[str, ...] | None = None) -> Checkpoint:
-        checkpoint = self._brought(f"step_{step:08d}", only)
+        checkpoint = self._fetch(f"step_{step:08d}", only)
         if checkpoint is None:
             raise CheckpointError(
-                f"{self._there.path}/step_{step:08d} is not a whole checkpoint",
-                remedy="run `raytrain train` again, which goes on from the newest whole one",
+                f"{self._remote.path}/step_{step:08d} is not a whole checkpoint",
+                remedy="run `raytrain train` again, which resumes from the newest whole checkpoint",
             )
         return checkpoint
 
     def _names(self) -> list[str]:
-        metas = list_files(self._there.path, META, recursive=True, missing_ok=True)
+        metas = list_files(self._remote.path, META, recursive=True, missing_ok=True)
         return sorted(name for name in (meta.split("/")[-2] for meta in metas) if name.startswith("step_"))
 
-    def _look_at_best(self) -> None:
+    def _refresh_best(self) -> None:
         self._store.look(f"{FOLDER}/{BEST}")
 
-    def _meta(self, name: str) -> dict[str, Any] | None:
-        """What a checkpoint there says of itself; None where it does not."""
+    def _meta(self, name: str) -> CheckpointMeta | None:
+        """The `meta.json` of an uploaded checkpoint; None where there is none, or none of ours."""
         with tempfile.TemporaryDirectory() as folder:
             try:
-                download(f"{self._there.path}/{name}/{META}", Path(folder) / META)
+                download(f"{self._remote.path}/{name}/{META}", Path(folder) / META)
                 return parse_meta((Path(folder) / META).read_bytes())
             except FileNotFoundError:
                 return None
 
-    def _brought(self, name: str, only: tuple[str, ...] | None = None) -> Checkpoint | None:
+    def _fetch(self, name: str, only: tuple[str, ...] | None = None) -> Checkpoint | None:
         meta = self._meta(name)
         if meta is None:
             return None
@@ -197,17 +206,19 @@ class SharedCheckpoints(CheckpointFolder):
             path = folder / file
             if not (path.exists() and file_id(path) == identity):
                 try:
-                    download(f"{self._there.path}/{name}/{file}", path)
+                    download(f"{self._remote.path}/{name}/{file}", path)
                 except FileNotFoundError:
                     return None
             if file_id(path) != identity:
                 return None
         if only is None:
-            download(f"{self._there.path}/{name}/{META}", folder / META)
+            download(f"{self._remote.path}/{name}/{META}", folder / META)
         return Checkpoint(folder, meta)
 
 
-def checkpoints_of(store: RunStore, keep: int = 2, keep_best: int = 1, mirror: Any = None) -> CheckpointFolder:
+def checkpoints_of(
+    store: RunStore, keep: int = 2, keep_best: int = 1, mirror: Mirror | None = None
+) -> CheckpointFolder:
     """A run's checkpoints, wherever its folder is; `mirror` keeps copies of those of a folder on disk."""
     if store.is_remote:
         return SharedCheckpoints(store, keep, keep_best)

@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch import nn
 
 from raytrain.errors import TrainingError
+from raytrain.model.canary import Canary
 from raytrain.training.settings import TrainSettings
 
 
@@ -23,7 +24,8 @@ def backend_of(device_type: str) -> str:
 def join_alone(device_type: str) -> None:
     """A group of this process alone, unless there is a group already: DDP then has its buckets as among several."""
     if not dist.is_initialized():
-        dist.init_process_group(backend_of(device_type), store=dist.HashStore(), rank=0, world_size=1)
+        store = dist.HashStore()  # type: ignore[attr-defined]  # torch exports it without declaring so
+        dist.init_process_group(backend_of(device_type), store=store, rank=0, world_size=1)
 
 
 def is_sharded(settings: TrainSettings, world_size: int) -> bool:
@@ -40,7 +42,12 @@ def micro_batches(settings: TrainSettings, world_size: int) -> int:
     return min(2, max(settings.accumulate, -(-shares // world_size)))
 
 
-def parallel_model(model: nn.Module, settings: TrainSettings, world_size: int, device: torch.device) -> nn.Module:
+def blocks_of(model: Canary) -> list[nn.Module]:
+    """Encoder's and decoder's blocks, each of which FSDP2 shards and gathers as one."""
+    return [*model.encoder.layers, *model.transf_decoder._decoder.layers]
+
+
+def parallel_model(model: Canary, settings: TrainSettings, world_size: int, device: torch.device) -> nn.Module:
     """What a step of training with `world_size` ranks calls: `model` itself for one rank and for FSDP2, which changes
     its parameters, else DDP around it.
 
@@ -65,6 +72,6 @@ def parallel_model(model: nn.Module, settings: TrainSettings, world_size: int, d
         model,
         device_ids=[device.index] if device.type == "cuda" else None,
         gradient_as_bucket_view=True,
-        # Batch norm's statistics stay each rank's own until they are used; see `training.step`.
+        # Batch norm's statistics stay those of each rank until they are used; see `training.step`.
         broadcast_buffers=False,
     )

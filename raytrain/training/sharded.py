@@ -1,13 +1,12 @@
 """FSDP2: weights, gradients and moments in parts on all ranks, for models that one GPU does not hold.
 
-Checkpoints look as those of an unsharded run, so that either goes on from the other's.
+Checkpoints look as those of an unsharded run, so that a run resumes from either kind.
 """
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -22,22 +21,27 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 
+from raytrain.model.canary import Canary
+from raytrain.training.checkpoint import StateDict
+from raytrain.training.parallel import blocks_of
+
 _WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
 
 
-def shard(model: nn.Module, device_type: str) -> nn.Module:
+def shard(model: Canary, device_type: str) -> nn.Module:
     """Shard every block of encoder and decoder, and what remains as one, over all ranks; the model itself comes back.
 
     Load weights before, and make the optimizer after it.
     """
     mesh = init_device_mesh(device_type, (dist.get_world_size(),))
-    for block in (*model.encoder.layers, *model.transf_decoder._decoder.layers):
+    for block in blocks_of(model):
         fully_shard(block, mesh=mesh)
-    return fully_shard(model, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    return model
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """A sharded tensor in one piece, which all ranks must ask for; any other as it is."""
+    """A sharded tensor in one piece, which all ranks must ask for; any tensor else as it is."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
@@ -56,33 +60,35 @@ def gathered(model: nn.Module) -> Iterator[None]:
             block.reshard()
 
 
-def model_state(model: nn.Module) -> dict[str, Tensor]:
-    """All weights on the host of rank 0, nothing on the others; all ranks must ask for it."""
+def model_state(model: nn.Module) -> StateDict:
+    """All weights on the host of rank 0, nothing elsewhere; all ranks must ask for it."""
     if not isinstance(model, FSDPModule):
         return model.state_dict()
     return get_model_state_dict(model, options=_WHOLE)
 
 
-def optimizer_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+def optimizer_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> StateDict:
     """As `optimizer.state_dict()` of an unsharded model; rank 0 has it, all ranks must ask for it."""
     if not isinstance(model, FSDPModule):
         return optimizer.state_dict()
-    state = get_optimizer_state_dict(model, optimizer, options=_WHOLE)
+    state: StateDict = get_optimizer_state_dict(model, optimizer, options=_WHOLE)
     if not state:
         return {}
-    place = {name: number for number, (name, _) in enumerate(_trained(model))}
-    groups = [{**group, "params": [place[name] for name in group["params"]]} for group in state["param_groups"]]
-    return {"state": {place[name]: one for name, one in state["state"].items()}, "param_groups": groups}
+    numbers = {name: number for number, (name, _) in enumerate(_trained(model))}
+    groups = [{**group, "params": [numbers[name] for name in group["params"]]} for group in state["param_groups"]]
+    moments = {numbers[name]: values for name, values in state["state"].items()}
+    return {"state": moments, "param_groups": groups}
 
 
-def load_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
+def load_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, state: StateDict) -> None:
     """Take what `optimizer_state` gave."""
     if not isinstance(model, FSDPModule):
         optimizer.load_state_dict(state)
         return
     names = [name for name, _ in _trained(model)]
-    groups = [{**group, "params": [names[place] for place in group["params"]]} for group in state["param_groups"]]
-    named = {"state": {names[place]: one for place, one in state["state"].items()}, "param_groups": groups}
+    groups = [{**group, "params": [names[number] for number in group["params"]]} for group in state["param_groups"]]
+    moments = {names[number]: values for number, values in state["state"].items()}
+    named: StateDict = {"state": moments, "param_groups": groups}
     set_optimizer_state_dict(model, optimizer, named, options=StateDictOptions(full_state_dict=True))
 
 

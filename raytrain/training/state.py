@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from raytrain.model.canary import Canary
 from raytrain.training.average import WeightAverage
 from raytrain.training.checkpoint import Checkpoint, StateDict
 from raytrain.training.step import running_statistics
@@ -24,7 +25,7 @@ class TrainState:
     each rank holds a part of the model (FSDP2).
     """
 
-    model: nn.Module
+    model: Canary
     wrapped: nn.Module
     optimizer: torch.optim.Optimizer
     average: WeightAverage | None = None
@@ -62,7 +63,7 @@ class TrainState:
         """Within it the model has the weights to validate and to decode with, whole on every rank."""
         with contextlib.ExitStack() as stack:
             if self.average is not None:
-                stack.enter_context(self.average.in_place())
+                stack.enter_context(self.average.swapped_in())
             if self.sharded:
                 from raytrain.training.sharded import gathered  # its imports take seconds
 

@@ -18,13 +18,15 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
 from raytrain.data.batch import SpeechBatch
-from raytrain.model.loss import canary_loss
+from raytrain.model.canary import CanaryOutput
+from raytrain.model.loss import LossSums, canary_loss
 from raytrain.training.average import WeightAverage
 from raytrain.training.settings import TrainSettings
 
@@ -42,7 +44,17 @@ class StepResult:
     skipped: Tensor
 
 
-def autocast(device_type: str, precision: str) -> contextlib.AbstractContextManager:
+class StepOptimizer(Protocol):
+    """What a step asks of an optimizer; a traced rank stands for one that allocates nothing."""
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Drop all gradients."""
+
+    def step(self) -> object:
+        """Update the weights."""
+
+
+def autocast(device_type: str, precision: str) -> contextlib.AbstractContextManager[object]:
     """bf16 autocast where asked for, else nothing; on meta the tracer does it (`live_bytes.DeviceLike`)."""
     if precision == "bf16" and device_type != "meta":
         return torch.autocast(device_type, dtype=torch.bfloat16)
@@ -59,7 +71,7 @@ def resolve_precision(precision: str, device_type: str) -> str:
 def train_step(
     model: nn.Module,
     batches: Sequence[SpeechBatch],
-    optimizer: torch.optim.Optimizer,
+    optimizer: StepOptimizer,
     settings: TrainSettings,
     *,
     precision: str,
@@ -73,53 +85,101 @@ def train_step(
     """
     world_size = dist.get_world_size() if dist.is_initialized() else 1
     optimizer.zero_grad(set_to_none=True)
-    buffers = running_statistics(model)
-    kept = [buffer.clone() for buffer in buffers]
-    tokens = torch.stack([label_tokens(batch, settings) for batch in batches]).sum().float()
-    reduced = dist.all_reduce(tokens, async_op=True) if world_size > 1 else None
-    sums, heard = [], None
+    statistics = _RunningStatistics(model)
+    tokens, reduced = _global_tokens(batches, settings, world_size)
+    sums = []
     for number, batch in enumerate(batches):
         if seeds is not None:
             torch.manual_seed(seeds[number])
-        with contextlib.ExitStack() as stack:
-            last = number == len(batches) - 1
-            if not last and isinstance(model, nn.parallel.DistributedDataParallel):
-                stack.enter_context(model.no_sync())
-            elif hasattr(model, "set_requires_gradient_sync"):  # FSDP2
-                model.set_requires_gradient_sync(last)
+        with _gradient_sync(model, number == len(batches) - 1):
             with autocast(batch.audio.device.type, precision):
                 output = model(batch.audio, batch.audio_lengths, batch.input_ids, batch.input_lengths)
-            loss = canary_loss(
-                output,
-                batch.labels,
-                batch.input_lengths,
-                ctc_targets=batch.ctc_targets() if settings.ctc_weight else None,
-                ctc_target_lengths=batch.ctc_target_lengths() if settings.ctc_weight else None,
-                ctc_weight=settings.ctc_weight,
-                label_smoothing=label_smoothing,
-                prompt_lengths=batch.prompt_lengths if settings.mask_prompt else None,
-            )
+            loss = _loss(output, batch, settings, label_smoothing)
             if reduced is not None:
                 reduced.wait()  # on a GPU the stream waits, not the host
             (loss.total_sum * (world_size / tokens)).backward()
         parts = (loss.total_sum, loss.ce_sum, loss.ctc_sum, loss.num_tokens)
         sums.append(torch.stack([part.detach().float() for part in parts]))
         if len(batches) > 1:
-            heard = [buffer.clone() for buffer in buffers] if heard is None else torch._foreach_add(heard, buffers)
-            torch._foreach_copy_(buffers, kept)
-    if heard is not None:
-        torch._foreach_copy_(buffers, torch._foreach_div(heard, len(batches)))
-    grad_norm = nn.utils.clip_grad_norm_(model.parameters(), settings.clip_norm)
-    if hasattr(grad_norm, "full_tensor"):  # of a sharded model
-        grad_norm = grad_norm.full_tensor()
-    skipped = (~torch.isfinite(grad_norm)).float()
-    optimizer.found_inf = skipped  # fused kernels then leave weights, moments and step counts as they are
-    optimizer.step()
-    for buffer, before in zip(buffers, kept, strict=True):
-        buffer.copy_(torch.where(skipped > 0, before, buffer))
+            statistics.end_micro_batch()
+    statistics.average()
+    grad_norm, skipped = _update(model, optimizer, settings.clip_norm)
+    statistics.restore_where(skipped)
     if average is not None:
         average.update()
     return StepResult(torch.stack(sums).sum(0), grad_norm, skipped)
+
+
+def _update(model: nn.Module, optimizer: StepOptimizer, clip_norm: float) -> tuple[Tensor, Tensor]:
+    """Clip and update; the gradient's norm, and 1 where it is not finite and nothing changes."""
+    grad_norm = nn.utils.clip_grad_norm_(model.parameters(), clip_norm)
+    if hasattr(grad_norm, "full_tensor"):  # of a sharded model
+        grad_norm = grad_norm.full_tensor()
+    skipped = (~torch.isfinite(grad_norm)).float()
+    # Fused kernels then leave weights, moments and step counts as they are.
+    optimizer.found_inf = skipped  # type: ignore[attr-defined]  # what `GradScaler` sets, too; torch declares it nowhere
+    optimizer.step()
+    return grad_norm, skipped
+
+
+def _global_tokens(
+    batches: Sequence[SpeechBatch], settings: TrainSettings, world_size: int
+) -> tuple[Tensor, dist.Work | None]:
+    """Labels of all ranks and micro-batches, and what to wait for before they are used."""
+    tokens = torch.stack([label_tokens(batch, settings) for batch in batches]).sum().float()
+    return tokens, dist.all_reduce(tokens, async_op=True) if world_size > 1 else None
+
+
+def _gradient_sync(model: nn.Module, is_last: bool) -> contextlib.AbstractContextManager[object]:
+    """Ranks exchange gradients in the backward pass of a step's last micro-batch alone."""
+    if isinstance(model, nn.parallel.DistributedDataParallel):
+        return contextlib.nullcontext() if is_last else model.no_sync()
+    set_sync = getattr(model, "set_requires_gradient_sync", None)  # FSDP2
+    if set_sync is not None:
+        set_sync(is_last)
+    return contextlib.nullcontext()
+
+
+def _loss(output: CanaryOutput, batch: SpeechBatch, settings: TrainSettings, label_smoothing: float) -> LossSums:
+    return canary_loss(
+        output,
+        batch.labels,
+        batch.input_lengths,
+        ctc_targets=batch.ctc_targets() if settings.ctc_weight else None,
+        ctc_target_lengths=batch.ctc_target_lengths() if settings.ctc_weight else None,
+        ctc_weight=settings.ctc_weight,
+        label_smoothing=label_smoothing,
+        prompt_lengths=batch.prompt_lengths if settings.mask_prompt else None,
+    )
+
+
+class _RunningStatistics:
+    """Batch norm's running statistics in a step: each micro-batch begins with those from before the step."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._buffers = running_statistics(model)
+        self._before = [buffer.clone() for buffer in self._buffers]
+        self._sums: list[Tensor] | tuple[Tensor, ...] | None = None
+        self._num_batches = 0
+
+    def end_micro_batch(self) -> None:
+        """Add up what a micro-batch left, and put back what was there before the step."""
+        self._num_batches += 1
+        if self._sums is None:
+            self._sums = [buffer.clone() for buffer in self._buffers]
+        else:
+            self._sums = torch._foreach_add(self._sums, self._buffers)
+        torch._foreach_copy_(self._buffers, self._before)
+
+    def average(self) -> None:
+        """Leave the mean over micro-batches, where there are several."""
+        if self._sums is not None:
+            torch._foreach_copy_(self._buffers, torch._foreach_div(self._sums, self._num_batches))
+
+    def restore_where(self, skipped: Tensor) -> None:
+        """Put back what was there before a skipped step, without waiting for the device."""
+        for buffer, before in zip(self._buffers, self._before, strict=True):
+            buffer.copy_(torch.where(skipped > 0, before, buffer))
 
 
 def running_statistics(model: nn.Module) -> list[Tensor]:

@@ -1,6 +1,6 @@
 """Validation during training: every rank decodes its share of the dev rows, and all score what all decoded.
 
-A score is of rows that were heard: how many could not be read is a metric, and too many of them end training, for a
+A score is of rows that could be read: how many could not is a metric, and too many of them end training, for a
 checkpoint that is best on what happened to be readable would be kept for good.
 """
 
@@ -8,11 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
-from torch import nn
 
 from raytrain.data.batch import SpeechBatch
 from raytrain.decoding.search import transcribe_batch
@@ -20,11 +19,15 @@ from raytrain.decoding.settings import DecodeSettings
 from raytrain.errors import TrainingError
 from raytrain.evaluation.readable import are_enough_readable
 from raytrain.evaluation.validation_scores import Decoded, score_decoded
+from raytrain.model.canary import Canary
 from raytrain.model.loss import canary_loss
 from raytrain.training.limits import GaveUp
 
+if TYPE_CHECKING:
+    from raytrain.data.assignment import Row  # whose import takes pyarrow's
+
 _NUM_EXAMPLES = 3
-OnError = Callable[[Any, Exception], object]
+OnError = Callable[["Row", Exception], object]
 
 
 @dataclass
@@ -37,7 +40,7 @@ class _Share:
     unreadable: int = 0
     examples: list[str] = field(default_factory=list)
 
-    def miss(self, row: Any, error: Exception) -> None:
+    def miss(self, row: Row, error: Exception) -> None:
         """Count a row that can't be read."""
         self.unreadable += 1
         if len(self.examples) < _NUM_EXAMPLES:
@@ -54,8 +57,8 @@ class Validator:
     memory is halved until it does; `on_out_of_memory` is told its size.
     """
 
-    batches: Callable[[OnError], Iterable[tuple[Sequence[Any], SpeechBatch]]]
-    is_translation: Callable[[Any], bool]
+    batches: Callable[[OnError], Iterable[tuple[Sequence[Row], SpeechBatch]]]
+    is_translation: Callable[[Row], bool]
     decode: Callable[[list[int]], str]
     eos_id: int
     search: DecodeSettings
@@ -64,7 +67,7 @@ class Validator:
     on_out_of_memory: Callable[[int], object] = lambda size: None
 
     @torch.no_grad()
-    def __call__(self, model: nn.Module, device: torch.device) -> dict[str, float]:
+    def __call__(self, model: Canary, device: torch.device) -> dict[str, float]:
         """Run on all ranks together; returns the same numbers everywhere. `model` is not wrapped by DDP.
 
         `val_unreadable` counts the rows that can't be read. Raises `TrainingError` where not even one utterance fits,
@@ -79,37 +82,37 @@ class Validator:
                 mine.num_tokens += tokens
                 mine.decoded += [self._decoded(row, text) for row, text in zip(rows[part], texts, strict=True)]
         model.train(was_training)
-        shares: list[Any] = [mine]
+        shares = [mine]
         if dist.is_initialized():
-            shares = [None] * dist.get_world_size()
+            shares = [_Share() for _ in range(dist.get_world_size())]
             dist.all_gather_object(shares, mine)
-        decoded = [one for share in shares for one in share.decoded]
+        decoded = [text for share in shares for text in share.decoded]
         self._check_unreadable(shares, len(decoded))
         num_tokens = sum(share.num_tokens for share in shares)
         metrics = {**score_decoded(decoded), "val_unreadable": sum(share.unreadable for share in shares)}
         return metrics | ({"val_loss": sum(share.loss_sum for share in shares) / num_tokens} if num_tokens else {})
 
-    def _decoded(self, row: Any, text: str) -> Decoded:
-        texts = (self.normalize(one, row.language) for one in (row.text, text))
-        return Decoded(row.language, row.corpus, self.is_translation(row), *texts)
+    def _decoded(self, row: Row, text: str) -> Decoded:
+        reference, hypothesis = (self.normalize(words, row.language) for words in (row.text, text))
+        return Decoded(row.language, row.corpus, self.is_translation(row), reference, hypothesis)
 
     def _check_unreadable(self, shares: Sequence[_Share], num_decoded: int) -> None:
         unreadable = sum(share.unreadable for share in shares)
         num_rows = num_decoded + unreadable
         if are_enough_readable(unreadable, num_rows, self.max_bad_fraction):
             return
-        examples = [one for share in shares for one in share.examples][:_NUM_EXAMPLES]
+        examples = [example for share in shares for example in share.examples][:_NUM_EXAMPLES]
         raise GaveUp(
             f"{unreadable} of {num_rows} dev recordings can't be read" if num_rows else "there is no dev row to score",
             got=f"{unreadable / num_rows:.2%}" if num_rows else None,
             allowed=f"data.max_bad_fraction = {self.max_bad_fraction:.2%}, and at least one that can be read",
             why="a score of what is left would choose the best checkpoint and the end of training",
-            remedy="check data.dev, data.root and that every training worker sees the audio; training goes on from its "
-            "last checkpoint; quarantine.jsonl lists the files" + "".join(f"\n  {one}" for one in examples),
+            remedy="check data.dev, data.root and that every training worker sees the audio; training resumes from its "
+            "last checkpoint; quarantine.jsonl lists the files" + "".join(f"\n  {example}" for example in examples),
         )
 
     def _in_parts(
-        self, model: nn.Module, batch: SpeechBatch, device: torch.device
+        self, model: Canary, batch: SpeechBatch, device: torch.device
     ) -> Iterator[tuple[slice, list[str], float, float]]:
         """(utterances, their texts, summed cross-entropy, tokens) of a batch, in as few parts as fit into memory."""
         start, size = 0, len(batch)
@@ -135,7 +138,7 @@ class Validator:
                 )
             size = -(-number // 2)
 
-    def _measure(self, model: nn.Module, batch: SpeechBatch) -> tuple[list[str], float, float]:
+    def _measure(self, model: Canary, batch: SpeechBatch) -> tuple[list[str], float, float]:
         texts = self._transcribe(model, batch)
         output = model(batch.audio, batch.audio_lengths, batch.input_ids, batch.input_lengths)
         loss = canary_loss(
@@ -149,5 +152,5 @@ class Validator:
         )
         return texts, float(loss.ce_sum), float(loss.num_tokens)
 
-    def _transcribe(self, model: Any, batch: SpeechBatch) -> list[str]:
+    def _transcribe(self, model: Canary, batch: SpeechBatch) -> list[str]:
         return [self.decode(best[0].ids) for best in transcribe_batch(model, batch, self.eos_id, self.search)]

@@ -9,8 +9,7 @@ from hypothesis import strategies as st
 
 from raytrain.errors import PlanError
 from raytrain.lengths import BatchSchedule
-from raytrain.lengths.mixture import Mixture, repeats_of
-from raytrain.lengths.sampling import sampling_shares
+from raytrain.lengths.mixture import Mixture, repeats_of, sampling_shares
 
 buckets = st.lists(st.lists(st.integers(0, 30), min_size=3, max_size=3).map(tuple), min_size=1, max_size=4).map(tuple)
 repeats = st.tuples(*[st.sampled_from([0.0, 0.3, 1.0, 1.7, 4.0])] * 3)

@@ -10,10 +10,9 @@ from hypothesis import strategies as st
 
 from raytrain.config import load_config
 from raytrain.lengths import BucketSettings, LengthHistogram, make_plan
-from raytrain.lengths.compare import compare_policies
+from raytrain.lengths.compare import PaddedCells, compare_policies
 from raytrain.lengths.cost import CANARY_1B, CostModel
 from raytrain.lengths.optimal import candidates, optimal_rows, optimal_token_edges
-from raytrain.lengths.plan import padded_compute
 from raytrain.model.cost import cost_of
 
 COST = CostModel(frame=2.0, frame_squared=0.01, token=3.0, token_squared=0.05, frame_token=0.02)
@@ -124,7 +123,7 @@ def test_optimal_pads_less_than_equal_mass_and_sharing_by_need_least():
         "by_need": BucketSettings(**shape, policy="optimal", num_cells=20),
     }
     plans = {name: make_plan(histogram, settings, "h") for name, settings in by_policy.items()}
-    padding = {name: padded_compute(plan, histogram, CANARY_1B) for name, plan in plans.items()}
+    padding = {name: PaddedCells.of(plan, histogram).compute_padding(CANARY_1B) for name, plan in plans.items()}
     assert padding["by_need"] < padding["optimal"] < 0.9 * padding["equal_mass"]
     for plan in plans.values():
         assert len(plan.grid.buckets) <= 20

@@ -92,7 +92,7 @@ def test_every_utterance_gets_one_bucket_or_one_reason(pairs, num_durations, num
         assert not usable
         return
     array = np.array(pairs, np.int64).reshape(-1, 2)
-    buckets, reasons = plan.place(array[:, 0], array[:, 1])
+    buckets, reasons = plan.assign(array[:, 0], array[:, 1])
     assert ((buckets >= 0) == (reasons == "")).all() and set(reasons.tolist()) <= set(REASONS)
     for (duration, tokens), bucket in zip(pairs, buckets.tolist(), strict=True):
         if bucket >= 0:
@@ -216,7 +216,7 @@ def test_limits_that_mean_nothing_are_refused():
 def test_too_long_short_and_wordy_have_names():
     pairs = [(1000, 10), (60_000, 10), (20, 3), (1000, 2000)]
     plan = make_plan(histogram(pairs), BucketSettings(num_duration_buckets=1), "id")
-    _, reasons = plan.place(*np.array(pairs).T)
+    _, reasons = plan.assign(*np.array(pairs).T)
     assert reasons.tolist() == ["", "too_long", "too_short", "too_many_tokens"]
 
 

@@ -36,7 +36,7 @@ def test_keys_give_every_order_alike(n):
         chi = ((counts - tries / n) ** 2 / (tries / n)).sum()
         assert chi < n - 1 + 5 * np.sqrt(2 * (n - 1)) + 10
     first, second, _ = found.T
-    assert abs((first < second).mean() - 0.5) < 0.04  # neighbours' order is a coin
+    assert abs((first < second).mean() - 0.5) < 0.04  # neighbors' order is a coin
     # Neighbouring keys, as of two epochs, share nothing.
     assert abs(np.corrcoef(first[1:], first[:-1])[0, 1]) < 0.08
 

@@ -19,10 +19,10 @@ from raytrain.lengths.profile import choose_profile, least_sizes
 from raytrain.model.config import ModelConfig
 from raytrain.stages.devices import find_devices, traced_device
 from raytrain.stages.predicted_sizes import does_not_fit
-from raytrain.training.memory.isolated import IsolatedMeter
+from raytrain.training.memory.coordinator import ProbeJob
+from raytrain.training.memory.isolated_meter import IsolatedMeter
 from raytrain.training.memory.meter import Probe, search_batch_size, smallest_as_fast, soak
-from raytrain.training.memory.probe import StepMeter
-from raytrain.training.memory.probing import ProbeJob
+from raytrain.training.memory.step_meter import StepMeter
 from raytrain.training.settings import TrainSettings
 
 # Ray's workers and the isolated processes don't know this file by name.

@@ -110,7 +110,7 @@ def test_checkpoints_of_another_life_are_not_gone_on_with(place, cache):
     assert first.newest() is None and other.about("newest") is None
     other.newest()
     other.save(1, state, {"ids": {}})
-    other.settle()
+    other.flush()
     assert first.newest().step == 1
 
 

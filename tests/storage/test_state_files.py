@@ -47,8 +47,8 @@ from raytrain.tracking.runs import RunTracking
 from raytrain.training.checkpoint import CheckpointFolder, read_checkpoint
 from raytrain.training.conversion import model_config_of
 from raytrain.training.faults import FaultNotes
+from raytrain.training.memory.coordinator import Answer, ProbeJob, Task, answers_to_json
 from raytrain.training.memory.meter import Probe
-from raytrain.training.memory.probing import Answer, ProbeJob, Task, answers_to_json
 from raytrain.training.run_notes import error_in_note
 from raytrain.training.settings import TrainSettings
 

@@ -9,7 +9,9 @@ import pytest
 from raytrain.model.canary import Canary
 from raytrain.model.config import ModelConfig
 from raytrain.training.memory.live_bytes import cuda_block, rounded
-from raytrain.training.memory.tracer import Neighbours, StepTracer, predict_batch_size
+from raytrain.training.memory.prediction import predict_batch_size
+from raytrain.training.memory.surface import NeighborLines
+from raytrain.training.memory.tracer import StepTracer
 from raytrain.training.parallel import micro_batches
 from raytrain.training.settings import TrainSettings
 
@@ -213,16 +215,16 @@ def test_most_predictions_are_exact_and_take_three_traces():
     assert exact >= 9 and traces <= 11 * 4
 
 
-def test_neighbours_suggest_what_saves_traces():
-    tracer, neighbours = StepTracer(MODEL, SETTINGS, world_size=2), Neighbours()
-    assert neighbours.guess(1000, 12) is None
+def test_neighbors_suggest_what_saves_traces():
+    tracer, neighbors = StepTracer(MODEL, SETTINGS, world_size=2), NeighborLines()
+    assert neighbors.guess(1000, 12) is None
     budget = tracer.trace(60, 6000, 30).peak_bytes
     traces = []
     for duration in range(2000, 9000, 700):
         for tokens in (20, 50):
-            found = predict_batch_size(tracer, duration, tokens, budget, 1000, neighbours.guess(duration, tokens))
+            found = predict_batch_size(tracer, duration, tokens, budget, 1000, neighbors.guess(duration, tokens))
             alone = predict_batch_size(tracer, duration, tokens, budget, 1000)
             assert 0.97 * alone.batch_size <= found.batch_size <= alone.batch_size * 1.02
-            neighbours.add(duration, tokens, found.line)
+            neighbors.add(duration, tokens, found.line)
             traces.append(found.num_traces)
     assert sum(traces[5:]) <= 1.6 * len(traces[5:])

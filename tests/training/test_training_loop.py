@@ -151,7 +151,7 @@ def test_averaged_weights_are_what_the_formula_says_and_what_validation_and_deco
     # A model made of the checkpoint is the averaged one in every weight, also where one has two names (the tied head).
     loaded = Canary(MODEL)
     loaded.load_state_dict(checkpoint.load_weights())
-    with average.in_place():
+    with average.swapped_in():
         wanted = {key: value.clone() for key, value in model.state_dict().items()}
     for key, value in loaded.state_dict().items():
         assert torch.equal(value, wanted[key]), key

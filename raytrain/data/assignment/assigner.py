@@ -144,7 +144,7 @@ class ChunkAssigner:
     def _placed(self, block: Block, rejected: _RejectedFile) -> _PlacedRows:
         """The block's rows that go into a bucket; the rest is rejected."""
         encoded = self._encoder.encode(block)
-        buckets, reasons = self._plan.place(block.duration_ms, encoded.lengths)
+        buckets, reasons = self._plan.assign(block.duration_ms, encoded.lengths)
         table, problems = row_table(block, encoded, self._audio)
         self._check_random_access(table)
         wrong = np.array([problem is not None for problem in problems], bool)

@@ -9,7 +9,6 @@ cache of keys and values for every beam, and the copy of that cache when ended u
 
 from __future__ import annotations
 
-import gc
 import math
 from typing import Any
 
@@ -23,7 +22,9 @@ from raytrain.model.config import ModelConfig
 from raytrain.model.encoder import subsampled
 from raytrain.model.features import HOP
 from raytrain.training.memory.live_bytes import DeviceLike, LiveBytes
-from raytrain.training.memory.tracer import Neighbours, Prediction, StepMemory, predict_batch_size
+from raytrain.training.memory.prediction import Prediction, predict_batch_size
+from raytrain.training.memory.surface import NeighborLines
+from raytrain.training.memory.tracer import StepMemory, without_gc
 
 _PROMPT_TOKENS = 10
 _FIRST_EDGE_MS, _RATIO = 1000, 1.15
@@ -52,10 +53,10 @@ class _EvaluationLike(DeviceLike):
         mask = attn_mask
         if mask is not None and mask.dtype == torch.bool:
             mask = torch.zeros_like(mask, dtype=query.dtype)
-        found = _aten._scaled_dot_product_flash_attention_for_cpu(
+        outputs = _aten._scaled_dot_product_flash_attention_for_cpu(
             query, key, value, dropout_p, is_causal, attn_mask=mask
         )
-        return found[0]
+        return outputs[0]
 
 
 class DecodeTracer:
@@ -91,44 +92,37 @@ class DecodeTracer:
         resident = meter.live
         for tensor in batch.tensors():
             meter.watch(tensor, "activations", "batch")
-        # Thousands of objects come and go in a trace, without cycles; looking for some takes a fifth of its time.
-        collects = gc.isenabled()
-        gc.disable()
-        try:
-            with torch.device("meta"), meter, _EvaluationLike(self._device_type):
-                self._decode(batch, max_tokens)
-        finally:
-            if collects:
-                gc.enable()
+        with without_gc(), torch.device("meta"), meter, _EvaluationLike(self._device_type):
+            self._decode(batch, max_tokens)
         return StepMemory(resident, meter.peak, {origin: size for origin, size in meter.at_peak.items() if size})
 
     def _decode(self, batch: SpeechBatch, max_tokens: int) -> None:
         model, meter, beams = self._model, self._meter, self._settings.beam_size
-        meter.phase, meter.place = "activations", "encoder"
+        meter.phase, meter.area = "activations", "encoder"
         if self._settings.ctc_weight:
             states, lengths, ctc = model.encode_with_ctc(batch.audio, batch.audio_lengths)
         else:
             (states, lengths), ctc = model.encode(batch.audio, batch.audio_lengths), None
-        meter.place = "decoder"
+        meter.area = "decoder"
         size, prompt = len(batch), batch.tokens
-        every = torch.arange(size)
-        own = states[every]  # the search has the rows of one prompt length to itself
-        decoder, mask = model.transf_decoder, model.cross_mask(own, lengths)
-        cache = decoder.make_cache(own, max_tokens)
+        rows = torch.arange(size)
+        selected = states[rows]  # the search has the rows of one prompt length to itself
+        decoder, mask = model.transf_decoder, model.cross_mask(selected, lengths)
+        cache = decoder.make_cache(selected, max_tokens)
         scores = self._scores(decoder.extend(prompt, cache, 0, mask))
         if beams > 1:
-            every = every.repeat_interleave(beams, output_size=size * beams)
-            cache = [layer.select(every, prompt.shape[1], slice(None)) for layer in cache]
-            found = torch.empty(2, size, beams, max_tokens)
+            rows = rows.repeat_interleave(beams, output_size=size * beams)
+            cache = [layer.select(rows, prompt.shape[1], slice(None)) for layer in cache]
+            hypotheses = torch.empty(2, size, beams, max_tokens)
         last = max_tokens - 1
         scores = self._scores(decoder.extend(torch.empty(size * beams, 1, dtype=torch.long), cache, last, mask, beams))
         if beams > 1:
             scores = scores.unflatten(0, (-1, beams)).topk(min(beams, scores.shape[-1]))
             for layer in cache:
-                layer.reorder(every, max_tokens)
-            found = found[:, torch.arange(size)]
+                layer.reorder(rows, max_tokens)
+            hypotheses = hypotheses[:, torch.arange(size)]
         cache = [layer.select(torch.arange(size * beams), last, torch.arange(size)) for layer in cache]
-        del own, ctc, states, scores, cache
+        del selected, ctc, states, scores, cache
 
     def _scores(self, hidden: Tensor) -> Tensor:
         return self._model.log_softmax(hidden[:, -1]).float().log_softmax(-1)
@@ -142,20 +136,20 @@ class BatchSizes:
 
     def __init__(self, tracer: DecodeTracer, budget_bytes: int, max_size: int = 256) -> None:
         self._tracer, self.budget_bytes, self.max_size = tracer, budget_bytes, max_size
-        self._known: dict[int, Prediction] = {}
-        self._neighbours = Neighbours()
+        self._predictions: dict[int, Prediction] = {}
+        self._neighbors = NeighborLines()
 
     def prediction(self, duration_ms: int) -> Prediction:
         """The largest batch at the edge that `duration_ms` counts under; its `batch_size` is None where not even one
         utterance fits."""
         edge = upper_edge(duration_ms)
-        if edge not in self._known:
+        if edge not in self._predictions:
             tokens = self._tracer.most_tokens(edge)
-            guess = self._neighbours.guess(edge, tokens)
-            found = predict_batch_size(self._tracer, edge, tokens, self.budget_bytes, self.max_size, guess)
-            self._neighbours.add(edge, tokens, found.line)
-            self._known[edge] = found
-        return self._known[edge]
+            guess = self._neighbors.guess(edge, tokens)
+            prediction = predict_batch_size(self._tracer, edge, tokens, self.budget_bytes, self.max_size, guess)
+            self._neighbors.add(edge, tokens, prediction.line)
+            self._predictions[edge] = prediction
+        return self._predictions[edge]
 
     def largest(self, duration_ms: int) -> int:
         """Utterances of `duration_ms` to decode together, at least 1: the device decides about a single one."""
@@ -163,7 +157,7 @@ class BatchSizes:
 
 
 def upper_edge(duration_ms: int) -> int:
-    """The shortest edge of at least `duration_ms`; an edge is its own."""
+    """The shortest edge of at least `duration_ms`; that of an edge is the edge."""
     step = max(0, math.floor(math.log(max(duration_ms, 1) / _FIRST_EDGE_MS, _RATIO)) - 1)
     while (edge := math.ceil(_FIRST_EDGE_MS * _RATIO**step)) < duration_ms:
         step += 1

@@ -8,11 +8,14 @@ from __future__ import annotations
 
 import weakref
 from collections import Counter
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Hashable, Iterable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, TypeAlias, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, UntypedStorage
+from torch._ops import OpOverload
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -20,6 +23,23 @@ _MIB = 2**20
 _BLOCK_BYTES = 512
 _LARGE_BYTES, _SEGMENT_BYTES, _GAP_BYTES = 10 * _MIB, 2 * _MIB, _MIB // 4
 _aten = torch.ops.aten
+T = TypeVar("T")
+Types = tuple[type, ...]
+Options = dict[str, Any]  # of an operator
+
+
+@dataclass(frozen=True, slots=True)
+class _Layout:
+    """What it takes to make a tensor's like."""
+
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+    dtype: torch.dtype
+
+
+# What an operator returns, and the layouts of it: for one tensor, none, or several.
+Results: TypeAlias = "Tensor | None | Iterable[Results]"
+Layouts: TypeAlias = "_Layout | None | tuple[Layouts, ...]"
 
 
 def rounded(num_bytes: int) -> int:
@@ -42,8 +62,8 @@ def cuda_block(num_bytes: int) -> int:
 class LiveBytes(TorchDispatchMode):
     """While active, counts the bytes of all storages that operators made and nobody freed yet.
 
-    `phase` and `place` (a module's path) name what is running; at the highest point `at_peak` holds the live bytes by
-    the phase and place that made them. Results of operators that only compute are remembered by the shapes of what they
+    `phase` and `area` (a module's path) name what is running; at the highest point `at_peak` holds the live bytes by
+    the phase and area that made them. Results of operators that only compute are remembered by the shapes of what they
     were given, where `remember` is on: a model of equal layers asks the same question many times, and working out a
     shape costs more than all else here. `block` says what a storage of so many bytes takes from the device.
     """
@@ -52,44 +72,45 @@ class LiveBytes(TorchDispatchMode):
         super().__init__()
         self._block = block
         self.live = self.peak = 0
-        self.phase, self.place = "activations", "loss"
+        self.phase, self.area = "activations", "loss"
         self.at_peak: dict[tuple[str, str], int] = {}
         self._at_new_peak = False
         self._remember = remember
         self._by_origin: Counter[tuple[str, str]] = Counter()
         self._storages: dict[int, tuple[int, tuple[str, str]]] = {}
-        self._watchers: dict[int, weakref.ref] = {}
-        self._layouts: dict[Any, Any] = {}
+        self._watchers: dict[int, weakref.ref[UntypedStorage]] = {}
+        self._layouts: dict[tuple[Hashable, ...], Layouts] = {}
 
     def reset(self) -> None:
         """Forget all that is live, but not what operators make of which shapes."""
         self.live = self.peak = 0
-        self.phase, self.place = "activations", "loss"
+        self.phase, self.area = "activations", "loss"
         self.at_peak, self._at_new_peak = {}, False
         for notes in (self._by_origin, self._storages, self._watchers):
             notes.clear()
 
-    def watch(self, tensor: Tensor, phase: str | None = None, place: str | None = None) -> None:
-        """Count a tensor's storage until it is freed; one that is known already counts once, as it did before unless
+    def watch(self, tensor: Tensor, phase: str | None = None, area: str | None = None) -> None:
+        """Count a tensor's storage until it is freed; one that is watched already counts once, as it did before unless
         `phase` says otherwise."""
         storage = tensor.untyped_storage()
         key = storage._cdata
-        known = self._storages.get(key)
-        if known is not None:
-            if phase is not None and known[1][0] != phase:
-                self._by_origin[known[1]] -= known[0]
-                self._storages[key] = (known[0], origin := (phase, place or known[1][1]))
-                self._by_origin[origin] += known[0]
+        watched = self._storages.get(key)
+        if watched is not None:
+            size, origin = watched
+            if phase is not None and origin[0] != phase:
+                self._by_origin[origin] -= size
+                self._storages[key] = (size, origin := (phase, area or origin[1]))
+                self._by_origin[origin] += size
             return
-        size, origin = self._block(storage.nbytes()), (phase or self.phase, place or self.place)
+        size, origin = self._block(storage.nbytes()), (phase or self.phase, area or self.area)
         self._storages[key] = (size, origin)
-        self._watchers[key] = weakref.ref(storage, lambda _, key=key: self._forget(key))
+        self._watchers[key] = weakref.ref(storage, partial(self._forget, key))
         self.live += size
         self._by_origin[origin] += size
         if self.live > self.peak:
             self.peak, self._at_new_peak = self.live, True
 
-    def _forget(self, key: int) -> None:
+    def _forget(self, key: int, _: weakref.ref[UntypedStorage]) -> None:
         if self._at_new_peak:
             # The highest point so far ends here.
             self.at_peak, self._at_new_peak = dict(self._by_origin), False
@@ -98,7 +119,9 @@ class LiveBytes(TorchDispatchMode):
         self.live -= size
         self._by_origin[origin] -= size
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+    def __torch_dispatch__(
+        self, func: OpOverload, types: Types, args: tuple[Any, ...] = (), kwargs: Options | None = None
+    ) -> Any:
         kwargs = kwargs or {}
         kind = _KINDS.get(func) or _kind_of(func)
         if kind == "shares":
@@ -107,12 +130,12 @@ class LiveBytes(TorchDispatchMode):
             result = func(*args, **kwargs)
         else:
             key = (func, _shape_of(args), _shape_of(tuple(kwargs.items())))
-            layout = self._layouts.get(key)
-            if layout is None:
+            layouts = self._layouts.get(key)
+            if layouts is None:
                 result = func(*args, **kwargs)
-                self._layouts[key] = _layout(result)
+                self._layouts[key] = _layouts_of(result)
             else:
-                result = _like(layout)
+                result = _like(layouts)
         for leaf in result if isinstance(result, (tuple, list)) else (result,):
             if isinstance(leaf, Tensor):
                 self.watch(leaf)
@@ -123,23 +146,23 @@ class LiveBytes(TorchDispatchMode):
         return False  # nothing is compiled here, and the guard costs a tenth of the time
 
 
-_KINDS: dict[Any, str] = {}
+_KINDS: dict[OpOverload, str] = {}
 
 
-def _kind_of(func: Any) -> str:
+def _kind_of(func: OpOverload) -> str:
     """What an operator does with memory: `shares` (a view, or in place), `makes` new tensors, one or a fixed number of
     them, or `makes several` in a list."""
     schema = func._schema
     if any(argument.alias_info is not None for argument in (*schema.arguments, *schema.returns)):
         kind = "shares"
     else:
-        plain = all(str(one.type) in ("Tensor", "Tensor?") for one in schema.returns)
+        plain = all(str(result.type) in ("Tensor", "Tensor?") for result in schema.returns)
         kind = "makes" if plain else "makes several"
     _KINDS[func] = kind
     return kind
 
 
-def _shape_of(value: Any) -> Any:
+def _shape_of(value: object) -> Hashable:
     if isinstance(value, Tensor):
         return (value.dtype, value.shape, value.stride(), value.storage_offset())
     if isinstance(value, (tuple, list)):
@@ -147,18 +170,18 @@ def _shape_of(value: Any) -> Any:
     return (value.__class__, value)
 
 
-def _layout(result: Any) -> Any:
-    if isinstance(result, Tensor):
-        return (tuple(result.shape), result.stride(), result.dtype)
-    return None if result is None else tuple(map(_layout, result))
+def _layouts_of(results: Results) -> Layouts:
+    if isinstance(results, Tensor):
+        return _Layout(tuple(results.shape), results.stride(), results.dtype)
+    return None if results is None else tuple(map(_layouts_of, results))
 
 
-def _like(layout: Any) -> Any:
-    if layout is None:
+def _like(layouts: Layouts) -> Results:
+    if layouts is None:
         return None
-    if len(layout) == 3 and isinstance(layout[2], torch.dtype):
-        return torch.empty_strided(layout[0], layout[1], dtype=layout[2], device="meta")
-    return tuple(map(_like, layout))
+    if isinstance(layouts, _Layout):
+        return torch.empty_strided(layouts.shape, layouts.stride, dtype=layouts.dtype, device="meta")
+    return tuple(map(_like, layouts))
 
 
 class DeviceLike(TorchFunctionMode):
@@ -167,7 +190,7 @@ class DeviceLike(TorchFunctionMode):
     of one byte per element (elsewhere dropout multiplies by a mask of the input's type).
 
     Autocast knows no `meta` device. Its rule for CUDA is short: matrix products, convolutions and attention take bf16,
-    with one bf16 copy of each float32 weight for the whole forward pass; normalisations, softmax and losses take
+    with one bf16 copy of each float32 weight for the whole forward pass; normalizations, softmax and losses take
     float32; all others take what comes.
     """
 
@@ -223,7 +246,9 @@ class DeviceLike(TorchFunctionMode):
         self._copies.clear()
         self._active = False
 
-    def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Types, args: tuple[Any, ...] = (), kwargs: Options | None = None
+    ) -> Any:
         kwargs = kwargs or {}
         if func is torch.nn.functional.scaled_dot_product_attention and self._efficient_attention:
             return self._attention(*args, **kwargs)
@@ -239,7 +264,7 @@ class DeviceLike(TorchFunctionMode):
                 return func(*map(_full, args), **kwargs)
         return func(*args, **kwargs)
 
-    def _lower(self, value: Any) -> Any:
+    def _lower(self, value: T) -> T | Tensor:
         if not isinstance(value, Tensor) or value.dtype != torch.float32:
             return value
         if self._in_backward or not (value.is_leaf and value.requires_grad):
@@ -259,14 +284,14 @@ class DeviceLike(TorchFunctionMode):
         **_: Any,
     ) -> Tensor:
         if self._active:
-            query, key, value = map(self._lower, (query, key, value))
+            query, key, value = self._lower(query), self._lower(key), self._lower(value)
         bias = attn_mask
         if bias is not None:
             bias = torch.zeros_like(bias, dtype=query.dtype) if bias.dtype == torch.bool else bias.to(query.dtype)
             bias = bias.expand(query.shape[0], query.shape[1], query.shape[2], key.shape[2])
-        found = _aten._scaled_dot_product_efficient_attention(query, key, value, bias, True, dropout_p, is_causal)
-        return found[0]
+        outputs = _aten._scaled_dot_product_efficient_attention(query, key, value, bias, True, dropout_p, is_causal)
+        return outputs[0]
 
 
-def _full(value: Any) -> Any:
+def _full(value: T) -> T | Tensor:
     return value.float() if isinstance(value, Tensor) and value.dtype == torch.bfloat16 else value

@@ -60,7 +60,7 @@ class ProbeGroup:
     timeout_s: float = 600.0
 
     def join(self, device_type: str) -> None:
-        """Meet the others, with NCCL on GPUs and gloo on processors, unless this process has a group already."""
+        """Meet the rest, with NCCL on GPUs and gloo on processors, unless this process has a group already."""
         import torch.distributed as dist
 
         from raytrain.training.parallel import backend_of
@@ -138,7 +138,8 @@ def smallest_as_fast(measure: Callable[[int], Probe], best: Probe) -> tuple[Prob
         if not probes[-1].fits or _per_utterance(probes[-1]) > _AS_FAST * min(map(_per_utterance, probes)):
             break
     limit = _AS_FAST * min(map(_per_utterance, probes))
-    return min((one for one in probes if _per_utterance(one) <= limit), key=lambda one: one.batch_size), probes[1:]
+    as_fast = [probe for probe in probes if _per_utterance(probe) <= limit]
+    return min(as_fast, key=lambda probe: probe.batch_size), probes[1:]
 
 
 def _per_utterance(probe: Probe) -> float:

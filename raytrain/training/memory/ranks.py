@@ -18,9 +18,10 @@ from torch.autograd import Variable
 
 from raytrain.model.canary import Canary
 from raytrain.training.memory.live_bytes import LiveBytes
+from raytrain.training.parallel import blocks_of
 
 
-def area(name: str) -> str:
+def area_of(name: str) -> str:
     """A module's or parameter's name without what comes after the second part: encoder.layers, log_softmax.mlp, …"""
     return ".".join(part for part in name.split(".")[:2] if part not in ("weight", "bias"))
 
@@ -46,13 +47,13 @@ class WholeRank:
         self._reducer = _empty(sum(sizes)) if world_size > 1 else None
         offset = 0
         for name, parameter in self._parameters.items():
-            parameter.register_post_accumulate_grad_hook(partial(self._gradient_is_there, area(name), offset))
+            parameter.register_post_accumulate_grad_hook(partial(self._gradient_is_there, area_of(name), offset))
             offset += parameter.numel()
 
     def watch(self) -> None:
         """Count what stays between steps."""
         for name, tensor in (*self._model.named_parameters(), *self._model.named_buffers()):
-            self._meter.watch(tensor, "parameters", area(name))
+            self._meter.watch(tensor, "parameters", area_of(name))
         _watch_optimizer(self._meter, self._moments, self._average)
         if self._reducer is not None:
             self._meter.watch(self._reducer, "gradients", "reducer")
@@ -65,11 +66,11 @@ class WholeRank:
     def step(self) -> None:
         """As the optimizer's: nothing is allocated."""
 
-    def _gradient_is_there(self, place: str, offset: int, parameter: Tensor) -> None:
+    def _gradient_is_there(self, area: str, offset: int, parameter: Tensor) -> None:
         if self._reducer is not None:
             parameter.grad = self._reducer[offset : offset + parameter.numel()].view_as(parameter)
         elif parameter.grad is not None:
-            self._meter.watch(parameter.grad, "gradients", place)
+            self._meter.watch(parameter.grad, "gradients", area)
 
 
 def _watch_optimizer(meter: LiveBytes, moments: Iterable[Tensor], average: Iterable[Tensor]) -> None:
@@ -88,7 +89,7 @@ class _Unit:
 
     def __init__(self, module: nn.Module, parameters: dict[str, nn.Parameter], world_size: int) -> None:
         self.module, self.parameters = module, parameters
-        self.place = area(next(iter(parameters)))
+        self.area = area_of(next(iter(parameters)))
         self.shard_sizes = [_shard_size(parameter, world_size) for parameter in parameters.values()]
         self.padded_sizes = [size * world_size for size in self.shard_sizes]
         self.buffer: Tensor | None = None
@@ -119,7 +120,7 @@ class _AfterBackward(torch.autograd.Function):
 class ShardedRank:
     """The first of `world_size` ranks of a model that `sharded.shard` spreads; it has the most where parts differ.
 
-    The traced model's own parameters count nothing: they stand for whole weights, whose storage FSDP2 frees between
+    The traced model's parameters count nothing: they stand for whole weights, whose storage FSDP2 frees between
     uses. What counts is this rank's parts of weights, moments and averages; and while a block is in use, its gathered
     weights and the all-gather's buffer, which in forward lives until the next block is gathered. In backward the block
     before is gathered ahead. A block's whole gradients are copied to the reduce-scatter's input, which lives until the
@@ -132,7 +133,7 @@ class ShardedRank:
     def __init__(self, model: Canary, meter: LiveBytes, world_size: int, averaged: bool, device_type: str) -> None:
         self._model, self._meter, self._copies = model, meter, device_type == "cpu"
         self._world_size, self._reduces = world_size, True
-        blocks = [*model.encoder.layers, *model.transf_decoder._decoder.layers]
+        blocks = blocks_of(model)
         names = {id(parameter): name for name, parameter in _trained(model).items()}
         of_blocks = [{names[id(parameter)]: parameter for parameter in block.parameters()} for block in blocks]
         inside = {name for parameters in of_blocks for name in parameters}
@@ -143,7 +144,7 @@ class ShardedRank:
             *(_Unit(*block, world_size) for block in zip(blocks, of_blocks, strict=True)),
         ]
         sizes = [size for unit in self._units for size in unit.shard_sizes]
-        self._weights = [(unit.place, _empty(size)) for unit in self._units for size in unit.shard_sizes]
+        self._weights = [(unit.area, _empty(size)) for unit in self._units for size in unit.shard_sizes]
         self._moments = [_empty(size) for size in sizes for _ in range(2)] + [_empty(1) for _ in sizes]
         self._average = [_empty(size) for size in sizes] if averaged else []
         self._order: list[_Unit] = []
@@ -151,18 +152,19 @@ class ShardedRank:
         self._reducing: Tensor | None = None
         self._ends_backward = False
         for name, parameter in _trained(model).items():
-            parameter.register_post_accumulate_grad_hook(partial(self._gradient_is_there, area(name)))
+            parameter.register_post_accumulate_grad_hook(partial(self._gradient_is_there, area_of(name)))
         for unit in self._units:
             unit.module.register_forward_pre_hook(partial(self._before_forward, unit))
             unit.module.register_forward_hook(partial(self._after_forward, unit))
-        model.set_requires_gradient_sync = self._set_sync  # what `train_step` asks of FSDP2
+        # What `train_step` asks of FSDP2. Torch declares attributes of modules as tensors and modules.
+        model.set_requires_gradient_sync = self._set_sync  # type: ignore[assignment]
 
     def watch(self) -> None:
         """Count what stays between steps."""
-        for place, tensor in self._weights:
-            self._meter.watch(tensor, "parameters", place)
+        for area, tensor in self._weights:
+            self._meter.watch(tensor, "parameters", area)
         for name, buffer in self._model.named_buffers():
-            self._meter.watch(buffer, "parameters", area(name))
+            self._meter.watch(buffer, "parameters", area_of(name))
         _watch_optimizer(self._meter, self._moments, self._average)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
@@ -182,14 +184,14 @@ class ShardedRank:
     def _set_sync(self, reduces: bool) -> None:
         self._reduces = reduces
 
-    def _make(self, num_elements: int, phase: str, place: str) -> Tensor:
+    def _make(self, num_elements: int, phase: str, area: str) -> Tensor:
         tensor = _empty(num_elements)
-        self._meter.watch(tensor, phase, place)
+        self._meter.watch(tensor, phase, area)
         return tensor
 
-    def _gradient_is_there(self, place: str, parameter: Tensor) -> None:
+    def _gradient_is_there(self, area: str, parameter: Tensor) -> None:
         if parameter.grad is not None:
-            self._meter.watch(parameter.grad, "gradients", place)
+            self._meter.watch(parameter.grad, "gradients", area)
 
     # --- weights
 
@@ -206,7 +208,7 @@ class ShardedRank:
             return
         if in_forward:
             self._deferred = None
-        unit.gathered = [self._make(size, "parameters", unit.place) for size in unit.padded_sizes]
+        unit.gathered = [self._make(size, "parameters", unit.area) for size in unit.padded_sizes]
         if in_forward:
             self._deferred = unit.buffer
         unit.buffer = None
@@ -260,7 +262,7 @@ class ShardedRank:
         self._reducing = None
         self._reducing = self._make(sum(unit.padded_sizes), "gradients", "reduce-scatter")
         gradients.clear()
-        unit.gradients = self._make(sum(unit.shard_sizes), "gradients", unit.place)
+        unit.gradients = self._make(sum(unit.shard_sizes), "gradients", unit.area)
         if self._copies:
             self._make(sum(unit.padded_sizes), "gradients", "reduce-scatter")
 

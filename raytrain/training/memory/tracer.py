@@ -1,8 +1,7 @@
 """Predict the memory of a training step without the device: trace it on `meta` tensors.
 
 Meta tensors have shapes and no data. Run the real step on them and note when each storage is made and when it is freed,
-and the highest sum of live bytes is the step's peak. The peak is close to affine in the batch size, so two traces say
-where to look for the largest batch that fits.
+and the highest sum of live bytes is the step's peak.
 
     tracer = StepTracer(model_config, settings, precision="bf16", world_size=8)
     tracer.trace(batch_size=16, max_duration_ms=4000, max_tokens=40).peak_bytes
@@ -15,22 +14,21 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from functools import partial
 
-import numpy as np
 import torch
+from torch.utils.hooks import RemovableHandle
 
 from raytrain.data.batch import SpeechBatch
 from raytrain.model.canary import Canary
 from raytrain.model.config import ModelConfig
 from raytrain.training.memory.live_bytes import DeviceLike, LiveBytes, cuda_block, rounded
-from raytrain.training.memory.ranks import ShardedRank, WholeRank, area
+from raytrain.training.memory.ranks import ShardedRank, WholeRank, area_of
 from raytrain.training.parallel import is_sharded, micro_batches
 from raytrain.training.settings import TrainSettings
 from raytrain.training.step import train_step
 
-TRACER_VERSION = 2  # raised where predictions change: sizes by an older one are found anew
-_FIRST_SIZE = 8
+TRACER_VERSION = 2  # raised where predictions change: sizes by an older tracer are predicted again
 
 
 @dataclass(frozen=True)
@@ -38,8 +36,8 @@ class StepMemory:
     """Bytes of one step: what stays between steps (parameters, optimizer, reducer), the highest point, and what was
     live there.
 
-    `at_peak` is bytes by (phase, place): parameters, gradients and optimizer; activations, which forward made and
-    backward needs; and temporary, what backward makes on its way. The place is the module, as far as one made it.
+    `at_peak` is bytes by (phase, area): parameters, gradients and optimizer; activations, which forward made and
+    backward needs; and temporary, what backward makes on its way. The area is the module, as far as one made it.
     """
 
     resident_bytes: int
@@ -87,8 +85,10 @@ class StepTracer:
         self._model.encoder.checkpoint_blocks = settings.activation_checkpointing
         self._meter = LiveBytes(remember, cuda_block if device_type == "cuda" else rounded)
         averaged = settings.average_decay is not None
-        if is_sharded(settings, world_size) if shard is None else shard and world_size > 1:
-            self._rank: Any = ShardedRank(self._model, self._meter, world_size, averaged, device_type)
+        is_part = is_sharded(settings, world_size) if shard is None else shard and world_size > 1
+        self._rank: WholeRank | ShardedRank
+        if is_part:
+            self._rank = ShardedRank(self._model, self._meter, world_size, averaged, device_type)
         else:
             self._rank = WholeRank(self._model, self._meter, world_size, averaged)
 
@@ -116,10 +116,10 @@ class StepTracer:
         meter, bf16 = self._meter, self._precision == "bf16"
 
         def backward_begins() -> None:
-            meter.phase, meter.place = "temporary", "backward"
+            meter.phase, meter.area = "temporary", "backward"
 
         device_like = DeviceLike(self._device_type, bf16, backward_begins)
-        with _autocast_hooks(self._model, device_like), _places(self._model, meter), _without_gc():
+        with _autocast_hooks(self._model, device_like), _named_areas(self._model, meter), without_gc():
             try:
                 with meter, device_like:
                     train_step(
@@ -135,8 +135,8 @@ class StepTracer:
 
 
 @contextmanager
-def _without_gc() -> Iterator[None]:
-    """Thousands of objects come and go in a trace, without cycles; looking for some takes a fifth of its time."""
+def without_gc() -> Iterator[None]:
+    """Thousands of objects come and go in a trace, without cycles; looking for cycles takes a fifth of its time."""
     collects = gc.isenabled()
     gc.disable()
     try:
@@ -162,150 +162,25 @@ def _autocast_hooks(model: Canary, device_like: DeviceLike) -> Iterator[None]:
 
 
 @contextmanager
-def _places(model: Canary, meter: LiveBytes) -> Iterator[None]:
+def _named_areas(model: Canary, meter: LiveBytes) -> Iterator[None]:
     """Name the modules of the first two levels while they run."""
-    handles: list[Any] = []
+    handles: list[RemovableHandle] = []
     before: list[str] = []
 
-    def enter(place: str) -> None:
-        before.append(meter.place)
-        meter.place = place
+    def enter(area: str, *_: object) -> None:
+        before.append(meter.area)
+        meter.area = area
 
-    def leave(*_: Any) -> None:
-        meter.place = before.pop()
+    def leave(*_: object) -> None:
+        meter.area = before.pop()
 
     for name, module in model.named_modules():
         # A list of layers is never called itself.
         if name and (name.count(".") < 2 or name.split(".")[2].isdigit() and name.count(".") == 2):
-            place = area(name)
-            handles.append(module.register_forward_pre_hook(lambda *_, place=place: enter(place)))
+            handles.append(module.register_forward_pre_hook(partial(enter, area_of(name))))
             handles.append(module.register_forward_hook(leave, always_call=True))
     try:
         yield
     finally:
         for handle in handles:
             handle.remove()
-
-
-@dataclass(frozen=True)
-class MemoryLine:
-    """Peak bytes as an affine function of the batch size: `base_bytes + batch_size · slope_bytes`."""
-
-    base_bytes: float
-    slope_bytes: float
-
-    @classmethod
-    def through(cls, small: int, small_peak: int, large: int, large_peak: int) -> MemoryLine:
-        """The line through two traced points; `small` and `large` are batch sizes."""
-        slope = (large_peak - small_peak) / (large - small)
-        return cls(base_bytes=small_peak - small * slope, slope_bytes=slope)
-
-    def largest_batch(self, budget_bytes: int) -> int:
-        """The largest batch size on the line within the budget, at least 1."""
-        return max(1, int((budget_bytes - self.base_bytes) // max(self.slope_bytes, 1.0)))
-
-
-@dataclass(frozen=True)
-class Prediction:
-    """The largest batch that fits a budget by the tracer, None where not even 1 does; `peak_bytes` at that size (or at
-    1), the `line` near it, the step of the largest size traced, that size, and how many traces it took."""
-
-    batch_size: int | None
-    peak_bytes: int
-    line: MemoryLine
-    step: StepMemory
-    traced_size: int
-    num_traces: int
-
-
-@dataclass
-class Neighbours:
-    """What other buckets' predictions suggest for the next: bytes per utterance are close to a polynomial in its edges
-    (frames, frames² of attention, tokens, frames·tokens), which a few buckets determine."""
-
-    edges: list[tuple[int, int]] = field(default_factory=list)
-    lines: list[MemoryLine] = field(default_factory=list)
-
-    def add(self, max_duration_ms: int, max_tokens: int, line: MemoryLine) -> None:
-        """One bucket's line."""
-        self.edges.append((max_duration_ms, max_tokens))
-        self.lines.append(line)
-
-    def guess(self, max_duration_ms: int, max_tokens: int) -> MemoryLine | None:
-        """The line to expect for a bucket; None before the first is known."""
-        if not self.lines:
-            return None
-        base = self.lines[-1].base_bytes
-        if len(self.lines) < _UNKNOWNS:
-            return MemoryLine(base, self.lines[-1].slope_bytes * max_duration_ms / self.edges[-1][0])
-        slopes = np.array([line.slope_bytes for line in self.lines])
-        terms = np.array([_terms(*edges) for edges in self.edges])
-        # Relative errors count, since the largest size that fits goes with 1 / slope.
-        weights = np.linalg.lstsq(terms / slopes[:, None], np.ones(len(slopes)), rcond=None)[0]
-        slope = float(np.dot(weights, _terms(max_duration_ms, max_tokens)))
-        return MemoryLine(base, slope if slope > 0 else float(slopes[-1]))
-
-
-_UNKNOWNS = 5
-
-
-def _terms(max_duration_ms: int, max_tokens: int) -> tuple[float, ...]:
-    seconds, tokens = max_duration_ms / 1000, max_tokens / 10
-    return (1.0, seconds, seconds * seconds, tokens, seconds * tokens)
-
-
-_CLOSE = 0.02  # where two lines through traced sizes differ by less, another trace teaches nothing
-
-
-def predict_batch_size(
-    tracer: StepTracer,
-    max_duration_ms: int,
-    max_tokens: int,
-    budget_bytes: int,
-    max_size: int,
-    guess: MemoryLine | None = None,
-) -> Prediction:
-    """The largest batch of one bucket that fits `budget_bytes`, by one to three traces as a rule; `guess` is what a
-    neighbouring bucket suggests.
-
-    A step's peak is the highest of several moments (the end of forward, the update, …), each affine in the batch size,
-    so it is convex: a line through two sizes lies below it beyond them, hence the answer is at most what the line says;
-    and above it between them, hence what the line says there is safe.
-    """
-    known: dict[int, StepMemory] = {}
-
-    def trace(size: int) -> None:
-        known[size] = tracer.trace(size, max_duration_ms, max_tokens)
-
-    def line(sizes: list[int]) -> MemoryLine:
-        """Through the two of `sizes` next to the answer, or from where a step without utterances should be."""
-        if len(sizes) > 1:
-            small, large = sizes[:2]
-            return MemoryLine.through(small, known[small].peak_bytes, large, known[large].peak_bytes)
-        memory = known[sizes[0]]
-        base = guess.base_bytes if guess is not None else memory.resident_bytes
-        return MemoryLine(base, (memory.peak_bytes - base) / sizes[0])
-
-    def answer(size: int | None, near: MemoryLine) -> Prediction:
-        traced = max(known)
-        at = size or 1
-        peak = known[at].peak_bytes if at in known else round(near.base_bytes + at * near.slope_bytes)
-        return Prediction(size, peak, near, known[traced], traced, len(known))
-
-    trace(min(max_size, guess.largest_batch(budget_bytes) if guess is not None else _FIRST_SIZE))
-    while True:
-        fits = sorted((size for size in known if known[size].peak_bytes <= budget_bytes), reverse=True)
-        fails = sorted(size for size in known if known[size].peak_bytes > budget_bytes)
-        if not fits:
-            if fails[0] == 1:
-                return answer(None, line(fails))
-            trace(min(fails[0] - 1, line(fails).largest_batch(budget_bytes)))
-            continue
-        low = fits[0]
-        near = line([low, fails[0]] if fails else fits)
-        size = min(max_size, near.largest_batch(budget_bytes))
-        if fails and (size <= low or fails[0] <= low * (1 + 5 * _CLOSE)):
-            return answer(max(low, min(size, fails[0] - 1)), near)
-        if size <= low * (1 + _CLOSE):
-            return answer(low, near)
-        trace(size)

@@ -7,14 +7,14 @@ from dataclasses import dataclass, field, replace
 import pytest
 
 from raytrain.model.config import ModelConfig
-from raytrain.training.memory.meter import Probe
-from raytrain.training.memory.probing import (
+from raytrain.training.memory.coordinator import (
     ProbeCoordinator,
     ProbeJob,
     answers_from_json,
     answers_to_json,
     run_prober,
 )
+from raytrain.training.memory.meter import Probe
 from raytrain.training.settings import TrainSettings
 
 EDGES = tuple((duration, tokens) for duration in (1000, 4000, 16000) for tokens in (10, 40))

@@ -48,7 +48,8 @@ class StepMeter:
     ) -> None:
         self.seconds: dict[str, float] = {}
         self._device, self._config, self._settings = torch.device(device), model, settings
-        self._budget, self._broken = budget_bytes, None
+        self._budget = budget_bytes
+        self._broken: str | None = None
         self._precision = resolve_precision(settings.precision, kind or self._device.type)
         self._world_size = group.world_size if group is not None else settings.most_workers
         with self._timed("context"):
@@ -164,7 +165,7 @@ def probe_model(config: ModelConfig, device: torch.device | str) -> Canary:
     zeros, which GPUs multiply faster.
 
     Drawing 0.9 billion numbers takes a processor 17 s, longer than the probes. Here matrices repeat 2¹⁶ normal numbers
-    of standard deviation 0.02, biases are 0, and normalisations and computed tables are as in a new model.
+    of standard deviation 0.02, biases are 0, and normalizations and computed tables are as in a new model.
     """
     with torch.device("meta"):
         model = Canary(config)

@@ -11,7 +11,7 @@ then timing of smaller batches, each bucket as soon as its search has ended, and
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
@@ -202,13 +202,13 @@ class ProbeCoordinator:
         return Task("soak", sizes=tuple(self._size(bucket) for bucket in self._buckets))
 
     def _timing(self, bucket: int) -> Task:
-        size = self._searches.result(bucket)
+        size = self._searches.result(bucket) or 0
         best = next((probe for probe in self._buckets[bucket].probes if probe.fits and probe.batch_size == size), None)
         return Task("time", bucket, size, best)
 
     def _size(self, outcome: BucketOutcome) -> int:
         fast = outcome.smallest_as_fast if self._job.throughput else None
-        return fast or outcome.batch_size
+        return fast or outcome.batch_size or 0
 
     def _give_back(self, task: Task) -> None:
         if task.kind == "search":
@@ -237,9 +237,9 @@ class ProbeCoordinator:
             if self._searches.ended(number):
                 outcome.batch_size = self._searches.result(number)
                 if outcome.batch_size is None and self._failed is None:
-                    self._failed = (number, self._why_not_one(number, bucket))
+                    self._failed = (number, self._why_none_fits(number, bucket))
 
-    def _why_not_one(self, number: int, bucket: int) -> str | None:
+    def _why_none_fits(self, number: int, bucket: int) -> str | None:
         """The reason that a probe of one utterance gave, of this bucket or of the smaller one that implied it."""
         probes = (*self._buckets[number].probes, *self._buckets[bucket].probes)
         return next((probe.why for probe in probes if probe.batch_size == 1 and not probe.fits), None)
@@ -262,16 +262,16 @@ def run_prober(
             time.sleep(WAIT_SECONDS)
             continue
         began = time.monotonic()
-        answer = _DOING[task.kind](task, meter, job, soaked)
+        answer = _WORK[task.kind](task, meter, job, soaked)
         tell(prober, replace(answer, seconds=time.monotonic() - began))
 
 
-def _search(task: Task, meter: Meter, job: ProbeJob, _: Any) -> Answer:
+def _search(task: Task, meter: Meter, job: ProbeJob, _: object) -> Answer:
     probe = meter.measure(task.size, job.edges[task.bucket], job.steps_per_probe)
     return Answer(task, (probe,), step_seconds=_step_seconds((probe,), job.steps_per_probe))
 
 
-def _time(task: Task, meter: Meter, job: ProbeJob, _: Any) -> Answer:
+def _time(task: Task, meter: Meter, job: ProbeJob, _: object) -> Answer:
     def measure(size: int) -> Probe:
         return meter.measure(size, job.edges[task.bucket], job.steps_per_probe)
 
@@ -288,15 +288,16 @@ def _time(task: Task, meter: Meter, job: ProbeJob, _: Any) -> Answer:
 
 
 def _soak(task: Task, meter: Meter, job: ProbeJob, soaked: Callable[[int], None]) -> Answer:
-    sizes, peaks, why = list(task.sizes), {}, None
-    passed, spent, told = 0, 0.0, time.monotonic()
+    sizes, why = list(task.sizes), None
+    peaks: dict[int, int] = {}
+    passed, spent, reported = 0, 0.0, time.monotonic()
     for step in soak(meter, job.edges, sizes, job.soak_steps, job.seed):
         spent += step.probe.step_seconds or 0.0
         passed = _take_in(step, sizes, peaks, passed)
         why = step.probe.why or why
-        if time.monotonic() - told > WAIT_SECONDS:
+        if time.monotonic() - reported > WAIT_SECONDS:
             soaked(passed)
-            told = time.monotonic()
+            reported = time.monotonic()
     return Answer(task, sizes=tuple(sizes), peaks=peaks, why=why, step_seconds=spent)
 
 
@@ -311,7 +312,12 @@ def _take_in(step: SoakStep, sizes: list[int], peaks: dict[int, int], passed: in
     return passed + 1
 
 
-_DOING: dict[str, Callable[[Task, Meter, ProbeJob, Any], Answer]] = {"search": _search, "time": _time, "soak": _soak}
+_Work = Callable[[Task, Meter, ProbeJob, Callable[[int], None]], Answer]
+_WORK: dict[str, _Work] = {
+    "search": _search,
+    "time": _time,
+    "soak": _soak,
+}
 
 
 def _step_seconds(probes: Sequence[Probe], steps: int) -> float:
@@ -338,16 +344,16 @@ class AnswerNote:
     step_seconds: float
 
     def __post_init__(self) -> None:
-        if self.task.kind not in _DOING:
+        if self.task.kind not in _WORK:
             raise ValueError("it answers no task")
 
 
-def answers_from_json(values: Sequence[dict[str, Any]]) -> list[Answer]:
+def answers_from_json(values: Sequence[Mapping[str, Any]]) -> list[Answer]:
     """The inverse of `answers_to_json`."""
     return [_answer(value) for value in values]
 
 
-def _answer(value: dict[str, Any]) -> Answer:
+def _answer(value: Mapping[str, Any]) -> Answer:
     task = dict(value["task"])
     best = Probe(**task["best"]) if task["best"] else None
     return Answer(

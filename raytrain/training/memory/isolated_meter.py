@@ -26,8 +26,8 @@ from raytrain.training.memory.meter import Edges, Meter, Probe
 
 
 def make_step_meter(*arguments: Any) -> Meter:
-    """A `StepMeter` for `IsolatedMeter` to make: who only asks for it imports no torch, which takes seconds."""
-    from raytrain.training.memory.probe import StepMeter
+    """A `StepMeter` for `IsolatedMeter` to make: to name it imports no torch, which takes seconds."""
+    from raytrain.training.memory.step_meter import StepMeter
 
     return StepMeter(*arguments)
 
@@ -36,14 +36,13 @@ class IsolatedMeter:
     """Makes `make(*arguments)` in a new process, which must be importable there, and passes questions to it.
 
     `num_starts` counts processes. `seconds` says how long each part of the last start took: `process` is Python with
-    its imports, PyTorch's above all; the others are what the meter says itself (`StepMeter.seconds`).
+    its imports, PyTorch's above all; the rest is what the meter says itself (`StepMeter.seconds`).
     """
 
     def __init__(self, make: Callable[..., Meter], *arguments: Any, environment: dict[str, str] | None = None) -> None:
         self._start = pickle.dumps((make, arguments))
         self._environment = {**os.environ, **(environment or {}), "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
-        self._process: subprocess.Popen | None = None
-        self._messages: IO[bytes] | None = None
+        self._process: _MeterProcess | None = None
         self.num_starts = 0
         self.seconds: dict[str, float] = {}
 
@@ -54,12 +53,11 @@ class IsolatedMeter:
 
     def measure(self, batch_size: int, edges: Edges, num_steps: int, *, fresh: bool = True) -> Probe:
         """See `Meter`. Raises `ProfileError` where the process can't even start, and what `make` raises."""
-        self.start()
+        process = self._process or self._open()
         try:
-            _write(self._process.stdin, (batch_size, edges, num_steps, fresh))
-            answer = _read(self._process.stdout)
+            answer = process.ask(pickle.dumps((batch_size, edges, num_steps, fresh)))
         except (EOFError, OSError):
-            return Probe(batch_size, False, why=self._obituary())
+            return Probe(batch_size, False, why=self._cause_of_death(process))
         if isinstance(answer, Exception):
             # The device is in an unknown state after anything but a plain lack of memory.
             self.close()
@@ -75,11 +73,7 @@ class IsolatedMeter:
     def close(self) -> None:
         """End the process."""
         if self._process is not None:
-            self._process.kill()
-            self._process.wait()
-            for pipe in (self._process.stdin, self._process.stdout):
-                with contextlib.suppress(OSError):  # what it did not read is lost with it
-                    pipe.close()
+            self._process.close()
             self._process = None
 
     def __enter__(self) -> IsolatedMeter:
@@ -88,44 +82,78 @@ class IsolatedMeter:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _open(self) -> None:
-        begun = time.perf_counter()
-        self._messages = tempfile.TemporaryFile()  # noqa: SIM115 - closed with this object
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", "raytrain.training.memory.isolated"],
-            env=self._environment,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=self._messages,
-        )
+    def _open(self) -> _MeterProcess:
+        started = time.perf_counter()
+        process = self._process = _MeterProcess(self._environment)
         try:
-            self._process.stdin.write(struct.pack("<Q", len(self._start)) + self._start)
-            self._process.stdin.flush()
-            answer = _read(self._process.stdout)
+            answer = process.ask(self._start)
         except (EOFError, OSError):
             raise ProfileError(
                 "the process that probes batch sizes ended at its start",
-                why=self._obituary(),
+                why=self._cause_of_death(process),
                 remedy="see that nothing else uses this GPU and the node's memory; `raytrain doctor` looks at both",
             ) from None
         if isinstance(answer, Exception):
             self.close()
             raise answer
         self.num_starts += 1
-        self.seconds = {"process": time.perf_counter() - begun - sum(answer.values()), **answer}
+        self.seconds = {"process": time.perf_counter() - started - sum(answer.values()), **answer}
+        return process
 
-    def _obituary(self) -> str:
-        code = self._process.wait()
+    def _cause_of_death(self, process: _MeterProcess) -> str:
+        code = process.wait()
         self.close()
-        self._messages.seek(0)
-        lines = self._messages.read().decode(errors="replace").strip().splitlines()
+        lines = process.messages()
         name = signal.Signals(-code).name if code < 0 else f"exit code {code}"
         killer = ", perhaps by the host for lack of memory" if code == -signal.SIGKILL else ""
         return f"its process ended with {name}{killer}" + (f": {lines[-1][:200]}" if lines else "")
 
 
-def _write(pipe: IO[bytes], value: Any) -> None:
-    data = pickle.dumps(value)
+class _MeterProcess:
+    """Runs `_serve`: questions go to its standard input, answers come from its standard output."""
+
+    def __init__(self, environment: dict[str, str]) -> None:
+        self._messages = tempfile.TemporaryFile()  # noqa: SIM115 - closed with this object
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "raytrain.training.memory.isolated_meter"],
+            env=environment,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._messages,
+        )
+        assert self._process.stdin is not None and self._process.stdout is not None  # both are pipes
+        self._questions, self._answers = self._process.stdin, self._process.stdout
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    def ask(self, question: bytes) -> Any:
+        """The answer to a pickled question. Raises `EOFError` or `OSError` where the process has ended."""
+        _write(self._questions, question)
+        return _read(self._answers)
+
+    def kill(self) -> None:
+        self._process.kill()
+
+    def wait(self) -> int:
+        """The exit code, once it has ended."""
+        return self._process.wait()
+
+    def close(self) -> None:
+        self._process.kill()
+        self._process.wait()
+        for pipe in (self._questions, self._answers):
+            with contextlib.suppress(OSError):  # what it did not read is lost with it
+                pipe.close()
+
+    def messages(self) -> list[str]:
+        """Lines that it wrote to standard error."""
+        self._messages.seek(0)
+        return self._messages.read().decode(errors="replace").strip().splitlines()
+
+
+def _write(pipe: IO[bytes], data: bytes) -> None:
     pipe.write(struct.pack("<Q", len(data)) + data)
     pipe.flush()
 
@@ -153,9 +181,9 @@ def _serve() -> None:
         make, arguments = _read(questions)
         meter = make(*arguments)
     except Exception as error:
-        _write(answers, error)
+        _write(answers, pickle.dumps(error))
         return
-    _write(answers, getattr(meter, "seconds", {}))
+    _write(answers, pickle.dumps(getattr(meter, "seconds", {})))
     while True:
         try:
             batch_size, edges, num_steps, fresh = _read(questions)
@@ -166,9 +194,10 @@ def _serve() -> None:
         except Exception as error:
             answer = error
         try:
-            _write(answers, answer)
+            data = pickle.dumps(answer)
         except (pickle.PicklingError, TypeError, AttributeError):
-            _write(answers, RuntimeError(str(answer)))
+            data = pickle.dumps(RuntimeError(str(answer)))
+        _write(answers, data)
 
 
 if __name__ == "__main__":

@@ -16,9 +16,9 @@ from raytrain.data.batch import SpeechBatch
 from raytrain.errors import TrainingError
 from raytrain.model.canary import Canary
 from raytrain.model.config import ModelConfig
-from raytrain.training.memory.isolated import IsolatedMeter
+from raytrain.training.memory.isolated_meter import IsolatedMeter
 from raytrain.training.memory.meter import Probe, ProbeGroup, joint_probe
-from raytrain.training.memory.probe import StepMeter, probe_model
+from raytrain.training.memory.step_meter import StepMeter, probe_model
 from raytrain.training.memory.tracer import StepTracer
 from raytrain.training.optim import make_optimizer
 from raytrain.training.parallel import join_alone, parallel_model
