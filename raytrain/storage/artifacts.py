@@ -23,9 +23,11 @@ import tempfile
 from collections.abc import Iterator, Mapping
 from functools import cache
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, TypeVar
 
 from raytrain.errors import ArtifactError, StorageError
+
+_Kind = TypeVar("_Kind")
 
 
 def canonical_json(value: Any) -> bytes:
@@ -236,18 +238,31 @@ def fitting(value: Any, kind: Any) -> Any:
 
     Nothing is converted. Raises `ValueError` that names the first place which does not fit.
     """
+    _validated(value, kind)
+    return value
+
+
+def view_of(value: object, kind: type[_Kind]) -> _Kind:
+    """The JSON value as a `kind`, such as a dataclass that holds only the fields somebody reads.
+
+    Raises `ValueError` that names the first value which does not fit.
+    """
+    view: _Kind = _validated(value, kind)
+    return view
+
+
+def _validated(value: Any, kind: Any) -> Any:
     # Where models alone run there is no pydantic; what they read is checked by hand.
     from pydantic import ValidationError
 
     try:
-        _adapter(kind).validate_json(json.dumps(value, allow_nan=False), strict=True)
+        return _adapter(kind).validate_json(json.dumps(value, allow_nan=False), strict=True)
     except ValidationError as error:
         first = error.errors(include_url=False, include_input=False)[0]
         place = ".".join(str(part) for part in first["loc"])
         raise ValueError(f"{place or 'it'}: {first['msg'].removeprefix('Value error, ')}") from error
     except RecursionError as error:
         raise ValueError("it is nested too deeply") from error
-    return value
 
 
 @cache
