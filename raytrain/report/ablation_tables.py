@@ -109,11 +109,11 @@ def trial_table(body: AblationBody) -> Table:
     columns: dict[str, Callable[[TrialResult], str]] = {
         "scheme": lambda trial: trial.scheme,
         "learning rate": lambda trial: f"{trial.learning_rate:g}",
-        "utterances a step": lambda trial: _number(trial.batch_size, ".1f"),
-        "audio s per s": lambda trial: _number(trial.audio_seconds_per_second, ".0f"),
+        "utterances a step": lambda trial: format_or_none(trial.batch_size, ".1f"),
+        "audio s per s": lambda trial: format_or_none(trial.audio_seconds_per_second, ".0f"),
         "steps": lambda trial: str(trial.steps),
         f"minutes to {body.target_wer:.0%} WER": lambda trial: _minutes(trial.seconds_to_target),
-        "lowest WER": lambda trial: _number(trial.best_wer, ".1%"),
+        "lowest WER": lambda trial: format_or_none(trial.best_wer, ".1%"),
     }
     note = f"Each scheme was trained at the learning rates {rates}; the row is of the best. All else is equal."
     return _table("Schemes for this run, trained", note, body.best_trials(), columns)
@@ -123,5 +123,6 @@ def _minutes(seconds: float | None) -> str:
     return "not reached" if seconds is None else f"{seconds / 60:.1f}"
 
 
-def _number(value: float | None, shown: str) -> str:
+def format_or_none(value: float | None, shown: str) -> str:
+    """The number as `format` has it, `none` where there is none."""
     return "none" if value is None else format(value, shown)
