@@ -5,10 +5,10 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from raytrain.cluster.nodes import last_line
 from raytrain.cluster.trials import concurrent_trials, restored, training_inputs, trial_progress
@@ -16,6 +16,9 @@ from raytrain.config import Config, Distribution
 from raytrain.console import Console
 from raytrain.storage.artifacts import content_id, make_folder
 from raytrain.tracking.runs import tracking_uri
+
+if TYPE_CHECKING:
+    from ray.tune import Result, Tuner
 
 
 @dataclass(frozen=True)
@@ -54,7 +57,7 @@ def search_settings(config: Config, console: Console, parent_run_id: str | None)
     return [_trial_of(result, steps) for result in results]
 
 
-def _tuner(config: Config, trainable: object, space: Mapping[str, object], name: str, folder: Path) -> object:
+def _tuner(config: Config, trainable: Callable[..., Any], space: dict[str, Any], name: str, folder: Path) -> Tuner:
     from ray import tune
 
     section, steps = config.tune, config.train.max_steps
@@ -88,9 +91,9 @@ def _domain(distribution: Distribution) -> object:
     return tune.loguniform(low, high) if distribution.log_uniform is not None else tune.uniform(low, high)
 
 
-def _trial_of(result: Any, steps: int) -> TuneTrial:
+def _trial_of(result: Result, steps: int) -> TuneTrial:
     """What Tune's `result` says of a trial that may have had `steps`."""
-    metrics: dict[str, Any] = result.metrics or {}
+    metrics = result.metrics or {}
     why = None if result.error is None else last_line(result.error)
     return TuneTrial(
         settings=(result.config or {}).get("settings", {}),

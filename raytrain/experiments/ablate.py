@@ -8,7 +8,7 @@ draws (`raytrain.report.ablation_results`), and the same command resumes an abla
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 
@@ -31,6 +31,7 @@ from raytrain.storage.artifacts import read_json, write_json
 from raytrain.storage.ownership import owned
 from raytrain.storage.run_store import RunStore
 from raytrain.tracking.runs import RunTracking
+from raytrain.training.memory.surface import MemorySurface
 from raytrain.training.settings import TrainSettings
 
 PREDICTED_FORMAT = "raytrain.ablation_predicted/1"
@@ -105,14 +106,17 @@ def _predict(
     settings = fit_limits(replace(config.buckets, max_tokens=2**31), model)
     budget = int(options.memory_gib * GIB * config.oomptimize.memory_fraction)
     trace = partial(trace_surface, histogram, settings, model, TrainSettings(num_workers=8), budget=budget)
-    with console.progress(f"tracing {name}", None) as update:
-        surface = trace(
-            precision="bf16", device_type="cuda", on_shape=lambda done, total: update(completed=done, total=total)
-        )
+    surface = _traced(console, f"tracing {name}", partial(trace, precision="bf16", device_type="cuda"))
     simulator = SchemeSimulator(histogram, settings, model, surface, budget, seed=config.seed)
     rows = [simulator.simulate(simulator.plan(scheme, options.batch_seconds)) for scheme in SCHEMES]
     plans = gpu_plans(rows, options.hardware(), options.gpus, options.steps)
     return ModelPrediction(rows, plans, surface.error, random_batch(histogram, rows[0].batch_sizes[0], config.seed))
+
+
+def _traced(console: Console, label: str, trace: Callable[..., MemorySurface]) -> MemorySurface:
+    """What a `trace_surface` gives that lacks its `on_shape`, with a bar."""
+    with console.progress(label, None) as update:
+        return trace(on_shape=lambda done, total: update(completed=done, total=total))
 
 
 def _report(config: Config, console: Console) -> None:
@@ -179,17 +183,9 @@ def _with_memory(config: Config) -> Config:
 def _simulator(config: Config, console: Console, histogram: LengthHistogram) -> SchemeSimulator:
     model = Workspace(config, config.run_dir).model_config()
     budget = int((config.oomptimize.device_memory or 0) * config.oomptimize.memory_fraction)
-    trace = partial(
-        trace_surface,
-        histogram,
-        fit_limits(config.buckets, model),
-        model,
-        config.train,
-        precision="fp32",
-        budget=budget,
-    )
-    with console.progress("tracing", None) as update:
-        surface = trace(device_type="cpu", on_shape=lambda done, total: update(completed=done, total=total))
+    settings = fit_limits(config.buckets, model)
+    trace = partial(trace_surface, histogram, settings, model, config.train, budget=budget)
+    surface = _traced(console, "tracing", partial(trace, precision="fp32", device_type="cpu"))
     most = config.oomptimize.max_batch_size
     return SchemeSimulator(histogram, config.buckets, model, surface, budget, most, config.seed)
 

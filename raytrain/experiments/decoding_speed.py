@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,12 +29,12 @@ class DecodingSpeed:
     decoder_share_batch_8: float
 
 
-def measure_decoding(values: Mapping[str, Any], folder: Path, cuda: bool) -> DecodingSpeed:
+def measure_decoding(values: dict[str, Any], folder: Path, cuda: bool) -> DecodingSpeed:
     """Greedy decoding of dev recordings by the trial in `folder`, whose configuration has the JSON `values`; reading
     audio does not count."""
     config = check_config(values)
     search = DecodeSettings(max_generation_delta=config.evaluate.max_generation_delta)
-    recognizer = Recogniser(*load_run(dict(values), str(folder), "best"), search, worker_device(cuda).torch)
+    recognizer = Recogniser(*load_run(values, str(folder), "best"), search, worker_device(cuda).torch)
     rows, pad_id = Workspace(config, folder).rows("dev", _NUM_RECORDINGS), recognizer.tokenizer.pad_id
     sample_rate = config.model.sample_rate
     speeds: list[float] = []

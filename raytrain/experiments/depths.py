@@ -207,7 +207,7 @@ def _training_cells(training: DepthTraining) -> list[str]:
     return [
         str(outcome.steps),
         format_or_none(outcome.best_wer, ".1%"),
-        format_or_none(rtfx and rtfx.rtfx_batch_1, ".0f"),
-        format_or_none(rtfx and rtfx.rtfx_batch_8, ".0f"),
+        format_or_none(rtfx.rtfx_batch_1 if rtfx else None, ".0f"),
+        format_or_none(rtfx.rtfx_batch_8 if rtfx else None, ".0f"),
         format_or_none(outcome.audio_seconds_per_second, ".0f"),
     ]

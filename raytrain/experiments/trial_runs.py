@@ -93,7 +93,7 @@ class TrialEnd:
 
 
 def run_trials(config: Config, console: Console, jobs: Sequence[TrialJob], parent_run_id: str | None) -> list[TrialEnd]:
-    """Train every job as far as it goes; how each ended, in the order of jobs. Trials that are done stay as they are."""
+    """Train every job as far as it goes; how each ended, in their order. A trial that is done is not done again."""
     folder = config.run_dir / "ablate"
     trials = run_grid(config, console, [job.to_json(config) for job in jobs], folder, parent_run_id)
     return [TrialEnd(Path(trial["folder"]) if trial["folder"] else None, trial["why"]) for trial in trials]
