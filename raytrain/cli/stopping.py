@@ -24,7 +24,7 @@ from collections.abc import Iterator
 from typing import Any, NoReturn
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
-GOES_ON = "stopped; the same command goes on from here"
+RESUMABLE = "stopped; run the same command again to resume"
 _GRACE_SECONDS = 8.0
 _ECHO_SECONDS = 1.0  # a terminal and what started this process may both pass on one Ctrl-C
 
