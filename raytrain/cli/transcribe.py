@@ -81,8 +81,8 @@ Workers = Annotated[int | None, _option("Models that work in parallel: by defaul
 DeviceMemory = Annotated[
     str | None,
     _option(
-        "Memory of a worker, such as 16GiB; batches are as large as it allows. By default 0.9 of a GPU's, or half of the "
-        "host's for all.",
+        "Memory of a worker, such as 16GiB; batches are as large as it allows. By default 0.9 of a GPU's, or half "
+        "of the host's for all.",
         metavar="SIZE",
     ),
 ]

@@ -58,10 +58,10 @@ def trace_surface(
     usable = (histogram.cells <= settings.max_duration_ms) & (histogram.tokens <= settings.max_tokens)
     shapes = _shapes(histogram.select(usable))
     tracer = StepTracer(model, train, precision=precision, world_size=train.most_workers, device_type=device_type)
-    lines, neighbours = [], Neighbours()
+    lines, neighbors = [], Neighbours()
     for number, shape in enumerate(shapes):
-        line = predict_batch_size(tracer, *shape, budget, _LARGEST_BATCH, neighbours.guess(*shape)).line
-        neighbours.add(*shape, line)
+        line = predict_batch_size(tracer, *shape, budget, _LARGEST_BATCH, neighbors.guess(*shape)).line
+        neighbors.add(*shape, line)
         lines.append(line)
         on_shape(number + 1, len(shapes))
     return MemorySurface.through(shapes, lines)

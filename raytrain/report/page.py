@@ -1,6 +1,6 @@
 """`report.html`: the run's own story from the files of its folder, one page that needs nothing else.
 
-What a stage did not write, or what can't be read or drawn, is said on the page in plain words: a report on a run
+What a stage did not write, or what can't be read or drawn, is reported on the page in plain words: a report on a run
 that went wrong is when it is needed most.
 """
 
