@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import sys
 import tempfile
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -35,13 +36,13 @@ def predicted(manifest: Path, vocabulary: int) -> dict[str, Any]:
             }
         )
         models = {name: PUBLISHED[name] for name in ("canary-1b", "canary-1b-flash")}
-        body = predict_ablation(config, Console(), models, PredictOptions())
+        body = asdict(predict_ablation(config, Console(), models, PredictOptions()))
     result: dict[str, Any] = {"utterances": body["utterances"], "hours": round(body["hours"], 1)}
     for name, model in body["models"].items():
         rows = {row["scheme"]: row for row in model["schemes"]}
         result[name] = {
             "schemes": [_short(row) for row in model["schemes"]],
-            "gpu_plans": [_short(one) for one in model["gpu_plans"]],
+            "gpu_plans": [_short(plan) for plan in model["gpu_plans"]],
             "D_over_A": round(rows["D"]["mean_batch"] / rows["A"]["mean_batch"], 2),
             "memory_fit_error": round(model["memory_fit_error"], 4),
         }
@@ -50,12 +51,12 @@ def predicted(manifest: Path, vocabulary: int) -> dict[str, Any]:
 
 def trained(path: Path) -> dict[str, Any]:
     """What `raytrain ablate` finds, without the single steps."""
-    body = run_ablation(load_config(path), Console())
-    chosen = {scheme: body["trials"][place] for scheme, place in body["best"].items()}
-    times = {scheme: one["seconds_to_target"] for scheme, one in chosen.items()}
+    ablation = run_ablation(load_config(path), Console())
+    times = {trial.scheme: trial.seconds_to_target for trial in ablation.best_trials()}
+    body = asdict(ablation)
     result = {**body, "schemes": [_short(row) for row in body["schemes"]]}
     del result["random_batch"]
-    result["trials"] = [_short(one) for one in body["trials"]]
+    result["trials"] = [_short(trial) for trial in body["trials"]]
     if times.get("R") and times.get("D+"):
         result["D+_time_over_R"] = round(times["D+"] / times["R"], 3)
     return result

@@ -172,7 +172,7 @@ END = """\
 - **`training resumes from step N`**: there is a whole checkpoint of this run. To begin at step 0 use another `name`.
 - **`training starts again: …`**: a worker was lost, or a batch did not fit and has been made smaller. It goes on from
   the last checkpoint.
-- **`stopped; the same command goes on from here`**: Ctrl-C. What is finished stays.
+- **`stopped; run the same command again to resume`**: Ctrl-C. What is finished stays.
 - **Ray's own lines**, such as `(raylet) …`, `(autoscaler) …` or `E0000 … gcs_client`: from Ray's processes, not from
   raytrain. They matter only where an error follows; its message has Ray's last line as its cause. The whole logs are in
   `/tmp/ray/session_latest/logs` of the node that it names.

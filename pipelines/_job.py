@@ -28,11 +28,11 @@ def main(*stages: str, description: str, choose: bool = False) -> None:
         parser.add_argument("stages", nargs="*", metavar="STAGE", help=f"run these only: {', '.join(stages)}")
     arguments = parser.parse_args()
     named = tuple(arguments.stages) if choose else ()
-    unknown = [one for one in named if one not in stages]
+    unknown = [name for name in named if name not in stages]
     if unknown:
         parser.error(f"{unknown[0]!r} is not one of {', '.join(stages)}")
     stopping.install()
-    stopping.say_at_stop(stopping.GOES_ON)
+    stopping.say_at_stop(stopping.RESUMABLE)
     with stopping.exit_codes():
         try:
             config = load_config(arguments.config, arguments.set)

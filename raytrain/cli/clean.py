@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from raytrain.cli.options import SetOption
+from raytrain.cli.options import SetOption, json_option, print_json
 
 if TYPE_CHECKING:
     from raytrain.config import Config
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from raytrain.storage.leftovers import Leftover
 
 OptionalConfig = Annotated[
-    Path | None, typer.Option("--config", "-c", help="A run, to look at its folder too; else at Ray's sessions alone.")
+    Path | None, typer.Option("--config", "-c", help="A run, to clean its folder too; by default only Ray's sessions.")
 ]
 
 
@@ -27,12 +27,12 @@ def clean(
     previous: Annotated[
         bool, typer.Option("--previous", help="Also the run's previous/: checkpoints of earlier settings.")
     ] = False,
-    json: Annotated[bool, typer.Option("--json", help="One JSON object per file or folder.")] = False,
+    json: Annotated[bool, json_option("One JSON object per file or folder.")] = False,
 ) -> None:
-    """List what killed commands left behind and is no run's, and remove it with --yes.
+    """List what killed commands left behind, and remove it with --yes.
 
-    These are files that were never finished, Ray Train's notes of trainings that are over, and folders of Ray's
-    sessions that raytrain started on this machine and that did not end well. A run that a process owns is left alone.
+    These are files that were never finished, Ray Train's notes of trainings that have ended, and folders of Ray
+    sessions that raytrain started on this machine and that were killed. A run that a process owns is left alone.
     """
     import contextlib
 
@@ -47,15 +47,15 @@ def clean(
     console, loaded = Console(quiet=json), load_config(config, set) if config else None
     owning = owned(loaded.run_location, console.say) if loaded and yes else contextlib.nullcontext()
     with owning:
-        found = list(dead_sessions())
+        leftovers = list(dead_sessions())
         kept: list[Leftover] = []
         if loaded is not None:
-            found += _of_run(loaded, console.say, is_ours=yes)
-            (found if previous else kept).extend(set_aside(loaded.run_dir))
+            leftovers += _of_run(loaded, console.say, is_ours=yes)
+            (leftovers if previous else kept).extend(set_aside(loaded.run_dir))
         if yes:
-            for leftover in found:
+            for leftover in leftovers:
                 leftover.remove()
-    _show(found, kept, yes, json, console)
+    _show(leftovers, kept, yes, json, console)
 
 
 def _of_run(config: Config, say: Callable[[str], None], is_ours: bool) -> Iterator[Leftover]:
@@ -73,22 +73,20 @@ def _of_run(config: Config, say: Callable[[str], None], is_ours: bool) -> Iterat
     yield from probes(config.run_location.rpartition("/")[0])
 
 
-def _show(found: list[Leftover], kept: list[Leftover], is_removed: bool, json: bool, console: Console) -> None:
+def _show(leftovers: list[Leftover], kept: list[Leftover], is_removed: bool, json: bool, console: Console) -> None:
     if json:
         from dataclasses import asdict
 
-        import orjson
-
-        for leftover in found:
-            typer.echo(orjson.dumps({**asdict(leftover), "removed": is_removed}).decode())
+        for leftover in leftovers:
+            print_json({**asdict(leftover), "removed": is_removed})
         return
-    total = sum(leftover.bytes for leftover in found)
-    if found:
-        rows = [(leftover.path, leftover.what, _size(leftover.bytes)) for leftover in found]
+    total = sum(leftover.bytes for leftover in leftovers)
+    if leftovers:
+        rows = [(leftover.path, leftover.what, _size(leftover.bytes)) for leftover in leftovers]
         console.table(("path", "what", "size"), [*rows, ("total", "", _size(total))])
     for leftover in kept:
         console.say(f"{leftover.path}: {leftover.what}, {_size(leftover.bytes)}; removed with --previous --yes only")
-    if not found:
+    if not leftovers:
         console.say("nothing is left over")
     else:
         console.say(f"{_size(total)} removed" if is_removed else "remove it with --yes")

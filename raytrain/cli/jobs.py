@@ -5,19 +5,29 @@ from __future__ import annotations
 import os
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from raytrain.cli import stopping
-from raytrain.cli.options import ConfigOption, SetOption, StagesArgument, TakeOverOption
+from raytrain.cli.options import ConfigOption, SetOption, StagesArgument, TakeOverOption, json_option, print_json
+from raytrain.cli.stages import checked_stages
+
+if TYPE_CHECKING:
+    from datetime import datetime
+
+    from raytrain.cluster.jobs import Job, Jobs
+    from raytrain.config import Config
+    from raytrain.console import Console
+    from raytrain.operations.submission import Variables
 
 Address = Annotated[
     str | None,
     typer.Option(
         metavar="URL",
-        help="The cluster's Jobs server. If left out: cluster.address where it is one, RAY_API_SERVER_ADDRESS or "
+        help="The cluster's Jobs server. By default cluster.address where it is one, RAY_API_SERVER_ADDRESS or "
         "RAY_ADDRESS, http://127.0.0.1:8265.",
     ),
 ]
@@ -25,20 +35,26 @@ OptionalConfig = Annotated[
     Path | None, typer.Option("--config", "-c", help="A configuration, whose cluster.address is used.")
 ]
 JobArgument = Annotated[str, typer.Argument(metavar="JOB", help="A job's id.")]
+OptionalJob = Annotated[str | None, typer.Argument(metavar="JOB", help="A job's id; all jobs by default.")]
+Follow = Annotated[bool, typer.Option("--follow/--no-follow", help="Print what the job prints, until it ends.")]
+FollowLogs = Annotated[
+    bool, typer.Option("--follow", "-f", help="Keep printing until the job ends; exit code 0 if it succeeded.")
+]
+Python = Annotated[str, typer.Option(help="The interpreter on the cluster's head.")]
 Env = Annotated[
     list[str] | None,
     typer.Option(
         metavar="NAME[=VALUE]",
-        help="A variable that the job gets, with its value here if none is given; may be repeated. Endpoints, regions "
-        "and roots go along by themselves, secrets only so: whoever has the cluster's token can read them.",
+        help="A variable for the job, with its value here if none is given; may be repeated. Endpoints, regions and "
+        "roots are passed without it, secrets only with it: whoever has the cluster's token can read them.",
     ),
 ]
 WithSource = Annotated[
     bool | None,
     typer.Option(
         "--with-source/--without-source",
-        help="Take raytrain's source along; otherwise the cluster's nodes have it installed. If left out: taken along "
-        "where raytrain runs from a checkout.",
+        help="Upload raytrain's source; without it raytrain must be installed on the cluster's nodes. By default "
+        "uploaded where raytrain runs from a checkout.",
     ),
 ]
 
@@ -48,39 +64,30 @@ def submit(
     stages: StagesArgument = None,
     set: SetOption = None,
     address: Address = None,
-    follow: Annotated[bool, typer.Option("--follow/--no-follow", help="Print what the job prints, to its end.")] = True,
+    follow: Follow = True,
     env: Env = None,
     with_source: WithSource = None,
-    python: Annotated[str, typer.Option(help="The interpreter on the cluster's head.")] = "python",
+    python: Python = "python",
     take_over: TakeOverOption = False,
 ) -> None:
     """Run all stages, or those named, as a job on a cluster.
 
-    Takes the resolved configuration along, never data. The same configuration again goes on where its artefacts stand.
-    Exit code 0 if the job succeeded. Ctrl-C ends the following, not the job.
+    Uploads the resolved configuration, never data. Submitting the same configuration again resumes the run. Exit code 0
+    if the job succeeded. Ctrl-C stops following; the job keeps running.
     """
-    from raytrain.cluster.jobs import JobRequest, Jobs, server_address
+    from raytrain.cluster.jobs import Jobs, server_address
     from raytrain.config import load_config
     from raytrain.console import Console
     from raytrain.operations import submission
-    from raytrain.stages.pipeline import STAGE_NAMES
 
-    names = stages or []
-    unknown = [one for one in names if one not in STAGE_NAMES]
-    if unknown:
-        raise typer.BadParameter(f"{unknown[0]!r} is not one of {', '.join(STAGE_NAMES)}", param_hint="STAGE")
-    console = Console()
-    loaded = load_config(config, set)
-    given = submission.variables(env or [], os.environ)
-    _tell(console, given)
-    if with_source is None:
-        with_source = submission.is_checkout()
+    names = checked_stages(stages)
+    console, loaded = Console(), load_config(config, set)
+    variables = submission.variables(env or [], os.environ)
+    _say_variables(console, variables)
     server = Jobs(server_address(address, loaded.cluster.address), console.warn)
-    about = {"run": loaded.name, "stages": " ".join(names) or "all", "raytrain": submission.version()}
-    with tempfile.TemporaryDirectory(prefix="raytrain-job-") as folder:
-        submission.pack(Path(folder), submission.job_settings(loaded, given.values), with_source)
-        command = submission.entrypoint(names, python, take_over)
-        job = server.submit(JobRequest(loaded.name, command, Path(folder), given.values, about))
+    uploads_source = submission.is_checkout() if with_source is None else with_source
+    command = submission.entrypoint(names, python, take_over)
+    job = _submit(server, loaded, names, command, variables, uploads_source)
     if not follow:
         typer.echo(job)
         return
@@ -88,26 +95,50 @@ def submit(
     _follow(server, console, job)
 
 
+def _submit(
+    server: Jobs, config: Config, stages: Sequence[str], command: str, variables: Variables, uploads_source: bool
+) -> str:
+    """Start the job; returns its id."""
+    from raytrain.cluster.jobs import Order
+    from raytrain.operations import submission
+
+    about = {"run": config.name, "stages": " ".join(stages) or "all", "raytrain": submission.version()}
+    with tempfile.TemporaryDirectory(prefix="raytrain-job-") as folder:
+        submission.pack(Path(folder), submission.job_settings(config, variables.values), uploads_source)
+        return server.submit(Order(config.name, command, Path(folder), variables.values, about))
+
+
 def status(
-    job: Annotated[str | None, typer.Argument(metavar="JOB", help="A job's id; all jobs if left out.")] = None,
+    job: OptionalJob = None,
     config: OptionalConfig = None,
     address: Address = None,
-    json: Annotated[bool, typer.Option("--json", help="One JSON object per job.")] = False,
+    json: Annotated[bool, json_option("One JSON object per job.")] = False,
 ) -> None:
     """List a cluster's jobs, the newest first, or show one; with a configuration also who owns its run folder."""
-    from dataclasses import asdict
-
-    import orjson
-
-    from raytrain.cluster.jobs import DEFAULT_ADDRESS, server_address
-    from raytrain.config import load_config
     from raytrain.console import Console
-    from raytrain.errors import ClusterError
 
     console = Console()
+    jobs = _listed(console, job, config, address)
+    if jobs is None:
+        return
+    if json:
+        for entry in jobs:
+            print_json(_values(entry))
+    elif job is None:
+        console.table(("job", "run", "stages", "state", "since"), _job_rows(jobs))
+    else:
+        console.table((jobs[0].id, ""), _details(jobs[0]))
+
+
+def _listed(console: Console, job: str | None, config: Path | None, address: str | None) -> list[Job] | None:
+    """All jobs, or the named one; None, with a message, where no server was named and none answers."""
+    from raytrain.cluster.jobs import DEFAULT_ADDRESS, server_address
+    from raytrain.config import load_config
+    from raytrain.errors import ClusterError
+
     loaded = load_config(config) if config is not None else None
     if loaded is not None:
-        _tell_owner(console, loaded)
+        _say_owner(console, loaded)
     try:
         server = _server(config, address, console)
     except ClusterError as error:
@@ -115,37 +146,36 @@ def status(
         if is_named or job is not None:
             raise
         console.say(f"no jobs are listed: {error}")
-        return
-    found = server.list() if job is None else [server.get(job)]
-    if json:
-        for one in found:
-            typer.echo(orjson.dumps({**asdict(one), "since": one.since}).decode())
-    elif job is None:
-        rows = [(one.id, one.run, one.stages, one.state, _local(one.since)) for one in found]
-        console.table(("job", "run", "stages", "state", "since"), rows)
-    else:
-        one = found[0]
-        rows = [
-            ("run", one.run),
-            ("stages", one.stages),
-            ("raytrain", one.raytrain),
-            ("state", one.state),
-            ("started", _local(one.started)),
-            ("ended", _local(one.ended)),
-            ("exit code", "" if one.exit_code is None else str(one.exit_code)),
-            ("message", one.message.strip()),
-        ]
-        console.table((one.id, ""), [row for row in rows if row[1]])
+        return None
+    return server.list() if job is None else [server.get(job)]
 
 
-def logs(
-    job: JobArgument,
-    config: OptionalConfig = None,
-    address: Address = None,
-    follow: Annotated[
-        bool, typer.Option("--follow", "-f", help="Go on to the job's end; exit code 0 if it succeeded.")
-    ] = False,
-) -> None:
+def _values(job: Job) -> dict[str, object]:
+    from dataclasses import asdict
+
+    return {**asdict(job), "since": job.since}
+
+
+def _job_rows(jobs: Sequence[Job]) -> list[tuple[str, ...]]:
+    return [(job.id, job.run, job.stages, job.state, _local(job.since)) for job in jobs]
+
+
+def _details(job: Job) -> list[tuple[str, str]]:
+    """What there is to say of a job, line by line."""
+    rows = [
+        ("run", job.run),
+        ("stages", job.stages),
+        ("raytrain", job.raytrain),
+        ("state", job.state),
+        ("started", _local(job.started)),
+        ("ended", _local(job.ended)),
+        ("exit code", "" if job.exit_code is None else str(job.exit_code)),
+        ("message", job.message.strip()),
+    ]
+    return [row for row in rows if row[1]]
+
+
+def logs(job: JobArgument, config: OptionalConfig = None, address: Address = None, follow: FollowLogs = False) -> None:
     """Print what a job has printed."""
     from raytrain.console import Console
 
@@ -158,7 +188,7 @@ def logs(
 
 
 def stop(job: JobArgument, config: OptionalConfig = None, address: Address = None) -> None:
-    """End a job. What it has finished stays; submitting the same configuration again goes on from there."""
+    """Stop a job. What it has finished stays; submitting the same configuration again resumes from there."""
     from raytrain.console import Console
 
     console = Console()
@@ -168,10 +198,10 @@ def stop(job: JobArgument, config: OptionalConfig = None, address: Address = Non
     elif now.is_over:
         console.say(f"{job} is {now.state}")
     else:
-        console.say(f"{job} was told to stop and is still {now.state}; `raytrain status {job}` looks again")
+        console.say(f"{job} was asked to stop and is still {now.state}; check again with `raytrain status {job}`")
 
 
-def _server(config: Path | None, address: str | None, console: Any) -> Any:
+def _server(config: Path | None, address: str | None, console: Console) -> Jobs:
     from raytrain.cluster.jobs import Jobs, server_address
     from raytrain.config import load_config
 
@@ -179,15 +209,15 @@ def _server(config: Path | None, address: str | None, console: Any) -> Any:
     return Jobs(server_address(address, configured), console.warn)
 
 
-def _follow(server: Any, console: Any, job: str) -> None:
+def _follow(server: Jobs, console: Console, job: str) -> None:
     """Print a job's lines; exit code 0 if it succeeds, 130 on Ctrl-C."""
     try:
-        done = server.follow(job, lambda line: (sys.stdout.write(f"{line}\n"), sys.stdout.flush()))
+        done = server.follow(job, _print_line)
     except KeyboardInterrupt:
         stopping.say_at_stop(None)
         console.say(
-            f"{job} goes on. Look again with `raytrain logs --follow {job}`, end it with `raytrain stop {job}`"
-            f" (--address {server.address})"
+            f"{job} keeps running. Follow it again with `raytrain logs --follow {job}`, stop it with "
+            f"`raytrain stop {job}` (--address {server.address})"
         )
         raise typer.Exit(130) from None
     console.say(f"{job} {done.state}")
@@ -197,22 +227,28 @@ def _follow(server: Any, console: Any, job: str) -> None:
         raise typer.Exit(1)
 
 
-def _tell(console: Any, given: Any) -> None:
-    if given.secret:
+def _print_line(line: str) -> None:
+    sys.stdout.write(f"{line}\n")
+    sys.stdout.flush()
+
+
+def _say_variables(console: Console, variables: Variables) -> None:
+    if variables.secret:
         console.warn(
-            f"{', '.join(given.secret)} can be read by whoever has the cluster's token (Jobs API, dashboard); better "
-            "give the nodes their own"
+            f"{', '.join(variables.secret)} can be read by whoever has the cluster's token (Jobs API, dashboard); "
+            "better give the nodes their own"
         )
-    if given.kept:
-        console.say(f"secret and not passed: {', '.join(given.kept)} (the nodes have their own, or name it with --env)")
+    if variables.kept:
+        names = ", ".join(variables.kept)
+        console.say(f"secret and not passed: {names} (the nodes have their own, or name it with --env)")
 
 
-def _tell_owner(console: Any, config: Any) -> None:
+def _say_owner(console: Console, config: Config) -> None:
     from raytrain.storage.ownership import describe_owner
 
-    found = describe_owner(config.run_location)
-    console.say(found[0] if found else "nobody owns the run folder")
+    owner = describe_owner(config.run_location)
+    console.say(owner[0] if owner else "nobody owns the run folder")
 
 
-def _local(when: Any) -> str:
-    return "" if when is None else when.astimezone().strftime("%Y-%m-%d %H:%M:%S")
+def _local(moment: datetime | None) -> str:
+    return "" if moment is None else moment.astimezone().strftime("%Y-%m-%d %H:%M:%S")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -19,3 +19,35 @@ TakeOverOption = Annotated[
 StagesArgument = Annotated[
     list[str] | None, typer.Argument(metavar="STAGE", help="Stages to run; all if none is named.")
 ]
+MODEL_HELP = "A .nemo file, run folder, checkpoint or Hugging Face folder."
+
+
+def json_option(help: str) -> Any:
+    """`--json`, which prints what the command found for programs."""
+    return typer.Option("--json", help=help)
+
+
+JsonOption = Annotated[bool, json_option("One JSON object.")]
+
+
+def print_json(value: object) -> None:
+    """A line of JSON on standard output."""
+    import orjson
+
+    typer.echo(orjson.dumps(value).decode())
+
+
+def check_needs(is_missing: bool, option: str, needed: str) -> None:
+    """Raises `typer.BadParameter` for an option that says something only beside another."""
+    if is_missing:
+        raise typer.BadParameter(f"goes with {needed}", param_hint=option)
+
+
+def bytes_of(size: str | None, option: str) -> int | None:
+    """`80GiB` in bytes. Raises `typer.BadParameter`."""
+    from raytrain.config import parse_bytes
+
+    try:
+        return None if size is None else parse_bytes(size)
+    except ValueError as error:
+        raise typer.BadParameter(str(error), param_hint=option) from None

@@ -21,10 +21,14 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from typing import Any, NoReturn
+from types import FrameType
+from typing import TYPE_CHECKING, NoReturn
+
+if TYPE_CHECKING:
+    import psutil
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
-GOES_ON = "stopped; the same command goes on from here"
+RESUMABLE = "stopped; run the same command again to resume"
 _GRACE_SECONDS = 8.0
 _ECHO_SECONDS = 1.0  # a terminal and what started this process may both pass on one Ctrl-C
 
@@ -35,21 +39,21 @@ class Stopped(BaseException):
 
 class _State:
     def __init__(self) -> None:
-        self.signal: int | None = None  # the first one that was handled
-        self.seen: int | None = None  # the first one that came; Ray has handlers of its own for moments
+        self.signal: int | None = None  # the first that was handled
+        self.seen: int | None = None  # the first that came; for moments Ray's handlers are installed instead
         self.since = 0.0
-        self.is_over = False  # nobody is left who would close anything
+        self.is_over = False  # nothing is left that would close anything
         self.sentence: str | None = "stopped"
         self.stderr: int | None = None
         self.ending = threading.Lock()
-        self.children: list[Any] = []
+        self.children: list[psutil.Process] = []
 
 
 _state = _State()
 
 
 def install() -> None:
-    """Handle both signals from here on; once, in the main thread. A signal that is ignored stays ignored."""
+    """Handle both signals from here on; once, in the main thread. An ignored signal stays ignored."""
     if _state.stderr is not None:
         return
     _state.stderr = os.dup(2)  # parts of Ray's start have fd 2 elsewhere
@@ -65,7 +69,7 @@ def install() -> None:
 
 
 def say_at_stop(sentence: str | None) -> None:
-    """What a stop says from here on; None where the command says it itself."""
+    """Print this sentence when stopped from here on; None where the command prints its own."""
     _state.sentence = sentence
 
 
@@ -88,7 +92,7 @@ def exit_codes() -> Iterator[None]:
         _state.is_over = True
 
 
-def _handle(number: int, frame: Any) -> None:
+def _handle(number: int, frame: FrameType | None) -> None:
     if _state.is_over or (_state.signal is not None and time.monotonic() - _state.since > _ECHO_SECONDS):
         _end_now()
     if _state.signal is not None:
@@ -96,8 +100,13 @@ def _handle(number: int, frame: Any) -> None:
     _state.signal, _state.since = number, time.monotonic()
     # What is cut off in the middle complains in logs, threads and finalizers; none of that is news.
     logging.disable(logging.CRITICAL)
-    sys.unraisablehook = threading.excepthook = lambda details: None
+    sys.unraisablehook = _drop
+    threading.excepthook = _drop
     raise KeyboardInterrupt
+
+
+def _drop(details: object) -> None:
+    """Print nothing."""
 
 
 def _watch(reader: int) -> None:
@@ -110,7 +119,7 @@ def _watch(reader: int) -> None:
 
 
 def _restore() -> None:
-    """In a forked child: its signals are its own affair."""
+    """In a forked child: it handles its signals as it likes."""
     signal.set_wakeup_fd(-1)
     for number in SIGNALS:
         if signal.getsignal(number) is _handle:
@@ -118,13 +127,13 @@ def _restore() -> None:
 
 
 def _end() -> NoReturn:
-    """End in good order: what else wants to be closed at an exit, then what is left of the child processes."""
+    """End in order: exit handlers first, then what is left of the child processes."""
     atexit._run_exitfuncs()
     _end_now()
 
 
 def _end_now() -> NoReturn:
-    _state.ending.acquire()  # never released: whoever comes second waits for the end
+    _state.ending.acquire()  # never released: a second caller waits for the end
     with contextlib.suppress(Exception):
         _kill([*_children(), *_state.children])
     for stream in (sys.stdout, sys.stderr):
@@ -137,16 +146,16 @@ def _end_now() -> NoReturn:
     os._exit(128 + (_state.signal or _state.seen or signal.SIGINT))
 
 
-def _children() -> list[Any]:
+def _children() -> list[psutil.Process]:
     import psutil
 
     return psutil.Process().children(recursive=True)
 
 
-def _kill(processes: list[Any]) -> None:
+def _kill(processes: list[psutil.Process]) -> None:
     import psutil
 
     for process in processes:
-        with contextlib.suppress(psutil.Error):  # `kill` looks whether the id is still that process'
+        with contextlib.suppress(psutil.Error):  # `kill` checks that the id is still that process'
             process.kill()
     psutil.wait_procs(processes, timeout=0.5)

@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from raytrain.cli import stopping
+from raytrain.cli.options import MODEL_HELP, bytes_of, check_needs, json_option, print_json
+
+if TYPE_CHECKING:
+    from raytrain.console import Console
+    from raytrain.data.corpora.types import Corpus
+    from raytrain.decoding.settings import DecodeSettings
+    from raytrain.operations.transcripts import Order, Summary
 
 _MANIFESTS = "Many recordings (on Ray)"
 
@@ -16,26 +24,33 @@ def _option(help: str, **more: Any) -> Any:
     return typer.Option(rich_help_panel=_MANIFESTS, help=help, **more)
 
 
-Checkpoint = Annotated[
-    Path, typer.Option("--checkpoint", "-m", help="A .nemo file, run folder, checkpoint or Hugging Face folder.")
-]
+Checkpoint = Annotated[Path, typer.Option("--checkpoint", "-m", help=MODEL_HELP)]
 Files = Annotated[list[Path] | None, typer.Argument(help="Recordings that libsndfile reads (WAV, FLAC, OGG, MP3).")]
 Language = Annotated[
     str | None,
-    typer.Option(help="Spoken language; not needed if the model knows one. In a manifest, rows that name one win."),
+    typer.Option(
+        help="Spoken language; not needed if the model has just one. A manifest's rows that name one override it."
+    ),
 ]
+TargetLanguage = Annotated[str | None, typer.Option(help="Translate into this language.")]
+Punctuation = Annotated[bool, typer.Option(help="Ask for punctuation and capitals.")]
+BeamSize = Annotated[int, typer.Option(min=1, help="1 is greedy.")]
+LengthPenalty = Annotated[float, typer.Option(min=0, help="Above 0 favors longer texts of a beam.")]
+NBest = Annotated[int, typer.Option(min=1, help="Texts to give with --json (FILES only).")]
 BatchSize = Annotated[
     int | None,
     typer.Option(
         min=1, help="Recordings or windows decoded together: 8 of FILES; of a manifest as many as fit, at most 256."
     ),
 ]
+Window = Annotated[float, typer.Option(help="Longest piece of a recording, at most 40.")]
 Overlap = Annotated[
-    float | None, typer.Option(help="What neighbouring pieces share; 4, or a quarter of a piece if that is less.")
+    float | None, typer.Option(help="What neighboring pieces share; 4, or a quarter of a piece if that is less.")
 ]
+Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
+Precision = Annotated[str, typer.Option(help="Of linear layers: fp32, bf16, or int8 on a CPU.")]
 Json = Annotated[
-    bool,
-    typer.Option("--json", help="One JSON object a line, with times and confidence. Of a manifest: rows and speed."),
+    bool, json_option("One JSON object per line, with times and confidence. Of a manifest: rows and speed.")
 ]
 Manifest = Annotated[
     list[str] | None,
@@ -49,46 +64,73 @@ Output = Annotated[
     Path | None,
     _option(
         "Where the rows go, in the manifests' order, with pred_text and confidence, or error. Finished parts are kept "
-        "in OUT.jsonl.parts: the same command goes on after a stop.",
+        "in OUT.jsonl.parts: after a stop the same command resumes from them.",
         metavar="OUT.jsonl",
     ),
 ]
 Audio = Annotated[
     list[str] | None,
     _option(
-        "The tars of a tarred manifest, or the folder that relative audio paths are in (if left out, the manifest's "
+        "The tars of a tarred manifest, or the folder that relative audio paths are in (by default the manifest's "
         "own); once for each --manifest.",
         metavar="PATH",
     ),
 ]
 Root = Annotated[str, _option("The folder that relative --manifest and --audio are in.", metavar="PATH")]
-Workers = Annotated[int | None, _option("Models at work: one for each GPU, or one on CPUs, if left out.", min=1)]
+Workers = Annotated[int | None, _option("Models that work in parallel: by default one per GPU, or one on CPUs.", min=1)]
 DeviceMemory = Annotated[
     str | None,
     _option(
-        "Memory of a worker, as 16GiB; batches are as large as it allows. If left out, 0.9 of a GPU's, or half of the "
-        "host's for all.",
+        "Memory of a worker, such as 16GiB; batches are as large as it allows. By default 0.9 of a GPU's, or half "
+        "of the host's for all.",
         metavar="SIZE",
     ),
 ]
-Overwrite = Annotated[bool, _option("Replace OUT.jsonl where it is there already.")]
-PartRows = Annotated[int | None, _option("Rows of a part, 2000 if left out. Parts are written when done.", min=1)]
+Overwrite = Annotated[bool, _option("Replace OUT.jsonl where it exists.")]
+PartRows = Annotated[int | None, _option("Rows of a part, 2000 by default. Parts are written when done.", min=1)]
+
+
+@dataclass(frozen=True)
+class _Decoding:
+    """What both ways take: named as the parameters of `Transcriber` and the fields of `Order`."""
+
+    language: str | None
+    target_language: str | None
+    pnc: bool
+    settings: DecodeSettings
+    window_s: float
+    overlap_s: float | None
+    device: str
+    precision: str
+
+
+@dataclass(frozen=True)
+class _OnRay:
+    """Options that go with --manifest."""
+
+    output: Path | None
+    audio: list[str] | None
+    root: str
+    workers: int | None
+    device_memory: str | None
+    part_rows: int | None
+    overwrite: bool
 
 
 def transcribe(
     checkpoint: Checkpoint,
     files: Files = None,
     language: Language = None,
-    target_language: Annotated[str | None, typer.Option(help="Translate into this language.")] = None,
-    pnc: Annotated[bool, typer.Option(help="Ask for punctuation and capitals.")] = True,
-    beam_size: Annotated[int, typer.Option(min=1, help="1 is greedy.")] = 1,
-    length_penalty: Annotated[float, typer.Option(min=0, help="Above 0 favours longer texts of a beam.")] = 0.0,
-    n_best: Annotated[int, typer.Option(min=1, help="Texts to give with --json (FILES only).")] = 1,
+    target_language: TargetLanguage = None,
+    pnc: Punctuation = True,
+    beam_size: BeamSize = 1,
+    length_penalty: LengthPenalty = 0.0,
+    n_best: NBest = 1,
     batch_size: BatchSize = None,
-    window_seconds: Annotated[float, typer.Option(help="Longest piece of a recording, at most 40.")] = 40.0,
+    window_seconds: Window = 40.0,
     overlap_seconds: Overlap = None,
-    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
-    precision: Annotated[str, typer.Option(help="Of linear layers: fp32, bf16, or int8 on a CPU.")] = "fp32",
+    device: Device = "auto",
+    precision: Precision = "fp32",
     json: Json = False,
     manifest: Manifest = None,
     output: Output = None,
@@ -103,58 +145,47 @@ def transcribe(
 
     Exit code 1 if a recording could not be read.
     """
-    from raytrain.decoding.settings import DecodeSettings
-
-    try:
-        settings = DecodeSettings(beam_size, length_penalty, n_best)
-    except ValueError as error:
-        raise typer.BadParameter(str(error)) from None
-    shared = {
-        "language": language,
-        "target_language": target_language,
-        "pnc": pnc,
-        "settings": settings,
-        "window_s": window_seconds,
-        "overlap_s": overlap_seconds,
-        "device": device,
-        "precision": precision,
-    }
-    on_ray = {
-        "output": output,
-        "audio": audio,
-        "root": root,
-        "workers": workers,
-        "device_memory": device_memory,
-        "part_rows": part_rows,
-        "overwrite": overwrite,
-    }
+    search = _search(beam_size, length_penalty, n_best)
+    decoding = _Decoding(language, target_language, pnc, search, window_seconds, overlap_seconds, device, precision)
+    on_ray = _OnRay(output, audio, root, workers, device_memory, part_rows, overwrite)
     if bool(files) == bool(manifest):
         raise typer.BadParameter("name recordings, or lists of them with --manifest; not both", param_hint="FILES")
     if files:
-        given = [name for name, value in on_ray.items() if value]
-        if given:
-            raise typer.BadParameter("goes with --manifest", param_hint=f"--{given[0].replace('_', '-')}")
-        failed = _files(files, checkpoint, json, batch_size=batch_size or 8, **shared)
+        failed = _files(files, checkpoint, decoding, on_ray, batch_size or 8, json)
     else:
-        if n_best > 1:
-            raise typer.BadParameter("goes with FILES: a row of a manifest gets one text", param_hint="--n-best")
-        failed = _manifests(manifest, json, checkpoint=checkpoint, max_batch=batch_size, **on_ray, **shared)
+        failed = _manifests(manifest or [], checkpoint, decoding, on_ray, batch_size, json)
     if failed:
         raise typer.Exit(1)
 
 
-def _files(files: list[Path], checkpoint: Path, json: bool, **options: Any) -> bool:
+def _search(beam_size: int, length_penalty: float, n_best: int) -> DecodeSettings:
+    from raytrain.decoding.settings import DecodeSettings
+
+    try:
+        return DecodeSettings(beam_size, length_penalty, n_best)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from None
+
+
+# --- recordings
+
+
+def _files(
+    files: list[Path], checkpoint: Path, decoding: _Decoding, on_ray: _OnRay, batch_size: int, json: bool
+) -> bool:
     """Print texts; returns whether a recording could not be read."""
-    import orjson
+    for name, value in vars(on_ray).items():
+        check_needs(bool(value), f"--{name.replace('_', '-')}", "--manifest")
 
     from raytrain.decoding.transcriber import Transcriber
     from raytrain.training.conversion import load_model
 
+    transcriber = Transcriber(load_model(checkpoint), times=json, batch_size=batch_size, **vars(decoding))
     failed = False
-    for result in Transcriber(load_model(checkpoint), times=json, **options).run([str(file) for file in files]):
+    for result in transcriber.run([str(file) for file in files]):
         failed = failed or result.error is not None
         if json:
-            typer.echo(orjson.dumps(result.to_dict()).decode())
+            print_json(result.to_dict())
         elif result.error is not None:
             typer.echo(f"error: {result.error}", err=True)
         else:
@@ -162,53 +193,82 @@ def _files(files: list[Path], checkpoint: Path, json: bool, **options: Any) -> b
     return failed
 
 
+# --- manifests
+
+
 def _manifests(
     manifests: list[str],
+    checkpoint: Path,
+    decoding: _Decoding,
+    on_ray: _OnRay,
+    max_batch: int | None,
     json: bool,
-    *,
-    output: Path | None,
-    audio: list[str] | None,
-    root: str,
-    device_memory: str | None,
-    **options: Any,
 ) -> bool:
     """Write the output; returns whether a row has an error."""
-    import orjson
-
-    from raytrain.config import parse_bytes
     from raytrain.console import Console
+    from raytrain.operations.transcripts import transcribe_manifests
+
+    if decoding.settings.n_best > 1:
+        raise typer.BadParameter("goes with FILES: a row of a manifest gets one text", param_hint="--n-best")
+    stopping.say_at_stop(stopping.RESUMABLE)
+    order = _order(manifests, checkpoint, decoding, on_ray, max_batch)
+    console = Console()
+    summary = transcribe_manifests(order, console)
+    if json:
+        print_json(summary.to_dict())
+    elif summary.audio_s:
+        console.table(("part", "seconds of workers", "RTFx"), _speeds(summary))
+    _say(console, summary, on_ray.output)
+    return summary.failed > 0
+
+
+def _order(manifests: list[str], checkpoint: Path, decoding: _Decoding, on_ray: _OnRay, max_batch: int | None) -> Order:
+    from raytrain.operations.transcripts import Order
+
+    if on_ray.output is None:
+        raise typer.BadParameter("goes with --manifest, for example --output texts.jsonl", param_hint="--output")
+    if str(on_ray.output) == "-":
+        raise typer.BadParameter("texts go to a file; name it", param_hint="--output")
+    corpora = _corpora(manifests, on_ray.audio, on_ray.root)
+    options = {
+        "workers": on_ray.workers,
+        "device_memory": bytes_of(on_ray.device_memory, "--device-memory"),
+        "part_rows": on_ray.part_rows,
+        "max_batch": max_batch,
+    }
+    return Order(
+        corpora,
+        on_ray.output.expanduser(),
+        checkpoint,
+        overwrite=on_ray.overwrite,
+        **vars(decoding),
+        **{name: value for name, value in options.items() if value is not None},
+    )
+
+
+def _corpora(manifests: list[str], audio: list[str] | None, root: str) -> tuple[Corpus, ...]:
     from raytrain.data.corpora.types import Corpus
-    from raytrain.operations.transcription import TranscriptionSpec, transcribe_manifests
     from raytrain.redaction import holds_credentials
 
-    stopping.say_at_stop(stopping.GOES_ON)
-    if output is None:
-        raise typer.BadParameter("goes with --manifest, for example --output texts.jsonl", param_hint="--output")
-    if str(output) == "-":
-        raise typer.BadParameter("texts go to a file; name it", param_hint="--output")
     if any(map(holds_credentials, [*manifests, *(audio or []), root])):
         raise typer.BadParameter("holds credentials; give them to the environment", param_hint="--manifest")
     if audio and len(audio) != len(manifests):
         raise typer.BadParameter(f"{len(audio)} for {len(manifests)} manifests", param_hint="--audio")
-    try:
-        options["device_memory"] = None if device_memory is None else parse_bytes(device_memory)
-    except ValueError as error:
-        raise typer.BadParameter(str(error), param_hint="--device-memory") from None
-    places = zip(manifests, audio or [None] * len(manifests), strict=True)
-    corpora = tuple(Corpus(path, path, audio=own).below(root) for path, own in places)
-    chosen = {name: value for name, value in options.items() if value is not None}
-    console = Console()
-    done = transcribe_manifests(TranscriptionSpec(corpora, output.expanduser(), **chosen), console)
-    found = done.to_dict()
-    if json:
-        typer.echo(orjson.dumps(found).decode())
-    elif done.audio_s:
-        names = [name for name in done.part_seconds if name in found["part_rtfx"]]
-        rows = [(name, f"{done.part_seconds[name]:.1f}", f"{found['part_rtfx'][name]:.1f}") for name in names]
-        wall = ("all, by the clock", f"{done.seconds:.1f}", f"{found['rtfx']:.1f}")
-        console.table(("part", "seconds of workers", "RTFx"), [*rows, wall])
-    before = f", {done.parts_from_before} of {done.parts} parts from before" if done.parts_from_before else ""
-    console.say(f"{output}: {done.rows} rows, {done.audio_s / 3600:.2f} h of audio transcribed now{before}")
-    if done.failed:
-        console.warn(f"{done.failed} of {done.rows} rows have no text; their field error says why")
-    return done.failed > 0
+    audio_of = dict(enumerate(audio or []))
+    return tuple(Corpus(path, path, audio=audio_of.get(number)).below(root) for number, path in enumerate(manifests))
+
+
+def _speeds(summary: Summary) -> list[tuple[str, str, str]]:
+    """Each part's and the whole's seconds and speed."""
+    figures = summary.to_dict()
+    names = [name for name in summary.part_seconds if name in figures["part_rtfx"]]
+    rows = [(name, f"{summary.part_seconds[name]:.1f}", f"{figures['part_rtfx'][name]:.1f}") for name in names]
+    return [*rows, ("all, by the clock", f"{summary.seconds:.1f}", f"{figures['rtfx']:.1f}")]
+
+
+def _say(console: Console, summary: Summary, output: Path | None) -> None:
+    resumed, parts = summary.parts_from_before, summary.parts
+    before = f", {resumed} of {parts} parts from before" if resumed else ""
+    console.say(f"{output}: {summary.rows} rows, {summary.audio_s / 3600:.2f} h of audio transcribed now{before}")
+    if summary.failed:
+        console.warn(f"{summary.failed} of {summary.rows} rows have no text; their field error says why")

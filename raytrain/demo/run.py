@@ -4,20 +4,25 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TypeVar
 
 from rich.table import Table
 
 from raytrain.config import Config, load_config
 from raytrain.console import Console
 from raytrain.demo.speech import make_corpus
+from raytrain.lengths.compare import PaddingRow
+from raytrain.report.views import Grid, Interval, ProfileSizes, Totals
 from raytrain.stages.pipeline import run_pipeline
+from raytrain.storage.artifacts import view_of
 from raytrain.storage.yaml_loading import read_yaml
 
+_Kind = TypeVar("_Kind")
 UTTERANCES = {"train": 2400, "dev": 80, "test": 160}
 MAX_WER = 0.20
-ARTEFACTS = (
+ARTIFACTS = (
     "tokenizer/tokenizer.json",
     "histogram.parquet",
     "statistics.json",
@@ -37,7 +42,7 @@ ARTEFACTS = (
 def run_demo(
     root: Path, overrides: list[str], utterances: dict[str, int] | None = None, take_over: bool = False
 ) -> int:
-    """Run the demo below `root`; returns 0 only if every artefact is there and the WER is low enough."""
+    """Run the demo below `root`; returns 0 only if every artifact exists and the WER is low enough."""
     console = Console()
     corpus = (root / "demo-corpus").absolute()
     sizes = utterances or UTTERANCES
@@ -60,52 +65,83 @@ def demo_config(root: Path, corpus: Path, overrides: list[str]) -> Config:
 
 def _show(config: Config, console: Console) -> int:
     run_dir = config.run_dir
-    missing = [name for name in ARTEFACTS if not (run_dir / name).exists()]
+    missing = [name for name in ARTIFACTS if not (run_dir / name).exists()]
     if missing:
         console.warn(f"the demo did not write {', '.join(missing)}")
         return 1
-    scores = _body(run_dir / "scores.json")
+    scores = _read(run_dir / "scores.json", _Scores)
     out = console.rich
     out.print(_summary(run_dir, scores))
     out.print(_transcripts(run_dir))
     program = sys.argv[0] if Path(sys.argv[0]).name != "__main__.py" else "python -m raytrain"
     console.say(f"report:  {run_dir / 'report.html'}")
     console.say(f"MLflow:  {program} ui --config {run_dir / 'config.yaml'}")
-    if scores["wer"] is None:
+    if scores.wer is None:
         console.warn("nothing was scored; something is wrong")
         return 1
-    if scores["wer"] > MAX_WER:
-        console.warn(f"WER {scores['wer']:.1%} is above {MAX_WER:.0%}; something is wrong")
+    if scores.wer > MAX_WER:
+        console.warn(f"WER {scores.wer:.1%} is above {MAX_WER:.0%}; something is wrong")
         return 1
     return 0
 
 
-def _summary(run_dir: Path, scores: dict[str, Any]) -> Table:
-    statistics, plan = _body(run_dir / "statistics.json"), _body(run_dir / "bucket_plan.json")
-    profile = _body(run_dir / "batch_profile.json")["profiles"][0]
-    before, after = plan["padding_by_scheme"][0], plan["padding_by_scheme"][-1]
-    metrics = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+@dataclass(frozen=True)
+class _Score:
+    """Of `scores.json`: a word error rate with its interval."""
+
+    wer: float | None
+    utterances: int
+    wer_ci: Interval | None = None
+
+    def __str__(self) -> str:
+        if self.wer is None or self.wer_ci is None:
+            return "none"
+        low, high = self.wer_ci
+        return f"{self.wer:.1%} ({low:.1%} to {high:.1%}) on {self.utterances} utterances"
+
+
+@dataclass(frozen=True)
+class _Scores(_Score):
+    """Of `scores.json`: over all languages, and of each."""
+
+    by_language: dict[str, _Score] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """Of `bucket_plan.json`."""
+
+    plan: Grid
+    padding_by_scheme: list[PaddingRow]
+
+
+@dataclass(frozen=True)
+class _Profiles:
+    """Of `batch_profile.json`."""
+
+    profiles: list[ProfileSizes]
+
+
+def _summary(run_dir: Path, scores: _Scores) -> Table:
+    totals = _read(run_dir / "statistics.json", Totals)
+    plan = _read(run_dir / "bucket_plan.json", _Plan)
+    sizes = _read(run_dir / "batch_profile.json", _Profiles).profiles[0].batch_sizes
+    before, after = plan.padding_by_scheme[0], plan.padding_by_scheme[-1]
+    last = json.loads((run_dir / "metrics.jsonl").read_text().splitlines()[-1])
     table = Table(title="What the demo did", show_header=False, title_justify="left")
     rows = [
-        ("training speech", f"{statistics['hours']:.2f} h, {statistics['utterances']} utterances"),
-        ("buckets", f"{len(plan['plan']['buckets'])} (duration × tokens)"),
-        ("audio padding", f"{before['audio_padding']:.1%} in random batches → {after['audio_padding']:.1%}"),
-        ("token padding", f"{before['token_padding']:.1%} in random batches → {after['token_padding']:.1%}"),
-        ("batch sizes", f"{max(profile['batch_sizes'])} … {min(profile['batch_sizes'])} per worker"),
-        ("training", f"{metrics[-1]['step']} steps, {metrics[-1]['time_s'] / 60:.1f} min"),
-        ("WER, held out", _wer(scores)),
+        ("training speech", f"{totals.hours:.2f} h, {totals.utterances} utterances"),
+        ("buckets", f"{len(plan.plan.buckets)} (duration × tokens)"),
+        ("audio padding", f"{before.audio_padding:.1%} in random batches → {after.audio_padding:.1%}"),
+        ("token padding", f"{before.token_padding:.1%} in random batches → {after.token_padding:.1%}"),
+        ("batch sizes", f"{max(sizes)} … {min(sizes)} per worker"),
+        ("training", f"{last['step']} steps, {last['time_s'] / 60:.1f} min"),
+        ("WER, held out", str(scores)),
     ]
-    rows += [(f"  {language}", _wer(row)) for language, row in scores["by_language"].items()]
+    rows += [(f"  {language}", str(score)) for language, score in scores.by_language.items()]
     for name, value in rows:
         table.add_row(name, value)
     return table
-
-
-def _wer(row: dict[str, Any]) -> str:
-    if row["wer"] is None:
-        return "none"
-    low, high = row["wer_ci"]
-    return f"{row['wer']:.1%} ({low:.1%} to {high:.1%}) on {row['utterances']} utterances"
 
 
 def _transcripts(run_dir: Path) -> Table:
@@ -118,5 +154,6 @@ def _transcripts(run_dir: Path) -> Table:
     return table
 
 
-def _body(path: Path) -> dict[str, Any]:
-    return json.loads(path.read_bytes())["body"]
+def _read(path: Path, kind: type[_Kind]) -> _Kind:
+    """The body of an artifact."""
+    return view_of(json.loads(path.read_bytes())["body"], kind)

@@ -1,4 +1,4 @@
-"""Synthesise a small corpus of spoken digits in four languages with eSpeak NG, a library inside a wheel.
+"""Synthesize a small corpus of spoken digits in four languages with eSpeak NG, a library inside a wheel.
 
 Utterances are strings of one to five digit words with drawn speed and pitch. Word strings of the held-out splits
 do not occur in training. The same seed makes the same files.
@@ -53,7 +53,7 @@ class Synthesizer:
         self._callback = signature(self._collect)
         self._library.espeak_SetSynthCallback(self._callback)
 
-    def _collect(self, samples: ctypes._Pointer, number: int, events: int) -> int:
+    def _collect(self, samples: ctypes._Pointer[ctypes.c_short], number: int, events: int) -> int:
         if samples and number > 0:
             self._blocks.append(np.ctypeslib.as_array(samples, (number,)).copy())
         return 0
@@ -88,7 +88,7 @@ def make_corpus(
 ) -> dict[str, Path]:
     """Write `<split>.jsonl` NeMo manifests with FLAC audio for `utterances` (split → number); returns their paths.
 
-    A folder that is complete for the same arguments is left as it is. Raises `DataError` for an unknown language.
+    A folder that is complete for the same arguments is not written again. Raises `DataError` for an unknown language.
     """
     unknown = set(languages) - set(DIGITS)
     if unknown:
@@ -103,24 +103,29 @@ def make_corpus(
         return manifests
     make_folder(folder / "audio")
     arguments = {"folder": str(folder), "utterances": utterances, "seed": seed, "languages": languages}
-    # What the library says depends on what it said before in the same process, hence a process of its own.
+    # What the library speaks depends on what it spoke before in the same process, hence a separate process.
     command = [sys.executable, "-m", "raytrain.demo.speech", json.dumps(arguments)]
+    _call(command, on_utterance)
+    atomic_write_bytes(marker, made_of)
+    return manifests
+
+
+def _call(command: list[str], on_line: Callable[[], None] | None) -> None:
+    """Run the command, with a call of `on_line` for each line that it prints. Raises `DataError` where it fails."""
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
-        for _ in process.stdout:
-            if on_utterance is not None:
-                on_utterance()
-        problem = process.stderr.read().decode().strip().splitlines()
+        for _ in process.stdout or ():
+            if on_line is not None:
+                on_line()
+        problem = process.stderr.read().decode().strip().splitlines() if process.stderr else []
     if process.returncode:
         raise DataError(
             "the demo's speech can't be made",
             why=problem[-1] if problem else "the process died",
             remedy="pip install --force-reinstall espeakng-loader, and check that the folder can be written",
         )
-    atomic_write_bytes(marker, made_of)
-    return manifests
 
 
-def _synthesise(folder: Path, utterances: dict[str, int], seed: int, languages: tuple[str, ...]) -> None:
+def _synthesize(folder: Path, utterances: dict[str, int], seed: int, languages: tuple[str, ...]) -> None:
     """Write manifests and audio; one line of output per utterance."""
     voice = Synthesizer()
     for split, rows in _draw_texts(utterances, languages, random.Random(seed)).items():
@@ -155,7 +160,7 @@ def _draw_texts(
 
 def _make_utterance(
     voice: Synthesizer, folder: Path, split: str, number: int, language: str, text: str, seed: int
-) -> dict:
+) -> dict[str, str | float]:
     import soundfile
 
     rng = random.Random(f"{seed} {split} {number}")
@@ -175,4 +180,4 @@ def _make_utterance(
 
 if __name__ == "__main__":
     given = json.loads(sys.argv[1])
-    _synthesise(Path(given["folder"]), given["utterances"], given["seed"], tuple(given["languages"]))
+    _synthesize(Path(given["folder"]), given["utterances"], given["seed"], tuple(given["languages"]))

@@ -9,32 +9,97 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from raytrain.cluster.placement import Placement
-from raytrain.cluster.room import trains_on_gpus
+import torch
+
 from raytrain.cluster.session import ray_session
-from raytrain.cluster.trials import run_grid
-from raytrain.config import Config, check_config
+from raytrain.cluster.tasks import call_on_training_worker
+from raytrain.cluster.trials import check_on_disk
+from raytrain.config import Config
 from raytrain.console import Console
 from raytrain.errors import ConfigError
-from raytrain.experiments.ablate import histogram_of, prepare_folder, training_limits, trial_metrics
+from raytrain.experiments.decoding_speed import DecodingSpeed, measure_decoding
+from raytrain.experiments.outcomes import read_outcome
+from raytrain.experiments.trial_runs import TrialEnd, TrialJob, histogram_of, prepare_run, run_trials, training_limits
+from raytrain.lengths.histogram import LengthHistogram
+from raytrain.model.canary import Canary
 from raytrain.model.config import ModelConfig
 from raytrain.model.cost import cost_of
-from raytrain.model.device import worker_device
-from raytrain.run_folder.trial_folder import check_on_disk
+from raytrain.report.ablation_results import TrainingOutcome
+from raytrain.report.ablation_tables import format_or_none
 from raytrain.run_folder.workspace import Workspace
 from raytrain.storage.artifacts import write_json
 from raytrain.storage.ownership import owned
 from raytrain.storage.run_store import RunStore
-from raytrain.tracking.runs import RunTracking, tracking_uri
+from raytrain.tracking.runs import RunTracking
 
 DEPTHS_FORMAT = "raytrain.decoder_depths/1"
 
 
+@dataclass(frozen=True)
+class DepthCost:
+    """What a model costs: `training_compute` is that of an epoch over the first model's."""
+
+    encoder_layers: int
+    decoder_layers: int
+    parameters: int
+    macs_per_epoch: float
+    decoder_macs_per_token: float
+    training_compute: float = 1.0
+
+    @classmethod
+    def of(cls, model: ModelConfig, histogram: LengthHistogram) -> DepthCost:
+        """Of a model on a corpus."""
+        cost = cost_of(model)
+        macs = float((histogram.counts * cost.of(histogram.cells, histogram.tokens)).sum())
+        return cls(model.encoder_layers, model.decoder_layers, num_parameters(model), macs, cost.token)
+
+
+@dataclass(frozen=True)
+class DepthTraining:
+    """What training at a depth gave, `why` it failed where it did, and the trained model's speed."""
+
+    outcome: TrainingOutcome
+    why: str | None
+    rtfx: DecodingSpeed | None
+
+
+@dataclass(frozen=True)
+class DepthRow:
+    """A depth, and its training where there was one."""
+
+    cost: DepthCost
+    training: DepthTraining | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """One flat row."""
+        if self.training is None:
+            return asdict(self.cost)
+        rtfx = None if self.training.rtfx is None else asdict(self.training.rtfx)
+        return {**asdict(self.cost), **asdict(self.training.outcome), "why": self.training.why, "rtfx": rtfx}
+
+
+@dataclass(frozen=True)
+class DepthsBody:
+    """What `decoder_depths.json` holds."""
+
+    rows: list[DepthRow]
+    trained: bool
+    target_wer: float
+
+    def to_json(self) -> dict[str, Any]:
+        """As it is written."""
+        return {
+            "rows": [row.to_json() for row in self.rows],
+            "trained": self.trained,
+            "target_wer": self.target_wer,
+        }
+
+
 def depth_models(model: ModelConfig, decoders: Sequence[int], encoders: Sequence[int]) -> list[ModelConfig]:
-    """The model at each decoder depth, with its own encoder depth, or those given (one for all, or one for each)."""
+    """The model at each decoder depth, with the encoder depth it has, or those given (one for all, or one for each)."""
     if len(encoders) not in (0, 1, len(decoders)):
         raise ConfigError(
             "encoder depths must be one for all decoder depths, or one for each",
@@ -48,19 +113,17 @@ def depth_models(model: ModelConfig, decoders: Sequence[int], encoders: Sequence
             got=min([*decoders, *encoders]),
             remedy="give --decoder-depths and --encoder-depths whole numbers from 1 on",
         )
-    own = list(encoders) * (len(decoders) if len(encoders) == 1 else 1) or [model.encoder_layers] * len(decoders)
+    encoders = encoders or [model.encoder_layers]
+    if len(encoders) == 1:
+        encoders = [encoders[0]] * len(decoders)
     return [
         replace(model, decoder_layers=decoder, encoder_layers=encoder)
-        for decoder, encoder in zip(decoders, own, strict=True)
+        for decoder, encoder in zip(decoders, encoders, strict=True)
     ]
 
 
 def num_parameters(model: ModelConfig) -> int:
     """Trained numbers of a model, counted without making it; the tied head once."""
-    import torch
-
-    from raytrain.model.canary import Canary
-
     with torch.device("meta"):
         return sum(parameter.numel() for parameter in Canary(model).parameters())
 
@@ -74,10 +137,10 @@ def run_depths(
     *,
     train: bool,
     take_over: bool = False,
-) -> dict[str, Any]:
-    """What `decoder_depths.json` keeps: a row for each depth; without `train` the columns that need none, which may be
-    of another `model` than the configuration's."""
-    target, config = config.ablate.target_wer, training_limits(config)
+) -> DepthsBody:
+    """What `decoder_depths.json` keeps: a row for each depth; those not trained have the columns that need none, which
+    may be of another `model` than the configuration's."""
+    config = training_limits(config)
     if train:
         check_on_disk(config, "raytrain ablate --decoder-depths")
     if train and not config.data.dev:
@@ -88,121 +151,63 @@ def run_depths(
     ):
         histogram = histogram_of(config, console)
         models = depth_models(model or Workspace(config, config.run_dir).model_config(), decoders, encoders)
-        rows = [_counted(one, histogram) for one in models]
-        for row in rows:
-            row["training_compute"] = row["macs_per_epoch"] / rows[0]["macs_per_epoch"]
+        costs = [DepthCost.of(depth, histogram) for depth in models]
+        base = costs[0].macs_per_epoch
+        rows = [DepthRow(replace(cost, training_compute=cost.macs_per_epoch / base)) for cost in costs]
         if train:
-            _train(config, console, models, rows, target)
-        body = {"rows": rows, "trained": train, "target_wer": target}
-        write_json(config.run_dir / "decoder_depths.json", DEPTHS_FORMAT, body)
+            trainings = _train(config, console, models)
+            rows = [DepthRow(row.cost, training) for row, training in zip(rows, trainings, strict=True)]
+        body = DepthsBody(rows, train, config.ablate.target_wer)
+        write_json(config.run_dir / "decoder_depths.json", DEPTHS_FORMAT, body.to_json())
         RunStore(config.run_location).publish()
     return body
 
 
-def _train(
-    config: Config, console: Console, models: list[ModelConfig], rows: list[dict[str, Any]], target: float
-) -> None:
-    """Train every depth, and add to its row what came out."""
+def _train(config: Config, console: Console, models: Sequence[ModelConfig]) -> list[DepthTraining]:
     with RunTracking(config, config.run_dir) as tracking:
-        jobs = [_prepare(config, console, one) for one in models]
+        jobs = [_prepare(config, console, model) for model in models]
         with console.stage("ablate") as finish, tracking.stage("ablate depths"):
-            trials = run_grid(config, console, jobs, config.run_dir / "ablate", tracking.child_id)
-            for row, model, trial in zip(rows, models, trials, strict=True):
-                row |= trial_metrics(trial, target)
-                row["why"] = trial["why"]
-                row["rtfx"] = _measure_rtfx(config, model, trial["folder"]) if trial["folder"] else None
-            finish(f"{len(trials)} trainings")
+            ends = run_trials(config, console, jobs, tracking.child_id)
+            trainings = [_training(config, model, end) for model, end in zip(models, ends, strict=True)]
+            finish(f"{len(trainings)} trainings")
+    return trainings
 
 
-def _counted(model: ModelConfig, histogram: Any) -> dict[str, Any]:
-    cost = cost_of(model)
-    macs = float((histogram.counts * cost.of(histogram.cells, histogram.tokens)).sum())
-    return {
-        "encoder_layers": model.encoder_layers,
-        "decoder_layers": model.decoder_layers,
-        "parameters": num_parameters(model),
-        "macs_per_epoch": macs,
-        "decoder_macs_per_token": cost.token,
-    }
-
-
-def _prepare(config: Config, console: Console, model: ModelConfig) -> dict[str, Any]:
+def _prepare(config: Config, console: Console, model: ModelConfig) -> TrialJob:
     """A run folder of a depth, and its job."""
-    name = f"encoder-{model.encoder_layers}-decoder-{model.decoder_layers}"
-    layers = {"encoder_layers": model.encoder_layers, "decoder_layers": model.decoder_layers}
-    own = prepare_folder(config, console, name, {"model": replace(config.model, **layers)})
-    return {
-        "label": f"encoder {model.encoder_layers}, decoder {model.decoder_layers}",
-        "config": {**own.model_dump(mode="json"), "tracking": config.tracking.model_dump(mode="json")},
-        "run_dir": str(own.run_dir),
-        "tracking_uri": tracking_uri(config, config.run_dir),
-    }
+    encoder, decoder = model.encoder_layers, model.decoder_layers
+    layers = replace(config.model, encoder_layers=encoder, decoder_layers=decoder)
+    candidate = prepare_run(config, console, f"encoder-{encoder}-decoder-{decoder}", {"model": layers})
+    return TrialJob(f"encoder {encoder}, decoder {decoder}", candidate)
 
 
-def _measure_rtfx(config: Config, model: ModelConfig, folder: str) -> dict[str, float]:
-    """`_rtfx` on a worker of the kind that training had: the driver may have no GPU, or one that Ray has given away."""
-    import ray
-
-    cuda = trains_on_gpus(config)
-    options = Placement.train(config.cluster).remote_options(gpus=1.0 if cuda else 0.0)
-    values = config.model_copy(update={"model": model}).model_dump(mode="json")
-    return ray.get(ray.remote(max_calls=1, **options)(_rtfx).remote(values, folder, cuda))
+def _training(config: Config, model: ModelConfig, end: TrialEnd) -> DepthTraining:
+    rtfx = None
+    if end.folder:
+        values = config.model_copy(update={"model": model}).model_dump(mode="json")
+        rtfx = call_on_training_worker(config, measure_decoding, values, end.folder)
+    return DepthTraining(read_outcome(end.folder, config.ablate.target_wer), end.why, rtfx)
 
 
-def _rtfx(values: dict[str, Any], folder: str, cuda: bool) -> dict[str, float]:
-    """Audio-seconds per second of greedy decoding of dev recordings, one at a time and eight together, and the
-    decoder's part of the time; reading audio does not count."""
-
-    from raytrain.data.loader import read_rows
-    from raytrain.decoding.recognizer import Recognizer
-    from raytrain.decoding.settings import DecodeSettings
-    from raytrain.run_folder.scored_rows import encode_split
-    from raytrain.run_folder.trained import load_run
-
-    config = check_config(values)
-    device = worker_device(cuda).torch
-    search = DecodeSettings(max_generation_delta=config.evaluate.max_generation_delta)
-    recogniser = Recognizer(*load_run(values, folder, "best"), search, device)
-    rows, pad_id = encode_split(Workspace(config, folder), "dev", 40).rows, recogniser.tokenizer.pad_id
-    sample_rate = config.model.sample_rate
-    found: dict[str, float] = {}
-    for size in (1, 8):
-        batches = [batch for _, batch in read_rows(rows, sample_rate, pad_id, size, lambda row, error: None)]
-        recogniser.recognize(batches[0], [0.0] * len(batches[0]), [False] * len(batches[0]))  # the first one warms up
-        recogniser.take_seconds()
-        for batch in batches:
-            recogniser.recognize(batch, [0.0] * len(batch), [False] * len(batch))
-        spent = recogniser.take_seconds()
-        audio = sum(float(batch.audio_lengths.sum()) for batch in batches) / sample_rate
-        found[f"rtfx_batch_{size}"] = audio / spent.total()
-        found[f"decoder_share_batch_{size}"] = spent["decoder"] / spent.total()
-    return found
-
-
-def depths_table(body: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
+def depths_table(body: DepthsBody) -> tuple[list[str], list[list[str]]]:
     """Columns and cells, as the command prints them."""
     columns = ["encoder", "decoder", "parameters", "training compute"]
-    if body["trained"]:
+    if body.trained:
         columns += ["steps", "lowest WER", "RTFx, batch 1", "RTFx, batch 8", "audio s per s in training"]
-    cells = []
-    for row in body["rows"]:
-        cell = [
-            str(row["encoder_layers"]),
-            str(row["decoder_layers"]),
-            f"{row['parameters'] / 1e6:.1f}M",
-            f"{row['training_compute']:.2f}",
-        ]
-        if body["trained"]:
-            rtfx = row["rtfx"] or {}
-            numbers = (row["best_wer"], rtfx.get("rtfx_batch_1"), rtfx.get("rtfx_batch_8"))
-            wer, one, eight = ("none" if value is None else value for value in numbers)
-            speed = row["audio_seconds_per_second"]
-            cell += [
-                str(row["steps"]),
-                wer if wer == "none" else f"{wer:.1%}",
-                one if one == "none" else f"{one:.0f}",
-                eight if eight == "none" else f"{eight:.0f}",
-                "none" if speed is None else f"{speed:.0f}",
-            ]
-        cells.append(cell)
-    return columns, cells
+    return columns, [_cells(row.cost) + (_training_cells(row.training) if row.training else []) for row in body.rows]
+
+
+def _cells(cost: DepthCost) -> list[str]:
+    depths = [str(cost.encoder_layers), str(cost.decoder_layers)]
+    return [*depths, f"{cost.parameters / 1e6:.1f}M", f"{cost.training_compute:.2f}"]
+
+
+def _training_cells(training: DepthTraining) -> list[str]:
+    outcome, rtfx = training.outcome, training.rtfx
+    return [
+        str(outcome.steps),
+        format_or_none(outcome.best_wer, ".1%"),
+        format_or_none(rtfx.rtfx_batch_1 if rtfx else None, ".0f"),
+        format_or_none(rtfx.rtfx_batch_8 if rtfx else None, ".0f"),
+        format_or_none(outcome.audio_seconds_per_second, ".0f"),
+    ]

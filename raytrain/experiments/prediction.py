@@ -1,13 +1,14 @@
-"""The paper's batching schemes by prediction: a model's memory is traced for a few shapes, batches are drawn from a
-length histogram, and no device and no audio are needed.
+"""Batching schemes by prediction: a model's memory is traced for a few shapes, batches are drawn from a length
+histogram, and no device and no audio are needed.
 
-    surface = trace_surface(histogram, model, settings, precision="bf16", budget=int(0.9 * 80 * 2**30))
-    rows = predict_schemes(histogram, BucketSettings(), model, surface, budget)
+    surface = trace_surface(histogram, settings, model, train, precision="bf16", device_type="cuda", budget=budget)
+    simulator = SchemeSimulator(histogram, settings, model, surface, budget)
+    rows = [simulator.simulate(simulator.plan(scheme)) for scheme in SCHEMES]
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -16,7 +17,7 @@ from raytrain.lengths.histogram import LengthHistogram
 from raytrain.lengths.plan import BucketPlan, BucketSettings, make_plan
 from raytrain.lengths.schemes import (
     PENALTY_SECONDS,
-    SCHEMES,
+    Memory,
     SchemeRow,
     by_seconds,
     largest_batch_seconds,
@@ -28,8 +29,8 @@ from raytrain.lengths.schemes import (
 from raytrain.model.config import ModelConfig
 from raytrain.model.cost import cost_of
 from raytrain.training.memory.prediction import predict_batch_size
-from raytrain.training.memory.surface import MemorySurface, NeighborLines
-from raytrain.training.memory.tracer import StepTracer
+from raytrain.training.memory.surface import MemorySurface
+from raytrain.training.memory.tracer import Neighbours, StepTracer
 from raytrain.training.settings import TrainSettings
 
 _DURATIONS = (0.05, 0.125, 0.25, 0.5, 0.75, 1.0)  # of the longest
@@ -56,28 +57,29 @@ def trace_surface(
     """A training step's memory through 18 shapes between the corpus' shortest and longest utterances, slow and fast
     talkers; about half a second each for a large model."""
     usable = (histogram.cells <= settings.max_duration_ms) & (histogram.tokens <= settings.max_tokens)
-    kept = histogram.select(usable)
-    longest, most = int(kept.cells.max()), int(kept.tokens.max())
-    rate = kept.tokens / kept.cells
-    order = np.argsort(rate)
-    reached = np.cumsum(kept.counts[order]) / kept.total
-    rates = [float(rate[order][np.searchsorted(reached, q).clip(max=len(order) - 1)]) for q in _RATES]
-    shapes = sorted(
-        {
-            (duration := max(160, int(longest * share)), int(np.clip(duration * one, 2, most)))
-            for share in _DURATIONS
-            for one in rates
-        }
-        | {(longest, most)}
-    )
+    shapes = _shapes(histogram.select(usable))
     tracer = StepTracer(model, train, precision=precision, world_size=train.most_workers, device_type=device_type)
-    lines, known = [], NeighborLines()
+    lines, neighbors = [], Neighbours()
     for number, shape in enumerate(shapes):
-        line = predict_batch_size(tracer, *shape, budget, _LARGEST_BATCH, known.guess(*shape)).line
-        known.add(*shape, line)
+        line = predict_batch_size(tracer, *shape, budget, _LARGEST_BATCH, neighbors.guess(*shape)).line
+        neighbors.add(*shape, line)
         lines.append(line)
         on_shape(number + 1, len(shapes))
     return MemorySurface.through(shapes, lines)
+
+
+def _shapes(histogram: LengthHistogram) -> list[tuple[int, int]]:
+    """(duration in ms, tokens) of a few durations at a few speaking rates, and the corner of the longest of both."""
+    longest, most = int(histogram.cells.max()), int(histogram.tokens.max())
+    rate = histogram.tokens / histogram.cells
+    order = np.argsort(rate)
+    reached = np.cumsum(histogram.counts[order]) / histogram.total
+    rates = [float(rate[order][np.searchsorted(reached, q).clip(max=len(order) - 1)]) for q in _RATES]
+    durations = [max(160, int(longest * share)) for share in _DURATIONS]
+    grid = {
+        (duration, int(np.clip(duration * tokens_per_ms, 2, most))) for duration in durations for tokens_per_ms in rates
+    }
+    return sorted(grid | {(longest, most)})
 
 
 @dataclass(frozen=True)
@@ -90,52 +92,39 @@ class SchemePlan:
     batch_seconds: float | None
 
 
-def plan_scheme(
-    scheme: str,
-    histogram: LengthHistogram,
-    base: BucketSettings,
-    model: ModelConfig,
-    surface: MemorySurface,
-    budget: int,
-    *,
-    batch_seconds: float | None = None,
-    most: int = _LARGEST_BATCH,
-) -> SchemePlan:
-    """Plan and sizes of one scheme. Without `batch_seconds` A and B get the most seconds that fit the memory."""
-    plan = make_plan(histogram, scheme_settings(scheme, base), "", cost_of(model))
-    if not by_seconds(scheme):
-        return SchemePlan(scheme, plan, sizes_by_memory(plan, surface, budget, most), None)
-    seconds = batch_seconds or largest_batch_seconds(histogram, plan, surface, budget)
-    sizes = tuple(min(most, size) for size in sizes_by_seconds(histogram, plan, seconds, PENALTY_SECONDS))
-    return SchemePlan(scheme, plan, sizes, seconds)
+@dataclass(frozen=True)
+class SchemeSimulator:
+    """Schemes for a corpus' lengths and a model, on a device with `budget` bytes for a step. `base` says how many
+    buckets there are, `max_batch_size` bounds all sizes."""
 
+    histogram: LengthHistogram
+    base: BucketSettings
+    model: ModelConfig
+    memory: Memory
+    budget: int
+    max_batch_size: int = _LARGEST_BATCH
+    seed: int = 0
 
-def predict_schemes(
-    histogram: LengthHistogram,
-    base: BucketSettings,
-    model: ModelConfig,
-    surface: MemorySurface,
-    budget: int,
-    *,
-    schemes: Sequence[str] = SCHEMES,
-    batch_seconds: float | None = None,
-    seed: int = 0,
-) -> list[SchemeRow]:
-    """A row for each scheme on a device with `budget` bytes for a step."""
-    cost, rows = cost_of(model), []
-    for scheme in schemes:
-        one = plan_scheme(scheme, histogram, base, model, surface, budget, batch_seconds=batch_seconds)
-        rows.append(
-            simulate_scheme(
-                scheme,
-                histogram,
-                one.plan,
-                one.sizes,
-                cost,
-                surface,
-                budget,
-                batch_seconds=one.batch_seconds,
-                seed=seed,
-            )
+    def plan(self, scheme: str, batch_seconds: float | None = None) -> SchemePlan:
+        """Plan and sizes of a scheme. Without `batch_seconds` A and B get the most seconds that fit the memory."""
+        plan = make_plan(self.histogram, scheme_settings(scheme, self.base), "", cost_of(self.model))
+        if not by_seconds(scheme):
+            sizes = sizes_by_memory(plan, self.memory, self.budget, self.max_batch_size)
+            return SchemePlan(scheme, plan, sizes, None)
+        seconds = batch_seconds or largest_batch_seconds(self.histogram, plan, self.memory, self.budget)
+        unbounded = sizes_by_seconds(self.histogram, plan, seconds, PENALTY_SECONDS)
+        return SchemePlan(scheme, plan, tuple(min(self.max_batch_size, size) for size in unbounded), seconds)
+
+    def simulate(self, planned: SchemePlan) -> SchemeRow:
+        """What batches of the plan pad, hold and take."""
+        return simulate_scheme(
+            planned.scheme,
+            self.histogram,
+            planned.plan,
+            planned.sizes,
+            cost_of(self.model),
+            self.memory,
+            self.budget,
+            batch_seconds=planned.batch_seconds,
+            seed=self.seed,
         )
-    return rows

@@ -23,13 +23,15 @@ import tempfile
 from collections.abc import Iterator, Mapping
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO, TypeVar
 
 from raytrain.errors import ArtifactError, StorageError
 
 if TYPE_CHECKING:
     from pydantic import TypeAdapter
     from typing_extensions import Buffer
+
+_Kind = TypeVar("_Kind")
 
 
 def canonical_json(value: object) -> bytes:
@@ -240,18 +242,31 @@ def fitting(value: object, kind: object) -> Any:
 
     Nothing is converted. Raises `ValueError` that names the first field that does not fit.
     """
+    _validated(value, kind)
+    return value
+
+
+def view_of(value: object, kind: type[_Kind]) -> _Kind:
+    """The JSON value as a `kind`, such as a dataclass that holds only the fields somebody reads.
+
+    Raises `ValueError` that names the first field that does not fit.
+    """
+    view: _Kind = _validated(value, kind)
+    return view
+
+
+def _validated(value: object, kind: object) -> Any:
     # Where models alone run there is no pydantic; what they read is checked by hand.
     from pydantic import ValidationError
 
     try:
-        _adapter(kind).validate_json(json.dumps(value, allow_nan=False), strict=True)
+        return _adapter(kind).validate_json(json.dumps(value, allow_nan=False), strict=True)
     except ValidationError as error:
         first = error.errors(include_url=False, include_input=False)[0]
         field = ".".join(str(part) for part in first["loc"])
         raise ValueError(f"{field or 'it'}: {first['msg'].removeprefix('Value error, ')}") from error
     except RecursionError as error:
         raise ValueError("it is nested too deeply") from error
-    return value
 
 
 @cache

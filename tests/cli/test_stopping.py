@@ -18,7 +18,7 @@ from raytrain.cli import stopping
 from raytrain.errors import RaytrainError
 stopping._GRACE_SECONDS, stopping._ECHO_SECONDS = 1.0, 0.2
 stopping.install()
-stopping.say_at_stop(stopping.GOES_ON)
+stopping.say_at_stop(stopping.RESUMABLE)
 child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"], start_new_session=True)
 with stopping.exit_codes():
     print("begun", child.pid, flush=True)
@@ -68,7 +68,7 @@ def test_every_command_ends(body, number):
     process.send_signal(number)
     _, said = process.communicate(timeout=20)
     assert process.returncode == 128 + number
-    assert said == "stopped; the same command goes on from here\n"
+    assert said == "stopped; run the same command again to resume\n"
     assert not child.is_running() or child.status() == psutil.STATUS_ZOMBIE
 
 
@@ -103,7 +103,7 @@ def stop_stage(stage: str, seconds: float, number: int, corpus, root) -> None:
     began = time.monotonic()
     _, said = process.communicate(timeout=30)
     assert process.returncode == 128 + number, said
-    assert time.monotonic() - began < 12 and said.endswith("stopped; the same command goes on from here\n")
+    assert time.monotonic() - began < 12 and said.endswith("stopped; run the same command again to resume\n")
     assert "Traceback" not in said
     left = []
     for one in psutil.process_iter():

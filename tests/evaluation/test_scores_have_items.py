@@ -15,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from training_parts import SETTINGS, make_loop, micro_batch
 
+from raytrain.cluster.tuning import score_of
 from raytrain.console import Console
 from raytrain.data.assignment import Row
 from raytrain.data.audio import AudioError
@@ -28,7 +29,6 @@ from raytrain.evaluation.error_counts import ErrorCounts, count_errors
 from raytrain.evaluation.scoring import score, texts_of
 from raytrain.evaluation.validation_scores import Decoded, score_decoded
 from raytrain.evaluation.worst import worst
-from raytrain.experiments.tune import score_of
 from raytrain.lengths.histogram import LengthHistogram
 from raytrain.lengths.mixture import Mixture
 from raytrain.lengths.plan import BucketSettings, make_plan

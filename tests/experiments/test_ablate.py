@@ -1,7 +1,7 @@
 """Batching schemes: what they promise by prediction, and real trainings of them on the small spoken corpus."""
 
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import numpy as np
 import pytest
@@ -15,8 +15,9 @@ from typer.testing import CliRunner
 from raytrain.cli.app import app
 from raytrain.config import check_config, load_config
 from raytrain.errors import ConfigError
-from raytrain.experiments.ablate import ABLATION_FORMAT, PREDICTED_FORMAT, best_trials
-from raytrain.experiments.prediction import fit_limits, predict_schemes, trace_surface
+from raytrain.experiments.ablate import ABLATION_FORMAT, PREDICTED_FORMAT
+from raytrain.experiments.outcomes import best_trials, read_outcome
+from raytrain.experiments.prediction import SchemeSimulator, fit_limits, trace_surface
 from raytrain.lengths import BucketSettings, LengthHistogram, make_plan
 from raytrain.lengths.schemes import (
     SCHEMES,
@@ -31,6 +32,7 @@ from raytrain.lengths.schemes import (
 from raytrain.model.config import ModelConfig
 from raytrain.model.cost import cost_of
 from raytrain.model.formats.published import PUBLISHED
+from raytrain.report.ablation_results import TrialResult
 from raytrain.storage.artifacts import read_json
 from raytrain.training.memory.tracer import StepTracer
 from raytrain.training.settings import TrainSettings
@@ -68,8 +70,8 @@ def test_each_scheme_pads_less_or_fills_more_than_the_one_before():
     histogram, base = long_tailed(), fit_limits(BucketSettings(12, 2, max_tokens=10_000), MODEL)
     train, budget = TrainSettings(num_workers=2), 1 << 30
     surface = trace_surface(histogram, base, MODEL, train, precision="fp32", device_type="cpu", budget=budget)
-    rows = {row.scheme: row for row in predict_schemes(histogram, base, MODEL, surface, budget, batch_seconds=60.0)}
-    assert list(rows) == list(SCHEMES)
+    simulator = SchemeSimulator(histogram, base, MODEL, surface, budget)
+    rows = {scheme: simulator.simulate(simulator.plan(scheme, batch_seconds=60.0)) for scheme in SCHEMES}
     assert rows["R"].compute_padding > 0.5 > 0.15 > rows["D+"].compute_padding
     assert rows["D"].token_padding < rows["C"].token_padding
     assert rows["D+"].compute_padding <= rows["D"].compute_padding
@@ -140,7 +142,8 @@ def test_gpus_and_hours_are_the_arithmetic_that_is_told():
 
 def test_the_first_at_the_target_is_a_schemes_best():
     def trial(scheme, seconds, wer):
-        return {"scheme": scheme, "seconds_to_target": seconds, "best_wer": wer}
+        outcome = replace(read_outcome(None, 0.2), seconds_to_target=seconds, best_wer=wer)
+        return TrialResult(scheme, "", 1e-3, None, **vars(outcome))
 
     trials = [trial("R", None, 0.4), trial("R", 90.0, 0.19), trial("R", 60.0, 0.2), trial("D", None, 0.5)]
     trials += [trial("D", None, 0.3), trial("D", None, None)]

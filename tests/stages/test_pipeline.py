@@ -15,7 +15,7 @@ from raytrain.cli.app import app
 from raytrain.console import Console
 from raytrain.data.assignment import INDEX_FORMAT, Assignment
 from raytrain.data.augment import AugmentSettings
-from raytrain.demo.run import ARTEFACTS
+from raytrain.demo.run import ARTIFACTS
 from raytrain.errors import ArtifactError, CheckpointError, ManifestError, ProfileError, RaytrainError, StorageError
 from raytrain.model.canary import Canary
 from raytrain.model.formats.transfer import initialize_from, pieces_of
@@ -48,7 +48,7 @@ def lines(path) -> list[dict]:
 
 def test_every_artefact_is_there_and_says_what_it_should(finished, corpus):
     run_dir = finished.run_dir
-    assert [name for name in ARTEFACTS if not (run_dir / name).exists()] == []
+    assert [name for name in ARTIFACTS if not (run_dir / name).exists()] == []
     statistics = read_json(run_dir / "statistics.json", "raytrain.statistics/4")["body"]
     manifest = lines(corpus / "train.jsonl")
     assert statistics["utterances"] == len(manifest) == 96

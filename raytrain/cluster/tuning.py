@@ -1,0 +1,111 @@
+"""A search of training settings with Ray Tune: trials with drawn settings (`trials`), of which ASHA ends the worse
+early."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from raytrain.cluster.nodes import last_line
+from raytrain.cluster.trials import concurrent_trials, restored, training_inputs, trial_progress
+from raytrain.config import Config, Distribution
+from raytrain.console import Console
+from raytrain.storage.artifacts import content_id, make_folder
+from raytrain.tracking.runs import tracking_uri
+
+if TYPE_CHECKING:
+    from ray.tune import Result, Tuner
+
+
+@dataclass(frozen=True)
+class TuneTrial:
+    """A trial of a search: its `settings` by their dotted names, the lowest validation `error` and the last WER, where
+    there are any, whether ASHA ended it, and `why` it failed where it did."""
+
+    settings: dict[str, object]
+    error: float | None
+    wer: float | None
+    steps: int
+    stopped_early: bool
+    why: str | None
+
+
+def search_settings(config: Config, console: Console, parent_run_id: str | None) -> list[TuneTrial]:
+    """Train with settings drawn as `config.tune` says; all trials, in no order. A search that was stopped resumes."""
+    steps = config.tune.max_steps or config.train.max_steps
+    config = config.model_copy(update={"train": replace(config.train, max_steps=steps)})
+    folder = make_folder(config.run_dir / "tune")
+    identity = content_id([config.tune.model_dump(mode="json"), training_inputs(config, config.run_dir)])
+    name = f"search-{identity}"
+    space = {
+        "job": {
+            "config": config.model_dump(mode="json"),
+            "run_dir": str(config.run_dir),
+            "trials_dir": str(folder),
+            "tracking_uri": tracking_uri(config, config.run_dir),
+            "parent_run_id": parent_run_id,
+        },
+        "settings": {key: _domain(distribution) for key, distribution in config.tune.space.items()},
+    }
+    tuner = restored(folder, name, space, lambda trainable: _tuner(config, trainable, space, name, folder))
+    with trial_progress(console, config.tune.num_trials, folder), contextlib.redirect_stdout(None):
+        results = tuner.fit()
+    return [_trial_of(result, steps) for result in results]
+
+
+def _tuner(config: Config, trainable: Callable[..., Any], space: dict[str, Any], name: str, folder: Path) -> Tuner:
+    from ray import tune
+
+    section, steps = config.tune, config.train.max_steps
+    return tune.Tuner(
+        trainable,
+        param_space=space,
+        tune_config=tune.TuneConfig(
+            metric="error",
+            mode="min",
+            num_samples=section.num_trials,
+            search_alg=tune.search.BasicVariantGenerator(
+                max_concurrent=concurrent_trials(config, section.max_concurrent), random_state=config.seed
+            ),
+            scheduler=tune.schedulers.ASHAScheduler(
+                time_attr="step",
+                max_t=steps,
+                grace_period=min(steps, section.grace_steps or max(1, steps // 9)),
+                reduction_factor=section.reduction_factor,
+            ),
+        ),
+        run_config=tune.RunConfig(name=name, storage_path=str(folder), verbose=0),
+    )
+
+
+def _domain(distribution: Distribution) -> object:
+    from ray import tune
+
+    if distribution.choice is not None:
+        return tune.choice(distribution.choice)
+    low, high = distribution.ends()
+    return tune.loguniform(low, high) if distribution.log_uniform is not None else tune.uniform(low, high)
+
+
+def _trial_of(result: Result, steps: int) -> TuneTrial:
+    """What Tune's `result` says of a trial that may have had `steps`."""
+    metrics = result.metrics or {}
+    why = None if result.error is None else last_line(result.error)
+    return TuneTrial(
+        settings=(result.config or {}).get("settings", {}),
+        error=score_of(metrics),
+        wer=metrics.get("wer"),
+        steps=metrics.get("step", 0),
+        stopped_early=why is None and metrics.get("step", 0) < steps,
+        why=why,
+    )
+
+
+def score_of(metrics: Mapping[str, float | None]) -> float | None:
+    """A trial's lowest validation error, None where no validation had a score."""
+    error = metrics.get("best_error")
+    return error if error is not None and math.isfinite(error) else None

@@ -1,0 +1,84 @@
+"""What the report reads of a run's artifacts: frozen views with just these fields, whatever else the files hold."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+Interval = tuple[float, float]
+Metrics = Mapping[str, float]  # a line of metrics.jsonl
+
+
+@dataclass(frozen=True)
+class Totals:
+    """Of `statistics.json`: the training data's size."""
+
+    utterances: int
+    hours: float
+
+
+@dataclass(frozen=True)
+class RateBin:
+    """Of `statistics.json`: tokens per second of the utterances between two durations."""
+
+    from_ms: int
+    to_ms: int
+    mean: float
+    std: float
+
+
+@dataclass(frozen=True)
+class ProbedCorpus:
+    """Of `statistics.json`: how many recordings of a corpus had their headers read."""
+
+    probed: int
+
+
+@dataclass(frozen=True)
+class Grid:
+    """Of `bucket_plan.json`: each bucket's longest duration (ms) and most tokens."""
+
+    buckets: list[tuple[int, int]]
+
+
+@dataclass(frozen=True)
+class ProfileDevice:
+    """Of `batch_profile.json`: the device, and the share of its memory that a step may take."""
+
+    device_name: str
+    device_gib: float
+    memory_fraction: float
+
+    @property
+    def budget_gib(self) -> float:
+        """What a step may take."""
+        return self.device_gib * self.memory_fraction
+
+
+@dataclass(frozen=True)
+class Profile:
+    """Of `batch_profile.json`: batch size and peak memory of each bucket; `confirmed` by real steps, or traced."""
+
+    setting: ProfileDevice
+    batch_sizes: list[int]
+    peak_gib: list[float]
+    confirmed: bool
+
+
+@dataclass(frozen=True)
+class ProfileSizes:
+    """Of `batch_profile.json`: as `Profile`, where sizes are enough."""
+
+    setting: ProfileDevice
+    batch_sizes: list[int]
+
+
+@dataclass(frozen=True)
+class ScoreTotals:
+    """Of `scores.json`: the rates over all languages, with their 95 % intervals; BLEU by target language."""
+
+    wer: float | None
+    utterances: int
+    wer_ci: Interval | None = None
+    bleu: dict[str, float] = field(default_factory=dict)
+    bleu_ci: dict[str, Interval | None] = field(default_factory=dict)
