@@ -45,9 +45,12 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from raytrain.config import Config, check_config, load_config
     from raytrain.data.assignment import Assignment
-    from raytrain.data.corpora.types import Corpus, plan_chunks, read_chunk
-    from raytrain.data.loader import BatchLoader, Quarantine, StepReader, scheduled_work
+    from raytrain.data.corpora.reading import plan_chunks, read_chunk
+    from raytrain.data.corpora.types import Corpus
+    from raytrain.data.loader import BatchLoader, StepReader
+    from raytrain.data.quarantine import Quarantine
     from raytrain.data.text.tokenizer import CanaryTokenizer, train_tokenizer
+    from raytrain.data.work import scheduled_work
     from raytrain.decoding.settings import DecodeSettings
     from raytrain.decoding.transcriber import Transcriber
     from raytrain.evaluation.error_counts import count_errors
@@ -89,8 +92,11 @@ __all__ = [
 _MODULES = {
     "raytrain.config": ("Config", "check_config", "load_config"),
     "raytrain.data.assignment": ("Assignment",),
-    "raytrain.data.corpora.types": ("Corpus", "plan_chunks", "read_chunk"),
-    "raytrain.data.loader": ("BatchLoader", "Quarantine", "StepReader", "scheduled_work"),
+    "raytrain.data.corpora.reading": ("plan_chunks", "read_chunk"),
+    "raytrain.data.corpora.types": ("Corpus",),
+    "raytrain.data.loader": ("BatchLoader", "StepReader"),
+    "raytrain.data.quarantine": ("Quarantine",),
+    "raytrain.data.work": ("scheduled_work",),
     "raytrain.data.text.tokenizer": ("CanaryTokenizer", "train_tokenizer"),
     "raytrain.decoding.settings": ("DecodeSettings",),
     "raytrain.decoding.transcriber": ("Transcriber",),

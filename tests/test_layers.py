@@ -12,6 +12,7 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "raytrain"
 # From the ground up: a room imports from itself and from those before it.
 ROOMS = (
+    "__init__",  # imports the rest only when a name is used
     "errors",
     "settings",
     "redaction",
@@ -34,7 +35,6 @@ ROOMS = (
     "operations",
     "demo",
     "cli",
-    "__init__",
     "__main__",
 )
 # What rooms with few dependencies take from outside the standard library.
@@ -100,6 +100,8 @@ def test_each_room_is_on_the_list():
 @pytest.mark.parametrize("path", files(), ids=named)
 def test_arrows_point_down(path: Path):
     room = path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+    if room == "__init__":
+        pytest.skip("the public names come from everywhere, each when it is used")
     below = set(ROOMS[: ROOMS.index(room) + 1])
     mentioned = {name for name in imports(path) if name.split(".")[0] == "raytrain"}
     assert {name for name in mentioned if room_of(name) not in below} == set()

@@ -10,8 +10,8 @@ import typer
 from raytrain.cli.options import JsonOption, SetOption, check_needs, print_json
 
 if TYPE_CHECKING:
-    from raytrain.operations.checks import NodeFacts
     from raytrain.operations.doctor import Report
+    from raytrain.operations.facts import NodeFacts
 
 Config = Annotated[
     Path | None,
@@ -72,7 +72,7 @@ def _show(report: Report) -> None:
 
 
 def _node_row(node: NodeFacts) -> tuple[str, ...]:
-    from raytrain.operations.checks import GIB
+    from raytrain.operations.facts import GIB
 
     return (
         f"{node.host}{' (head)' if node.is_head else ''}",
@@ -86,5 +86,5 @@ def _node_row(node: NodeFacts) -> tuple[str, ...]:
 
 
 def _speed(node: NodeFacts) -> str:
-    write, read = node.storage.get("write_mib_s"), node.storage.get("read_mib_s")
-    return f"{write:,.0f} / {read:,.0f}" if write else "–"
+    speed = node.storage.speed if node.storage else None
+    return f"{speed.write_mib_s:,.0f} / {speed.read_mib_s:,.0f}" if speed and speed.write_mib_s else "–"

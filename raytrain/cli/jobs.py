@@ -99,13 +99,13 @@ def _submit(
     server: Jobs, config: Config, stages: Sequence[str], command: str, variables: Variables, uploads_source: bool
 ) -> str:
     """Start the job; returns its id."""
-    from raytrain.cluster.jobs import Order
+    from raytrain.cluster.jobs import JobRequest
     from raytrain.operations import submission
 
     about = {"run": config.name, "stages": " ".join(stages) or "all", "raytrain": submission.version()}
     with tempfile.TemporaryDirectory(prefix="raytrain-job-") as folder:
         submission.pack(Path(folder), submission.job_settings(config, variables.values), uploads_source)
-        return server.submit(Order(config.name, command, Path(folder), variables.values, about))
+        return server.submit(JobRequest(config.name, command, Path(folder), variables.values, about))
 
 
 def status(

@@ -43,11 +43,11 @@ def check_needs(is_missing: bool, option: str, needed: str) -> None:
         raise typer.BadParameter(f"goes with {needed}", param_hint=option)
 
 
-def bytes_of(size: str | None, option: str) -> int | None:
+def bytes_of(size: str, option: str) -> int:
     """`80GiB` in bytes. Raises `typer.BadParameter`."""
     from raytrain.config import parse_bytes
 
     try:
-        return None if size is None else parse_bytes(size)
+        return int(parse_bytes(size))
     except ValueError as error:
         raise typer.BadParameter(str(error), param_hint=option) from None

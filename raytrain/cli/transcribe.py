@@ -232,7 +232,7 @@ def _order(manifests: list[str], checkpoint: Path, decoding: _Decoding, on_ray: 
     corpora = _corpora(manifests, on_ray.audio, on_ray.root)
     options = {
         "workers": on_ray.workers,
-        "device_memory": bytes_of(on_ray.device_memory, "--device-memory"),
+        "device_memory": on_ray.device_memory and bytes_of(on_ray.device_memory, "--device-memory"),
         "part_rows": on_ray.part_rows,
         "max_batch": max_batch,
     }

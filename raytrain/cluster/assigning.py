@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from raytrain.cluster.mapping import map_on_workers
 from raytrain.cluster.placement import ANYWHERE, Placement
-from raytrain.cluster.session import map_on_workers
 from raytrain.data.assignment import ChunkNote, note_name, write_note
 from raytrain.data.assignment.assigner import AssignSettings, ChunkAssigner
 from raytrain.data.corpora.types import Chunk

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import replace
 
+from raytrain.cluster.mapping import map_on_workers
 from raytrain.cluster.placement import Placement
-from raytrain.cluster.session import map_on_workers
 from raytrain.config import Config
 from raytrain.data.corpora.reading import read_blocks
 from raytrain.data.corpora.types import Chunk

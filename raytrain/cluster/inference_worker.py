@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple, TypedDict
+from typing import TYPE_CHECKING, NamedTuple, Required, TypedDict
 
 import numpy as np
 
@@ -28,7 +28,7 @@ from raytrain.storage.locations import is_uri
 if TYPE_CHECKING:
     import pyarrow as pa
 
-    from raytrain.decoding.recognizer import Heard
+    from raytrain.decoding.recognizer import Recognition
 
 _REMOTE_READERS = 16
 
@@ -68,7 +68,7 @@ class Batch(NamedTuple):
 class RecognizedText(TypedDict, total=False):
     """An utterance's id, and its text and how probable the model finds it, or the error that there was."""
 
-    id: int
+    id: Required[int]
     text: str
     confidence: float | None
     error: str
@@ -224,7 +224,7 @@ class RecognizerActor:
         return texts
 
     def _text(
-        self, identity: int, spans_s: list[tuple[float, float]], results: list[Heard | DataError]
+        self, identity: int, spans_s: list[tuple[float, float]], results: list[Recognition | DataError]
     ) -> RecognizedText:
         """The text of a recording from those of its pieces, which lie at `spans_s`, or their first error."""
         from raytrain.decoding.recognizer import confidence, joined

@@ -7,7 +7,7 @@ hosts with too few of them.
 from __future__ import annotations
 
 import pickle
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, closing
 from dataclasses import dataclass
 from functools import lru_cache
@@ -25,6 +25,7 @@ from raytrain.data.loader import StepReader
 from raytrain.data.quarantine import BrokenRecording, Quarantine
 from raytrain.data.work import work_of
 from raytrain.lengths.schedule import BatchSchedule, ScheduleState, StepPlan
+from raytrain.run_folder.batches import make_loader, make_schedule, make_step_reader
 from raytrain.run_folder.workspace import Workspace
 from raytrain.storage.run_store import RunStore
 from raytrain.training.run_notes import note_giving_up
@@ -46,7 +47,7 @@ class RankInput:
     start without one). It is one of `world_size` ranks, of which its node has `local_workers`."""
 
     batch_sizes: tuple[int, ...]
-    state: dict[str, Any] | None
+    state: Mapping[str, Any] | None
     shares: Sequence[int]
     num_shares: int
     rank: int = 0
@@ -65,7 +66,8 @@ def open_batches(workspace: Workspace, rank_input: RankInput) -> AbstractContext
         from raytrain.cluster.stream_source import stream_work
 
         work = stream_work(workspace, rank_input)
-    return workspace.loader(
+    return make_loader(
+        workspace,
         rank_input.batch_sizes,
         rank_input.state,
         rank_input.shares,
@@ -110,7 +112,7 @@ class RayBatches:
 
     def __init__(self, workspace: Workspace, rank_input: RankInput) -> None:
         self._workspace, self._input = workspace, rank_input
-        self._schedule = workspace.schedule(workspace.assignment(), rank_input.batch_sizes)
+        self._schedule = make_schedule(workspace, workspace.assignment(), rank_input.batch_sizes)
         self._quarantine = workspace.quarantine
         self._steps = self._load()
 
@@ -221,5 +223,5 @@ def decode_share(plan: StepPlan, job: DecodeJob) -> pa.Table:
 def _opened(job: DecodeJob) -> tuple[Assignment, BatchSchedule, StepReader, Quarantine]:
     workspace = Workspace(check_config(orjson.loads(job.config)), job.location)
     assignment, quarantine = workspace.assignment(), Quarantine(None)
-    schedule = workspace.schedule(assignment, job.batch_sizes)
-    return assignment, schedule, workspace.step_reader(assignment, quarantine, num_threads=1), quarantine
+    schedule = make_schedule(workspace, assignment, job.batch_sizes)
+    return assignment, schedule, make_step_reader(workspace, assignment, quarantine, num_threads=1), quarantine

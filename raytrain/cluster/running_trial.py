@@ -11,11 +11,13 @@ from typing import TYPE_CHECKING, Any
 
 from raytrain.cluster.trainer import run_training
 from raytrain.config import Config, check_config
+from raytrain.run_folder.lineage import training_key, training_meta
 from raytrain.run_folder.trial_folder import TrialJob, with_settings
 from raytrain.run_folder.workspace import Workspace
 from raytrain.storage.artifacts import atomic_write_bytes, canonical_json, content_id, file_id, read_state
 from raytrain.tracking import read_metrics
 from raytrain.tracking.metrics_file import METRICS
+from raytrain.training.checkpoint_meta import CheckpointMeta
 from raytrain.training.run_notes import STOP
 
 if TYPE_CHECKING:
@@ -28,10 +30,8 @@ _STOP_SECONDS = 180
 
 def training_inputs(config: Config, run_dir: Path, files: Mapping[str, str] | None = None) -> list[Any]:
     """Names all that a training on the artifacts in `run_dir` depends on; `files` stand for artifacts there."""
-    from raytrain.stages.stages import train_key
-
     profile = Path((files or {}).get("batch_profile.json", run_dir / "batch_profile.json"))
-    return [train_key(Workspace(config, run_dir)), file_id(profile)]
+    return [training_key(Workspace(config, run_dir)), file_id(profile)]
 
 
 class RunningTrial:
@@ -41,8 +41,6 @@ class RunningTrial:
     """
 
     def __init__(self, params: Mapping[str, Any]) -> None:
-        from raytrain.stages.stages import training_meta
-
         job = TrialJob.from_json(params["job"])
         settings = {**job.settings, **params["settings"]}
         config, run_dir = with_settings(check_config(job.config), settings), Path(job.run_dir)
@@ -96,7 +94,7 @@ class RunningTrial:
         note = read_state(self.folder / DONE_NOTE, dict[str, Any])
         return note is not None and note.get("key") == self._key
 
-    def _train(self, config: Config, meta: dict[str, Any], mlflow: Mapping[str, Any] | None) -> None:
+    def _train(self, config: Config, meta: CheckpointMeta, mlflow: Mapping[str, Any] | None) -> None:
         try:
             run_training(config, self.folder, meta=meta, mlflow=mlflow, on_metrics=self._lines.put)
             self._lines.put(None)

@@ -16,6 +16,7 @@ from raytrain.config import Config
 from raytrain.data.stream import StreamState, StreamStep
 from raytrain.data.work import StepWork
 from raytrain.errors import RaytrainError
+from raytrain.run_folder.batches import make_stream
 from raytrain.run_folder.workspace import Workspace
 
 if TYPE_CHECKING:
@@ -30,7 +31,7 @@ class StreamSource:
     def __init__(self, config: Config, location: str, rank_input: RankInput) -> None:
         workspace = Workspace(config, location)
         start = StreamState.from_dict(rank_input.state) if rank_input.state else StreamState()
-        self._steps = workspace.stream(rank_input.batch_sizes, rank_input.num_shares).steps(start)
+        self._steps = make_stream(workspace, rank_input.batch_sizes, rank_input.num_shares).steps(start)
         self._kept: dict[int, StreamStep] = {}
         self._asked = [0] * rank_input.world_size
         self._num_made, self._has_ended = 0, False

@@ -16,10 +16,12 @@ from raytrain.cluster.room import Workers, choose_workers, describe_worker, find
 from raytrain.cluster.training_job import TrainingJob, make_job
 from raytrain.config import Config
 from raytrain.errors import RaytrainError
+from raytrain.run_folder.scored_rows import checked_split
 from raytrain.run_folder.workspace import Workspace
 from raytrain.storage.leftovers import RAY_FOLDER
 from raytrain.storage.run_store import RunStore
 from raytrain.tracking.metrics_file import follow_metrics
+from raytrain.training.checkpoint_meta import CheckpointMeta
 from raytrain.training.faults import FaultNotes
 from raytrain.training.run_notes import GAVE_UP, LOWERED, STOP, fetch_fault_notes, noted_error, shared_fault_notes
 
@@ -36,7 +38,7 @@ def run_training(
     config: Config,
     location: Path | str,
     *,
-    meta: dict[str, Any],
+    meta: CheckpointMeta,
     mlflow: Mapping[str, Any] | None,
     on_metrics: Callable[[dict[str, Any]], None],
     say: Callable[[str], None] = lambda line: None,
@@ -48,7 +50,7 @@ def run_training(
     and after a worker that Ray's memory monitor killed. Raises the worker's own error where it has a readable one.
     """
     if config.data.dev:
-        Workspace(config, location).checked_rows("dev", config.train.max_validation_utterances)
+        checked_split(Workspace(config, location), "dev", config.train.max_validation_utterances)
     store = RunStore(location, config.run.cache_size)
     job = make_job(config, store, meta, mlflow)
     for name in (GAVE_UP, LOWERED, STOP):

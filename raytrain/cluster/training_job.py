@@ -15,6 +15,7 @@ from raytrain.errors import TrainingError
 from raytrain.storage.artifacts import file_id
 from raytrain.storage.locations import absolute
 from raytrain.storage.run_store import RunStore
+from raytrain.training.checkpoint_meta import CheckpointMeta
 
 
 @dataclass(frozen=True)
@@ -28,7 +29,7 @@ class TrainingJob:
 
     config: Config
     location: str
-    meta: dict[str, Any]
+    meta: CheckpointMeta
     mlflow: Mapping[str, Any] | None
     cuda: bool
     backend: str
@@ -38,7 +39,7 @@ class TrainingJob:
 
 
 def make_job(
-    config: Config, store: RunStore, meta: dict[str, Any], mlflow: Mapping[str, Any] | None = None
+    config: Config, store: RunStore, meta: CheckpointMeta, mlflow: Mapping[str, Any] | None = None
 ) -> TrainingJob:
     """The job of a run folder. Raises `TrainingError` where the cluster can't train so."""
     cuda = trains_on_gpus(config)

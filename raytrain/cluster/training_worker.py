@@ -6,7 +6,7 @@ newest whole checkpoint, and writes metrics itself, since Ray's own reports are 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,8 @@ from raytrain.model.cost import peak_flops, training_flops
 from raytrain.model.device import Device, worker_device
 from raytrain.model.formats.transfer import initialize_from
 from raytrain.run_folder.checkpoint_mirror import mirror_of
+from raytrain.run_folder.quarantine import share_quarantine
+from raytrain.run_folder.scored_rows import make_validator
 from raytrain.run_folder.workspace import Workspace
 from raytrain.storage.run_store import RunStore
 from raytrain.tracking.metrics_file import Log, metrics_log, no_log
@@ -200,7 +202,7 @@ def restore(state: TrainState, checkpoint: Checkpoint | None, device: torch.devi
 # --- run
 
 
-def run(rank: Rank, state: TrainState, progress: Progress, schedule: dict[str, Any] | None) -> None:
+def run(rank: Rank, state: TrainState, progress: Progress, schedule: Mapping[str, Any] | None) -> None:
     """Train to the end; `schedule` is how far the schedule had come."""
     job, notes = rank.job, rank.notes
     with (
@@ -217,10 +219,10 @@ def run(rank: Rank, state: TrainState, progress: Progress, schedule: dict[str, A
             if rank.is_first:
                 note_giving_up(rank.store, error)
         finally:
-            rank.workspace.share_quarantine()
+            share_quarantine(rank.store)
 
 
-def _input(rank: Rank, schedule: dict[str, Any] | None) -> RankInput:
+def _input(rank: Rank, schedule: Mapping[str, Any] | None) -> RankInput:
     return RankInput(
         batch_sizes=_batch_sizes(rank),
         state=schedule,
@@ -251,7 +253,7 @@ def make_hooks(rank: Rank, log: Log, mark: Mark, beat: Callable[[str], None]) ->
 
     return LoopHooks(
         log=log,
-        validate=rank.workspace.validator(rank.rank, rank.world_size, notes, beat, mark),
+        validate=make_validator(rank.workspace, rank.rank, rank.world_size, notes, beat, mark),
         before_step=lambda step, loaded: mark(step, loaded.plan.bucket, max(loaded.plan.sizes)),
         before_saving=lambda: mark(None, SAVING, 0),
         on_activity=beat,

@@ -3,22 +3,21 @@ early."""
 
 from __future__ import annotations
 
-import contextlib
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from raytrain.cluster.nodes import last_line
-from raytrain.cluster.trials import concurrent_trials, restored, training_inputs, trial_progress
+from raytrain.cluster.running_trial import training_inputs
+from raytrain.cluster.trials import concurrent_trials, run_trials
 from raytrain.config import Config, Distribution
 from raytrain.console import Console
+from raytrain.errors import last_line
 from raytrain.storage.artifacts import content_id, make_folder
 from raytrain.tracking.runs import tracking_uri
 
 if TYPE_CHECKING:
-    from ray.tune import Result, Tuner
+    from ray.tune import Result, TuneConfig
 
 
 @dataclass(frozen=True)
@@ -51,34 +50,27 @@ def search_settings(config: Config, console: Console, parent_run_id: str | None)
         },
         "settings": {key: _domain(distribution) for key, distribution in config.tune.space.items()},
     }
-    tuner = restored(folder, name, space, lambda trainable: _tuner(config, trainable, space, name, folder))
-    with trial_progress(console, config.tune.num_trials, folder), contextlib.redirect_stdout(None):
-        results = tuner.fit()
+    results = run_trials(console, name, folder, space, lambda: _tune_config(config), num_trials=config.tune.num_trials)
     return [_trial_of(result, steps) for result in results]
 
 
-def _tuner(config: Config, trainable: Callable[..., Any], space: dict[str, Any], name: str, folder: Path) -> Tuner:
+def _tune_config(config: Config) -> TuneConfig:
     from ray import tune
 
     section, steps = config.tune, config.train.max_steps
-    return tune.Tuner(
-        trainable,
-        param_space=space,
-        tune_config=tune.TuneConfig(
-            metric="error",
-            mode="min",
-            num_samples=section.num_trials,
-            search_alg=tune.search.BasicVariantGenerator(
-                max_concurrent=concurrent_trials(config, section.max_concurrent), random_state=config.seed
-            ),
-            scheduler=tune.schedulers.ASHAScheduler(
-                time_attr="step",
-                max_t=steps,
-                grace_period=min(steps, section.grace_steps or max(1, steps // 9)),
-                reduction_factor=section.reduction_factor,
-            ),
+    return tune.TuneConfig(
+        metric="error",
+        mode="min",
+        num_samples=section.num_trials,
+        search_alg=tune.search.BasicVariantGenerator(
+            max_concurrent=concurrent_trials(config, section.max_concurrent), random_state=config.seed
         ),
-        run_config=tune.RunConfig(name=name, storage_path=str(folder), verbose=0),
+        scheduler=tune.schedulers.ASHAScheduler(
+            time_attr="step",
+            max_t=steps,
+            grace_period=min(steps, section.grace_steps or max(1, steps // 9)),
+            reduction_factor=section.reduction_factor,
+        ),
     )
 
 

@@ -5,7 +5,7 @@ Shapes: B utterances, S samples, L tokens (prompt + text + end of text).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from functools import partial
 from itertools import chain
@@ -145,7 +145,7 @@ class StepState(Protocol):
         """Times that all rows were drawn."""
         ...
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> Mapping[str, Any]:
         """JSON values, which a checkpoint keeps."""
         ...
 

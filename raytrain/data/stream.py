@@ -55,7 +55,7 @@ class StreamState:
         return {"epoch": self.epoch, "segments": [[list(sizes), steps] for sizes, steps in self.segments]}
 
     @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> StreamState:
+    def from_dict(cls, values: Mapping[str, Any]) -> StreamState:
         """The inverse of `to_dict`."""
         try:
             return cls(int(values["epoch"]), tuple((tuple(sizes), int(steps)) for sizes, steps in values["segments"]))

@@ -13,7 +13,6 @@ from dataclasses import asdict, dataclass, replace
 from functools import partial
 
 from raytrain.cluster.session import ray_session
-from raytrain.cluster.trials import check_on_disk
 from raytrain.config import Config
 from raytrain.console import Console
 from raytrain.errors import ConfigError
@@ -26,7 +25,9 @@ from raytrain.model.config import ModelConfig
 from raytrain.model.cost import peak_flops
 from raytrain.report.ablation_results import AblationBody, ModelPrediction, PredictedBody, TrialResult
 from raytrain.report.page import write_report
-from raytrain.run_folder.workspace import PROFILE_FORMAT, ProfileBody, Workspace
+from raytrain.run_folder.documents import PROFILE_FORMAT, ProfileBody
+from raytrain.run_folder.trial_folder import check_on_disk
+from raytrain.run_folder.workspace import Workspace
 from raytrain.storage.artifacts import read_json, write_json
 from raytrain.storage.ownership import owned
 from raytrain.storage.run_store import RunStore

@@ -10,11 +10,12 @@ from typing import Any
 from raytrain.config import check_config
 from raytrain.data.batch import SpeechBatch
 from raytrain.data.loader import read_rows
-from raytrain.decoding.recognizer import Recogniser
+from raytrain.decoding.recognizer import Recognizer
 from raytrain.decoding.settings import DecodeSettings
 from raytrain.model.device import worker_device
+from raytrain.run_folder.scored_rows import encode_split
+from raytrain.run_folder.trained import load_run
 from raytrain.run_folder.workspace import Workspace
-from raytrain.stages.evaluate import load_run
 
 _NUM_RECORDINGS = 40
 
@@ -34,8 +35,8 @@ def measure_decoding(values: dict[str, Any], folder: Path, cuda: bool) -> Decodi
     audio does not count."""
     config = check_config(values)
     search = DecodeSettings(max_generation_delta=config.evaluate.max_generation_delta)
-    recognizer = Recogniser(*load_run(values, str(folder), "best"), search, worker_device(cuda).torch)
-    rows, pad_id = Workspace(config, folder).rows("dev", _NUM_RECORDINGS), recognizer.tokenizer.pad_id
+    recognizer = Recognizer(*load_run(values, str(folder), "best"), search, worker_device(cuda).torch)
+    rows, pad_id = encode_split(Workspace(config, folder), "dev", _NUM_RECORDINGS).rows, recognizer.tokenizer.pad_id
     sample_rate = config.model.sample_rate
     speeds: list[float] = []
     for size in (1, 8):
@@ -44,7 +45,7 @@ def measure_decoding(values: dict[str, Any], folder: Path, cuda: bool) -> Decodi
     return DecodingSpeed(*speeds)
 
 
-def _speed(recognizer: Recogniser, batches: Sequence[SpeechBatch], sample_rate: int) -> tuple[float, float]:
+def _speed(recognizer: Recognizer, batches: Sequence[SpeechBatch], sample_rate: int) -> tuple[float, float]:
     _decode(recognizer, batches[:1])  # warms up
     recognizer.take_seconds()
     _decode(recognizer, batches)
@@ -53,6 +54,6 @@ def _speed(recognizer: Recogniser, batches: Sequence[SpeechBatch], sample_rate: 
     return audio / spent.total(), spent["decoder"] / spent.total()
 
 
-def _decode(recognizer: Recogniser, batches: Sequence[SpeechBatch]) -> None:
+def _decode(recognizer: Recognizer, batches: Sequence[SpeechBatch]) -> None:
     for batch in batches:
-        recognizer.hear(batch, [0.0] * len(batch), [False] * len(batch))
+        recognizer.recognize(batch, [0.0] * len(batch), [False] * len(batch))

@@ -16,7 +16,6 @@ import torch
 
 from raytrain.cluster.session import ray_session
 from raytrain.cluster.tasks import call_on_training_worker
-from raytrain.cluster.trials import check_on_disk
 from raytrain.config import Config
 from raytrain.console import Console
 from raytrain.errors import ConfigError
@@ -29,6 +28,7 @@ from raytrain.model.config import ModelConfig
 from raytrain.model.cost import cost_of
 from raytrain.report.ablation_results import TrainingOutcome
 from raytrain.report.ablation_tables import format_or_none
+from raytrain.run_folder.trial_folder import check_on_disk
 from raytrain.run_folder.workspace import Workspace
 from raytrain.storage.artifacts import write_json
 from raytrain.storage.ownership import owned

@@ -29,8 +29,8 @@ from raytrain.lengths.schemes import (
 from raytrain.model.config import ModelConfig
 from raytrain.model.cost import cost_of
 from raytrain.training.memory.prediction import predict_batch_size
-from raytrain.training.memory.surface import MemorySurface
-from raytrain.training.memory.tracer import Neighbours, StepTracer
+from raytrain.training.memory.surface import MemorySurface, NeighborLines
+from raytrain.training.memory.tracer import StepTracer
 from raytrain.training.settings import TrainSettings
 
 _DURATIONS = (0.05, 0.125, 0.25, 0.5, 0.75, 1.0)  # of the longest
@@ -59,7 +59,7 @@ def trace_surface(
     usable = (histogram.cells <= settings.max_duration_ms) & (histogram.tokens <= settings.max_tokens)
     shapes = _shapes(histogram.select(usable))
     tracer = StepTracer(model, train, precision=precision, world_size=train.most_workers, device_type=device_type)
-    lines, neighbors = [], Neighbours()
+    lines, neighbors = [], NeighborLines()
     for number, shape in enumerate(shapes):
         line = predict_batch_size(tracer, *shape, budget, _LARGEST_BATCH, neighbors.guess(*shape)).line
         neighbors.add(*shape, line)

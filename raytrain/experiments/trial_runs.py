@@ -11,9 +11,9 @@ from raytrain.cluster.trials import run_grid
 from raytrain.config import Config
 from raytrain.console import Console
 from raytrain.lengths.histogram import LengthHistogram
-from raytrain.stages.pipeline import read_stages, run_pipeline
-from raytrain.stages.stages import read_histogram
-from raytrain.storage.artifacts import atomic_write_bytes, canonical_json, make_folder
+from raytrain.run_folder.histograms import read_histogram
+from raytrain.stages.pipeline import read_stages, run_pipeline, write_stages
+from raytrain.storage.artifacts import make_folder
 from raytrain.tracking.runs import tracking_uri
 
 
@@ -51,9 +51,8 @@ def _share_statistics(source: Path, target: Path) -> None:
     for name in ("tokenizer", "histogram.parquet", "statistics.json", "chunks.json"):
         if not (target / name).exists():
             (target / name).symlink_to(source / name)
-    note = target / "stages.json"
     shared = {name: record for name, record in read_stages(source).items() if name == "statistics"}
-    atomic_write_bytes(note, canonical_json({**read_stages(target), **shared}))
+    write_stages(target, {**read_stages(target), **shared})
 
 
 @dataclass(frozen=True)

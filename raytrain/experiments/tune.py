@@ -14,11 +14,11 @@ from typing import Any
 import yaml
 
 from raytrain.cluster.session import ray_session
-from raytrain.cluster.trials import SHARED, check_on_disk, with_settings
 from raytrain.cluster.tuning import TuneTrial, search_settings
 from raytrain.config import Config
 from raytrain.console import Console
 from raytrain.errors import ArtifactError, ConfigError, TrainingError
+from raytrain.run_folder.trial_folder import SHARED, check_on_disk, with_settings
 from raytrain.storage.artifacts import atomic_write_bytes, write_json
 from raytrain.storage.ownership import owned
 from raytrain.tracking.runs import RunTracking

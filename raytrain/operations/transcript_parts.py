@@ -84,10 +84,10 @@ class Part:
         """The output's lines, and how many of them have an error."""
         lines, failed = [], 0
         for number, row in enumerate(self.rows, self.first):
-            result = self.results.get(number, {"error": row.error})
+            result = self.results.get(number)
             values = {name: value for name, value in row.fields.items() if name not in _RESULTS}
-            if "error" in result:
-                values["error"] = result["error"]
+            if result is None or "error" in result:
+                values["error"] = row.error if result is None else result["error"]
                 failed += 1
             else:
                 confidence = result["confidence"]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from raytrain.data.assignment import Assignment
@@ -94,7 +94,7 @@ def make_step_reader(
 def make_loader(
     workspace: Workspace,
     batch_sizes: tuple[int, ...],
-    state: dict[str, Any] | None,
+    state: Mapping[str, Any] | None,
     shares: Sequence[int],
     num_shares: int,
     pin_memory: bool = False,

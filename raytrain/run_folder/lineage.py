@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 from raytrain.config.lineage import lineage_settings
 from raytrain.run_folder.chunks import split_inputs
 from raytrain.run_folder.scored_rows import decode_settings
 from raytrain.run_folder.workspace import Workspace
 from raytrain.storage.artifacts import content_id, file_id, read_state
+from raytrain.training.checkpoint_meta import CheckpointMeta
 from raytrain.training.conversion import model_stamp
 
 LINEAGE_NOTE = "checkpoints/lineage.json"
@@ -70,7 +70,7 @@ def _validation(workspace: Workspace) -> list[object]:
     return [split_inputs(config, "dev"), asdict(decode_settings(config))] if config.data.dev else [None, None]
 
 
-def training_meta(workspace: Workspace) -> dict[str, Any]:
+def training_meta(workspace: Workspace) -> CheckpointMeta:
     """What every checkpoint records of its origin."""
     config = workspace.config
     return {

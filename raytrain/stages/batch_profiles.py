@@ -9,7 +9,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from raytrain.cluster.placement import Placement
-from raytrain.cluster.probing import MakeMeter, Progress, probe_all, step_meter
+from raytrain.cluster.probing import Progress, probe_all, step_meter
+from raytrain.cluster.probing_groups import MakeMeter
 from raytrain.config import Config
 from raytrain.lengths.plan import BucketPlan
 from raytrain.lengths.profile import BatchProfile, ProbeSetting

@@ -18,7 +18,8 @@ from raytrain.config import Config
 from raytrain.data.assignment import Row
 from raytrain.decoding.requests import Request
 from raytrain.errors import DataError
-from raytrain.evaluation.error_counts import are_enough_readable, count_errors
+from raytrain.evaluation.error_counts import count_errors
+from raytrain.evaluation.readable import are_enough_readable
 from raytrain.evaluation.scoring import Result, score, texts_of
 from raytrain.evaluation.worst import worst
 from raytrain.report.errors import write_errors
@@ -74,7 +75,7 @@ def _transcribe(context: Context, test: EncodedSplit) -> list[Result]:
 def _write_scores(context: Context, results: Sequence[Result]) -> Mapping[str, Any]:
     """Write `scores.json` and `errors.html`, and log all files and metrics."""
     texts = texts_of(results, context.config.evaluate.normalizer)
-    scores = score(texts)
+    scores = score(texts).to_dict()
     parents = {"checkpoint": file_id(context.path(TRAINED_NOTE))}
     write_json(context.path(SCORES), SCORES_FORMAT, scores, parents)
     write_errors(context.path(ERRORS), title=context.config.name, scores=scores, worst=worst(texts))

@@ -6,9 +6,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from functools import partial
 
+from raytrain.cluster.mapping import map_on_workers
 from raytrain.cluster.placement import Placement
 from raytrain.cluster.probing import Progress
-from raytrain.cluster.session import map_on_workers
 from raytrain.config import Config
 from raytrain.errors import ProfileError
 from raytrain.lengths.plan import BucketPlan

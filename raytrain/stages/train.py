@@ -5,11 +5,11 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
 
-from raytrain.cluster.trainer import METRICS, mirror_of, run_training
+from raytrain.cluster.trainer import run_training
 from raytrain.config import Config
 from raytrain.errors import TrainingError
+from raytrain.run_folder.checkpoint_mirror import mirror_of
 from raytrain.run_folder.lineage import training_key, training_lineage, training_meta
 from raytrain.run_folder.previous import set_aside_stale
 from raytrain.run_folder.quarantine import QUARANTINE, gather_quarantine, num_quarantined
@@ -17,7 +17,9 @@ from raytrain.run_folder.trained import TRAINED_NOTE, TrainedNote
 from raytrain.run_folder.workspace import Workspace
 from raytrain.stages.context import Context
 from raytrain.storage.artifacts import make_folder
+from raytrain.tracking.metrics_file import METRICS
 from raytrain.training.checkpoint import Checkpoint, CheckpointFolder
+from raytrain.training.checkpoint_meta import CheckpointMeta
 from raytrain.training.data_wait import DataPath, DataWaitMonitor
 
 _SHOWN_METRICS = ("loss", "wer", "bleu")
@@ -30,7 +32,7 @@ class TrainingPlan:
     it resumes from, None where it begins."""
 
     lineage: str
-    meta: Mapping[str, Any]
+    meta: CheckpointMeta
     checkpoint: Checkpoint | None
 
     @property
@@ -73,7 +75,7 @@ def run(context: Context) -> str:
         run_training(
             context.config,
             workspace.store.location,
-            meta=dict(plan.meta),
+            meta=plan.meta,
             mlflow=context.tracking.worker_arguments(),
             on_metrics=on_metrics,
             say=context.console.say,

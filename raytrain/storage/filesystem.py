@@ -78,7 +78,7 @@ def open_file(path: str) -> pyarrow.NativeFile:
 
 
 @_guarded("read")
-def open_stream(path: str) -> io.RawIOBase:
+def open_stream(path: str) -> Stream:
     """A stream from the start, decompressed if the name ends in .gz or .zst. Raises `StorageReadError`, also where it
     is read and is not what its name says."""
     filesystem, name = locate(path)
@@ -86,7 +86,7 @@ def open_stream(path: str) -> io.RawIOBase:
     kind = compression(path)
     if kind and not filesystem.get_file_info(name).size:
         raise _not_compressed(path, kind, "the file is empty")
-    return _Stream(path, kind, filesystem.open_input_stream(name, compression=kind))
+    return Stream(path, kind, filesystem.open_input_stream(name, compression=kind))
 
 
 def _check_regular(path: str, name: str) -> None:
@@ -104,18 +104,29 @@ def _not_compressed(path: str, kind: str, why: str) -> StorageReadError:
     )
 
 
-class _Stream(io.RawIOBase):
+class Stream(io.BufferedIOBase):
     """What pyarrow reads and decompresses, whose errors name neither the file nor what to do."""
 
     def __init__(self, path: str, kind: str | None, stream: pyarrow.NativeFile) -> None:
         self._path, self._kind, self._stream = path, kind, stream
 
+    @property
+    def name(self) -> str:
+        """The file's path or URI."""
+        return self._path
+
     def readable(self) -> bool:
+        """True, as readers of text ask."""
         return True
 
-    def read(self, size: int = -1) -> bytes:
+    def read1(self, size: int = -1) -> bytes:
+        """As `read`."""
+        return self.read(size)
+
+    def read(self, size: int | None = -1) -> bytes:
+        """At most `size` bytes, or all. Raises `StorageReadError`."""
         try:
-            return bytes(self._stream.read(None if size < 0 else size))
+            return bytes(self._stream.read(None if size is None or size < 0 else size))
         except OSError as error:
             if self._kind:
                 raise _not_compressed(self._path, self._kind, str(error)) from error
@@ -124,6 +135,7 @@ class _Stream(io.RawIOBase):
             ) from error
 
     def close(self) -> None:
+        """Close the file."""
         if not self.closed:
             self._stream.close()
         super().close()

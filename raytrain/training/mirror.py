@@ -15,8 +15,8 @@ from pathlib import Path
 
 from raytrain.errors import CheckpointError, RaytrainError, StorageError
 from raytrain.storage.artifacts import file_id, make_folder
-from raytrain.storage.filesystem import download, list_files, remove_file, upload
-from raytrain.storage.locations import locate
+from raytrain.storage.filesystem import download, list_entries, list_files, remove_file, upload
+from raytrain.storage.locations import StorageReadError, locate
 from raytrain.storage.run_store import RunStore
 from raytrain.training.checkpoint import (
     BEST,
@@ -72,26 +72,19 @@ class CheckpointMirror:
     def fetch_newest(self, into: Path, lineage: str) -> Checkpoint | None:
         """Fetch the newest whole checkpoint of a lineage into a folder; None where there is none. Raises
         `CheckpointError` where the storage can't be read."""
-        import pyarrow.fs
-
         try:
-            filesystem, base = locate(self.path)
-            selector = pyarrow.fs.FileSelector(base, allow_not_found=True)
-            folders = [info.base_name for info in filesystem.get_file_info(selector)]
-            for name in sorted((name for name in folders if name.startswith("step_")), reverse=True):
+            for folder in reversed(list_entries(self.path, "step_*", missing_ok=True)):
+                name = Path(folder.path).name
                 with tempfile.TemporaryDirectory(dir=into, prefix=".fetching.") as temporary:
                     copy = make_folder(Path(temporary) / name)
-                    for info in filesystem.get_file_info(pyarrow.fs.FileSelector(f"{base}/{name}")):
-                        if info.is_file:
-                            target = copy / info.base_name
-                            with filesystem.open_input_stream(info.path) as data, open(target, "wb") as out:
-                                shutil.copyfileobj(data, out, 8 << 20)
+                    for path in list_files(folder.path):
+                        download(path, copy / Path(path).name)
                     checkpoint = read_checkpoint(copy)
                     if checkpoint is None or checkpoint.lineage != lineage:
                         continue
                     copy.rename(into / name)
                 return read_checkpoint(into / name)
-        except OSError as error:
+        except (OSError, StorageReadError) as error:
             raise CheckpointError(
                 f"train.storage_path {self.path} can't be read",
                 why=str(error).splitlines()[0],

@@ -9,7 +9,7 @@ from typing import Any
 
 from raytrain.data.corpora.rejected import ExampleRow
 from raytrain.errors import ArtifactError
-from raytrain.storage.artifacts import json_artefact, read_json
+from raytrain.storage.artifacts import json_artifact, read_json
 from raytrain.storage.filesystem import write_bytes
 
 NOTE_FORMAT = "raytrain.assigned_chunk/1"
@@ -56,7 +56,7 @@ class ChunkNote:
     @property
     def id(self) -> str:
         """Its content id, by which the index names it."""
-        return json_artefact(NOTE_FORMAT, self.to_dict())[0]
+        return json_artifact(NOTE_FORMAT, self.to_dict())[0]
 
     def to_dict(self) -> dict[str, Any]:
         """JSON values."""
@@ -82,7 +82,7 @@ class ChunkNote:
 
 def write_note(path: str | Path, note: ChunkNote) -> None:
     """Write a chunk's note to a path or URI, after its files: a chunk without one is assigned again."""
-    write_bytes(str(path), json_artefact(NOTE_FORMAT, note.to_dict())[1])
+    write_bytes(str(path), json_artifact(NOTE_FORMAT, note.to_dict())[1])
 
 
 def read_note(path: Path) -> ChunkNote | None:
