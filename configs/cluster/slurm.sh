@@ -51,7 +51,7 @@ steps=()
 driver=
 stop() {
     trap - EXIT TERM
-    # Not `ray stop`, which would also end the Ray of other jobs on the same node.
+    # Not `ray stop`, which would also end other jobs' Ray processes on the same node.
     if [ ${#steps[@]} -gt 0 ]; then kill -TERM ${driver:+"$driver"} "${steps[@]}" 2>/dev/null || true; fi
     wait || true
 }
