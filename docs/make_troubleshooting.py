@@ -285,7 +285,7 @@ def make_page(modules: list[Module]) -> str:
     for reason in bad_row_reasons(modules):
         meaning, remedy = REASONS.get(reason, ("", ""))
         lines.append(f"| `{reason}` | {meaning} | {remedy} |")
-    lines += ["", "## Warnings", "", "A warning ends nothing.", ""]
+    lines += ["", "## Warnings", "", "A warning does not stop the command.", ""]
     for text in warnings(modules):
         lines += [f"- {code(text)}", f"  - {WARNINGS.get(text, '')}"]
     return "\n".join([*lines, "", END])

@@ -3,13 +3,13 @@
 #
 #   sbatch --nodes=4 --gpus-per-node=8 configs/cluster/slurm.sh mine.yaml --set train.max_steps=20000
 #
-# The head starts on the first node, where this script runs, a worker on each of the others. Nodes may differ: each gives
-# Ray the CPUs and GPUs that Slurm gave it. What follows the configuration goes to `raytrain run`. The same command goes
-# on where the last job ended. Ray's logs stay in /tmp/ray-JOB on each node. Variables:
+# The head starts on the first node, where this script runs, and a worker on each of the other nodes. Nodes may differ:
+# each offers Ray the CPUs and GPUs that Slurm allocated. Arguments after the configuration go to `raytrain run`. The
+# same command resumes where the last job ended. Ray's logs stay in /tmp/ray-JOB on each node. Variables:
 #
-#   RAYTRAIN_ENV             a virtual environment that all nodes see
-#   RAYTRAIN_HEAD_IP         the head's address, where the first of its node is not the one that the others reach
-#   RAYTRAIN_SKIP_DOCTOR=1   to run in spite of what `raytrain doctor` finds wrong
+#   RAYTRAIN_ENV             a virtual environment that all nodes can read
+#   RAYTRAIN_HEAD_IP         the head's address, if the other nodes can't reach its first address
+#   RAYTRAIN_SKIP_DOCTOR=1   run without checking the cluster with `raytrain doctor`
 #SBATCH --job-name=raytrain
 #SBATCH --nodes=2
 #SBATCH --ntasks-per-node=1
@@ -35,11 +35,11 @@ fi
 mapfile -t nodes < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
 head_node=${nodes[0]}
 head_ip=${RAYTRAIN_HEAD_IP:-$(hostname -I | cut -d' ' -f1)}
-# Jobs that share a node must not share ports. Ray's workers would take those from 10002 to 19999 and get any that are
-# free instead; from 32768 on the system gives them out.
+# Jobs that share a node must not share ports. Ray's workers get any free ports instead of their default range of 10002
+# to 19999; from 32768 on, the system assigns ports.
 base=$((20000 + SLURM_JOB_ID % 1200 * 10))
 
-# The token lives as long as the job. Steps inherit it; on no node does it stand in a file or in a list of processes.
+# The token lives as long as the job. Steps inherit it; it is never in a file or in a process list.
 export RAY_AUTH_MODE=token
 RAY_AUTH_TOKEN=$(head -c 32 /dev/urandom | od -An -vtx1 | tr -d ' \n')
 export RAY_AUTH_TOKEN
@@ -51,14 +51,14 @@ steps=()
 driver=
 stop() {
     trap - EXIT TERM
-    # Not `ray stop`, which would end other jobs' Ray on the same node.
+    # Not `ray stop`, which would also end other jobs' Ray processes on the same node.
     if [ ${#steps[@]} -gt 0 ]; then kill -TERM ${driver:+"$driver"} "${steps[@]}" 2>/dev/null || true; fi
     wait || true
 }
 trap stop EXIT
 trap 'exit 143' TERM
 
-# Evaluated on each node: what Slurm gave to the step there.
+# Evaluated on each node: the resources that Slurm gave to the step there.
 # shellcheck disable=SC2016
 start='ulimit -n "$(ulimit -Hn)"
 exec ray start --num-cpus="${SLURM_CPUS_ON_NODE:-1}" --min-worker-port=0 --max-worker-port=0 --disable-usage-stats \
@@ -66,7 +66,7 @@ exec ray start --num-cpus="${SLURM_CPUS_ON_NODE:-1}" --min-worker-port=0 --max-w
 step() {
     local node=$1
     shift
-    # Without a binding: one task would else be pinned to one core.
+    # No CPU binding: otherwise the task would be pinned to one core.
     srun --nodes=1 --ntasks=1 --nodelist="$node" --overlap --cpu-bind=none bash -c "$start" ray-start "$@" &
     steps+=($!)
 }
@@ -74,7 +74,7 @@ step() {
 step "$head_node" --head --node-ip-address="$head_ip" --port="$base" --temp-dir="/tmp/ray-$SLURM_JOB_ID" \
     --dashboard-host=127.0.0.1 --dashboard-port=$((base + 1)) --ray-client-server-port=$((base + 2)) \
     --dashboard-agent-listen-port=$((base + 3))
-# Workers give up where no head answers.
+# Workers give up if no head answers.
 for _ in $(seq 120); do
     if (exec 3<>"/dev/tcp/$head_ip/$base") 2>/dev/null; then break; fi
     if ! kill -0 "${steps[0]}" 2>/dev/null; then
@@ -87,7 +87,7 @@ for node in "${nodes[@]:1}"; do
     step "$node" --address="$RAY_ADDRESS" --dashboard-agent-listen-port=$((base + 4))
 done
 
-# In the background, so that a signal from Slurm is heard at once; training goes on from its newest checkpoint later.
+# In the background, so that a signal from Slurm is handled at once; training can resume from its newest checkpoint.
 if [ -z "${RAYTRAIN_SKIP_DOCTOR:-}" ]; then
     raytrain doctor --nodes "${#nodes[@]}" --config "$config" "$@" &
     driver=$!
