@@ -1,4 +1,4 @@
-"""Threads beside a block of code: `repeating` calls a function, `telling` says what the block waits for."""
+"""Threads beside a block of code: `repeating` calls a function, `reporting_wait` says what the block waits for."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def repeating(
 
 
 @contextlib.contextmanager
-def telling(
+def reporting_wait(
     what: str | Callable[[], str], after: float | None = None, interval: float = INTERVAL_SECONDS
 ) -> Iterator[None]:
     """Say on standard error what the body waits for (`what` may be asked anew each time) when it has taken `after`
@@ -61,28 +61,28 @@ def telling(
     def say() -> None:
         with contextlib.suppress(Exception):  # asking may fail while what the body waits for is unavailable
             text = what if isinstance(what, str) else what()
-            tell(text, time.monotonic() - start, stderr)
+            report_wait(text, time.monotonic() - start, stderr)
 
     first = AFTER_SECONDS if after is None else after
     try:
-        with repeating(say, interval, name="telling", first=first, at_end=False, join_seconds=1) as thread:
+        with repeating(say, interval, name="waiting", first=first, at_end=False, join_seconds=1) as thread:
             yield
     finally:
         if not thread.is_alive():
             os.close(stderr)
 
 
-def told(items: Iterable[T], what: str | Callable[[], str]) -> Iterator[T]:
-    """The items; each that is long in coming is told of."""
+def report_waits(items: Iterable[T], what: str | Callable[[], str]) -> Iterator[T]:
+    """The items; a long wait for one of them is reported."""
     iterator = iter(items)
     while True:
-        with telling(what):
+        with reporting_wait(what):
             item: Any = next(iterator, _END)
         if item is _END:
             return
         yield item
 
 
-def tell(what: str, seconds: float, descriptor: int = 2) -> None:
+def report_wait(what: str, seconds: float, descriptor: int = 2) -> None:
     """One line about a wait that has taken `seconds` so far."""
     os.write(descriptor, redacted(f"  waiting for {what}; {seconds:.0f} s so far\n").encode())

@@ -53,7 +53,7 @@ def assign_all(
             assigner = ChunkAssigner(chunk, encoder, plan, store.local / FOLDER, settings.sample_rate, listing)
             note = assigner.run()
             assigner.share(note, store)
-            write_note(store.place(f"{FOLDER}/{note_name(chunk.index)}"), note)
+            write_note(store.location_of(f"{FOLDER}/{note_name(chunk.index)}"), note)
             return note
 
         return [patiently(assign, chunk) for chunk in chunks]

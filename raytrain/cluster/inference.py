@@ -26,7 +26,7 @@ from raytrain.decoding.settings import DecodeSettings
 from raytrain.errors import RaytrainError, last_line
 from raytrain.model.config import ModelConfig
 from raytrain.training.memory.decoding import BatchSizes, DecodeTracer
-from raytrain.waiting import told
+from raytrain.waiting import report_waits
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -75,7 +75,7 @@ def recognize(batches: Iterable[Batch], job: Job, pool: Pool) -> Iterator[Recogn
 def _recognize(batches: list[Batch], job: Job, pool: Pool) -> Iterator[RecognizedBatch]:
     import ray
 
-    rows = told(_dataset(batches, job, pool).iter_rows(), results_of_workers)
+    rows = report_waits(_dataset(batches, job, pool).iter_rows(), results_of_workers)
     while True:
         try:
             row = next(rows, None)

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 from raytrain.cluster.authentication import NO_AUTHENTICATION, TOKEN_SOURCES, token_header
 from raytrain.errors import ClusterError, first_line, last_line
 from raytrain.redaction import redacted, without_credentials
-from raytrain.waiting import telling
+from raytrain.waiting import reporting_wait
 
 if TYPE_CHECKING:
     import requests
@@ -122,7 +122,7 @@ class Jobs:
         environment = {"working_dir": str(request.folder), "env_vars": request.variables}
         while True:
             try:
-                with self._readable(), telling(f"the Jobs server at {self._shown} to take the job"):
+                with self._readable(), reporting_wait(f"the Jobs server at {self._shown} to take the job"):
                     return self._client.submit_job(
                         entrypoint=request.command,
                         submission_id=name,
@@ -155,7 +155,7 @@ class Jobs:
         import aiohttp
 
         printed = _Lines(write)
-        with telling(lambda: f"job {name} to begin: it is {self.get(name).state}"):
+        with reporting_wait(lambda: f"job {name} to begin: it is {self.get(name).state}"):
             while (job := self.get(name)).state == "PENDING":
                 time.sleep(1.0)
         while True:

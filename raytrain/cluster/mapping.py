@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 
 from raytrain.cluster.placement import ANYWHERE, Placement, total
 from raytrain.errors import RaytrainError
-from raytrain.waiting import told
+from raytrain.waiting import report_waits
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -34,7 +34,7 @@ def map_on_workers(
     tasks = min(len(items), tasks_per_cpu * max(1, int(total(placement.nodes(), "CPU"))))
     data = ray.data.from_items([{"item": pickle.dumps(item)} for item in items], override_num_blocks=tasks)
     rows = data.map_batches(work, batch_size=None, **placement.remote_options()).iter_rows()
-    for row in told(rows, results_of_workers):
+    for row in report_waits(rows, results_of_workers):
         result = pickle.loads(row["result"])  # made by our own workers a moment ago
         if isinstance(result, RaytrainError):
             raise result

@@ -32,7 +32,7 @@ def free_noted(store: RunStore) -> None:
     """Free what the last attempt's workers had reserved."""
     import ray
 
-    group = read_state(store.look(_NOTE), str)
+    group = read_state(store.refresh(_NOTE), str)
     with contextlib.suppress(ValueError, ray.exceptions.RayError):
         if group is not None:
             _remove(bytes.fromhex(group))

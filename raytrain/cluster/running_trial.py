@@ -16,6 +16,7 @@ from raytrain.run_folder.trial_folder import TrialJob, with_settings
 from raytrain.run_folder.workspace import Workspace
 from raytrain.storage.artifacts import atomic_write_bytes, canonical_json, content_id, file_id, read_state
 from raytrain.tracking import read_metrics
+from raytrain.tracking.base import MlflowRun
 from raytrain.tracking.metrics_file import METRICS
 from raytrain.training.checkpoint_meta import CheckpointMeta
 from raytrain.training.run_notes import STOP
@@ -94,7 +95,7 @@ class RunningTrial:
         note = read_state(self.folder / DONE_NOTE, dict[str, Any])
         return note is not None and note.get("key") == self._key
 
-    def _train(self, config: Config, meta: CheckpointMeta, mlflow: Mapping[str, Any] | None) -> None:
+    def _train(self, config: Config, meta: CheckpointMeta, mlflow: MlflowRun | None) -> None:
         try:
             run_training(config, self.folder, meta=meta, mlflow=mlflow, on_metrics=self._lines.put)
             self._lines.put(None)
@@ -112,7 +113,7 @@ class RunningTrial:
 
 def _open_run(
     config: Config, job: TrialJob, folder: Path, settings: Mapping[str, Any]
-) -> tuple[MlflowTracker, Mapping[str, Any] | None]:
+) -> tuple[MlflowTracker, MlflowRun | None]:
     """The trial's MLflow run, the same one where the trial is resumed, and what training needs to write into it."""
     from raytrain.tracking.mlflow import MlflowTracker
 
@@ -123,10 +124,5 @@ def _open_run(
     if noted_id is None and tracker.run_id:
         tracker.log_params(settings)
         atomic_write_bytes(note, tracker.run_id.encode())
-    arguments = {
-        "tracking_uri": job.tracking_uri,
-        "experiment": experiment,
-        "run_name": name,
-        "run_id": tracker.run_id,
-    }
-    return tracker, arguments if tracker.run_id else None
+    run = MlflowRun(job.tracking_uri, experiment, name, tracker.run_id) if tracker.run_id else None
+    return tracker, run

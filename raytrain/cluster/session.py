@@ -23,7 +23,7 @@ from raytrain.cluster.supervision import supervised
 from raytrain.config import ClusterSection
 from raytrain.errors import ClusterError
 from raytrain.redaction import without_credentials
-from raytrain.waiting import telling
+from raytrain.waiting import reporting_wait
 
 _QUIET = {
     "RAY_memory_monitor_refresh_ms": "0",
@@ -99,10 +99,10 @@ def _initialize(address: str | None, options: dict[str, Any], with_token: bool) 
 
     target = f"the cluster at {address}" if address else "a Ray to start on this machine"
     if address:
-        with telling(target):
+        with reporting_wait(target):
             check_cluster(address, token() if with_token else None)
     with (
-        telling(target),
+        reporting_wait(target),
         _no_native_stderr(),
         _on_loopback(not address),
         _readable(address, with_token),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +20,7 @@ from raytrain.run_folder.scored_rows import checked_split
 from raytrain.run_folder.workspace import Workspace
 from raytrain.storage.leftovers import RAY_FOLDER
 from raytrain.storage.run_store import RunStore
+from raytrain.tracking.base import MlflowRun
 from raytrain.tracking.metrics_file import follow_metrics
 from raytrain.training.checkpoint_meta import CheckpointMeta
 from raytrain.training.faults import FaultNotes
@@ -39,7 +40,7 @@ def run_training(
     location: Path | str,
     *,
     meta: CheckpointMeta,
-    mlflow: Mapping[str, Any] | None,
+    mlflow: MlflowRun | None,
     on_metrics: Callable[[dict[str, Any]], None],
     say: Callable[[str], None] = lambda line: None,
 ) -> None:
@@ -58,7 +59,7 @@ def run_training(
     workers = _choose_workers(config, job.cuda, say)
     with _without_ray_folder(store), follow_metrics(store, on_metrics):
         _train_with_restarts(config, store, job, workers, say)
-    store.look(LOWERED)
+    store.refresh(LOWERED)
     if (error := noted_error(store)) is not None:
         raise error
 
@@ -163,7 +164,7 @@ def _make_trainer(
         run_config=RunConfig(
             # A finished name would resume past its end; raytrain's own checkpoints say where to resume.
             name=f"train-{time.time_ns()}",
-            storage_path=store.place(RAY_FOLDER),
+            storage_path=store.location_of(RAY_FOLDER),
             # Ray Train waits a minute for room for its workers, and without a limit forever.
             failure_config=FailureConfig(
                 max_failures=max_failures, controller_failure_limit=max(1, round(config.train.stall_minutes))

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any
 
 from raytrain.cluster.gpus import backend
 from raytrain.cluster.ingest import free_cpus
@@ -15,6 +13,7 @@ from raytrain.errors import TrainingError
 from raytrain.storage.artifacts import file_id
 from raytrain.storage.locations import absolute
 from raytrain.storage.run_store import RunStore
+from raytrain.tracking.base import MlflowRun
 from raytrain.training.checkpoint_meta import CheckpointMeta
 
 
@@ -30,7 +29,7 @@ class TrainingJob:
     config: Config
     location: str
     meta: CheckpointMeta
-    mlflow: Mapping[str, Any] | None
+    mlflow: MlflowRun | None
     cuda: bool
     backend: str
     cpus: int
@@ -38,9 +37,7 @@ class TrainingJob:
     profile_id: str
 
 
-def make_job(
-    config: Config, store: RunStore, meta: CheckpointMeta, mlflow: Mapping[str, Any] | None = None
-) -> TrainingJob:
+def make_job(config: Config, store: RunStore, meta: CheckpointMeta, mlflow: MlflowRun | None = None) -> TrainingJob:
     """The job of a run folder. Raises `TrainingError` where the cluster can't train so."""
     cuda = trains_on_gpus(config)
     cpus = int(total(Placement.train(config.cluster).nodes(), "CPU"))

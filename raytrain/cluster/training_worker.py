@@ -68,7 +68,7 @@ def train_worker(job: TrainingJob) -> None:
     second returns, and the driver raises what it says.
     """
     store = RunStore(job.location)
-    if any(gather(store.look(GAVE_UP).exists())):
+    if any(gather(store.refresh(GAVE_UP).exists())):
         return
     try:
         _train(job)

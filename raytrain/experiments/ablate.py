@@ -145,7 +145,7 @@ def run_ablation(config: Config, console: Console, take_over: bool = False) -> A
         rows = {planned.scheme: simulator.simulate(planned) for planned in plans}
         jobs = [job for planned in plans for job in _prepare(config, console, planned)]
         begun = (config.run_dir / "ablate" / "trials").exists()
-        with console.stage("ablate") as finish, tracking.stage("ablate", goes_on=begun):
+        with console.stage("ablate") as finish, tracking.stage("ablate", resumes=begun):
             ends = run_trials(config, console, jobs, tracking.child_id)
             body = _body(config, simulator, rows, jobs, ends)
             write_json(config.run_dir / "ablation.json", ABLATION_FORMAT, asdict(body))

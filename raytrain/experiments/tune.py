@@ -37,7 +37,7 @@ def run_tune(config: Config, console: Console, take_over: bool = False) -> list[
         owned(config.run_location, console.say, take_over),
         RunTracking(config, config.run_dir) as tracking,
         console.stage("tune") as finish,
-        tracking.stage("tune", goes_on=(config.run_dir / "tune").exists()),
+        tracking.stage("tune", resumes=(config.run_dir / "tune").exists()),
         ray_session(config.cluster),
     ):
         trials = _best_first(search_settings(config, console, tracking.child_id))

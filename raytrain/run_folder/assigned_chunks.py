@@ -21,14 +21,14 @@ def clear_stale_parts(store: RunStore, key: str) -> None:
     """Parts made from other inputs (another plan, tokenizer, manifest) must not mix with new ones, and what a killed
     job had half written goes."""
     name, folder = f"{FOLDER}/inputs.key", store.local / FOLDER
-    marker = store.look(name)
+    marker = store.refresh(name)
     if not marker.exists() or marker.read_bytes() != key.encode():
         store.clear(FOLDER)
         atomic_write_bytes(marker, key.encode())
         store.share(name)
     if store.is_remote:  # notes of other inputs may have stayed on this machine
         shutil.rmtree(folder / "parts", ignore_errors=True)
-        store.look_at_all(f"{FOLDER}/parts", "*.json")
+        store.refresh_all(f"{FOLDER}/parts", "*.json")
     for half in folder.glob("*/.*"):
         half.unlink()
 

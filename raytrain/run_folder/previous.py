@@ -15,7 +15,7 @@ def set_aside_stale(workspace: Workspace, lineage: str) -> bool:
     """Move checkpoints and metrics of another lineage to `previous/`, and note `lineage` as that of those to come;
     whether anything was moved."""
     store = workspace.store
-    note = store.look(LINEAGE_NOTE)
+    note = store.refresh(LINEAGE_NOTE)
     moved = False
     if store.is_remote:
         moved = noted_lineage(note) != lineage and _set_aside_remote(workspace)

@@ -34,7 +34,7 @@ def gather_quarantine(store: RunStore) -> None:
     """Put the recordings that all processes named into `quarantine.jsonl`."""
     if not store.is_remote:
         return
-    store.look_at_all(_FOLDER, "*.jsonl")
+    store.refresh_all(_FOLDER, "*.jsonl")
     lines = {line for path in (store.local / _FOLDER).glob("*.jsonl") for line in path.read_bytes().splitlines()}
     if lines:
         atomic_write_bytes(store.local / QUARANTINE, b"".join(line + b"\n" for line in sorted(lines)))

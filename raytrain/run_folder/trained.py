@@ -53,7 +53,7 @@ def trained_checkpoint(workspace: Workspace, which: str) -> Checkpoint:
     """The `best` or the `last` checkpoint that training noted when it ended; the newest where there is no note, as in
     a trial's folder. Raises `CheckpointError` where it is not what training wrote."""
     folder = workspace.checkpoints()
-    workspace.store.bring(TRAINED_NOTE)
+    workspace.store.fetch(TRAINED_NOTE)
     path = workspace.path(TRAINED_NOTE)
     if not path.exists():
         checkpoint = folder.to_decode(which)

@@ -54,13 +54,13 @@ class Workspace:
 
     def read(self, name: str, format: str, kind: type[Body]) -> Artifact[Body]:
         """The JSON artifact of a name as it is now. Raises `ArtifactError`."""
-        self.store.bring(name)
+        self.store.fetch(name)
         return read_artifact(self.path(name), format, kind)
 
     @cached_property
     def tokenizer(self) -> CanaryTokenizer:
         """The run's tokenizer."""
-        self.store.bring_folder("tokenizer")
+        self.store.fetch_folder("tokenizer")
         return CanaryTokenizer.load(self.path("tokenizer"))
 
     def statistics(self) -> StatisticsBody:
@@ -83,7 +83,7 @@ class Workspace:
 
     def assignment(self) -> Assignment:
         """The assigned rows. Raises `ArtifactError` where assign has not run."""
-        self.store.bring("assignment/index.json")
+        self.store.fetch("assignment/index.json")
         return Assignment(self.path("assignment"), self.store)
 
     @cached_property

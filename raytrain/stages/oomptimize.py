@@ -44,7 +44,7 @@ def key(workspace: Workspace) -> object:
 def run(context: Context) -> str:
     """Write `batch_profile.json`, and a table for each kind of device."""
     workspace = context.workspace
-    workspace.store.look(_PROBES)
+    workspace.store.refresh(_PROBES)
     profiles: list[BatchProfile] = []
     for device in find_devices(context.config):
         with tracing_progress(context.console) as show:

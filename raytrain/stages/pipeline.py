@@ -110,7 +110,7 @@ def run_pipeline(config: Config, console: Console, names: tuple[str, ...] = STAG
     process owns the run folder, unless it is told to `take_over`.
     """
     store = RunStore(config.run_location, config.run.cache_size)
-    store.adopt()
+    store.sync()
     run_dir = make_folder(config.run_dir)
     resolved = yaml.safe_dump(redacted(config.model_dump(mode="json")), sort_keys=False)
     atomic_write_bytes(run_dir / "config.yaml", resolved.encode())

@@ -26,7 +26,7 @@ from raytrain.training.memory.prediction import Prediction
 def compare_plans(config: Config) -> list[PolicyRow]:
     """Policies side by side on the run's histogram. Raises `ArtifactError` where statistics have not run."""
     workspace = Workspace(config, config.run_dir)
-    workspace.store.bring(HISTOGRAM)
+    workspace.store.fetch(HISTOGRAM)
     path = workspace.path(HISTOGRAM)
     if not path.exists():
         raise ArtifactError(f"{path} is missing", remedy="run raytrain statistics first")

@@ -76,7 +76,7 @@ def run(context: Context) -> str:
             context.config,
             workspace.store.location,
             meta=plan.meta,
-            mlflow=context.tracking.worker_arguments(),
+            mlflow=context.tracking.training_run(),
             on_metrics=on_metrics,
             say=context.console.say,
         )
@@ -102,7 +102,7 @@ def _gather(context: Context) -> None:
     lowered, store = context.path(_LOWERED), context.workspace.store
     if lowered.exists():
         context.tracker.log_artifact(lowered)
-    store.look(METRICS)
+    store.refresh(METRICS)
     gather_quarantine(store)
     if broken := num_quarantined(context.path(QUARANTINE)):
         context.console.warn(

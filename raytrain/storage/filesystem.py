@@ -26,9 +26,6 @@ from typing import TYPE_CHECKING, BinaryIO, Concatenate, NamedTuple, ParamSpec, 
 
 from raytrain.storage.artifacts import atomic_write_bytes, make_folder, storage_error
 from raytrain.storage.locations import CHECK_THE_PATH, StorageReadError, is_uri, locate, natural_key, parent
-from raytrain.storage.locations import absolute as absolute  # TEMPORARY
-from raytrain.storage.patience import PATIENCE_VARIABLE as PATIENCE_VARIABLE  # TEMPORARY
-from raytrain.storage.patience import is_away as is_away  # TEMPORARY
 from raytrain.storage.patience import patiently
 
 if TYPE_CHECKING:
@@ -362,9 +359,3 @@ def bare_name(path: str) -> str:
     """The last part of a path without a compression's ending."""
     name = path.rstrip("/").rpartition("/")[2]
     return name[: -len(Path(name).suffix)] if compression(name) else name
-
-
-def expand(pattern: str) -> list[str]:  # TEMPORARY
-    from raytrain.storage import patterns
-
-    return patterns.expand(pattern)

@@ -34,8 +34,6 @@ from raytrain.storage.filesystem import Fingerprint, fingerprint, remove_file, w
 from raytrain.storage.leftovers import OWNER_FILE, remove_temporaries
 from raytrain.storage.locations import is_uri
 from raytrain.storage.owner import Owner, Record, read_record, write_owner
-from raytrain.storage.owner import read_owner as read_owner  # TEMPORARY
-from raytrain.storage.owner import this_machine as this_machine  # TEMPORARY
 
 LEASE_SECONDS = 120.0
 RENEW_SECONDS = 20.0

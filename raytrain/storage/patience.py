@@ -10,7 +10,7 @@ from collections.abc import Callable
 from typing import ParamSpec, TypeVar
 
 from raytrain.errors import DataError, StorageError
-from raytrain.waiting import AFTER_SECONDS, INTERVAL_SECONDS, tell
+from raytrain.waiting import AFTER_SECONDS, INTERVAL_SECONDS, report_wait
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -46,6 +46,6 @@ def patiently(function: Callable[P, T], *arguments: P.args, **options: P.kwargs)
                 raise
             if time.monotonic() - start > next_message:
                 next_message += INTERVAL_SECONDS
-                tell(f"storage to answer ({' '.join(str(error).split())[:200]})", time.monotonic() - start)
+                report_wait(f"storage to answer ({' '.join(str(error).split())[:200]})", time.monotonic() - start)
         time.sleep(wait * random.uniform(0.5, 1.5))  # many workers ask at the same time
         wait = min(2 * wait, 8.0)

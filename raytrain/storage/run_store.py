@@ -81,24 +81,24 @@ class RunStore:
         self._cache_bytes = cache_bytes
         self._ids: dict[str, str] | None = None
 
-    def place(self, name: str) -> str:
+    def location_of(self, name: str) -> str:
         """Path or URI of a file, as any node may read it."""
         return f"{self.location}/{name}"
 
-    def own(self, name: str) -> Path:
+    def growing_file(self, name: str) -> Path:
         """Where a process writes a growing file that others read by its name; `sharing` puts it there."""
         return self._file(f"own/{name}" if self.is_remote else name)
 
     # --- artifacts with an id
 
-    def adopt(self) -> None:
+    def sync(self) -> None:
         """Make this machine's copy what the remote folder holds; for the driver, before it begins."""
         if not self.is_remote:
             return
         make_folder(self.local)
         self._ids = None
         for name in _STATE:
-            self.look(name)
+            self.refresh(name)
         ids = self._published()
         for name in {*self._artifacts(), *ids}:
             if name not in ids or not self._is_fetched(name, ids[name]):
@@ -108,7 +108,7 @@ class RunStore:
             if folder.name not in steps:
                 shutil.rmtree(folder, ignore_errors=True)
 
-    def bring(self, *names: str) -> None:
+    def fetch(self, *names: str) -> None:
         """Get these artifacts as they were published; an artifact that was not published is removed here too."""
         for name in names if self.is_remote else ():
             identity = self._published().get(name)
@@ -119,15 +119,15 @@ class RunStore:
                     self._file(name).unlink(missing_ok=True)
                 elif not self._is_fetched(name, identity):
                     raise StorageError(
-                        f"{self.place(name)} is not what was written there",
+                        f"{self.location_of(name)} is not what was written there",
                         why="its content id is not the one in files.json",
                         remedy="rerun its stage",
                     )
 
-    def bring_folder(self, folder: str) -> None:
+    def fetch_folder(self, folder: str) -> None:
         """Get all published artifacts below a folder."""
         if self.is_remote:
-            self.bring(*(name for name in self._published() if name.startswith(f"{folder}/")))
+            self.fetch(*(name for name in self._published() if name.startswith(f"{folder}/")))
 
     def publish(self) -> None:
         """Upload the artifacts that changed, their ids last; for the driver."""
@@ -136,7 +136,7 @@ class RunStore:
         published, ids = self._published(), {name: file_id(self._file(name)) for name in self._artifacts()}
         for name, identity in ids.items():
             if published.get(name) != identity:
-                upload(self._file(name), self.place(name))
+                upload(self._file(name), self.location_of(name))
         if ids != published:
             write_json(self._file(_INDEX), _INDEX_FORMAT, ids)
             self.share(_INDEX)
@@ -149,14 +149,14 @@ class RunStore:
     def share(self, name: str, source: Path | None = None) -> None:
         """Upload a file as it is now, from its path here or from another `source`."""
         if self.is_remote:
-            upload(source or self._file(name), self.place(name))
+            upload(source or self._file(name), self.location_of(name))
 
-    def look(self, name: str) -> Path:
+    def refresh(self, name: str) -> Path:
         """The path of a file, fetched as it is now; a file that is not in the remote folder is removed here too."""
         path = self._file(name)
         if self.is_remote:
             with contextlib.suppress(FileNotFoundError):
-                download(self.place(name), path)
+                download(self.location_of(name), path)
                 return path
             path.unlink(missing_ok=True)
         return path
@@ -167,8 +167,8 @@ class RunStore:
             return {Path(path).name for path in self._below(folder, pattern, depth=0)}
         return {path.name for path in self._file(folder).glob(pattern)}
 
-    def look_at_all(self, folder: str, pattern: str) -> None:
-        """`look` for all files of a folder whose names match; those that are here already are not fetched again."""
+    def refresh_all(self, folder: str, pattern: str) -> None:
+        """`refresh` for all files of a folder whose names match; those that are here already are not fetched again."""
         if not self.is_remote:
             return
         there = self.names(folder, pattern)
@@ -176,26 +176,26 @@ class RunStore:
         for name in here - there:
             self._file(f"{folder}/{name}").unlink(missing_ok=True)
         with ThreadPoolExecutor(_CONNECTIONS) as pool:
-            list(pool.map(self.look, [f"{folder}/{name}" for name in sorted(there - here)]))
+            list(pool.map(self.refresh, [f"{folder}/{name}" for name in sorted(there - here)]))
 
     def discard(self, name: str) -> None:
         """Remove a file here and in the remote folder, if there is one."""
         self._file(name).unlink(missing_ok=True)
         if self.is_remote:
-            remove_file(self.place(name))
+            remove_file(self.location_of(name))
 
     def clear(self, folder: str) -> None:
         """Remove a folder with all files in it, here and in the remote folder."""
         shutil.rmtree(self._file(folder), ignore_errors=True)
         if self.is_remote:
-            remove_files(self.place(folder))
+            remove_files(self.location_of(folder))
 
     def set_aside(self, *names: str) -> None:
         """Move files and folders of the remote folder into its `previous/`, over what it holds, and drop them here."""
         if not self.is_remote:
             return
         for name in names:
-            move_files(self.place(name), self.place(f"previous/{name}"))
+            move_files(self.location_of(name), self.location_of(f"previous/{name}"))
             path = self._file(name)
             shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
 
@@ -225,7 +225,7 @@ class RunStore:
     def put_part(self, name: str, identity: str, keep: bool = True) -> None:
         """Upload a part that this process wrote, and with `keep` put it into the cache under its content id."""
         path = self._file(name)
-        upload(path, self.place(name))
+        upload(path, self.location_of(name))
         if keep:
             os.replace(path, self._part(name, identity))
             self._evict()
@@ -240,7 +240,7 @@ class RunStore:
             return path
         except FileNotFoundError:
             pass
-        download(self.place(name), path, check=lambda copy: _check(copy, identity, self.place(name)))
+        download(self.location_of(name), path, check=lambda copy: _check(copy, identity, self.location_of(name)))
         self._evict()
         return path
 
@@ -276,13 +276,15 @@ class RunStore:
 
     def _published(self) -> dict[str, str]:
         if self._ids is None:
-            path = self.look(_INDEX)
+            path = self.refresh(_INDEX)
             ids = read_json(path, _INDEX_FORMAT, dict[str, str])["body"] if path.exists() else {}
             for name in ids:
                 parts = PurePosixPath(name).parts
                 if not parts or parts[0] == "/" or ".." in parts or "\0" in name:
                     raise ArtifactError(
-                        f"{self.place(_INDEX)} names a file outside its folder", got=repr(name), remedy="delete it"
+                        f"{self.location_of(_INDEX)} names a file outside its folder",
+                        got=repr(name),
+                        remedy="delete it",
                     )
             self._ids = ids
         return self._ids
@@ -290,11 +292,11 @@ class RunStore:
     def _is_fetched(self, name: str, identity: str) -> bool:
         path = self._file(name)
         if not (path.exists() and file_id(path) == identity):
-            self.look(name)
+            self.refresh(name)
         return path.exists() and file_id(path) == identity
 
     def _below(self, folder: str, pattern: str, depth: int = 1) -> list[str]:
-        paths = list_files(self.place(folder), recursive=depth > 0, missing_ok=True)
+        paths = list_files(self.location_of(folder), recursive=depth > 0, missing_ok=True)
         return [path for path in paths if fnmatch.fnmatchcase(path.rpartition("/")[2], pattern)]
 
 

@@ -6,6 +6,7 @@ Nothing reads back from a tracking server. Open `base.py` first (the protocol), 
 
 from raytrain.tracking.base import (
     JsonLinesTracker,
+    MlflowRun,
     MultiTracker,
     NullTracker,
     Tracker,
@@ -13,4 +14,4 @@ from raytrain.tracking.base import (
     read_metrics,
 )
 
-__all__ = ["JsonLinesTracker", "MultiTracker", "NullTracker", "Tracker", "metrics_of", "read_metrics"]
+__all__ = ["JsonLinesTracker", "MlflowRun", "MultiTracker", "NullTracker", "Tracker", "metrics_of", "read_metrics"]

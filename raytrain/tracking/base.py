@@ -4,12 +4,24 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 from raytrain.storage.artifacts import is_count, is_number, lines_of, make_folder, storage_error
 
 Line = dict[str, Any]  # `step` and `time_s`, and numbers by name, of which a loss may be NaN or None
+
+
+@dataclass(frozen=True)
+class MlflowRun:
+    """A run on an MLflow server that another process is to write into; see `MlflowTracker.open`."""
+
+    tracking_uri: str
+    experiment: str
+    run_name: str
+    run_id: str
+    system_metrics: bool = False
 
 
 class Tracker(Protocol):

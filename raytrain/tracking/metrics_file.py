@@ -5,13 +5,14 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from raytrain.errors import RaytrainError
 from raytrain.storage.artifacts import atomic_write_bytes, lines_of
 from raytrain.storage.run_store import RunStore
-from raytrain.tracking.base import JsonLinesTracker, MultiTracker, Tracker, metrics_of, read_metrics
+from raytrain.tracking.base import JsonLinesTracker, MlflowRun, MultiTracker, Tracker, metrics_of, read_metrics
 from raytrain.waiting import repeating
 
 METRICS = "metrics.jsonl"
@@ -20,20 +21,20 @@ _FOLLOW_SECONDS, _FOLLOW_REMOTE_SECONDS = 0.5, 3.0
 
 
 @contextlib.contextmanager
-def metrics_log(store: RunStore, step: int, mlflow: Mapping[str, Any] | None) -> Iterator[Log]:
-    """A function that logs metrics, a step and seconds of training to the run's metrics file, from `step` on, and to
-    MLflow where there are arguments of `MlflowTracker.open`."""
-    path = store.own(METRICS)
+def metrics_log(store: RunStore, step: int, mlflow: MlflowRun | None) -> Iterator[Log]:
+    """A function that logs metrics, a step and seconds of training to the run's metrics file, from `step` on, and to an
+    MLflow run, if there is one."""
+    path = store.growing_file(METRICS)
     if store.is_remote:
         path.unlink(missing_ok=True)
-        if (shared := store.look(METRICS)).exists():
+        if (shared := store.refresh(METRICS)).exists():
             atomic_write_bytes(path, shared.read_bytes())
     keep_metrics_until(path, step)
     trackers: list[Tracker] = [JsonLinesTracker(path)]
     if mlflow:
         from raytrain.tracking.mlflow import MlflowTracker  # its imports take seconds
 
-        server = MlflowTracker.open(**mlflow)
+        server = MlflowTracker.open(**asdict(mlflow))
         trackers.append(server)
         if path.exists():
             server.catch_up(read_metrics(path))
@@ -72,7 +73,7 @@ def follow_metrics(store: RunStore, on_metrics: Callable[[dict[str, Any]], None]
         nonlocal last
         path = store.local / METRICS
         with contextlib.suppress(RaytrainError):  # the next call may succeed
-            path = store.look(METRICS)
+            path = store.refresh(METRICS)
         for line in lines_of(path):
             metrics = metrics_of(line)
             if metrics is None:

@@ -7,12 +7,13 @@ import os
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from raytrain.config import Config
 from raytrain.redaction import MLFLOW_VARIABLE, without_credentials
 from raytrain.storage.artifacts import atomic_write_bytes, canonical_json, read_state
 from raytrain.tracking import NullTracker, Tracker
+from raytrain.tracking.base import MlflowRun
 
 if TYPE_CHECKING:
     from raytrain.tracking.mlflow import MlflowTracker
@@ -60,15 +61,15 @@ class RunTracking:
             self._parent.close("FAILED" if kind else "FINISHED")
 
     @contextlib.contextmanager
-    def stage(self, name: str, goes_on: bool = False) -> Iterator[None]:
-        """A child run around a stage, the run of its last time where it `goes_on`; FAILED where the body raises."""
+    def stage(self, name: str, resumes: bool = False) -> Iterator[None]:
+        """A child run around a stage, the run of its last time where it `resumes`; FAILED where the body raises."""
         if not self._config.tracking.enabled:
             yield
             return
         if self._parent is None:
             self._parent = self._open_parent()
         note = self._note()
-        earlier = note.stages.get(name) if note and goes_on else None
+        earlier = note.stages.get(name) if note and resumes else None
         child = self._open(name, self._parent.run_id, run_id=earlier)
         if child.run_id:
             note = self._note()
@@ -100,17 +101,12 @@ class RunTracking:
         finally:
             tracker.close()
 
-    def worker_arguments(self) -> dict[str, Any] | None:
-        """What rank 0 needs to write into the current child run; None without tracking."""
+    def training_run(self) -> MlflowRun | None:
+        """The current child run, for rank 0 to write into; None without tracking."""
         if self._child_id is None:
             return None
-        return {
-            "tracking_uri": tracking_uri(self._config, self._run_dir),
-            "experiment": self._config.tracking.experiment,
-            "run_name": "train",
-            "run_id": self._child_id,
-            "system_metrics": True,
-        }
+        uri, experiment = tracking_uri(self._config, self._run_dir), self._config.tracking.experiment
+        return MlflowRun(uri, experiment, "train", self._child_id, system_metrics=True)
 
     def _open_parent(self) -> MlflowTracker:
         note = self._note()

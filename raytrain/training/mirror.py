@@ -100,13 +100,13 @@ class SharedCheckpoints(CheckpointFolder):
     """
 
     def __init__(self, store: RunStore, keep: int = 2, keep_best: int = 1) -> None:
-        self._remote = CheckpointMirror(store.place(FOLDER))
+        self._remote = CheckpointMirror(store.location_of(FOLDER))
         super().__init__(store.local / FOLDER, keep, keep_best, self._remote)
         self._store = store
 
     def save(self, step: int, parts: Mapping[str, StateDict], meta: CheckpointMeta) -> Checkpoint:
         """As `CheckpointFolder.save`; what was logged up to the step is uploaded before it."""
-        metrics = self._store.own("metrics.jsonl")
+        metrics = self._store.growing_file("metrics.jsonl")
         if metrics.exists():
             with contextlib.suppress(StorageError):  # the upload of the checkpoint will say so
                 self._store.share(metrics.name, metrics)
@@ -178,7 +178,7 @@ class SharedCheckpoints(CheckpointFolder):
         return sorted(name for name in (meta.split("/")[-2] for meta in metas) if name.startswith("step_"))
 
     def _refresh_best(self) -> None:
-        self._store.look(f"{FOLDER}/{BEST}")
+        self._store.refresh(f"{FOLDER}/{BEST}")
 
     def _meta(self, name: str) -> CheckpointMeta | None:
         """The `meta.json` of an uploaded checkpoint; None where there is none, or none of ours."""

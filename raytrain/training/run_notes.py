@@ -48,7 +48,7 @@ def note_giving_up(store: RunStore, error: RaytrainError, kind: type[TrainingErr
 
 def noted_error(store: RunStore) -> TrainingError | None:
     """The error with which training gave up, None where it did not."""
-    path = store.look(GAVE_UP)
+    path = store.refresh(GAVE_UP)
     return error_in_note(path) if path.exists() else None
 
 
@@ -101,5 +101,5 @@ def shared_fault_notes(store: RunStore, profile_id: str, rank: int = 0) -> Fault
 def fetch_fault_notes(store: RunStore) -> None:
     """Fetch what other machines noted."""
     if store.is_remote:
-        store.look(f"{_FAULTS}/{KILLED_FOR_MEMORY}")
-        store.look_at_all(_FAULTS, "*.json")
+        store.refresh(f"{_FAULTS}/{KILLED_FOR_MEMORY}")
+        store.refresh_all(_FAULTS, "*.json")

@@ -180,7 +180,7 @@ def remote(s3, request, tmp_path, monkeypatch):
     note = parts.note("all")
     for name, identity in note.files.items():
         writer.put_part(f"assignment/{name}", identity)
-    write_note(writer.place(f"assignment/{note_name(0)}"), note)
+    write_note(writer.location_of(f"assignment/{note_name(0)}"), note)
     write_index(writer.local / "assignment", [note], [(10, 10)], 1, {"bucket_plan": "none"})
     writer.publish()
     monkeypatch.setenv("RAYTRAIN_CACHE", str(tmp_path / "reader"))
@@ -188,7 +188,7 @@ def remote(s3, request, tmp_path, monkeypatch):
 
 
 def open_at(store: RunStore) -> Assignment:
-    store.bring("assignment/index.json")
+    store.fetch("assignment/index.json")
     return Assignment(store.local / "assignment", store)
 
 
@@ -197,11 +197,11 @@ def test_a_damaged_copy_in_the_cache_is_brought_again(remote):
     (copy,) = remote.local.glob("assignment/bucket=000/*.arrow.*")
     flip(copy, 0.5)
     assert open_at(remote).row(0, 0).text == "one"
-    assert exists(remote.place(f"assignment/{note_name(0)}"))
+    assert exists(remote.location_of(f"assignment/{note_name(0)}"))
 
 
 def test_a_damaged_part_at_a_uri_voids_its_chunk(remote):
-    place = remote.place(f"assignment/{part_name(0, 0)}")
+    place = remote.location_of(f"assignment/{part_name(0, 0)}")
     write_bytes(place, read_range(place, 0, 0)[:-1] + b"x")
     with pytest.raises(DamagedPartError, match="is damaged.*run the same command again"):
         open_at(remote).row(0, 0)

@@ -97,7 +97,7 @@ def test_after_a_database_was_moved_away_runs_begin_anew(tmp_path, monkeypatch):
     lost = {"uri": uri, "run_id": "0" * 32, "stages": {"train": "1" * 32}}
     atomic_write_bytes(config.run_dir / RUN_NOTE, canonical_json(lost))
     for _ in range(2):
-        with RunTracking(config, config.run_dir) as tracking, tracking.stage("train", goes_on=True):
+        with RunTracking(config, config.run_dir) as tracking, tracking.stage("train", resumes=True):
             note = tracking._note()
             ids.append((note.run_id, note.stages["train"]))
     assert ids[0] == ids[1] and not {*ids[0]} & {"0" * 32, "1" * 32}

@@ -231,7 +231,7 @@ def test_full_disk_leaves_no_record(tmp_path, monkeypatch):
 
 # --- commands
 
-READING = {"schedule", "ui", "status", "logs", "stop", "doctor", "clean"}  # `clean` removes what is nobody's
+READING = {"config", "schedule", "ui", "status", "logs", "stop", "doctor", "clean"}  # `clean` removes what is nobody's
 
 
 def test_every_command_that_writes_to_a_run_folder_can_take_it_over():

@@ -46,8 +46,8 @@ def test_another_machine_has_what_was_published_and_no_more(place, cache):
     cache("second")
     other = RunStore(f"{place}/run")
     assert other.local != driver.local and not other.local.exists()
-    other.bring("statistics.json", "absent.json")
-    other.bring_folder("tokenizer")
+    other.fetch("statistics.json", "absent.json")
+    other.fetch_folder("tokenizer")
     assert (other.local / "statistics.json").read_text() == "{}"
     assert (other.local / "tokenizer" / "en.model").read_bytes() == b"pieces"
     assert not (other.local / "absent.json").exists() and not (other.local / "scratch.tmp").exists()
@@ -55,7 +55,7 @@ def test_another_machine_has_what_was_published_and_no_more(place, cache):
     (driver.local / "statistics.json").write_text('{"rows": 1}')
     (driver.local / "tokenizer" / "en.model").unlink()
     driver.publish()
-    other.adopt()
+    other.sync()
     assert (other.local / "statistics.json").read_text() == '{"rows": 1}'
     assert not (other.local / "tokenizer" / "en.model").exists()
     assert not exists(f"{place}/run/tokenizer/en.model")
@@ -69,7 +69,7 @@ def test_a_file_that_is_not_what_was_written_is_an_error(place, cache):
     write_bytes(f"{place}/run/statistics.json", b"{ }")
     cache("second")
     with pytest.raises(StorageError, match="statistics.json is not what was written there.*rerun its stage"):
-        RunStore(f"{place}/run").bring("statistics.json")
+        RunStore(f"{place}/run").fetch("statistics.json")
 
 
 def test_parts_are_checked_and_the_least_used_make_way(place, cache):

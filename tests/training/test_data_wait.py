@@ -13,7 +13,7 @@ from raytrain.stages.train import _training_progress
 from raytrain.training.data_wait import REPEAT_SECONDS, DataPath, DataWaitMonitor, advice
 
 
-def told(waits: list[float], seconds: float = 10.0) -> list[int]:
+def report_waits(waits: list[float], seconds: float = 10.0) -> list[int]:
     """Numbers of the lines, one each `seconds`, at which there is a warning."""
     monitor = DataWaitMonitor(DataPath())
     lines = [{"time_s": seconds * number, "data_wait": wait} for number, wait in enumerate(waits)]
@@ -21,26 +21,26 @@ def told(waits: list[float], seconds: float = 10.0) -> list[int]:
 
 
 def test_it_is_told_once_when_waiting_begins():
-    assert told([0.0] * 20) == told([0.05] * 20) == []
-    assert told([0.06] * 20) == [2]
-    assert told([0.01] * 10 + [0.2] * 20) == [12]
+    assert report_waits([0.0] * 20) == report_waits([0.05] * 20) == []
+    assert report_waits([0.06] * 20) == [2]
+    assert report_waits([0.01] * 10 + [0.2] * 20) == [12]
 
 
 def test_a_slow_start_or_a_slow_file_is_not_waiting():
-    assert told([0.9] + [0.01] * 20) == []
-    assert told(([0.01] * 4 + [0.9]) * 10) == []
+    assert report_waits([0.9] + [0.01] * 20) == []
+    assert report_waits(([0.01] * 4 + [0.9]) * 10) == []
 
 
 def test_it_is_told_again_when_it_doubles_and_after_a_while():
-    assert told([0.06] * 10 + [0.10] * 10) == [2]
-    assert told([0.06] * 10 + [0.13] * 10) == [2, 12]
+    assert report_waits([0.06] * 10 + [0.10] * 10) == [2]
+    assert report_waits([0.06] * 10 + [0.13] * 10) == [2, 12]
     seconds = REPEAT_SECONDS / 10
-    assert told([0.06] * 25, seconds) == [2, 12, 22]
-    assert told([0.06] * 5 + [0.04] * 30 + [0.06] * 5, seconds) == [2, 37]
+    assert report_waits([0.06] * 25, seconds) == [2, 12, 22]
+    assert report_waits([0.06] * 5 + [0.04] * 30 + [0.06] * 5, seconds) == [2, 37]
 
 
 def test_waiting_that_comes_and_goes_is_not_told_each_time():
-    assert len(told(([0.06] * 5 + [0.04] * 5) * 5)) == 1
+    assert len(report_waits(([0.06] * 5 + [0.04] * 5) * 5)) == 1
 
 
 def test_lines_of_validations_do_not_count():

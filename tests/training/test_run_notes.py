@@ -39,7 +39,7 @@ def test_the_error_that_training_gave_up_with_is_raised_by_the_driver(store, kin
 
 def test_lowered_batches_are_listed_beside_those_of_the_profile(store):
     note_lowered(store, LoweredNote((9, 4), (10, 4), ["bucket 0 takes 9"]))
-    assert json.loads(store.look(LOWERED).read_bytes()) == {
+    assert json.loads(store.refresh(LOWERED).read_bytes()) == {
         "batch_sizes": [9, 4],
         "instead_of": [10, 4],
         "notes": ["bucket 0 takes 9"],

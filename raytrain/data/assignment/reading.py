@@ -82,7 +82,7 @@ class Assignment:
         if row.audio_path.startswith("/") or is_uri(row.audio_path):
             return row
         # Copied audio moves with the folder.
-        home = self._store.place(self.folder.name) if self._store else str(self.folder.absolute())
+        home = self._store.location_of(self.folder.name) if self._store else str(self.folder.absolute())
         return row._replace(audio_path=f"{home}/{row.audio_path}")
 
     def lengths(self, bucket: int) -> tuple[np.ndarray, np.ndarray]:
@@ -145,7 +145,7 @@ class Assignment:
     def _identity(self, chunk: int, name: str) -> str:
         if chunk not in self._ids:
             note = f"{self.folder.name}/{note_name(chunk)}"
-            path = self._store.look(note) if self._store else self.folder / note_name(chunk)
+            path = self._store.refresh(note) if self._store else self.folder / note_name(chunk)
             try:
                 document = read_json(path, NOTE_FORMAT, ChunkNote)
             except ArtifactError as error:

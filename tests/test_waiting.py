@@ -1,34 +1,34 @@
-"""A wait that is long is told of, what is short is not."""
+"""A long wait is reported, a short one is not."""
 
 import time
 
-from raytrain import waiting as telling
+from raytrain import waiting
 
 
 def test_long_waits_say_what_for_and_short_ones_nothing(capfd):
-    with telling.telling("a train", after=0.1, interval=0.1):
+    with waiting.reporting_wait("a train", after=0.1, interval=0.1):
         time.sleep(0.35)
     said = capfd.readouterr().err
     assert said.startswith("  waiting for a train; 0 s so far\n") and said.count("\n") >= 2
-    with telling.telling("nothing", after=5):
+    with waiting.reporting_wait("nothing", after=5):
         pass
     time.sleep(0.05)
     assert not capfd.readouterr().err
 
 
 def test_items_that_are_long_in_coming_are_told_of(capfd, monkeypatch):
-    monkeypatch.setattr(telling, "AFTER_SECONDS", 0.3)
+    monkeypatch.setattr(waiting, "AFTER_SECONDS", 0.3)
 
     def items():
         yield 1
         time.sleep(0.9)
         yield 2
 
-    assert list(telling.told(items(), lambda: "the second")) == [1, 2]
+    assert list(waiting.report_waits(items(), lambda: "the second")) == [1, 2]
     assert capfd.readouterr().err.count("waiting for the second") == 1
 
 
 def test_a_question_that_fails_ends_nothing(capfd):
-    with telling.telling(lambda: 1 / 0, after=0.05):
+    with waiting.reporting_wait(lambda: 1 / 0, after=0.05):
         time.sleep(0.15)
     assert not capfd.readouterr().err
