@@ -19,7 +19,26 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "raytrain"
 PICTURE = ROOT / "docs" / "rooms.svg"
 GROUND = ("errors", "settings", "redaction", "waiting", "console")  # files that all rooms may use
-COLORS = {"lengths": "#2a9d8f", "model": "#2a9d8f", "cluster": "#e76f51", "stages": "#e9c46a"}
+COLORS = {"lengths": "#8fd0c8", "model": "#8fd0c8", "cluster": "#f2a48e", "stages": "#f0d694"}
+HOLDS = {
+    "cli": "commands",
+    "cluster": "Ray, and only Ray",
+    "config": "what can be set",
+    "data": "corpora, text, audio, batches",
+    "decoding": "search, long recordings",
+    "demo": "a corpus made on the spot",
+    "evaluation": "WER, BLEU, intervals",
+    "experiments": "ablate, tune, depths",
+    "lengths": "buckets, schedule",
+    "model": "Canary, file formats",
+    "operations": "doctor, submit, transcribe",
+    "report": "pages and figures",
+    "run_folder": "artifacts as objects",
+    "stages": "key() and run() of each stage",
+    "storage": "files, artifacts, owners",
+    "tracking": "metrics.jsonl, MLflow",
+    "training": "step, loop, memory",
+}
 
 
 def imports_of(path: Path) -> set[str]:
@@ -33,15 +52,13 @@ def imports_of(path: Path) -> set[str]:
     return rooms
 
 
-def read_graph() -> tuple[dict[str, set[str]], dict[str, int]]:
-    """For each folder of the package the folders that it imports, and its lines of code."""
+def read_graph() -> dict[str, set[str]]:
+    """For each folder of the package the folders that it imports."""
     rooms = sorted(path.name for path in PACKAGE.iterdir() if path.is_dir() and list(path.glob("*.py")))
-    graph, lines = {}, {}
-    for room in rooms:
-        files = list((PACKAGE / room).rglob("*.py"))
-        graph[room] = {target for path in files for target in imports_of(path)} & set(rooms) - {room}
-        lines[room] = sum(len(path.read_text().splitlines()) for path in files)
-    return graph, lines
+    return {
+        room: {target for path in (PACKAGE / room).rglob("*.py") for target in imports_of(path)} & set(rooms) - {room}
+        for room in rooms
+    }
 
 
 def levels_of(graph: dict[str, set[str]]) -> dict[str, int]:
@@ -76,7 +93,7 @@ def positions_of(levels: dict[str, int]) -> dict[str, tuple[float, float]]:
     for room in sorted(levels):
         rows.setdefault(levels[room], []).append(room)
     return {
-        room: ((index - (len(row) - 1) / 2) * 2.4, level * 1.0)
+        room: ((index - (len(row) - 1) / 2) * 2.9, level * 1.0)
         for level, row in rows.items()
         for index, room in enumerate(row)
     }
@@ -84,11 +101,11 @@ def positions_of(levels: dict[str, int]) -> dict[str, tuple[float, float]]:
 
 def draw(path: Path) -> None:
     """Write the picture."""
-    graph, lines = read_graph()
+    graph = read_graph()
     levels = levels_of(graph)
     positions = positions_of(levels)
     plt.rcParams.update({"svg.hashsalt": "rooms", "svg.fonttype": "none", "font.family": "sans-serif"})
-    figure, axes = plt.subplots(figsize=(9, 0.85 * (max(levels.values()) + 2)))
+    figure, axes = plt.subplots(figsize=(9.5, 0.85 * (max(levels.values()) + 2)))
     for room, target in sorted(reduced(graph)):
         (x, y), (to_x, to_y) = positions[room], positions[target]
         axes.annotate(
@@ -98,11 +115,11 @@ def draw(path: Path) -> None:
             arrowprops={"arrowstyle": "-|>", "color": "#8d99ae", "linewidth": 1.1, "shrinkA": 0, "shrinkB": 0},
         )
     for room, (x, y) in positions.items():
-        label = f"{room}\n{lines[room]} lines"
+        label = f"{room}\n{HOLDS[room]}"
         box = {"boxstyle": "round,pad=0.35", "facecolor": COLORS.get(room, "#edf2f4"), "edgecolor": "#2b2d42"}
         axes.text(x, y, label, ha="center", va="center", fontsize=8.5, bbox=box)
     axes.text(0, -1, "  ".join(GROUND), ha="center", va="center", fontsize=8.5, color="#555555")
-    axes.set_xlim(min(x for x, _ in positions.values()) - 1.3, max(x for x, _ in positions.values()) + 1.3)
+    axes.set_xlim(min(x for x, _ in positions.values()) - 1.5, max(x for x, _ in positions.values()) + 1.5)
     axes.set_ylim(-1.4, max(levels.values()) + 0.6)
     axes.axis("off")
     figure.savefig(path, metadata={"Date": None}, bbox_inches="tight")
