@@ -110,8 +110,8 @@ class BucketPlanBody:
     max_tokens: int
     tps_limits: list[float | None]
     counts: list[int]
-    duration_padding: list[float]
-    token_padding: list[float]
+    duration_padding: list[float | None]
+    token_padding: list[float | None]
     rejected: dict[str, int]
     histogram_id: str
 
