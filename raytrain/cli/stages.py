@@ -79,7 +79,7 @@ def buckets(
     from raytrain.cli import tables
     from raytrain.config import load_config
     from raytrain.console import Console
-    from raytrain.stages.stages import compare_plans
+    from raytrain.stages.planning import compare_plans
 
     Console().table(*tables.policies(compare_plans(load_config(config, set))))
 
@@ -112,7 +112,7 @@ def _plan_dry(config: Path, overrides: list[str], json: bool) -> None:
     from raytrain.cli import tables
     from raytrain.config import load_config
     from raytrain.console import Console
-    from raytrain.stages.stages import plan_dry
+    from raytrain.stages.planning import plan_dry
 
     loaded, console = load_config(config, overrides), Console()
     if loaded.oomptimize.device_memory is None:
@@ -124,7 +124,7 @@ def _plan_dry(config: Path, overrides: list[str], json: bool) -> None:
         return
     console.table(*tables.planned_sizes(rows))
     last = rows[-1]
-    console.say(f"\nLive at the peak of bucket {last['bucket']}'s step with {last['traced_batch_size']} utterances:")
+    console.say(f"\nLive at the peak of bucket {last.bucket}'s step with {last.traced_batch_size} utterances:")
     for table in tables.live_memory(last):
         console.table(*table)
 
@@ -145,7 +145,7 @@ def schedule(
     from raytrain.cli import tables
     from raytrain.config import load_config
     from raytrain.console import Console
-    from raytrain.stages.stages import describe_schedule
+    from raytrain.stages.planning import describe_schedule
 
     loaded, console = load_config(config, set), Console()
     ranks = workers or loaded.train.most_workers

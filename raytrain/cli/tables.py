@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from raytrain.cluster.tuning import TuneTrial
     from raytrain.lengths.compare import PolicyRow
     from raytrain.lengths.simulate import Simulation
+    from raytrain.stages.planning import DryBucket, ScheduledCorpus
 
 Table = tuple[Sequence[str], Sequence[Sequence[str]]]
 _SMALLEST_SHARE = 0.002  # of memory, that has a line of its own
@@ -32,40 +33,37 @@ def policies(rows: Sequence[PolicyRow]) -> Table:
     return columns, cells
 
 
-def planned_sizes(rows: Sequence[Mapping[str, Any]]) -> Table:
+def planned_sizes(rows: Sequence[DryBucket]) -> Table:
     """Batch sizes that were planned for a GPU, by bucket."""
     columns = ("bucket", "≤ seconds", "≤ tokens", "batch size", "seconds of audio", "peak GiB")
     cells = [
         (
-            str(row["bucket"]),
-            str(row["max_duration_ms"] / 1000),
-            str(row["max_tokens"]),
-            str(row["batch_size"]),
-            str(row["audio_seconds"]),
-            f"{row['predicted_gib']:.2f}",
+            str(row.bucket),
+            str(row.max_duration_ms / 1000),
+            str(row.max_tokens),
+            str(row.batch_size),
+            str(row.audio_seconds),
+            f"{row.predicted_gib:.2f}",
         )
         for row in rows
     ]
     return columns, cells
 
 
-def live_memory(row: Mapping[str, Any]) -> Iterator[Table]:
+def live_memory(row: DryBucket) -> Iterator[Table]:
     """What is live at the peak of a bucket's step, by phase and by module."""
-    for key in ("mib_by_phase", "mib_by_module"):
-        total = sum(row[key].values())
-        parts = [(name, size) for name, size in row[key].items() if size > _SMALLEST_SHARE * total]
-        columns = (key.removeprefix("mib_by_"), "MiB", "share")
+    for kind, sizes in (("phase", row.mib_by_phase), ("module", row.mib_by_module)):
+        total = sum(sizes.values())
+        parts = [(name, size) for name, size in sizes.items() if size > _SMALLEST_SHARE * total]
+        columns = (kind, "MiB", "share")
         yield columns, [(name, f"{size:,.0f}", f"{size / total:.1%}") for name, size in parts]
 
 
-def corpora(rows: Sequence[Mapping[str, Any]], simulation: Simulation | None) -> Table:
+def corpora(rows: Sequence[ScheduledCorpus], simulation: Simulation | None) -> Table:
     """How often an epoch goes through each corpus, and its share of the audio where steps were simulated."""
     columns = ("corpus", "rows", "times an epoch", *(("share of audio",) if simulation else ()))
     shares = [(f"{share:.1%}",) for share in simulation.audio_share] if simulation else [()] * len(rows)
-    cells = [
-        (row["corpus"], str(row["rows"]), f"{row['repeats']:.2f}", *share)
-        for row, share in zip(rows, shares, strict=True)
-    ]
+    cells = [(row.corpus, str(row.rows), f"{row.repeats:.2f}", *share) for row, share in zip(rows, shares, strict=True)]
     return columns, cells
 
 

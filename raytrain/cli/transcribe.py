@@ -15,7 +15,8 @@ if TYPE_CHECKING:
     from raytrain.console import Console
     from raytrain.data.corpora.types import Corpus
     from raytrain.decoding.settings import DecodeSettings
-    from raytrain.operations.transcripts import Order, Summary
+    from raytrain.operations.transcript_parts import Summary
+    from raytrain.operations.transcription import TranscriptionSpec
 
 _MANIFESTS = "Many recordings (on Ray)"
 
@@ -92,7 +93,7 @@ PartRows = Annotated[int | None, _option("Rows of a part, 2000 by default. Parts
 
 @dataclass(frozen=True)
 class _Decoding:
-    """What both ways take: named as the parameters of `Transcriber` and the fields of `Order`."""
+    """What both ways take: named as the parameters of `Transcriber` and the fields of `TranscriptionSpec`."""
 
     language: str | None
     target_language: str | None
@@ -206,14 +207,14 @@ def _manifests(
 ) -> bool:
     """Write the output; returns whether a row has an error."""
     from raytrain.console import Console
-    from raytrain.operations.transcripts import transcribe_manifests
+    from raytrain.operations.transcription import transcribe_manifests
 
     if decoding.settings.n_best > 1:
         raise typer.BadParameter("goes with FILES: a row of a manifest gets one text", param_hint="--n-best")
     stopping.say_at_stop(stopping.RESUMABLE)
-    order = _order(manifests, checkpoint, decoding, on_ray, max_batch)
+    spec = _spec(manifests, checkpoint, decoding, on_ray, max_batch)
     console = Console()
-    summary = transcribe_manifests(order, console)
+    summary = transcribe_manifests(spec, console)
     if json:
         print_json(summary.to_dict())
     elif summary.audio_s:
@@ -222,27 +223,27 @@ def _manifests(
     return summary.failed > 0
 
 
-def _order(manifests: list[str], checkpoint: Path, decoding: _Decoding, on_ray: _OnRay, max_batch: int | None) -> Order:
-    from raytrain.operations.transcripts import Order
+def _spec(
+    manifests: list[str], checkpoint: Path, decoding: _Decoding, on_ray: _OnRay, max_batch: int | None
+) -> TranscriptionSpec:
+    from raytrain.operations.transcription import TranscriptionSpec
 
     if on_ray.output is None:
         raise typer.BadParameter("goes with --manifest, for example --output texts.jsonl", param_hint="--output")
     if str(on_ray.output) == "-":
         raise typer.BadParameter("texts go to a file; name it", param_hint="--output")
     corpora = _corpora(manifests, on_ray.audio, on_ray.root)
-    options = {
-        "workers": on_ray.workers,
-        "device_memory": on_ray.device_memory and bytes_of(on_ray.device_memory, "--device-memory"),
-        "part_rows": on_ray.part_rows,
-        "max_batch": max_batch,
-    }
-    return Order(
+    memory = on_ray.device_memory
+    return TranscriptionSpec(
         corpora,
         on_ray.output.expanduser(),
         checkpoint,
+        workers=on_ray.workers,
+        device_memory=None if memory is None else bytes_of(memory, "--device-memory"),
+        max_batch=max_batch or TranscriptionSpec.max_batch,
+        part_rows=on_ray.part_rows or TranscriptionSpec.part_rows,
         overwrite=on_ray.overwrite,
         **vars(decoding),
-        **{name: value for name, value in options.items() if value is not None},
     )
 
 

@@ -1,7 +1,7 @@
 """Stage `assign`: every row of the corpora goes into one bucket, or into `rejected/` with its reason.
 
 Workers assign chunk by chunk (`raytrain.cluster.assigning`); which bucket a row goes into is decided by
-`BucketPlan.place`. No shuffle is needed: the schedule permutes row numbers when it draws batches.
+`BucketPlan.assign`. No shuffle is needed: the schedule permutes row numbers when it draws batches.
 """
 
 from __future__ import annotations

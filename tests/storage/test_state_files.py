@@ -226,7 +226,7 @@ def read_assignment(folder: Path) -> Any:
 
 def read_files(folder: Path) -> Any:
     store = RunStore("memory://bucket/run")
-    store.look = lambda name: folder / name
+    store.refresh = lambda name: folder / name
     return store._published()
 
 

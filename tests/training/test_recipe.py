@@ -124,6 +124,6 @@ def test_error_counts_add_up():
 
 
 def test_settings_name_all_problems():
-    with pytest.raises(ValueError, match="max_steps.*precision must be one of auto, fp32, bf16"):
+    with pytest.raises(ValueError, match="precision must be one of auto, fp32, bf16.*max_steps must be from 1"):
         TrainSettings(max_steps=0, precision="int4")
     assert issubclass(CheckpointError, TrainingError)
