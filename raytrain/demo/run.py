@@ -14,7 +14,7 @@ from raytrain.config import Config, load_config
 from raytrain.console import Console
 from raytrain.demo.speech import make_corpus
 from raytrain.lengths.compare import PaddingRow
-from raytrain.report.views import Grid, Interval, ProfileSizes, Totals
+from raytrain.report.views import Grid, ProfileSizes, Score, Totals
 from raytrain.stages.pipeline import run_pipeline
 from raytrain.storage.artifacts import view_of
 from raytrain.storage.yaml_loading import read_yaml
@@ -86,13 +86,7 @@ def _show(config: Config, console: Console) -> int:
 
 
 @dataclass(frozen=True)
-class _Score:
-    """Of `scores.json`: a word error rate with its interval."""
-
-    wer: float | None
-    utterances: int
-    wer_ci: Interval | None = None
-
+class _Score(Score):
     def __str__(self) -> str:
         if self.wer is None or self.wer_ci is None:
             return "none"
