@@ -39,18 +39,15 @@ ARTIFACTS = (
 )
 
 
-def run_demo(
-    root: Path, overrides: list[str], utterances: dict[str, int] | None = None, take_over: bool = False
-) -> int:
+def run_demo(root: Path, overrides: list[str], take_over: bool = False) -> int:
     """Run the demo below `root`; returns 0 only if every artifact exists and the WER is low enough."""
     console = Console()
     corpus = (root / "demo-corpus").absolute()
-    sizes = utterances or UTTERANCES
     config = demo_config(root, corpus, overrides)
     with console.stage("corpus") as finish:
-        with console.progress("speaking", sum(sizes.values())) as update:
-            make_corpus(corpus, sizes, seed=config.seed, on_utterance=lambda: update(advance=1))
-        finish(f"{sum(sizes.values())} spoken number strings in English, German, Spanish and French")
+        with console.progress("speaking", sum(UTTERANCES.values())) as update:
+            make_corpus(corpus, UTTERANCES, seed=config.seed, on_utterance=lambda: update(advance=1))
+        finish(f"{sum(UTTERANCES.values())} spoken number strings in English, German, Spanish and French")
     run_pipeline(config, console, take_over=take_over)
     return _show(config, console)
 
