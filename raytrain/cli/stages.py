@@ -87,7 +87,7 @@ def buckets(
         _run(config, set, ("buckets",), take_over)
         return
     from raytrain.cli import tables
-    from raytrain.stages.stages import compare_plans
+    from raytrain.stages.planning import compare_plans
 
     loaded, console = _loaded(config, set)
     console.table(*tables.policies(compare_plans(loaded)))
@@ -119,7 +119,7 @@ def oomptimize(
 
 def _plan_dry(config: Path, overrides: list[str], json: bool) -> None:
     from raytrain.cli import tables
-    from raytrain.stages.stages import plan_dry
+    from raytrain.stages.planning import plan_dry
 
     loaded, console = _loaded(config, overrides)
     if loaded.oomptimize.device_memory is None:
@@ -131,7 +131,7 @@ def _plan_dry(config: Path, overrides: list[str], json: bool) -> None:
         return
     console.table(*tables.planned_sizes(rows))
     last = rows[-1]
-    console.say(f"\nLive at the peak of bucket {last['bucket']}'s step with {last['traced_batch_size']} utterances:")
+    console.say(f"\nLive at the peak of bucket {last.bucket}'s step with {last.traced_batch_size} utterances:")
     for table in tables.live_memory(last):
         console.table(*table)
 
@@ -150,7 +150,7 @@ def schedule(
     from dataclasses import asdict
 
     from raytrain.cli import tables
-    from raytrain.stages.stages import describe_schedule
+    from raytrain.stages.planning import describe_schedule
 
     loaded, console = _loaded(config, set)
     ranks = workers or loaded.train.most_workers
