@@ -48,7 +48,7 @@ class _Share:
             self.examples.append(f"corpus {row.corpus}: {error}")
 
 
-class _Measured(NamedTuple):
+class Measured(NamedTuple):
     """Texts of a part of a batch, and the summed cross-entropy of its tokens."""
 
     texts: list[str]
@@ -120,7 +120,7 @@ class Validator:
             "last checkpoint; quarantine.jsonl lists the files" + "".join(f"\n  {example}" for example in examples),
         )
 
-    def _in_parts(self, model: Canary, batch: SpeechBatch, device: torch.device) -> Iterator[tuple[slice, _Measured]]:
+    def _in_parts(self, model: Canary, batch: SpeechBatch, device: torch.device) -> Iterator[tuple[slice, Measured]]:
         """Utterances, and what was measured of them, of a batch in as few parts as fit into memory."""
 
         def too_large(part: slice, why: str) -> NoReturn:
@@ -131,12 +131,12 @@ class Validator:
                 remedy="lower oomptimize.memory_fraction, or leave such utterances out of data.dev",
             )
 
-        def measure(part: slice) -> _Measured:
+        def measure(part: slice) -> Measured:
             return self._measure(model, batch.part(part).to(device))
 
         return in_halves(len(batch), len(batch), measure, self.on_out_of_memory, too_large)
 
-    def _measure(self, model: Canary, batch: SpeechBatch) -> _Measured:
+    def _measure(self, model: Canary, batch: SpeechBatch) -> Measured:
         texts = self._transcribe(model, batch)
         output = model(batch.audio, batch.audio_lengths, batch.input_ids, batch.input_lengths)
         loss = canary_loss(
@@ -148,7 +148,7 @@ class Validator:
             ctc_weight=0.0,
             label_smoothing=0.0,
         )
-        return _Measured(texts, float(loss.ce_sum), float(loss.num_tokens))
+        return Measured(texts, float(loss.ce_sum), float(loss.num_tokens))
 
     def _transcribe(self, model: Canary, batch: SpeechBatch) -> list[str]:
         return [self.decode(best[0].ids) for best in transcribe_batch(model, batch, self.eos_id, self.search)]
