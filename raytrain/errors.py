@@ -87,6 +87,11 @@ def first_line(error: BaseException) -> str:
     return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
+def system_reason(error: OSError) -> str:
+    """Why the operating system refused, as it stands inside a message."""
+    return (error.strerror or str(error)).lower()
+
+
 class ConfigError(RaytrainError):
     """A setting is unknown, of the wrong type or contradicts another one."""
 

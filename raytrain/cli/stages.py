@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -20,6 +20,10 @@ from raytrain.cli.options import (
     print_json,
 )
 
+if TYPE_CHECKING:
+    from raytrain.config import Config
+    from raytrain.console import Console
+
 STAGE_HELP = {
     "statistics": "Train the tokenizer where none is given and count durations and tokens.",
     "buckets": "Cut durations and tokens into a 2D grid of buckets.",
@@ -32,12 +36,18 @@ STAGE_HELP = {
 
 
 def _run(config: Path, overrides: list[str] | None, names: Sequence[str], take_over: bool) -> None:
-    from raytrain.config import load_config
-    from raytrain.console import Console
     from raytrain.stages.pipeline import run_pipeline
 
     stopping.say_at_stop(stopping.RESUMABLE)
-    run_pipeline(load_config(config, overrides), Console(), tuple(names), take_over=take_over)
+    run_pipeline(*_loaded(config, overrides), tuple(names), take_over=take_over)
+
+
+def _loaded(config: Path, overrides: list[str] | None) -> tuple[Config, Console]:
+    """The configuration, and where to show what comes of it."""
+    from raytrain.config import load_config
+    from raytrain.console import Console
+
+    return load_config(config, overrides), Console()
 
 
 def checked_stages(names: list[str] | None) -> list[str]:
@@ -77,11 +87,10 @@ def buckets(
         _run(config, set, ("buckets",), take_over)
         return
     from raytrain.cli import tables
-    from raytrain.config import load_config
-    from raytrain.console import Console
     from raytrain.stages.planning import compare_plans
 
-    Console().table(*tables.policies(compare_plans(load_config(config, set))))
+    loaded, console = _loaded(config, set)
+    console.table(*tables.policies(compare_plans(loaded)))
 
 
 def oomptimize(
@@ -110,11 +119,9 @@ def oomptimize(
 
 def _plan_dry(config: Path, overrides: list[str], json: bool) -> None:
     from raytrain.cli import tables
-    from raytrain.config import load_config
-    from raytrain.console import Console
     from raytrain.stages.planning import plan_dry
 
-    loaded, console = load_config(config, overrides), Console()
+    loaded, console = _loaded(config, overrides)
     if loaded.oomptimize.device_memory is None:
         raise typer.BadParameter("--dry needs it, for example 80GiB", param_hint="--device-memory")
     rows = plan_dry(loaded, console, loaded.oomptimize.device_memory)
@@ -143,11 +150,9 @@ def schedule(
     from dataclasses import asdict
 
     from raytrain.cli import tables
-    from raytrain.config import load_config
-    from raytrain.console import Console
     from raytrain.stages.planning import describe_schedule
 
-    loaded, console = load_config(config, set), Console()
+    loaded, console = _loaded(config, set)
     ranks = workers or loaded.train.most_workers
     corpora, simulation = describe_schedule(loaded, console, ranks, steps if simulate else 0)
     if json:

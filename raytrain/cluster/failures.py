@@ -25,29 +25,18 @@ class Restart:
     because: str
 
 
-@dataclass(frozen=True)
-class Lower:
-    """Training restarts from its last checkpoint with smaller batches, which costs no attempt."""
+def decide(failure: Failure, lowered: Sequence[str], attempts_left: int) -> Restart | None:
+    """What follows when Ray Train has given up, None where training ends with the error that there was. `lowered` says
+    which batches the failed attempt made smaller.
 
-    because: str
-
-
-@dataclass(frozen=True)
-class GiveUp:
-    """Training ends with the error that there was."""
-
-
-def decide(failure: Failure, lowered: Sequence[str], attempts_left: int) -> Restart | Lower | GiveUp:
-    """What follows when Ray Train has given up. `lowered` says which batches the failed attempt made smaller.
-
-    A batch that did not fit has been made smaller, so these restarts come to an end by themselves; a worker that Ray's
-    memory monitor killed may be killed again. Ray Train itself has retried everything else.
+    A batch that did not fit has been made smaller, so these restarts cost no attempt and come to an end by themselves;
+    a worker that Ray's memory monitor killed may be killed again. Ray Train itself has retried everything else.
     """
     if lowered:
-        return Lower(lowered[-1])
+        return Restart(attempts_left, lowered[-1])
     if failure is Failure.KILLED_FOR_MEMORY and attempts_left > 0:
         return Restart(attempts_left - 1, failure.value)
-    return GiveUp()
+    return None
 
 
 def failure_of(error: BaseException) -> Failure:

@@ -13,9 +13,10 @@ from typing import TYPE_CHECKING, NamedTuple, Required, TypedDict
 
 import numpy as np
 
-from raytrain.data.audio import AudioError, read_audio
+from raytrain.data.audio import AudioError
 from raytrain.data.batch import SpeechBatch
 from raytrain.data.batch_table import pack_batch, unpack_batch
+from raytrain.data.loader import load_row
 from raytrain.data.text.tokenizer import CanaryTokenizer
 from raytrain.decoding.longform import most_windows, windows
 from raytrain.decoding.requests import Request
@@ -138,14 +139,7 @@ def _read_all(requests: Sequence[Request], job: Job) -> list[np.ndarray | AudioE
 
 def _read(request: Request, job: Job) -> np.ndarray | AudioError:
     try:
-        audio = read_audio(
-            request.audio_path,
-            start=request.audio_start,
-            size=request.audio_size,
-            offset_ms=request.offset_ms,
-            duration_ms=request.duration_ms,
-            sample_rate=job.sample_rate,
-        )
+        return load_row(request, job.sample_rate)
     except AudioError as error:
         return error
     except Exception as error:  # whatever a file does to its codec, the batch's other recordings are not to blame
@@ -154,7 +148,6 @@ def _read(request: Request, job: Job) -> np.ndarray | AudioError:
             why=repr(error),
             remedy="play or convert this file with ffmpeg; leave out its row if it is broken",
         )
-    return audio[: request.duration_ms * job.sample_rate // 1000]
 
 
 def _spans(audio: np.ndarray, job: Job) -> list[tuple[int, int]]:

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, closing
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 import orjson
@@ -23,8 +24,8 @@ from raytrain.data.batch import LoadedStep, SpeechBatch
 from raytrain.data.batch_table import pack_batch, unpack_batch
 from raytrain.data.loader import StepReader
 from raytrain.data.quarantine import BrokenRecording, Quarantine
-from raytrain.data.work import work_of
-from raytrain.lengths.schedule import BatchSchedule, ScheduleState, StepPlan
+from raytrain.data.work import planned_steps, work_of
+from raytrain.lengths.schedule import BatchSchedule, StepPlan
 from raytrain.run_folder.batches import make_loader, make_schedule, make_step_reader
 from raytrain.run_folder.workspace import Workspace
 from raytrain.storage.run_store import RunStore
@@ -79,15 +80,6 @@ def open_batches(workspace: Workspace, rank_input: RankInput) -> AbstractContext
 
 
 @dataclass(frozen=True)
-class _PlannedStep:
-    """A step, the schedule's state after it, and whether the schedule ends there."""
-
-    plan: StepPlan
-    state: ScheduleState
-    is_last: bool
-
-
-@dataclass(frozen=True)
 class DecodeJob:
     """What a task needs to decode shares of steps: the configuration as JSON, and the run folder's path or URI."""
 
@@ -126,7 +118,10 @@ class RayBatches:
         return self._steps
 
     def _load(self) -> Generator[LoadedStep]:
-        for planned in self._planned():
+        schedule, num_shares = self._schedule, self._input.num_shares
+        state = schedule.restored(self._input.state) if self._input.state else schedule.initial()
+        steps = planned_steps(schedule, state, num_shares)
+        while planned := list(islice(steps, _STEPS_PER_DATASET)):
             micro = [(step, share) for step in planned for share in self._input.shares]
             with closing(self._decoded([(step.plan, share) for step, share in micro])) as decoded:
                 for (step, _), (batch, note) in zip(micro, decoded, strict=True):
@@ -136,18 +131,6 @@ class RayBatches:
                     yield LoadedStep(
                         batch, step.plan, step.state, note.num_replaced, step.is_last, note.samples_by_corpus
                     )
-
-    def _planned(self) -> Iterator[list[_PlannedStep]]:
-        schedule, num_shares = self._schedule, self._input.num_shares
-        state = schedule.restored(self._input.state) if self._input.state else schedule.initial()
-        is_last = schedule.is_last(state, num_shares)
-        while not is_last:
-            planned: list[_PlannedStep] = []
-            while not is_last and len(planned) < _STEPS_PER_DATASET:
-                plan, state = schedule.step(state, num_shares)
-                is_last = schedule.is_last(state, num_shares)
-                planned.append(_PlannedStep(plan, state, is_last))
-            yield planned
 
     def _decoded(self, micro: list[tuple[StepPlan, int]]) -> Generator[tuple[SpeechBatch, ShareNote]]:
         self._limit_resources()

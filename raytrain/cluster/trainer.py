@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from raytrain.cluster.failures import Failure, GiveUp, Restart, decide, failure_of, readable, stalled
+from raytrain.cluster.failures import Failure, decide, failure_of, readable, stalled
 from raytrain.cluster.placement import Placement
 from raytrain.cluster.reservations import free_noted, free_orphans
 from raytrain.cluster.room import Workers, choose_workers, describe_worker, find_room, waiting_for
@@ -90,11 +90,10 @@ def _train_with_restarts(
             if failure is Failure.KILLED_FOR_MEMORY:
                 notes.note_kill_for_memory()
             decision = decide(failure, lowered, attempts_left)
-            if isinstance(decision, GiveUp):
+            if decision is None:
                 raise _final_error(error, config, store, notes, started) from error
             free_noted(store)
-            if isinstance(decision, Restart):
-                attempts_left = decision.attempts_left
+            attempts_left = decision.attempts_left
             say(f"  training starts again: {decision.because}")
 
 

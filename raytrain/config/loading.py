@@ -18,7 +18,7 @@ from pydantic import ValidationError
 
 from raytrain.config.configuration import Config
 from raytrain.config.reference import keys_below
-from raytrain.errors import ConfigError
+from raytrain.errors import ConfigError, system_reason
 from raytrain.redaction import redacted
 from raytrain.storage.yaml_loading import load_yaml, read_yaml
 
@@ -55,9 +55,7 @@ def _read(path: Path) -> dict[str, Any]:
         values = read_yaml(path)
     except OSError as error:
         raise ConfigError(
-            f"can't read the configuration {path}",
-            why=(error.strerror or str(error)).lower(),
-            remedy="check the path after --config",
+            f"can't read the configuration {path}", why=system_reason(error), remedy="check the path after --config"
         ) from error
     except ValueError as error:
         raise ConfigError(f"{path} is not valid YAML", why=str(error), remedy="correct the file") from error

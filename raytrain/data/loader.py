@@ -16,6 +16,7 @@ from concurrent.futures import CancelledError, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import chain
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -217,7 +218,22 @@ class BatchLoader:
                 continue
 
 
-def load_row(row: Row, sample_rate: int) -> np.ndarray:
+class RecordedSpan(Protocol):
+    """Where an utterance's audio lies; see `Row`."""
+
+    @property
+    def audio_path(self) -> str: ...
+    @property
+    def audio_start(self) -> int: ...
+    @property
+    def audio_size(self) -> int: ...
+    @property
+    def offset_ms(self) -> int: ...
+    @property
+    def duration_ms(self) -> int: ...
+
+
+def load_row(row: RecordedSpan, sample_rate: int) -> np.ndarray:
     """Audio of one row, (num_samples,) float32, cut to the row's duration so that it never outgrows its bucket."""
     audio = read_audio(
         row.audio_path,

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import numpy as np
 
 from raytrain.data.corpora.blocks import Block
-from raytrain.data.corpora.types import BadRow, Problem, Utterance
+from raytrain.data.corpora.types import BadRow, Problem
 from raytrain.data.text.prompt import key_prompt
 from raytrain.data.text.slots import PromptKey
 from raytrain.data.text.tokenizer import CanaryTokenizer
@@ -17,20 +16,6 @@ from raytrain.data.text.words import TextEncoder
 from raytrain.errors import TokenizerError
 
 _MAX_PROMPTS = 10_000
-
-
-class EncodedUtterance(NamedTuple):
-    """`ids` = prompt + text + end of text; the first `prompt_length` are the prompt."""
-
-    ids: list[int]
-    prompt_length: int
-
-
-def encode_utterance(tokenizer: CanaryTokenizer, utterance: Utterance, prompt_format: str) -> EncodedUtterance:
-    """The training sequence of one utterance."""
-    prompt = key_prompt(tokenizer, utterance.prompt_key, prompt_format)
-    text = tokenizer.encode_text(utterance.text, utterance.target_lang)
-    return EncodedUtterance([*prompt, *text, tokenizer.eos_id], len(prompt))
 
 
 @dataclass(frozen=True)

@@ -27,16 +27,31 @@ class StepWork:
     numbers: Sequence[int] | None = None
 
 
-def scheduled_work(
-    assignment: Assignment, schedule: BatchSchedule, state: ScheduleState, shares: Sequence[int], num_shares: int
-) -> Iterator[StepWork]:
-    """A worker's `shares` of the schedule's steps from `state` on, one after the other; each step has `num_shares`."""
+@dataclass(frozen=True)
+class PlannedStep:
+    """A step, the schedule's state after it, and whether the schedule ends there."""
+
+    plan: StepPlan
+    state: ScheduleState
+    is_last: bool
+
+
+def planned_steps(schedule: BatchSchedule, state: ScheduleState, num_shares: int) -> Iterator[PlannedStep]:
+    """The schedule's steps from `state` on, of `num_shares` each."""
     is_last = schedule.is_last(state, num_shares)
     while not is_last:
         plan, state = schedule.step(state, num_shares)
         is_last = schedule.is_last(state, num_shares)
+        yield PlannedStep(plan, state, is_last)
+
+
+def scheduled_work(
+    assignment: Assignment, schedule: BatchSchedule, state: ScheduleState, shares: Sequence[int], num_shares: int
+) -> Iterator[StepWork]:
+    """A worker's `shares` of the schedule's steps from `state` on, one after the other; each step has `num_shares`."""
+    for step in planned_steps(schedule, state, num_shares):
         for share in shares:
-            yield work_of(assignment, schedule, plan, share, state, is_last)
+            yield work_of(assignment, schedule, step.plan, share, step.state, step.is_last)
 
 
 def work_of(

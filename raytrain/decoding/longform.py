@@ -70,9 +70,11 @@ def most_windows(size: int, window: int, overlap: int) -> int:
     return max(0, -(-(size - window) // step)) + 1
 
 
-def default_overlap(window_s: float) -> float:
-    """Seconds that neighboring windows share by default."""
-    return min(4.0, window_s / 4)
+def checked_overlap(window_s: float, overlap_s: float | None) -> float:
+    """Seconds that neighboring windows share, also where none are given. Raises `DataError` as `check_window` does."""
+    overlap_s = min(4.0, window_s / 4) if overlap_s is None else overlap_s
+    check_window(window_s, overlap_s)
+    return overlap_s
 
 
 def check_window(window_s: float, overlap_s: float) -> None:

@@ -19,6 +19,7 @@ import torch
 from raytrain.data.batch import SpeechBatch
 from raytrain.data.text.tokenizer import CanaryTokenizer
 from raytrain.decoding.alignment import token_spans
+from raytrain.decoding.halving import in_halves
 from raytrain.decoding.hypothesis import Hypothesis
 from raytrain.decoding.longform import TimedToken, join
 from raytrain.decoding.precision import prepare_for_inference
@@ -91,23 +92,15 @@ class Recognizer:
         prompts are the first `prompt_lengths` of the batch's tokens. Where a GPU runs out of memory, halves are tried;
         a window that does not fit alone is answered with the error.
         """
-        results: list[Recognition | DataError] = []
-        limit = limit or len(batch)
-        while len(results) < len(batch):
-            rows = slice(len(results), min(len(results) + limit, len(batch)))
-            part = batch.part(rows)
-            # What did not fit is freed only after the except block has ended, which holds it.
-            try:
-                results += self._recognize(part, starts_s[rows], timed[rows])
-                continue
-            except torch.OutOfMemoryError as error:
-                why = str(error).strip().splitlines()[0]
-            self._watch.take()
-            torch.cuda.empty_cache()
-            if len(part) == 1:
-                results.append(self._too_long(part, why))
-            limit = -(-len(part) // 2)
-        return results
+
+        def recognize(rows: slice) -> Sequence[Recognition | DataError]:
+            return self._recognize(batch.part(rows), starts_s[rows], timed[rows])
+
+        def too_long(rows: slice, why: str) -> Sequence[Recognition | DataError]:
+            return [self._too_long(batch.part(rows), why)]
+
+        parts = in_halves(len(batch), limit or len(batch), recognize, lambda _: self._watch.take(), too_long)
+        return [window for _, windows in parts for window in windows]
 
     def _too_long(self, window: SpeechBatch, why: str) -> DataError:
         seconds = int(window.audio_lengths[0]) / self.model.config.sample_rate

@@ -22,7 +22,7 @@ from raytrain.data.batch import SpeechBatch
 from raytrain.data.text.prompt import prompt_ids
 from raytrain.data.text.tokenizer import CanaryTokenizer
 from raytrain.decoding.batching import sorted_batches
-from raytrain.decoding.longform import TimedToken, check_window, default_overlap, group_words, windows
+from raytrain.decoding.longform import TimedToken, checked_overlap, group_words, windows
 from raytrain.decoding.recognizer import Recognition, Recognizer, confidence, joined
 from raytrain.decoding.settings import DecodeSettings
 from raytrain.errors import DataError
@@ -104,8 +104,7 @@ class Transcriber:
         target, prompt_format = target_language or language, parts.config.prompt_format
         self.prompt = prompt_ids(self.tokenizer, language, target, pnc=pnc, prompt_format=prompt_format)
         self.sample_rate = parts.config.sample_rate
-        overlap_s = default_overlap(window_s) if overlap_s is None else overlap_s
-        check_window(window_s, overlap_s)
+        overlap_s = checked_overlap(window_s, overlap_s)
         torch_device = device_named(device)
         self.recognizer = Recognizer(
             parts.build(), self.tokenizer, settings or DecodeSettings(), torch_device, precision

@@ -14,7 +14,7 @@ from raytrain.config import Config, load_config
 from raytrain.console import Console
 from raytrain.demo.speech import make_corpus
 from raytrain.lengths.compare import PaddingRow
-from raytrain.report.views import Grid, Interval, ProfileSizes, Totals
+from raytrain.report.views import Grid, ProfileSizes, Score, Totals
 from raytrain.stages.pipeline import run_pipeline
 from raytrain.storage.artifacts import view_of
 from raytrain.storage.yaml_loading import read_yaml
@@ -39,18 +39,15 @@ ARTIFACTS = (
 )
 
 
-def run_demo(
-    root: Path, overrides: list[str], utterances: dict[str, int] | None = None, take_over: bool = False
-) -> int:
+def run_demo(root: Path, overrides: list[str], take_over: bool = False) -> int:
     """Run the demo below `root`; returns 0 only if every artifact exists and the WER is low enough."""
     console = Console()
     corpus = (root / "demo-corpus").absolute()
-    sizes = utterances or UTTERANCES
     config = demo_config(root, corpus, overrides)
     with console.stage("corpus") as finish:
-        with console.progress("speaking", sum(sizes.values())) as update:
-            make_corpus(corpus, sizes, seed=config.seed, on_utterance=lambda: update(advance=1))
-        finish(f"{sum(sizes.values())} spoken number strings in English, German, Spanish and French")
+        with console.progress("speaking", sum(UTTERANCES.values())) as update:
+            make_corpus(corpus, UTTERANCES, seed=config.seed, on_utterance=lambda: update(advance=1))
+        finish(f"{sum(UTTERANCES.values())} spoken number strings in English, German, Spanish and French")
     run_pipeline(config, console, take_over=take_over)
     return _show(config, console)
 
@@ -86,13 +83,7 @@ def _show(config: Config, console: Console) -> int:
 
 
 @dataclass(frozen=True)
-class _Score:
-    """Of `scores.json`: a word error rate with its interval."""
-
-    wer: float | None
-    utterances: int
-    wer_ci: Interval | None = None
-
+class _Score(Score):
     def __str__(self) -> str:
         if self.wer is None or self.wer_ci is None:
             return "none"

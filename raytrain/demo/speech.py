@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 import orjson
 
-from raytrain.errors import DataError
+from raytrain.errors import DataError, last_line
 from raytrain.storage.artifacts import atomic_write_bytes, canonical_json, make_folder
 
 DIGITS = {
@@ -116,11 +116,11 @@ def _call(command: list[str], on_line: Callable[[], None] | None) -> None:
         for _ in process.stdout or ():
             if on_line is not None:
                 on_line()
-        problem = process.stderr.read().decode().strip().splitlines() if process.stderr else []
+        problem = last_line(process.stderr.read().decode()) if process.stderr else ""
     if process.returncode:
         raise DataError(
             "the demo's speech can't be made",
-            why=problem[-1] if problem else "the process died",
+            why=problem or "the process died",
             remedy="pip install --force-reinstall espeakng-loader, and check that the folder can be written",
         )
 

@@ -18,6 +18,7 @@ from raytrain.lengths.padding import padded_sizes, padding_fraction
 from raytrain.lengths.plan import BucketPlan, BucketSettings, make_plan
 
 _MAX_UTTERANCES = 200_000
+_BATCH_SECONDS = 360.0
 
 
 @dataclass(frozen=True)
@@ -33,20 +34,18 @@ class PaddingRow:
 def padding_by_scheme(
     histogram: LengthHistogram,
     plan: BucketPlan,
-    batch_sizes: tuple[int, ...] | None = None,
     *,
     seed: int = 0,
-    batch_seconds: float = 360.0,
 ) -> list[PaddingRow]:
     """Compare schemes on the utterances that the plan keeps.
 
-    Without `batch_sizes` each bucket's batch holds `batch_seconds` of audio at its edge; random batches get the
-    mean size of the 2D scheme, so that schemes differ in order alone.
+    Each bucket's batch holds six minutes of audio at its edge; random batches get the mean size of the 2D scheme, so
+    that schemes differ in order alone.
     """
     durations, tokens = _sample(histogram, plan, seed)
     grid = plan.grid
     grid_1d = BucketGrid(tuple(Bucket(edge, int(tokens.max())) for edge in grid.duration_edges))
-    sizes_2d = batch_sizes or _sizes(grid, batch_seconds)
+    sizes_2d = tuple(max(1, int(_BATCH_SECONDS * 1000 // bucket.max_duration_ms)) for bucket in grid.buckets)
     sizes_1d = tuple(
         min(size for b, size in zip(grid.buckets, sizes_2d, strict=True) if b.max_duration_ms == edge)
         for edge in grid.duration_edges
@@ -57,10 +56,6 @@ def padding_by_scheme(
     everything = BucketGrid((Bucket(int(durations.max()), int(tokens.max())),))
     size = max(1, round(row_2d.mean_batch))
     return [_bucketed("random", durations, tokens, everything, (size,), rng), row_1d, row_2d]
-
-
-def _sizes(grid: BucketGrid, batch_seconds: float) -> tuple[int, ...]:
-    return tuple(max(1, int(batch_seconds * 1000 // bucket.max_duration_ms)) for bucket in grid.buckets)
 
 
 def _sample(histogram: LengthHistogram, plan: BucketPlan, seed: int) -> tuple[np.ndarray, np.ndarray]:

@@ -156,15 +156,6 @@ class BatchSchedule:
         """Rows that are left of the state's epoch (at its end: what starts the next one)."""
         return sum(self.left(state))
 
-    def steps_in_epoch(self, world_size: int) -> int:
-        """Steps of the first epoch, counted by going through it."""
-        epoch = BatchSchedule(self.seed, self.mixture, self.batch_sizes, num_epochs=1)
-        state, steps = epoch.initial(), 0
-        while not epoch.is_last(state, world_size):
-            _, state = epoch.step(state, world_size)
-            steps += 1
-        return steps
-
 
 def shares_of(rank: int, world_size: int, num_shares: int) -> range:
     """Which of a step's shares a worker takes: all of them are dealt out, and who has more has one more.

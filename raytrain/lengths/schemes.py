@@ -35,6 +35,7 @@ _TITLES = {
     "D": "C with duration × token buckets",
     "D+": "D with optimal edges",
 }
+_TRACED = 240  # batches whose memory the report shows
 _MAX_DRAWN = 4_000_000  # utterances of one scheme's simulation
 
 # Bytes of a step with batch size, longest duration (ms) and most tokens, (N,) each.
@@ -82,9 +83,7 @@ def sizes_by_seconds(
     return tuple(max(1, int(batch_seconds * n / need)) if n else 1 for n, need in zip(counts, total, strict=True))
 
 
-def largest_batch_seconds(
-    histogram: LengthHistogram, plan: BucketPlan, memory: Memory, budget: float, highest: float = 1e5
-) -> float:
+def largest_batch_seconds(histogram: LengthHistogram, plan: BucketPlan, memory: Memory, budget: float) -> float:
     """The most seconds of audio that scheme A or B may have without its worst possible batch running out of memory:
     what a person finds by trying. 1 s where even that does not fit."""
     edges = np.array([(bucket.max_duration_ms, bucket.max_tokens) for bucket in plan.grid.buckets])
@@ -93,7 +92,7 @@ def largest_batch_seconds(
         sizes = np.array(sizes_by_seconds(histogram, plan, batch_seconds))
         return bool((memory(sizes, edges[:, 0], edges[:, 1]) <= budget).all())
 
-    low, high = 1.0, highest
+    low, high = 1.0, 1e5
     while high - low > max(0.5, 0.005 * low):
         middle = math.sqrt(low * high)
         low, high = (middle, high) if fits(middle) else (low, middle)
@@ -153,12 +152,11 @@ def simulate_scheme(
     batch_seconds: float | None = None,
     seed: int = 0,
     steps: int = 4000,
-    traced: int = 240,
 ) -> SchemeRow:
     """Draw `steps` batches of a scheme, buckets as often as they have batches, and count."""
     cells = _BucketCells(histogram, plan, np.array(sizes, np.int64))
     rng = np.random.default_rng(seed)
-    steps = min(steps, max(traced, int(_MAX_DRAWN / cells.mean_batch)))
+    steps = min(steps, max(_TRACED, int(_MAX_DRAWN / cells.mean_batch)))
     buckets = rng.choice(len(sizes), steps, p=cells.batches_per_epoch / cells.batches_per_epoch.sum())
     drawn = cells.draw(buckets, rng, cost, memory)
     audio, token, compute = map(padding_fraction, drawn.real.tolist(), drawn.padded.tolist())
@@ -179,7 +177,7 @@ def simulate_scheme(
         memory_worst=float(peaks.max()),
         steps_per_epoch=float(cells.batches_per_epoch.sum()),
         flops=6 * float(drawn.padded[2]) / steps,  # two operations per multiply-accumulate; backward is twice forward
-        memory_trace=tuple(np.round(peaks[:traced], 4).tolist()),
+        memory_trace=tuple(np.round(peaks[:_TRACED], 4).tolist()),
     )
 
 

@@ -117,11 +117,6 @@ class Canary(nn.Module):
         self.transf_decoder._embedding.position_embedding.reset()
 
 
-def count_parameters(model: nn.Module) -> int:
-    """Trainable numbers; a tied matrix counts once."""
-    return sum(parameter.numel() for parameter in model.parameters())
-
-
 def exported_state(model: Canary) -> dict[str, Tensor]:
     """The state dict without the auxiliary CTC head."""
     with torch.no_grad():

@@ -88,8 +88,7 @@ class Attention(nn.Module):
     def __init__(self, width: int, heads: int, dropout: float) -> None:
         super().__init__()
         self.heads, self.dropout = heads, dropout
-        self.query_net, self.key_net = nn.Linear(width, width), nn.Linear(width, width)
-        self.value_net, self.out_projection = nn.Linear(width, width), nn.Linear(width, width)
+        self.query_net, self.key_net, self.value_net, self.out_projection = (nn.Linear(width, width) for _ in range(4))
 
     def split(self, x_BUD: Tensor) -> Tensor:
         """(B, U, D) → (B, H, U, K)."""

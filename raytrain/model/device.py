@@ -15,7 +15,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from raytrain.errors import ClusterError
+from raytrain.errors import ClusterError, first_line
 
 if TYPE_CHECKING:
     from torch import device as TorchDevice
@@ -114,7 +114,7 @@ def visible_gpus() -> list[Device]:
     except (RuntimeError, AssertionError) as error:  # torch raises both, the latter where it was built without CUDA
         raise ClusterError(
             "Ray hands out GPUs here that torch can't use",
-            why=str(error).strip().splitlines()[0],
+            why=first_line(error),
             remedy="install a torch build with CUDA that the driver supports (compare nvidia-smi with "
             "torch.version.cuda), or set train.device: cpu; `raytrain doctor` checks every node",
         ) from error

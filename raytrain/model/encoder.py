@@ -95,8 +95,7 @@ class RelativeAttention(nn.Module):
     def __init__(self, width: int, heads: int, dropout: float) -> None:
         super().__init__()
         self.heads, self.dropout = heads, dropout
-        self.linear_q, self.linear_k = nn.Linear(width, width), nn.Linear(width, width)
-        self.linear_v, self.linear_out = nn.Linear(width, width), nn.Linear(width, width)
+        self.linear_q, self.linear_k, self.linear_v, self.linear_out = (nn.Linear(width, width) for _ in range(4))
         self.linear_pos = nn.Linear(width, width, bias=False)
         self.pos_bias_u = nn.Parameter(torch.zeros(heads, width // heads))
         self.pos_bias_v = nn.Parameter(torch.zeros(heads, width // heads))

@@ -22,7 +22,7 @@ from raytrain.console import Console
 from raytrain.data.corpora.reading import plan_chunks
 from raytrain.data.corpora.types import Chunk, Corpus
 from raytrain.data.text.tokenizer import CanaryTokenizer
-from raytrain.decoding.longform import check_window, default_overlap
+from raytrain.decoding.longform import checked_overlap
 from raytrain.decoding.requests import Prompts, read_requests
 from raytrain.decoding.settings import DecodeSettings
 from raytrain.errors import ConfigError, ManifestError
@@ -82,8 +82,7 @@ def load_parts(path: str) -> tuple[Canary, CanaryTokenizer]:
 
 def transcribe_manifests(spec: TranscriptionSpec, console: Console) -> Summary:
     """Write `spec.output`. Raises `RaytrainError` for what no row is at fault for; a row's faults are in its line."""
-    overlap_s = default_overlap(spec.window_s) if spec.overlap_s is None else spec.overlap_s
-    check_window(spec.window_s, overlap_s)
+    overlap_s = checked_overlap(spec.window_s, spec.overlap_s)
     chunks = spec.chunks()
     _check_output(spec, chunks)
     config, tokenizer = _model(spec)

@@ -56,29 +56,33 @@ class ProfileDevice:
 
 
 @dataclass(frozen=True)
-class Profile:
-    """Of `batch_profile.json`: batch size and peak memory of each bucket; `confirmed` by real steps, or traced."""
+class ProfileSizes:
+    """Of `batch_profile.json`: the batch size of each bucket."""
 
     setting: ProfileDevice
     batch_sizes: list[int]
+
+
+@dataclass(frozen=True)
+class Profile(ProfileSizes):
+    """Of `batch_profile.json`: batch size and peak memory of each bucket; `confirmed` by real steps, or traced."""
+
     peak_gib: list[float]
     confirmed: bool
 
 
 @dataclass(frozen=True)
-class ProfileSizes:
-    """Of `batch_profile.json`: as `Profile`, where sizes are enough."""
-
-    setting: ProfileDevice
-    batch_sizes: list[int]
-
-
-@dataclass(frozen=True)
-class ScoreTotals:
-    """Of `scores.json`: the rates over all languages, with their 95 % intervals; BLEU by target language."""
+class Score:
+    """Of `scores.json`: a word error rate with its 95 % interval."""
 
     wer: float | None
     utterances: int
     wer_ci: Interval | None = None
+
+
+@dataclass(frozen=True)
+class ScoreTotals(Score):
+    """Of `scores.json`: the rates over all languages; BLEU by target language, with its 95 % intervals."""
+
     bleu: dict[str, float] = field(default_factory=dict)
     bleu_ci: dict[str, Interval | None] = field(default_factory=dict)

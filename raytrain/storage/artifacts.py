@@ -25,7 +25,7 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, TypeVar
 
-from raytrain.errors import ArtifactError, StorageError
+from raytrain.errors import ArtifactError, StorageError, system_reason
 
 if TYPE_CHECKING:
     from pydantic import TypeAdapter
@@ -115,7 +115,7 @@ def storage_error(path: Path | str, error: OSError) -> StorageError:
     """What to tell a user when the operating system refuses a write."""
     return StorageError(
         f"can't write {path}",
-        why=(error.strerror or str(error)).lower(),
+        why=system_reason(error),
         remedy="free space, or choose another folder (run.root); finished artifacts are kept as they were",
     )
 

@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from raytrain.errors import StorageError
+from raytrain.errors import StorageError, system_reason
 from raytrain.storage.filesystem import file_sizes, list_files, remove_files
 from raytrain.storage.locations import is_uri
 
@@ -48,9 +48,7 @@ class Leftover:
             pass
         except OSError as error:
             raise StorageError(
-                f"can't remove {path}",
-                why=(error.strerror or str(error)).lower(),
-                remedy="remove it by hand, as a user who may",
+                f"can't remove {path}", why=system_reason(error), remedy="remove it by hand, as a user who may"
             ) from error
 
 

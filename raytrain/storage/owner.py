@@ -17,7 +17,7 @@ from pathlib import Path
 import psutil
 import pydantic
 
-from raytrain.errors import RaytrainError
+from raytrain.errors import RaytrainError, system_reason
 from raytrain.redaction import redacted
 from raytrain.storage.artifacts import canonical_json
 from raytrain.storage.filesystem import Fingerprint, exists, fingerprint, read_range
@@ -165,7 +165,7 @@ def _is_there(path: str) -> bool:
         return False
     except OSError as error:
         raise StorageReadError(
-            f"can't read {path}", why=(error.strerror or str(error)).lower(), remedy="choose another folder (run.root)"
+            f"can't read {path}", why=system_reason(error), remedy="choose another folder (run.root)"
         ) from error
     if not is_file:
         raise StorageReadError(

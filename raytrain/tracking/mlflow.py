@@ -25,6 +25,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
+from raytrain.errors import first_line
 from raytrain.redaction import redacted, with_credentials
 
 if TYPE_CHECKING:
@@ -286,5 +287,4 @@ def _start_run(client: MlflowClient, experiment: str, run_name: str, parent: str
 
 
 def _short(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return redacted(lines[0] if lines else type(error).__name__)[:160]
+    return redacted(first_line(error))[:160]

@@ -22,7 +22,7 @@ from typing import Any, Protocol
 
 import torch
 
-from raytrain.errors import CheckpointError
+from raytrain.errors import CheckpointError, first_line
 from raytrain.storage.artifacts import (
     atomic_write_bytes,
     canonical_json,
@@ -67,7 +67,7 @@ class Checkpoint:
         except Exception as error:
             raise CheckpointError(
                 f"{path} can't be read",
-                why=next(iter(str(error).splitlines()), type(error).__name__),
+                why=first_line(error),
                 remedy="run the same command again: a damaged checkpoint is passed over for the one before it",
             ) from error
 

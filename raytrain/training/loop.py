@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 import torch
 
 from raytrain.data.batch import LoadedStep
-from raytrain.errors import TrainingError
+from raytrain.errors import TrainingError, first_line
 from raytrain.training.checkpoint import CheckpointFolder, CheckpointWriter
 from raytrain.training.checkpoint_meta import CheckpointMeta, validation_of
 from raytrain.training.hooks import LoopHooks, Validate
@@ -115,7 +115,7 @@ class TrainingLoop:
             raise TrainingError(
                 f"step {step} does not fit into the device's memory",
                 got=f"{size} utterances of bucket {bucket}",
-                why=str(error).splitlines()[0],
+                why=first_line(error),
                 remedy="training resumes from the last checkpoint with fewer of them; lower oomptimize.memory_fraction "
                 "where that happens often",
             ) from error

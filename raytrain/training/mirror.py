@@ -13,7 +13,7 @@ import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 
-from raytrain.errors import CheckpointError, RaytrainError, StorageError
+from raytrain.errors import CheckpointError, RaytrainError, StorageError, first_line
 from raytrain.storage.artifacts import file_id, make_folder
 from raytrain.storage.filesystem import download, list_entries, list_files, remove_file, upload
 from raytrain.storage.locations import StorageReadError, locate
@@ -87,7 +87,7 @@ class CheckpointMirror:
         except (OSError, StorageReadError) as error:
             raise CheckpointError(
                 f"train.storage_path {self.path} can't be read",
-                why=str(error).splitlines()[0],
+                why=first_line(error),
                 remedy="check the path and the credentials, or unset train.storage_path",
             ) from error
         return None

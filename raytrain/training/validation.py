@@ -8,12 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple, NoReturn
 
 import torch
 import torch.distributed as dist
 
 from raytrain.data.batch import SpeechBatch
+from raytrain.decoding.halving import in_halves
 from raytrain.decoding.search import transcribe_batch
 from raytrain.decoding.settings import DecodeSettings
 from raytrain.errors import TrainingError
@@ -47,6 +48,14 @@ class _Share:
             self.examples.append(f"corpus {row.corpus}: {error}")
 
 
+class Measured(NamedTuple):
+    """Texts of a part of a batch, and the summed cross-entropy of its tokens."""
+
+    texts: list[str]
+    loss_sum: float
+    num_tokens: float
+
+
 @dataclass(frozen=True)
 class Validator:
     """Computes validation loss (cross-entropy per token), and WER and BLEU of what is decoded.
@@ -77,10 +86,10 @@ class Validator:
         model.eval()
         mine = _Share()
         for rows, batch in self.batches(mine.miss):
-            for part, texts, ce_sum, tokens in self._in_parts(model, batch, device):
-                mine.loss_sum += ce_sum
-                mine.num_tokens += tokens
-                mine.decoded += [self._decoded(row, text) for row, text in zip(rows[part], texts, strict=True)]
+            for part, measured in self._in_parts(model, batch, device):
+                mine.loss_sum += measured.loss_sum
+                mine.num_tokens += measured.num_tokens
+                mine.decoded += [self._decoded(row, text) for row, text in zip(rows[part], measured.texts, strict=True)]
         model.train(was_training)
         shares = [mine]
         if dist.is_initialized():
@@ -111,34 +120,23 @@ class Validator:
             "last checkpoint; quarantine.jsonl lists the files" + "".join(f"\n  {example}" for example in examples),
         )
 
-    def _in_parts(
-        self, model: Canary, batch: SpeechBatch, device: torch.device
-    ) -> Iterator[tuple[slice, list[str], float, float]]:
-        """(utterances, their texts, summed cross-entropy, tokens) of a batch, in as few parts as fit into memory."""
-        start, size = 0, len(batch)
-        while start < len(batch):
-            part = slice(start, min(start + size, len(batch)))
-            # What did not fit is freed only after the except block has ended, which holds it.
-            try:
-                yield part, *self._measure(model, batch.part(part).to(device))
-                start = part.stop
-                continue
-            except torch.OutOfMemoryError as error:
-                why = str(error).strip().splitlines()[0]
-            number = part.stop - part.start
-            self.on_out_of_memory(number)
-            if device.type == "cuda":
-                torch.cuda.empty_cache()
-            if number == 1:
-                raise TrainingError(
-                    "validation of a single utterance does not fit into the device's memory",
-                    got=f"{int(batch.audio_lengths[start])} samples",
-                    why=why,
-                    remedy="lower oomptimize.memory_fraction, or leave such utterances out of data.dev",
-                )
-            size = -(-number // 2)
+    def _in_parts(self, model: Canary, batch: SpeechBatch, device: torch.device) -> Iterator[tuple[slice, Measured]]:
+        """Utterances, and what was measured of them, of a batch in as few parts as fit into memory."""
 
-    def _measure(self, model: Canary, batch: SpeechBatch) -> tuple[list[str], float, float]:
+        def too_large(part: slice, why: str) -> NoReturn:
+            raise TrainingError(
+                "validation of a single utterance does not fit into the device's memory",
+                got=f"{int(batch.audio_lengths[part.start])} samples",
+                why=why,
+                remedy="lower oomptimize.memory_fraction, or leave such utterances out of data.dev",
+            )
+
+        def measure(part: slice) -> Measured:
+            return self._measure(model, batch.part(part).to(device))
+
+        return in_halves(len(batch), len(batch), measure, self.on_out_of_memory, too_large)
+
+    def _measure(self, model: Canary, batch: SpeechBatch) -> Measured:
         texts = self._transcribe(model, batch)
         output = model(batch.audio, batch.audio_lengths, batch.input_ids, batch.input_lengths)
         loss = canary_loss(
@@ -150,7 +148,7 @@ class Validator:
             ctc_weight=0.0,
             label_smoothing=0.0,
         )
-        return texts, float(loss.ce_sum), float(loss.num_tokens)
+        return Measured(texts, float(loss.ce_sum), float(loss.num_tokens))
 
     def _transcribe(self, model: Canary, batch: SpeechBatch) -> list[str]:
         return [self.decode(best[0].ids) for best in transcribe_batch(model, batch, self.eos_id, self.search)]

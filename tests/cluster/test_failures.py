@@ -3,7 +3,7 @@
 import pytest
 import ray
 
-from raytrain.cluster.failures import Failure, GiveUp, Lower, Restart, cause_of_kind, decide, failure_of, readable
+from raytrain.cluster.failures import Failure, Restart, cause_of_kind, decide, failure_of, readable
 from raytrain.errors import DataError, TrainingError
 
 KILLED, ANY = Failure.KILLED_FOR_MEMORY, Failure.ANY
@@ -13,15 +13,15 @@ KILLED, ANY = Failure.KILLED_FOR_MEMORY, Failure.ANY
     ("failure", "lowered", "attempts_left", "decision"),
     [
         # A batch that did not fit is smaller now: that costs no attempt.
-        (ANY, ["bucket 3 takes 9"], 0, Lower("bucket 3 takes 9")),
-        (KILLED, ["bucket 3 takes 9", "bucket 1 takes 4"], 2, Lower("bucket 1 takes 4")),
+        (ANY, ["bucket 3 takes 9"], 0, Restart(0, "bucket 3 takes 9")),
+        (KILLED, ["bucket 3 takes 9", "bucket 1 takes 4"], 2, Restart(2, "bucket 1 takes 4")),
         # A worker that was killed in the middle of anything else may be killed again.
         (KILLED, [], 2, Restart(1, "a worker was killed for its memory")),
         (KILLED, [], 1, Restart(0, "a worker was killed for its memory")),
-        (KILLED, [], 0, GiveUp()),
+        (KILLED, [], 0, None),
         # Ray Train has used up its own attempts.
-        (ANY, [], 3, GiveUp()),
-        (ANY, [], 0, GiveUp()),
+        (ANY, [], 3, None),
+        (ANY, [], 0, None),
     ],
 )
 def test_what_follows_a_failure(failure, lowered, attempts_left, decision):

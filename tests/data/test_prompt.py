@@ -5,11 +5,12 @@ import json
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from plain_sequences import encode_utterance
 from recorded import recorded
 
 from raytrain.data.corpora.reading import plan_chunks, read_blocks
 from raytrain.data.corpora.types import BadRow, Corpus, Utterance
-from raytrain.data.sequences import BlockEncoder, encode_utterance
+from raytrain.data.sequences import BlockEncoder
 from raytrain.data.text.prompt import prompt_ids
 from raytrain.data.text.tokenizer import CanaryTokenizer, train_specials, train_tokenizer
 from raytrain.errors import TokenizerError

@@ -1,6 +1,5 @@
 """Rejected rows are counted by corpus and reason, merge in any order, and name the first of each."""
 
-import json
 from dataclasses import asdict
 
 import pytest
@@ -36,17 +35,6 @@ def test_workers_results_merge_in_any_order(chunks, order):
         merged.merge(of_chunk(chunk, chunks[chunk]))
     assert (merged.counts, merged.examples, merged.num_rows) == (in_order.counts, in_order.examples, 150)
     assert all(len(examples) <= NUM_EXAMPLES for examples in merged.examples.values())
-
-
-@given(st.tuples(CHUNK_LINES, CHUNK_LINES, CHUNK_LINES))
-def test_an_artifact_holds_what_it_takes_to_count_again(chunks):
-    rejected = RejectedRows()
-    for chunk, lines in enumerate(chunks):
-        rejected.merge(of_chunk(chunk, lines))
-    entries = json.loads(json.dumps([entry.to_dict() for entry in rejected.summary()]))
-    again = RejectedRows.from_summary(entries, rejected.num_rows)
-    assert (again.counts, again.summary(), again.num_rows) == (rejected.counts, rejected.summary(), 150)
-    assert again.lines() == rejected.lines()
 
 
 def test_examples_are_the_first_that_come():

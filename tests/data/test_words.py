@@ -8,10 +8,11 @@ import pytest
 import sentencepiece
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from plain_sequences import encode_utterance
 
 from raytrain.data.corpora.rows import RowParser
 from raytrain.data.corpora.types import Chunk
-from raytrain.data.sequences import BlockEncoder, encode_utterance
+from raytrain.data.sequences import BlockEncoder
 from raytrain.data.text.tokenizer import CanaryTokenizer, train_specials, train_tokenizer
 from raytrain.data.text.words import TextEncoder, words_are_independent
 from raytrain.errors import TokenizerError

@@ -39,7 +39,7 @@ from raytrain.stages.evaluate import check_unreadable
 from raytrain.stages.pipeline import run_pipeline
 from raytrain.training import validation
 from raytrain.training.limits import GaveUp
-from raytrain.training.validation import Validator
+from raytrain.training.validation import Measured, Validator
 
 CPU = torch.device("cpu")
 _TEXT = st.lists(st.sampled_from(["a", "b", "c"]), max_size=3).map(" ".join)
@@ -106,7 +106,7 @@ class _Fixed(Validator):
     """A validator whose model writes `a` for everything."""
 
     def _measure(self, model, batch):
-        return ["a"] * len(batch), 2.0 * len(batch), float(len(batch))
+        return Measured(["a"] * len(batch), 2.0 * len(batch), float(len(batch)))
 
 
 def validator(readable: int, unreadable: int, limit: float = 0.01) -> Validator:

@@ -51,9 +51,9 @@ def test_shares_are_met_and_an_epoch_keeps_its_length():
     hours, wanted = [15.0, 1.0], [0.6, 0.4]
     mixture = Mixture(rows, repeats_of(hours, wanted))
     assert mixture.repeats == pytest.approx((0.64, 6.4))
-    schedule = BatchSchedule(3, mixture, (16, 8))
+    schedule = BatchSchedule(3, mixture, (16, 8), num_epochs=3)
     state, seen = schedule.initial(), Counter()
-    for _ in range(3 * schedule.steps_in_epoch(world_size=4)):
+    while not schedule.is_last(state, world_size=4):
         plan, state = schedule.step(state, world_size=4)
         for rank in range(4):
             numbers = schedule.rows(plan, rank)

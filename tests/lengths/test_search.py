@@ -143,14 +143,15 @@ def test_shared_brackets_save_probes_and_change_no_answer(device, rng, tolerance
     for bucket in rng.sample(range(NUM_BUCKETS), NUM_BUCKETS):
         measure, largest = partial(device.measure, bucket), device.largest(bucket)
         start = max(1, int(largest * rng.uniform(0.8, 1.2)))
-        answer = search_batch_size(
-            measure,
-            BatchSizeSearch(start, MAX_SIZE, tolerance),
-            before=partial(shared.bracket, bucket),
-            after=lambda probe, bucket=bucket: shared.report(bucket, probe.batch_size, probe.fits),
-        )
-        assert is_within(answer.batch_size, largest, tolerance)
-        together += len(answer.probes)
+        search = BatchSizeSearch(start, MAX_SIZE, tolerance)
+        search.inform(*shared.bracket(bucket))
+        while (size := search.next()) is not None:
+            fits = measure(size).fits
+            search.report(size, fits)
+            shared.report(bucket, size, fits)
+            search.inform(*shared.bracket(bucket))
+            together += 1
+        assert is_within(search.result, largest, tolerance)
         alone += len(search_batch_size(measure, BatchSizeSearch(start, MAX_SIZE, tolerance)).probes)
     assert together <= alone + 3  # a narrower bracket is entered at another place at times
 

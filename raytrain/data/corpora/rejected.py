@@ -11,7 +11,7 @@ reported as one error with file, line and detail where there are too many.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, NamedTuple
 
@@ -69,15 +69,6 @@ class RejectedRows:
     examples: dict[Group, list[Example]] = field(default_factory=dict)
     num_rows: int = 0
     judged_by: str = ""
-
-    @classmethod
-    def from_summary(cls, entries: Iterable[Mapping[str, Any]], num_rows: int = 0) -> RejectedRows:
-        """The inverse of `summary`, from an artifact's JSON."""
-        rejected = cls(num_rows=num_rows)
-        for entry in entries:
-            first = [ExampleRow(row["file"], row["line"], row["detail"]) for row in entry["first"]]
-            rejected.extend(entry["corpus"], entry["reason"], entry["rows"], first)
-        return rejected
 
     def add(self, corpus: str, row: BadRow, chunk: int = 0) -> None:
         """Count one row; the first rows of a reason become its examples."""

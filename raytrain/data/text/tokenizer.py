@@ -16,7 +16,7 @@ import unicodedata
 from bisect import bisect_right
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 
 import sentencepiece
@@ -52,6 +52,16 @@ _SPECIALS_OF = {
 }
 # Not in NeMo's published models; they come last so that all other ids are NeMo's.
 _FURTHER = {"canary": (), "canary2": ("<|emo:happy|>", "<|emo:sad|>", "<|emo:angry|>")}
+_train_sentencepiece = partial(
+    sentencepiece.SentencePieceTrainer.train,
+    unk_id=0,
+    bos_id=-1,
+    eos_id=-1,
+    pad_id=-1,
+    character_coverage=1.0,
+    hard_vocab_limit=False,
+    minloglevel=2,
+)
 # A language's token is <|name|>, so a language called pnc would be taken for a slot's value.
 _TAKEN = {SPECIALS, *(token[2:-2] for tokens in _SPECIALS_OF.values() for token in tokens if token.startswith("<|"))}
 
@@ -259,19 +269,12 @@ def train_specials(languages: Iterable[str], prompt_format: str = "canary2") -> 
     names = [f"<|{language}|>" for language in _check_languages(languages)]
     symbols = [*_SPECIALS_OF[prompt_format], *names, *_FURTHER[prompt_format]]
     writer = io.BytesIO()
-    sentencepiece.SentencePieceTrainer.train(
+    _train_sentencepiece(
         sentence_iterator=iter([" ".join(symbols)]),
         model_writer=writer,
         model_type="bpe",
         vocab_size=len(symbols) + 2,  # <unk> and the bare ▁
         user_defined_symbols=symbols,
-        unk_id=0,
-        bos_id=-1,
-        eos_id=-1,
-        pad_id=-1,
-        character_coverage=1.0,
-        hard_vocab_limit=False,
-        minloglevel=2,
     )
     return writer.getvalue()
 
@@ -303,20 +306,13 @@ def _train(texts: list[str], vocab_size: int, model_type: str) -> bytes:
     while True:
         writer = io.BytesIO()
         try:
-            sentencepiece.SentencePieceTrainer.train(
+            _train_sentencepiece(
                 sentence_iterator=iter(texts),
                 model_writer=writer,
                 model_type=model_type,
                 vocab_size=size,
-                character_coverage=1.0,
-                bos_id=-1,
-                eos_id=-1,
-                pad_id=-1,
-                unk_id=0,
-                hard_vocab_limit=False,
                 max_sentence_length=max(_SENTENCE_BYTES, longest + 1),  # longer ones would be left out unmentioned
                 num_threads=1,  # threads would make the result depend on the machine
-                minloglevel=2,
             )
         except RuntimeError as error:
             if "ocabulary size" not in str(error) or size <= characters:

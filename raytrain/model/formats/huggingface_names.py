@@ -17,18 +17,24 @@ _ENCODER_BLOCK = {
     "self_attn.linear_pos": "self_attn.relative_k_proj",
     "conv.batch_norm": "conv.norm",
 }
+
+
+def _attention(module: str, theirs: str, keys_side: str) -> dict[str, tuple[str, str]]:
+    """The linear maps of one of the decoder's attentions, as in `_DECODER_BLOCK`."""
+    return {
+        f"{module}.query_net": (f"{theirs}.q_proj", "in"),
+        f"{module}.key_net": (f"{theirs}.k_proj", keys_side),
+        f"{module}.value_net": (f"{theirs}.v_proj", keys_side),
+        f"{module}.out_projection": (f"{theirs}.o_proj", "out"),
+    }
+
+
 # Our module → theirs, and which of its sides is the decoder's residual stream.
 _DECODER_BLOCK = {
     "layer_norm_1": ("input_layernorm", "out"),
-    "first_sub_layer.query_net": ("self_attn.q_proj", "in"),
-    "first_sub_layer.key_net": ("self_attn.k_proj", "in"),
-    "first_sub_layer.value_net": ("self_attn.v_proj", "in"),
-    "first_sub_layer.out_projection": ("self_attn.o_proj", "out"),
+    **_attention("first_sub_layer", "self_attn", "in"),
     "layer_norm_2": ("post_attention_layernorm", "out"),
-    "second_sub_layer.query_net": ("encoder_attn.q_proj", "in"),
-    "second_sub_layer.key_net": ("encoder_attn.k_proj", ""),
-    "second_sub_layer.value_net": ("encoder_attn.v_proj", ""),
-    "second_sub_layer.out_projection": ("encoder_attn.o_proj", "out"),
+    **_attention("second_sub_layer", "encoder_attn", ""),
     "layer_norm_3": ("final_layernorm", "out"),
     "third_sub_layer.dense_in": ("mlp.fc1", "in"),
     "third_sub_layer.dense_out": ("mlp.fc2", "out"),

@@ -10,7 +10,6 @@ cache of keys and values for every beam, and the copy of that cache when ended u
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,7 +23,7 @@ from raytrain.model.features import HOP
 from raytrain.training.memory.live_bytes import DeviceLike, LiveBytes
 from raytrain.training.memory.prediction import Prediction, predict_batch_size
 from raytrain.training.memory.surface import NeighborLines
-from raytrain.training.memory.tracer import StepMemory, without_gc
+from raytrain.training.memory.tracer import StepMemory, meta_batch, without_gc
 
 _PROMPT_TOKENS = 10
 _FIRST_EDGE_MS, _RATIO = 1000, 1.15
@@ -38,25 +37,13 @@ class _EvaluationLike(DeviceLike):
         super().__init__(device_type, False, lambda: None)
         self._on_cuda, self._efficient_attention = self._efficient_attention, True
 
-    def _attention(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        attn_mask: Tensor | None = None,
-        dropout_p: float = 0.0,
-        is_causal: bool = False,
-        **options: Any,
+    def _mixed(
+        self, query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, dropout_p: float, is_causal: bool
     ) -> Tensor:
         if self._on_cuda:
-            return super()._attention(query, key, value, attn_mask, dropout_p, is_causal, **options)
-        mask = attn_mask
-        if mask is not None and mask.dtype == torch.bool:
-            mask = torch.zeros_like(mask, dtype=query.dtype)
-        outputs = _aten._scaled_dot_product_flash_attention_for_cpu(
-            query, key, value, dropout_p, is_causal, attn_mask=mask
-        )
-        return outputs[0]
+            return super()._mixed(query, key, value, bias, dropout_p, is_causal)
+        attend = _aten._scaled_dot_product_flash_attention_for_cpu
+        return attend(query, key, value, dropout_p, is_causal, attn_mask=bias)[0]
 
 
 class DecodeTracer:
@@ -78,15 +65,7 @@ class DecodeTracer:
         """Bytes while `batch_size` utterances of `max_duration_ms` become texts that fill `max_tokens` positions."""
         meter = self._meter
         meter.reset()
-        with torch.device("meta"):
-            batch = SpeechBatch.synthetic(
-                batch_size,
-                max_duration_ms,
-                min(_PROMPT_TOKENS, max_tokens - 1),
-                vocab=self._config.vocab_size,
-                device="meta",
-                sample_rate=self._config.sample_rate,
-            )
+        batch = meta_batch(self._config, batch_size, max_duration_ms, min(_PROMPT_TOKENS, max_tokens - 1))
         for tensor in (*self._model.parameters(), *self._model.buffers()):
             meter.watch(tensor, "parameters", "model")
         resident = meter.live
@@ -94,7 +73,7 @@ class DecodeTracer:
             meter.watch(tensor, "activations", "batch")
         with without_gc(), torch.device("meta"), meter, _EvaluationLike(self._device_type):
             self._decode(batch, max_tokens)
-        return StepMemory(resident, meter.peak, {origin: size for origin, size in meter.at_peak.items() if size})
+        return StepMemory.of(meter, resident)
 
     def _decode(self, batch: SpeechBatch, max_tokens: int) -> None:
         model, meter, beams = self._model, self._meter, self._settings.beam_size

@@ -21,7 +21,7 @@ import time
 from collections.abc import Callable
 from typing import IO, Any
 
-from raytrain.errors import ProfileError
+from raytrain.errors import ProfileError, first_line, last_line
 from raytrain.training.memory.meter import Edges, Meter, Probe
 
 
@@ -61,7 +61,7 @@ class IsolatedMeter:
         if isinstance(answer, Exception):
             # The device is in an unknown state after anything but a plain lack of memory.
             self.close()
-            return Probe(batch_size, False, why=f"{type(answer).__name__}: {str(answer).strip().splitlines()[0][:200]}")
+            return Probe(batch_size, False, why=f"{type(answer).__name__}: {first_line(answer)[:200]}")
         return answer
 
     def kill(self) -> None:
@@ -103,10 +103,10 @@ class IsolatedMeter:
     def _cause_of_death(self, process: _MeterProcess) -> str:
         code = process.wait()
         self.close()
-        lines = process.messages()
+        message = last_line(process.messages())
         name = signal.Signals(-code).name if code < 0 else f"exit code {code}"
         killer = ", perhaps by the host for lack of memory" if code == -signal.SIGKILL else ""
-        return f"its process ended with {name}{killer}" + (f": {lines[-1][:200]}" if lines else "")
+        return f"its process ended with {name}{killer}" + (f": {message[:200]}" if message else "")
 
 
 class _MeterProcess:
@@ -147,10 +147,10 @@ class _MeterProcess:
             with contextlib.suppress(OSError):  # what it did not read is lost with it
                 pipe.close()
 
-    def messages(self) -> list[str]:
-        """Lines that it wrote to standard error."""
+    def messages(self) -> str:
+        """What it wrote to standard error."""
         self._messages.seek(0)
-        return self._messages.read().decode(errors="replace").strip().splitlines()
+        return self._messages.read().decode(errors="replace")
 
 
 def _write(pipe: IO[bytes], data: bytes) -> None:

@@ -16,6 +16,7 @@ from typing import Any, TypeAlias, TypeVar
 import torch
 from torch import Tensor, UntypedStorage
 from torch._ops import OpOverload
+from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -194,34 +195,16 @@ class DeviceLike(TorchFunctionMode):
     float32; all others take what comes.
     """
 
-    _LOWER = {
-        torch.nn.functional.linear,
-        torch.matmul,
-        torch.bmm,
-        torch.nn.functional.conv1d,
-        torch.nn.functional.conv2d,
-        torch.conv1d,
-        torch.conv2d,
-        Tensor.matmul,
-        Tensor.__matmul__,
-        torch.nn.functional.scaled_dot_product_attention,
-    }
-    _FULL = {
-        torch.nn.functional.layer_norm,
-        torch.nn.functional.softmax,
-        torch.nn.functional.log_softmax,
-        torch.softmax,
-        torch.log_softmax,
-        Tensor.softmax,
-        Tensor.log_softmax,
-        torch.nn.functional.cross_entropy,
-        torch.nn.functional.nll_loss,
-        torch.nn.functional.ctc_loss,
-        Tensor.pow,
-        torch.pow,
-        Tensor.sum,
-        torch.sum,
-    }
+    _LOWER = (
+        {F.linear, F.conv1d, F.conv2d, F.scaled_dot_product_attention}
+        | {torch.matmul, torch.bmm, torch.conv1d, torch.conv2d}
+        | {Tensor.matmul, Tensor.__matmul__}
+    )
+    _FULL = (
+        {F.layer_norm, F.softmax, F.log_softmax, F.cross_entropy, F.nll_loss, F.ctc_loss}
+        | {torch.softmax, torch.log_softmax, torch.pow, torch.sum}
+        | {Tensor.softmax, Tensor.log_softmax, Tensor.pow, Tensor.sum}
+    )
 
     def __init__(self, device_type: str, bf16: bool, on_backward: Callable[[], None]) -> None:
         super().__init__()
@@ -250,9 +233,9 @@ class DeviceLike(TorchFunctionMode):
         self, func: Callable[..., Any], types: Types, args: tuple[Any, ...] = (), kwargs: Options | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        if func is torch.nn.functional.scaled_dot_product_attention and self._efficient_attention:
+        if func is F.scaled_dot_product_attention and self._efficient_attention:
             return self._attention(*args, **kwargs)
-        if func is torch.nn.functional.dropout and self._fused_dropout:
+        if func is F.dropout and self._fused_dropout:
             return torch.native_dropout(args[0], kwargs["p"], kwargs["training"])[0]
         if func is Tensor.backward:
             self._active, self._in_backward = self._bf16, True
@@ -289,8 +272,12 @@ class DeviceLike(TorchFunctionMode):
         if bias is not None:
             bias = torch.zeros_like(bias, dtype=query.dtype) if bias.dtype == torch.bool else bias.to(query.dtype)
             bias = bias.expand(query.shape[0], query.shape[1], query.shape[2], key.shape[2])
-        outputs = _aten._scaled_dot_product_efficient_attention(query, key, value, bias, True, dropout_p, is_causal)
-        return outputs[0]
+        return self._mixed(query, key, value, bias, dropout_p, is_causal)
+
+    def _mixed(
+        self, query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, dropout_p: float, is_causal: bool
+    ) -> Tensor:
+        return _aten._scaled_dot_product_efficient_attention(query, key, value, bias, True, dropout_p, is_causal)[0]
 
 
 def _full(value: T) -> T | Tensor:

@@ -10,7 +10,7 @@ import datetime
 import random
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
 from raytrain.lengths.bucket_searches import BucketSearches
 from raytrain.lengths.search import BatchSizeSearch
@@ -86,26 +86,14 @@ class BucketSize:
     probes: tuple[Probe, ...]
 
 
-def search_batch_size(
-    measure: Callable[[int], Probe],
-    search: BatchSizeSearch,
-    before: Callable[[], tuple[Any, ...]] | None = None,
-    after: Callable[[Probe], None] | None = None,
-) -> BucketSize:
-    """Run one bucket's search to its end. `before` gives what the search is to be informed of, `after` is told each
-    outcome."""
+def search_batch_size(measure: Callable[[int], Probe], search: BatchSizeSearch) -> BucketSize:
+    """Run one bucket's search to its end."""
     probes: list[Probe] = []
-    while True:
-        if before is not None:
-            search.inform(*before())
-        size = search.next()
-        if size is None:
-            return _bucket_size(search.result, probes)
+    while (size := search.next()) is not None:
         probe = measure(size)
         probes.append(probe)
         search.report(size, probe.fits)
-        if after is not None:
-            after(probe)
+    return _bucket_size(search.result, probes)
 
 
 def search_buckets(measure: Callable[[int, int], Probe], searches: BucketSearches) -> tuple[BucketSize, ...]:

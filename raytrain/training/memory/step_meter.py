@@ -14,7 +14,7 @@ from collections.abc import Iterator
 import torch
 
 from raytrain.data.batch import SpeechBatch
-from raytrain.errors import ProfileError
+from raytrain.errors import ProfileError, first_line
 from raytrain.model.canary import Canary
 from raytrain.model.config import ModelConfig
 from raytrain.training.average import WeightAverage
@@ -103,7 +103,7 @@ class StepMeter:
             seconds = min(self._run(batch_size, edges) for _ in range(num_steps))
             return self._within_budget(Probe(batch_size, True, _peak_bytes(self._device), seconds))
         except torch.OutOfMemoryError as error:
-            why = str(error).strip().splitlines()[0]
+            why = first_line(error)
         self._recover(why)
         return Probe(batch_size, False, why=why)
 
@@ -170,7 +170,7 @@ def probe_model(config: ModelConfig, device: torch.device | str) -> Canary:
     with torch.device("meta"):
         model = Canary(config)
     model.to_empty(device=device)
-    model.log_softmax.mlp["layer0"].weight = model.transf_decoder._embedding.token_embedding.weight
+    model.tie_head()
     model.reset_constants()
     noise = torch.randn(_NOISE, device=device).mul_(0.02)
     with torch.no_grad():

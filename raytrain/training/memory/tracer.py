@@ -44,6 +44,11 @@ class StepMemory:
     peak_bytes: int
     at_peak: dict[tuple[str, str], int] = field(default_factory=dict)
 
+    @classmethod
+    def of(cls, meter: LiveBytes, resident_bytes: int) -> StepMemory:
+        """What a meter saw since it was reset."""
+        return cls(resident_bytes, meter.peak, {origin: size for origin, size in meter.at_peak.items() if size})
+
     def by_phase(self) -> dict[str, int]:
         """Bytes at the peak by phase, the largest first."""
         return _summed(self.at_peak, 0)
@@ -58,6 +63,19 @@ def _summed(at_peak: dict[tuple[str, str], int], part: int) -> dict[str, int]:
     for origin, size in at_peak.items():
         sums[origin[part]] += size
     return dict(sums.most_common())
+
+
+def meta_batch(config: ModelConfig, batch_size: int, max_duration_ms: int, max_tokens: int) -> SpeechBatch:
+    """A synthetic batch on `meta` tensors."""
+    with torch.device("meta"):
+        return SpeechBatch.synthetic(
+            batch_size,
+            max_duration_ms,
+            max_tokens,
+            vocab=config.vocab_size,
+            device="meta",
+            sample_rate=config.sample_rate,
+        )
 
 
 class StepTracer:
@@ -96,21 +114,13 @@ class StepTracer:
         """Bytes of a step of `batch_size` utterances at a bucket's upper edges."""
         meter = self._meter
         meter.reset()
-        with torch.device("meta"):
-            batch = SpeechBatch.synthetic(
-                batch_size,
-                max_duration_ms,
-                max_tokens,
-                vocab=self._config.vocab_size,
-                device="meta",
-                sample_rate=self._config.sample_rate,
-            )
+        batch = meta_batch(self._config, batch_size, max_duration_ms, max_tokens)
         self._rank.watch()
         resident = meter.live
         for tensor in batch.tensors():
             meter.watch(tensor, "activations", "batch")
         self._run(batch)
-        return StepMemory(resident, meter.peak, {origin: size for origin, size in meter.at_peak.items() if size})
+        return StepMemory.of(meter, resident)
 
     def _run(self, batch: SpeechBatch) -> None:
         meter, bf16 = self._meter, self._precision == "bf16"
