@@ -1,4 +1,4 @@
-"""A model on a device: batches of audio to tokens, windows of a recording to one text. Local or on a cluster.
+"""A model on a device: batches of audio to tokens, windows of a recording to one text. Runs locally or on a cluster.
 
 recognizer = Recognizer(model, tokenizer, DecodeSettings(), torch.device("cpu"))
 windows = recognizer.recognize(batch, starts_s=[0.0, 36.2], timed=[True, True])
@@ -31,7 +31,7 @@ PARTS = ("features", "encoder", "decoder")
 
 
 class Recognition(NamedTuple):
-    """What a window holds: its best tokens, the ids of the other hypotheses, and whether the text came to its end."""
+    """The result for a window: its best tokens, the ids of the other hypotheses, and whether the text is complete."""
 
     tokens: list[TimedToken]
     alternatives: list[list[int]]
@@ -39,15 +39,15 @@ class Recognition(NamedTuple):
 
 
 class Stopwatch:
-    """Seconds that a device spends on the parts of a batch. On CUDA events measure them, and nothing waits for the GPU
-    until they are asked for."""
+    """Seconds that a device spends on the parts of a batch. On CUDA, events measure them, and nothing waits for the GPU
+    until they are read."""
 
     def __init__(self, device: torch.device) -> None:
         self._on_cuda = device.type == "cuda"
         self._marks: list[tuple[str, Any]] = []
 
     def mark(self, part: str) -> None:
-        """What ran since the last mark was `part`; the first mark only starts."""
+        """Attribute the time since the last mark to `part`; the first mark only starts the clock."""
         now: Any = time.perf_counter()
         if self._on_cuda:
             now = torch.cuda.Event(enable_timing=True)
@@ -87,16 +87,16 @@ class Recognizer:
     ) -> list[Recognition | DataError]:
         """The windows of a batch, at most `limit` of them at a time.
 
-        `starts_s` are their times in the recordings. Tokens have times where `timed` asks for them, else NaN. The
-        prompts are the first `prompt_lengths` of the batch's tokens. Where a GPU runs out of memory, halves are tried;
-        a window that does not fit alone is answered with the error.
+        `starts_s` are their times in the recordings. Tokens have times if `timed` asks for them, else NaN. The prompts
+        are the first `prompt_lengths` of the batch's tokens. If a GPU runs out of memory, the batch is halved; a window
+        that does not fit alone gets the error as its result.
         """
         results: list[Recognition | DataError] = []
         limit = limit or len(batch)
         while len(results) < len(batch):
             rows = slice(len(results), min(len(results) + limit, len(batch)))
             part = batch.part(rows)
-            # What did not fit is freed only after the except block has ended, which holds it.
+            # The except block keeps the failed batch alive, so its memory is freed only afterwards.
             try:
                 results += self._recognize(part, starts_s[rows], timed[rows])
                 continue
@@ -114,7 +114,7 @@ class Recognizer:
         return DataError(
             f"{seconds:.1f} s of audio need more memory than the device has left",
             why=why,
-            remedy="lower --window-seconds or --beam-size, or see that nothing else uses the device",
+            remedy="lower --window-seconds or --beam-size, or make sure that nothing else uses the device",
         )
 
     @torch.inference_mode()
@@ -164,7 +164,7 @@ class Recognizer:
 
 
 def joined(spans_s: Sequence[tuple[float, float]], windows: Sequence[Recognition]) -> list[TimedToken]:
-    """The tokens of a recording from those of its windows, which lie at `spans_s`."""
+    """The tokens of a recording from those of its windows, located at `spans_s`."""
     tokens = windows[0].tokens
     for (_, left_end), (right_start, _), window in zip(spans_s, spans_s[1:], windows[1:], strict=False):
         tokens = join(tokens, window.tokens, right_start, left_end)
@@ -172,5 +172,5 @@ def joined(spans_s: Sequence[tuple[float, float]], windows: Sequence[Recognition
 
 
 def confidence(tokens: Sequence[TimedToken]) -> float | None:
-    """The geometric mean of the tokens' probabilities, None where there are none."""
+    """The geometric mean of the tokens' probabilities, None if there are none."""
     return math.exp(sum(token.log_prob for token in tokens) / len(tokens)) if tokens else None

@@ -60,7 +60,7 @@ def test_a_step_without_a_readable_recording_says_what_is_wrong_with_it(tmp_path
     reader = StepReader([(2000, 20)], sample_rate=16000, pad_id=0, quarantine=Quarantine(None))
     work = StepWork(StepPlan(0, 0, (2,), 0), StreamState(), False, rows, [1, 2])
     try:
-        with pytest.raises(DataError, match="because can't read audio .*0.wav; because there is no such file") as error:
+        with pytest.raises(DataError, match="because can't read audio .*0.wav; because no such file") as error:
             reader.finish(work, reader.start(work))
     finally:
         reader.close()

@@ -81,7 +81,7 @@ def test_every_reader_names_a_file_that_can_not_be_decompressed(tmp_path, name, 
     with pytest.raises((StorageReadError, ManifestError), match=f"cuts.000.jsonl.{ending}.*check it with") as caught:
         for chunk in plan_chunks([Corpus("c", str(path), name, audio=audio, language="en")]):
             list(read_chunk(chunk))
-    assert str(caught.value).isprintable() and "rename it if it is plain" in str(caught.value)
+    assert str(caught.value).isprintable() and "fix its extension" in str(caught.value)
     if damage != "garbage after it":
         assert f".{ending}" in read_start(str(path)) or damage == "cut"
 

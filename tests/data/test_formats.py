@@ -192,7 +192,7 @@ def test_a_member_is_found_by_its_name_its_stem_or_its_recording(tmp_path):
 
 def test_a_compressed_tar_is_refused(tmp_path):
     (tmp_path / "t.tar").write_bytes(gzip.compress(b"x" * 2000))
-    with pytest.raises(StorageReadError, match="t.tar is no tar that can be read by range; .*uncompressed"):
+    with pytest.raises(StorageReadError, match="t.tar is not a tar that can be read by range; .*uncompressed"):
         TarIndex(str(tmp_path / "t.tar"))
 
 

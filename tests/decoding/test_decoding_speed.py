@@ -271,7 +271,7 @@ def test_a_prepared_model_gives_the_same_texts():
 
 
 def test_precisions_that_are_not_there():
-    with pytest.raises(DataError, match="no such precision; got fp8; allowed: fp32, bf16, int8"):
+    with pytest.raises(DataError, match="unknown precision; got fp8; allowed: fp32, bf16, int8"):
         prepare_for_inference(talker(), "fp8", CPU)
     with pytest.raises(DataError, match="int8 weights need a CPU; got device cuda; to do: ask for bf16"):
         prepare_for_inference(talker(), "int8", torch.device("cuda"))

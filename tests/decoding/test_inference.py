@@ -444,7 +444,7 @@ def test_what_a_pool_can_not_have_is_refused(local_ray):
     assert find_pool(2, "cpu", None).budget_bytes == pytest.approx(pool.budget_bytes / 2, rel=0.01)
     with pytest.raises(ConfigError, match="no room for so many workers; got 50"):
         find_pool(50, "cpu", None)
-    with pytest.raises(ConfigError, match="no such device; got cuda"):
+    with pytest.raises(ConfigError, match="unavailable device; got cuda"):
         find_pool(1, "cuda", None)
 
 

@@ -57,7 +57,7 @@ def test_files_are_sized_listed_and_read_by_range(place):
 def test_a_range_that_is_not_there_is_an_error(place):
     folder, write = place
     write("a.bin", b"0123456789")
-    with pytest.raises(StorageReadError, match="a.bin is cut short; got 2 bytes from 8 on; allowed: 4"):
+    with pytest.raises(StorageReadError, match="a.bin is truncated; got 2 bytes starting at 8; allowed: 4"):
         read_range(f"{folder}/a.bin", 8, 4)
 
 
@@ -129,7 +129,7 @@ def test_braces_and_stars_go_together(tmp_path):
     "pattern", ["{0..1000000}", "{9999999999999..0}", "{0..999}{0..999}{0..999}", "{0..99999}{0..99999}{0..99999}"]
 )
 def test_a_pattern_for_too_many_files_is_refused_at_once(pattern):
-    with pytest.raises(StorageReadError, match="stands for too many files; allowed: 1000000"):
+    with pytest.raises(StorageReadError, match="matches too many files; allowed: 1000000"):
         expand(pattern)
 
 

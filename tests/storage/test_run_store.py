@@ -68,7 +68,7 @@ def test_a_file_that_is_not_what_was_written_is_an_error(place, cache):
     driver.publish()
     write_bytes(f"{place}/run/statistics.json", b"{ }")
     cache("second")
-    with pytest.raises(StorageError, match="statistics.json is not what was written there.*rerun its stage"):
+    with pytest.raises(StorageError, match="statistics.json is not the file that was written there.*rerun its stage"):
         RunStore(f"{place}/run").fetch("statistics.json")
 
 

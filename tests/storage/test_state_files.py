@@ -391,7 +391,7 @@ def test_the_older_checkpoint_takes_the_place_of_a_broken_one(two_checkpoints, c
     path.write_bytes(json.dumps({**json.loads(path.read_bytes()), **change}).encode())
     assert read_checkpoint(path.parent) is None
     assert two_checkpoints.newest().step == 1
-    with pytest.raises(CheckpointError, match="not a whole checkpoint"):
+    with pytest.raises(CheckpointError, match="not a complete checkpoint"):
         two_checkpoints.at(2)
 
 

@@ -204,7 +204,7 @@ def test_sharded_meters_probe_together_and_are_made_anew_after_a_failure(tmp_pat
     for rank in range(2):
         assert probes[rank, 2].fits, probes[rank, 2].why
         assert not probes[rank, 7].fits and probes[rank, 7].why == "CUDA out of memory"
-        assert not probes[rank, 3].fits and "make the meters of all ranks anew" in probes[rank, 3].why
+        assert not probes[rank, 3].fits and "recreate the meters of all ranks" in probes[rank, 3].why
 
 
 @pytest.mark.timeout(240)
