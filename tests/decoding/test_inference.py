@@ -518,7 +518,7 @@ def test_an_error_not_caused_by_a_row_ends_the_job_at_once(checkpoint, corpus, f
 
 
 @pytest.mark.parametrize(
-    ("arguments", "said"),
+    ("arguments", "message"),
     [
         ([], "not both"),
         (["a.wav", "--manifest", "m.jsonl"], "not both"),

@@ -155,7 +155,7 @@ def test_nothing_to_score_is_no_interval():
 
 
 @pytest.mark.parametrize(
-    ("language", "said", "heard"),
+    ("language", "reference", "hypothesis"),
     [
         ("en", "Mr. O'Brien's 20 dollars", "mister o brien's $20"),
         ("en-GB", "The colour, uh, won't fade.", "the color will not fade"),

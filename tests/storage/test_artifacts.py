@@ -64,7 +64,7 @@ def test_a_folder_that_cannot_be_made(tmp_path):
 
 
 def test_errors_survive_pickle():
-    error = PlanError("bad", got=3, allowed="1, 2", why="of x", remedy="mend")
+    error = PlanError("bad", got=3, allowed="1, 2", why="of x", remedy="fix")
     copy = pickle.loads(pickle.dumps(error))
     assert type(copy) is PlanError and str(copy) == str(error)
     assert isinstance(copy, RaytrainError)

@@ -146,7 +146,7 @@ DOCUMENT = st.fixed_dictionaries({}, optional={name: JSON for name in ("id", "bo
     | st.sampled_from([b"[" * 100_000, b'{"format": "x/1", "id": 1, "body": ' + b"[" * 900 + b"]" * 900 + b"}"])
 )
 def test_an_invalid_artifact_is_a_readable_error(tmp_path_factory, data):
-    path = tmp_path_factory.mktemp("no") / "artefact.json"
+    path = tmp_path_factory.mktemp("no") / "artifact.json"
     path.write_bytes(data)
     with pytest.raises(ArtifactError, match="to do: "):
         read_json(path, "x/1")

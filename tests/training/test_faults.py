@@ -161,9 +161,9 @@ def test_losses_are_the_same_bit_for_bit_wherever_workers_were_killed(faulty, un
 
 def test_one_worker_that_accumulates_learns_what_two_workers_learn(trained):
     from_one_worker, from_two_workers = trained["one"], trained["two"]
-    expected, learnt = steps_of(from_two_workers), steps_of(from_one_worker)
-    assert len(learnt) == 30
-    for step, values in learnt.items():
+    expected, learned = steps_of(from_two_workers), steps_of(from_one_worker)
+    assert len(learned) == 30
+    for step, values in learned.items():
         assert values[:3] == pytest.approx(expected[step][:3], abs=1e-5), f"step {step}"
         assert values[4:] == expected[step][4:]
     models = [

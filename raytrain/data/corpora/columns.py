@@ -1,4 +1,4 @@
-"""A fast path that checks ordinary rows by columns, without a look at each row.
+"""A fast path that checks ordinary rows by columns, without visiting each row.
 
 `RowParser.block` tries `Columns` first, and checks row by row if it returns None. Both must give the same result.
 """

@@ -63,7 +63,7 @@ class StepTracer:
     """Traces training steps of one model as a `device_type` (cuda or cpu) would run them. `precision` is fp32 or bf16.
 
     With a `world_size` above 1 the step is that of one of as many ranks: of a model in DDP, or with `shard` (by default
-    from the settings) of a model sharded by FSDP2; see `traced_ranks`.
+    as the settings say) of one that FSDP2 spreads over the ranks; see `ranks.py`.
     """
 
     def __init__(
