@@ -193,7 +193,7 @@ def test_weights_that_lie_about_their_size_or_kind_are_refused(parts, tmp_path):
         (good.bool(), "plain tensor"),
         (good.to("meta"), "plain tensor"),
         (good.to(torch.complex64), "plain tensor"),
-        (good * float("nan"), "not finite"),
+        (good * float("nan"), "non-finite"),
     ):
         with pytest.raises(CheckpointError, match=match):
             replace(parts, state={**parts.state, name: value}).build()

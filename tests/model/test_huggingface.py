@@ -151,7 +151,7 @@ def test_all_that_cannot_be_written_is_named(tmp_path):
     parts = random_parts(replace(TINY, encoder_width=32))
     parts.state["log_softmax.mlp.layer0.weight"] = parts.state["log_softmax.mlp.layer0.weight"].half()
     parts.state["transf_decoder._embedding.position_embedding.pos_enc"][0] += 1
-    with pytest.raises(CheckpointError, match=r"no projection.*head's weight.*float16.*pos_enc.*plain name") as caught:
+    with pytest.raises(CheckpointError, match=r"no projection.*head's weight.*float16.*pos_enc.*plain tokenizer name") as caught:
         write_huggingface(replace(parts, tokenizers={"../en": b""}), tmp_path / "model")
     assert "32 differs from decoder_width 64" in str(caught.value) and not list(tmp_path.iterdir())
 
