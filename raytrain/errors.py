@@ -2,7 +2,7 @@
 
     RaytrainError
     ├── ConfigError          a setting is unknown, of the wrong type or contradicts another
-    ├── DataError            the corpus can't be used as it is
+    ├── DataError            the corpus can't be used
     │   ├── ManifestError    a manifest is missing or has too many bad lines
     │   └── TokenizerError   a tokenizer can't be made, read, or lacks a language
     ├── ArtifactError        a file that a stage reads is absent, of another format or damaged
@@ -14,7 +14,7 @@
     └── TrainingError        training can't start or continue
         └── CheckpointError  no checkpoint can be read
 
-A message says what happened, what was got, what is allowed, why, and what to do:
+A message says what happened, what it got, what is allowed, why, and what to do:
 
     >>> str(PlanError("bucket 7 is empty", got=0, remedy="lower num_duration_buckets"))
     'bucket 7 is empty; got 0; to do: lower num_duration_buckets'
@@ -53,12 +53,12 @@ class RaytrainError(Exception):
         super().__init__("; ".join(parts))
 
     def to_dict(self) -> dict[str, str | None]:
-        """The parts as text, from which an error like this can be made again."""
+        """The parts as text, from which the error can be rebuilt."""
         parts = {"what": self.what, "got": self.got, "allowed": self.allowed, "why": self.why, "remedy": self.remedy}
         return {name: None if part is None else str(part) for name, part in parts.items()}
 
     def __reduce__(self) -> tuple[Callable[..., RaytrainError], tuple[object, ...]]:
-        # Exceptions cross process borders by pickle (Ray); keyword arguments need help there.
+        # Exceptions cross process boundaries by pickle (Ray), which needs help with keyword arguments.
         return _rebuild, (type(self), self.what, self.got, self.allowed, self.why, self.remedy)
 
 
@@ -69,7 +69,7 @@ def _rebuild(
 
 
 def last_line(error: BaseException | str) -> str:
-    """The end of an error's message, where a worker's traceback says what happened, or of a program's output.
+    """The last line of an error's message, where a worker's traceback says what happened, or of a program's output.
 
     An error without a message gives the name of its type.
 
@@ -83,7 +83,8 @@ def last_line(error: BaseException | str) -> str:
 
 
 def first_line(error: BaseException) -> str:
-    """The beginning of an error's message, where libraries say what is wrong; the error's type if there is none."""
+    """The first line of an error's message, where libraries state the problem; the error's type if the message is
+    empty."""
     return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
@@ -97,7 +98,7 @@ class ConfigError(RaytrainError):
 
 
 class DataError(RaytrainError):
-    """The corpus can't be used as it is."""
+    """The corpus can't be used."""
 
 
 class ManifestError(DataError):

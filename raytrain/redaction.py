@@ -1,13 +1,13 @@
-"""Secrets stay in the process: what is written, sent to MLflow or printed goes through `redacted` first.
+"""Secrets stay in the process: everything written, printed or sent to MLflow goes through `redacted` first.
 
-Hidden are user and password of a URL, query parameters that sign or authorize, and the values of environment variables
-whose names say that they are secret:
+It hides the user and password of a URL, query parameters that sign or authorize, and the values of environment
+variables whose names mark them as secret:
 
     >>> redacted({"uri": "https://ann:pw@mlflow.example/a?page=2&token=abc"})
     {'uri': 'https://***@mlflow.example/a?page=2&token=***'}
 
-Settings never hold credentials: those of `tracking.uri` move to $RAYTRAIN_TRACKING_URI when it is read, from where
-`with_credentials` takes them back at the last moment; in any other setting they are refused.
+Settings never hold credentials: those of `tracking.uri` move to $RAYTRAIN_TRACKING_URI when it is read, and
+`with_credentials` puts them back at the last moment; any other setting refuses them.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _PART = r"[^\s/?#\"'<>]"
 _USERINFO = re.compile(
     r"(\b[A-Za-z][A-Za-z0-9+.-]{0,30}://)(?:"
     rf"{_PART}*:{_PART}*"  # user:password
-    r"|[^\s/@:\[\"'<>]+:(?!\d*(?:[/?#]|$))[^\s@\"'<>]*"  # a password with a bare slash; host:80/ is none
+    r"|[^\s/@:\[\"'<>]+:(?!\d*(?:[/?#]|$))[^\s@\"'<>]*"  # a password with a bare slash; host:80/ is not one
     r"|(?<=https://)[^\s/?#@\"'<>]+|(?<=http://)[^\s/?#@\"'<>]+"  # a token alone; hdfs://user@host is a user's name
     r")@"
 )
@@ -62,7 +62,7 @@ def _redacted(value: Any, secrets: list[str], done: dict[int, object]) -> Any:
         return _text(value, secrets)
     if not isinstance(value, dict) and type(value) not in (list, tuple):
         return value
-    # What YAML's aliases stand for is one value that hangs in many places.
+    # YAML aliases make one value appear in many places.
     if id(value) not in done:
         if isinstance(value, dict):
             done[id(value)] = {key: _redacted(item, secrets, done) for key, item in value.items()}
@@ -72,7 +72,7 @@ def _redacted(value: Any, secrets: list[str], done: dict[int, object]) -> Any:
 
 
 def without_credentials(text: str) -> str:
-    """The text with the credentials of its URLs hidden; twice is the same as once."""
+    """The text with the credentials of its URLs hidden; idempotent."""
     text = _USERINFO.sub(rf"\g<1>{HIDDEN}@", text)
     return _QUERY.sub(rf"\g<1>{HIDDEN}", text)
 
@@ -85,8 +85,8 @@ def holds_credentials(text: str) -> bool:
 def with_credentials(uri: str) -> str:
     """A tracking address with the credentials that were hidden in it.
 
-    They are those of $RAYTRAIN_TRACKING_URI or $MLFLOW_TRACKING_URI where that is the same address. Elsewhere it has
-    none, and MLflow takes MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD.
+    They come from $RAYTRAIN_TRACKING_URI or $MLFLOW_TRACKING_URI if that is the same address. Otherwise there are none,
+    and MLflow uses MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD.
     """
     for name in (TRACKING_VARIABLE, MLFLOW_VARIABLE):
         full = os.environ.get(name, "")
@@ -96,12 +96,12 @@ def with_credentials(uri: str) -> str:
 
 
 def is_secret(name: str, value: str) -> bool:
-    """Whether an environment variable holds a secret, as its name or its value tells."""
+    """Whether an environment variable holds a secret, judging by its name or value."""
     return holds_credentials(value) or bool(_SECRET_NAME.search(name) and not _NAMES_A_LOCATION.search(name))
 
 
 def guard_output() -> None:
-    """From here on tracebacks and log records of this process are redacted too."""
+    """From now on, redact tracebacks and log records of this process too."""
 
     def hook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
         sys.stderr.write(redacted("".join(traceback.format_exception(kind, error, trace))))
@@ -123,9 +123,10 @@ def _text(text: str, secrets: list[str]) -> str:
 
 
 def _secret_values() -> list[str]:
-    """Values of secret variables, as they are and as a URL spells them; the longest first, for one may hold another."""
+    """Values of secret variables, as they are and as a URL spells them; the longest first, since one may contain
+    another."""
     values = set()
-    for name in list(os.environ):  # another thread may take a variable away
+    for name in list(os.environ):  # another thread may remove a variable
         value = os.environ.get(name, "")
         if len(value) >= _SHORTEST and is_secret(name, ""):
             values |= {value, quote(value, safe="")}

@@ -1,4 +1,4 @@
-"""What a setting says of itself, beside its type: a sentence, its unit, the numbers or choices that it allows.
+"""A setting's metadata besides its type: a sentence, its unit, and the numbers or choices that it allows.
 
     @dataclass(frozen=True)
     class Settings:
@@ -32,7 +32,7 @@ class Setting:
     """The sentence of a setting or of a section, and the unit of its numbers where it has one.
 
     `lineage` says whether the setting decides what a model learns, so that training can't be resumed from a checkpoint
-    of another value. Unset, it is as in the section around the setting, and there true.
+    of another value. Unset, it is inherited from the enclosing section, whose default is true.
     """
 
     help: str
@@ -44,7 +44,7 @@ class Setting:
 class Range:
     """Numbers from `low` to `high`, without `low` if they must be `above` it, without `high` if `below`.
 
-    Each number of a list must be among them. What is not a number (None, `auto`) is left to the type.
+    Each number of a list must be among them. Values that are not numbers (None, `auto`) are left to the type.
     """
 
     low: float
@@ -54,20 +54,20 @@ class Range:
 
     def __contains__(self, number: float) -> bool:
         high = number < self.high if self.below else number <= self.high
-        return bool(high and (number > self.low if self.above else number >= self.low))  # NaN is in no range
+        return bool(high and (number > self.low if self.above else number >= self.low))  # no range contains NaN
 
     def __str__(self) -> str:
         return self.text(_plain)
 
     def text(self, show: Callable[[float], str]) -> str:
-        """The range in words, its ends as `show` writes them."""
+        """The range in words, with its limits formatted by `show`."""
         low, high = show(self.low), show(self.high)
         if not self.above and not self.below:
             return f"from {low} to {high}"
         return f"{'above' if self.above else 'at least'} {low} and {'below' if self.below else 'at most'} {high}"
 
     def problem(self, value: object) -> str | None:
-        """What is wrong with a value, None where nothing is."""
+        """The problem with a value, None if there is none."""
         numbers = value if isinstance(value, list | tuple) else [value]
         wrong = [number for number in numbers if isinstance(number, int | float) and number not in self]
         return f"must be {self}, got {list(numbers) if numbers is value else value}" if wrong else None
@@ -91,7 +91,7 @@ class Range:
 
 @dataclass(frozen=True)
 class Facts:
-    """What the annotations of a field say: its setting, its range or its choices, and whether it may be any text."""
+    """The annotations of a field: its setting, its range or its choices, and whether it may be any text."""
 
     setting: Setting | None
     range: Range | None
@@ -100,11 +100,11 @@ class Facts:
 
     @property
     def allowed(self) -> str:
-        """The range or the choices, empty where the type says it all."""
+        """The range or the choices, empty if the type says it all."""
         return str(self.range) if self.range else ", ".join(self.choices)
 
     def problem(self, value: object) -> str | None:
-        """What is wrong with a value, None where nothing is."""
+        """The problem with a value, None if there is none."""
         if self.choices and value is not None and value not in self.choices:
             return f"must be one of {self.allowed}, got {value!r}"
         if self.range is None:
@@ -127,14 +127,14 @@ _FACTS: dict[type, dict[str, Facts]] = {}
 
 
 def setting_problems(settings: object) -> list[str]:
-    """What is wrong with the numbers and choices of a settings dataclass."""
+    """The problems with the numbers and choices of a settings dataclass."""
     facts = facts_of(type(settings))
     problems = ((name, fact.problem(getattr(settings, name))) for name, fact in facts.items())
     return [f"{name} {problem}" for name, problem in problems if problem]
 
 
 def refuse(problems: Sequence[str]) -> None:
-    """Raise one `ValueError` with all problems; nothing where there are none."""
+    """Raise one `ValueError` with all problems, if there are any."""
     if problems:
         raise ValueError("; ".join(problems))
 
@@ -148,7 +148,7 @@ def _facts(hint: object) -> Facts:
 
 
 def parts_of(hint: object) -> Iterator[object]:
-    """A type with all that it is made of and annotated with."""
+    """A type with all its arguments and annotations."""
     yield hint
     yield from getattr(hint, "__metadata__", ())
     if typing.get_origin(hint) is not Literal:

@@ -1,4 +1,5 @@
-"""Threads beside a block of code: `repeating` calls a function, `reporting_wait` says what the block waits for."""
+"""Background threads for a block of code: `repeating` calls a function, `reporting_wait` says what the block waits
+for."""
 
 from __future__ import annotations
 
@@ -27,10 +28,10 @@ def repeating(
     at_end: bool = True,
     join_seconds: float | None = 10.0,
 ) -> Iterator[threading.Thread]:
-    """While the body runs, a thread calls `function` after each `seconds`, or the seconds that it returns.
+    """While the body runs, a thread calls `function` every `seconds`, or after the number of seconds that it returns.
 
-    The first call comes after `first` seconds, if given; with `at_end` another one comes when the body has ended, for
-    which the end waits `join_seconds` at most (None: as long as it takes).
+    The first call comes after `first` seconds, if given; with `at_end` there is another call when the body has ended,
+    for which the exit waits `join_seconds` at most (None: as long as it takes).
     """
     stopped = threading.Event()
 
@@ -54,12 +55,12 @@ def repeating(
 def reporting_wait(
     what: str | Callable[[], str], after: float | None = None, interval: float = INTERVAL_SECONDS
 ) -> Iterator[None]:
-    """Say on standard error what the body waits for (`what` may be asked anew each time) when it has taken `after`
-    seconds (10 if left out), and again after each `interval` seconds."""
-    stderr, start = os.dup(2), time.monotonic()  # the body may have fd 2 elsewhere
+    """Report on standard error what the body waits for (`what` may be a function, called each time) once it has taken
+    `after` seconds (10 if left out), and again every `interval` seconds."""
+    stderr, start = os.dup(2), time.monotonic()  # the body may redirect fd 2
 
     def say() -> None:
-        with contextlib.suppress(Exception):  # asking may fail while what the body waits for is unavailable
+        with contextlib.suppress(Exception):  # `what` may fail while the awaited service is unavailable
             text = what if isinstance(what, str) else what()
             report_wait(text, time.monotonic() - start, stderr)
 

@@ -1,7 +1,7 @@
 """From manifests to batches: corpora and their texts, audio, assigned rows, and the loader of training steps.
 
-From the ground up: `text/` (tokenizers and prompts) and `audio/` know of nothing else here; `corpora/` reads rows with
-them; `locator` finds the rows' audio and `sequences` their tokens; `assignment/` keeps them on disk; `batch`, `work`,
-`quarantine`, `loader` and `stream` make training steps of them. Imports `storage` and `lengths`, no model and no Ray;
-open `corpora/types` first, then `assignment` and `loader`.
+From the ground up: `text/` (tokenizers and prompts) and `audio/` depend on nothing else here; `corpora/` reads rows
+with them; `locator` finds the rows' audio and `sequences` encodes their tokens; `assignment/` stores them on disk;
+`batch`, `work`, `quarantine`, `loader` and `stream` turn them into training steps. Imports `storage` and `lengths`, no
+model and no Ray; open `corpora/types` first, then `assignment` and `loader`.
 """

@@ -1,8 +1,8 @@
-"""Change recordings while they are loaded: speed, reverberation, noise, gain.
+"""Augment recordings while loading: speed, reverberation, noise, gain.
 
-How a recording is changed follows from its draw in the schedule alone, so a resumed run, or one with other workers,
-gets the same audio. Speed changes length, and a slower recording could outgrow its bucket; a speed is drawn among those
-with which it does not.
+A recording's changes depend on its draw in the schedule alone, so a resumed run, or a run with other workers, gets the
+same audio. Speed changes length, and a slower recording could outgrow its bucket; the speed is drawn from those with
+which it still fits.
 """
 
 from __future__ import annotations
@@ -30,19 +30,19 @@ class AugmentSettings:
 
     speeds: Annotated[
         tuple[Annotated[float, Range(0.5, 2)], ...],
-        Setting("Speeds of which each recording gets one, all equally likely, as [0.9, 1.0, 1.1]."),
+        Setting("Speeds to draw from, all equally likely, such as [0.9, 1.0, 1.1]."),
     ] = ()
     noise: Annotated[
-        tuple[str, ...], Setting("Patterns of audio files with noise, local or remote, as /noise/*.flac.")
+        tuple[str, ...], Setting("Patterns of audio files with noise, local or remote, such as /noise/*.flac.")
     ] = ()
-    noise_probability: Annotated[Probability, Setting("How likely a recording gets noise.")] = 0.5
+    noise_probability: Annotated[Probability, Setting("Probability that a recording gets noise.")] = 0.5
     noise_snr_db: Annotated[
         tuple[Decibels, Decibels], Setting("Lowest and highest ratio of speech to noise to draw from.", unit="dB")
     ] = (10.0, 30.0)
     impulse_responses: Annotated[
         tuple[str, ...], Setting("Patterns of audio files with impulse responses of rooms, for reverberation.")
     ] = ()
-    reverb_probability: Annotated[Probability, Setting("How likely a recording gets reverberation.")] = 0.3
+    reverb_probability: Annotated[Probability, Setting("Probability that a recording gets reverberation.")] = 0.3
     gain_db: Annotated[
         tuple[Decibels, Decibels] | None, Setting("Lowest and highest gain to draw from.", unit="dB")
     ] = None
@@ -58,15 +58,14 @@ class AugmentSettings:
 
     @property
     def is_on(self) -> bool:
-        """Whether anything would change."""
+        """Whether any augmentation is on."""
         return bool(self.speeds or self.noise or self.impulse_responses or self.gain_db)
 
 
 @dataclass
 class Augmenter:
-    """Changes recordings by settings. Files of noise and impulse responses are listed once and kept after their first
-    use, the last `_KEPT` of them. Safe to share between threads. Raises `StorageReadError` where a pattern matches
-    nothing."""
+    """Applies the settings to recordings. Noise and impulse-response files are listed once, and the last `_KEPT` used
+    are cached. Safe to share between threads. Raises `StorageReadError` if a pattern matches nothing."""
 
     settings: AugmentSettings
     sample_rate: int
@@ -79,9 +78,9 @@ class Augmenter:
         self._read = lru_cache(maxsize=_KEPT)(self._read_file)
 
     def __call__(self, samples: np.ndarray, key: int, max_samples: int) -> np.ndarray:
-        """(N,) float32 → (M,) float32 with M ≤ max(N, `max_samples`); `key` decides what is drawn.
+        """(N,) float32 → (M,) float32 with M ≤ max(N, `max_samples`); `key` seeds the draws.
 
-        Raises `DataError` where a file of noise or an impulse response can't be read.
+        Raises `DataError` if a noise or impulse-response file can't be read.
         """
         settings, rng = self.settings, np.random.default_rng(key)
         # All draws come first: whether one change happens must not affect the next.
@@ -103,7 +102,7 @@ class Augmenter:
     def _read_file(self, path: str) -> np.ndarray:
         try:
             return read_audio(path, sample_rate=self.sample_rate)
-        except AudioError as error:  # it must not be taken for a fault of the utterance
+        except AudioError as error:  # it must not be mistaken for a fault of the utterance
             raise DataError(
                 f"{path}, named by augment, can't be read",
                 why=error.why,
@@ -133,7 +132,7 @@ def reverberate(samples: np.ndarray, response: np.ndarray) -> np.ndarray:
 
 
 def add_noise(samples: np.ndarray, noise: np.ndarray, snr_db: float, at: float) -> np.ndarray:
-    """(N,) → (N,): `noise` from the share `at` of its length on, in a circle, `snr_db` below the speech."""
+    """(N,) → (N,): `noise` starting at fraction `at` of its length, wrapping around, `snr_db` below the speech."""
     start = int(at * len(noise))
     piece = np.take(noise, np.arange(start, start + len(samples)), mode="wrap")
     scale = _rms(samples) / max(_rms(piece), 1e-8) * 10 ** (-snr_db / 20)

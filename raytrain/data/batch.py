@@ -1,4 +1,4 @@
-"""`SpeechBatch`: what a training step takes; real and synthetic batches have one constructor each and one shape.
+"""`SpeechBatch`: the input of a training step; real and synthetic batches have one constructor each.
 
 Shapes: B utterances, S samples, L tokens (prompt + text + end of text).
 """
@@ -76,7 +76,7 @@ class SpeechBatch:
         sample_rate: int = 16000,
         prompt_length: int = 9,
     ) -> SpeechBatch:
-        """A full batch at a bucket's upper edges; what a memory probe runs. `device` may be `meta`."""
+        """A full batch at a bucket's upper edges, as memory probes use it. `device` may be `meta`."""
         samples = max_duration_ms * sample_rate // 1000
         prompt = min(prompt_length, max(max_tokens - 2, 1))
         full = partial(torch.full, (batch_size,), device=device, dtype=torch.int64)
@@ -96,14 +96,14 @@ class SpeechBatch:
         return [getattr(self, field.name) for field in fields(self)]
 
     def part(self, utterances: slice) -> SpeechBatch:
-        """Some of the utterances, without the padding that only the rest needs."""
+        """A slice of the utterances, without the padding that only the rest needs."""
         if (utterances.start or 0, utterances.stop) == (0, len(self)):
             return self
         audio, lengths, *tokens = (tensor[utterances] for tensor in self.tensors())
         return SpeechBatch(audio[:, : int(lengths.max())], lengths, *tokens)
 
     def to(self, device: torch.device | str) -> SpeechBatch:
-        """The batch on another device; from pinned memory the copy does not wait."""
+        """The batch on another device; from pinned memory the copy is asynchronous."""
         return SpeechBatch(*(tensor.to(device, non_blocking=True) for tensor in self.tensors()))
 
     def pin_memory(self) -> SpeechBatch:
@@ -138,23 +138,23 @@ class SpeechBatch:
 
 
 class StepState(Protocol):
-    """What it takes to resume after a step: `ScheduleState`, or `StreamState` without assignment."""
+    """The state to resume from after a step: `ScheduleState`, or `StreamState` without assignment."""
 
     @property
     def epoch(self) -> int:
-        """Times that all rows were drawn."""
+        """Completed passes over all rows."""
         ...
 
     def to_dict(self) -> Mapping[str, Any]:
-        """JSON values, which a checkpoint keeps."""
+        """JSON values for the checkpoint."""
         ...
 
 
 @dataclass(frozen=True)
 class LoadedStep:
-    """One share of a step (a micro-batch), and the schedule's state after the step (what a checkpoint keeps). `is_last`
-    where a finite schedule ends here; `rows` as they were drawn, before broken ones were replaced. Each of the loader's
-    threads read for `read_seconds` on average, and computed for `cpu_seconds` of them."""
+    """One share of a step (a micro-batch), and the schedule's state after the step (for the checkpoint). `is_last` if a
+    finite schedule ends here; `rows` as drawn, before broken ones were replaced. The loader's threads each spent
+    `read_seconds` reading on average, `cpu_seconds` of it on a CPU."""
 
     batch: SpeechBatch
     plan: StepPlan

@@ -1,4 +1,4 @@
-"""A batch and a note about it as an Arrow table of one row, which Ray Data moves between processes without a copy."""
+"""A batch and its metadata as an Arrow table of one row, which Ray Data moves between processes without a copy."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from raytrain.data.batch import SpeechBatch
 
 
 def pack_batch(batch: SpeechBatch, note: bytes) -> pa.Table:
-    """A table of one row: the tensors as bytes, their shapes, and the note."""
+    """A table of one row: the tensors as bytes, their shapes, and the metadata."""
     tensors = batch.tensors()
     columns = {
         f"tensor_{number}": pa.array([tensor.numpy().tobytes()], pa.large_binary())

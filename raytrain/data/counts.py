@@ -1,7 +1,7 @@
-"""What is counted of a corpus: lengths, rows, rejected rows, unknown pieces, and what a sample's headers contradict.
+"""The counts of a corpus: lengths, rows, rejected rows, unknown pieces, and contradictions in a sample of headers.
 
-A worker turns a chunk into `Counts`; partial counts merge in any order, and nothing in their sum grows with the corpus
-but one number of lines for each chunk.
+A worker turns a chunk into `Counts`; partial counts merge in any order, and their sum does not grow with the corpus
+except for one line count per chunk.
 """
 
 from __future__ import annotations
@@ -19,14 +19,15 @@ from raytrain.data.probe import NO_LISTING, AudioListing, HeaderSample, ProbeCou
 from raytrain.data.sequences import BlockEncoder
 from raytrain.lengths.histogram import LengthHistogram
 
-_MERGE_AT = 1 << 18  # rows or cells that wait before they are merged
+_MERGE_AT = 1 << 18  # rows or cells that are buffered before a merge
 
 Group = tuple[str, str, str]  # corpus, source language, target language
 TextGroup = tuple[str, str]  # corpus, language of the texts
 
 
 class HistogramSum:
-    """A running sum: small histograms wait and are merged together, as merging costs what the large one holds."""
+    """A running sum: small histograms are buffered and merged together, since a merge costs as much as the large one
+    holds."""
 
     def __init__(self) -> None:
         self._waiting: list[LengthHistogram] = []
@@ -49,11 +50,12 @@ class HistogramSum:
 
 @dataclass
 class Counts:
-    """What one worker, or all of them, counted. `add` merges a partial count into this.
+    """The counts of one worker, or of all. `add` merges a partial count into this.
 
-    `num_rows` counts by corpus, and `lines` says how many lines begin in each chunk. `text_tokens` are those of texts
-    without prompts and ends, `unknown` those of them that stand for what the tokenizer can't write: `characters`.
-    `probed` counts the rows by corpus whose headers were read, and `contradicted` has those that these contradict.
+    `num_rows` counts by corpus, and `lines` is the number of lines that begin in each chunk. `text_tokens` counts the
+    tokens of texts without prompts and ends, `unknown` those that replace `characters` which the tokenizer can't
+    encode. `probed` counts by corpus the rows whose headers were read, and `contradicted` has the rows that they
+    contradict.
     """
 
     groups: dict[Group, HistogramSum] = field(default_factory=dict)
@@ -90,13 +92,13 @@ class Counts:
             self.rejected.add(chunk.corpus, row, chunk.index)
 
     def add_probes(self, chunk: Chunk, probes: ProbeCounts) -> None:
-        """Count what the headers of a chunk's sample said."""
+        """Count the result of reading a chunk's sample of headers."""
         self.probed.update(probes.probed)
         for row in sorted(probes.examples, key=lambda row: row.line):
             self.contradicted.add(chunk.corpus, row, chunk.index)
 
     def count_texts(self, block: Block, tokens: np.ndarray, unknown: np.ndarray, encoder: BlockEncoder) -> None:
-        """Count (N,) tokens of a block's texts and how many of them are unknown."""
+        """Count the (N,) tokens of a block's texts and how many of them are unknown."""
         for language, rows in block.by_prompt([key.target_lang for key in block.prompts]):
             group = (block.chunk.corpus, language)
             self.text_tokens[group] += int(tokens[rows].sum())
@@ -135,7 +137,7 @@ class _WaitingLengths:
             self.merge()
 
     def merge(self) -> None:
-        """Count what waits."""
+        """Count the buffered lengths."""
         for group, parts in self._parts.items():
             durations, tokens = (np.concatenate(columns) for columns in zip(*parts, strict=True))
             histogram = LengthHistogram.from_lengths(durations, tokens)
@@ -153,7 +155,7 @@ def count_chunk(
     """
     counts, sample = Counts(), HeaderSample(chunk, sample_size)
     waiting = _WaitingLengths(counts)
-    # Relative: only the driver learns how many lines stand before the chunk.
+    # Relative: only the driver knows how many lines come before the chunk.
     for raw in read_blocks(replace(chunk, first_line=1)):
         block = listing.check(encoder.check(raw))
         sample.add(block)
@@ -172,7 +174,7 @@ def number_lines(counts: Counts, chunks: list[Chunk]) -> list[Chunk]:
     numbered = []
     path, first = "", 1
     for chunk in chunks:
-        if chunk.first_line:  # counted when cut: files that are not cut, rows of Parquet
+        if chunk.first_line:  # known since planning: whole files, rows of Parquet
             path, first = chunk.path, chunk.first_line
         elif chunk.path != path:
             path, first = chunk.path, 1

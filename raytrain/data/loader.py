@@ -1,8 +1,8 @@
-"""From planned steps to batches: audio read and collated by threads ahead of the training step.
+"""From planned steps to batches: audio is read and collated by threads ahead of the training step.
 
 With an assignment every rank computes the same schedule and takes its own shares of each step, so ranks agree without
-talking. A recording that can't be read is replaced by another readable row of the same bucket, which keeps the batch's
-shape, and is noted in the quarantine file.
+communication. A recording that can't be read is replaced by another readable row of the same bucket, which keeps the
+batch's shape, and is noted in the quarantine file.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ _ReadRow = tuple[Row, np.ndarray, int]
 
 @dataclass(frozen=True)
 class _ReadTask:
-    """Rows that one thread read, and what they took of its time and of a CPU's."""
+    """Rows that one thread read, and the wall and CPU time that they took."""
 
     rows: list[_ReadRow]
     seconds: float
@@ -50,8 +50,8 @@ _Reading = Iterator[_ReadTask]  # the tasks of a step that threads are reading, 
 class StepReader:
     """Reads and collates steps with a pool of threads.
 
-    `edges` are each bucket's (max_duration_ms, max_tokens); `assignment` gives rows that replace broken ones. `close()`
-    ends the threads.
+    `edges` are each bucket's (max_duration_ms, max_tokens); `assignment` provides replacements for broken rows.
+    `close()` ends the threads.
     """
 
     def __init__(
@@ -71,7 +71,7 @@ class StepReader:
         self._pool = ThreadPoolExecutor(num_threads, thread_name_prefix="audio")
 
     def close(self) -> None:
-        """End the threads; what they have not begun is dropped."""
+        """Stop the threads; tasks that have not started are dropped."""
         self._closed.set()
         self._pool.shutdown(wait=False, cancel_futures=True)
 
@@ -81,7 +81,7 @@ class StepReader:
         return self._pool.map(partial(self._read_task, work), tasks)
 
     def finish(self, work: StepWork, reading: _Reading) -> LoadedStep:
-        """Wait for a step's rows and put them together. Raises `DataError` where too many can't be read."""
+        """Wait for a step's rows and collate them. Raises `DataError` if too many can't be read."""
         tasks = list(reading)
         rows, audios, replaced = zip(*chain.from_iterable(task.rows for task in tasks), strict=True)
         batch = SpeechBatch.collate(
@@ -125,7 +125,7 @@ class StepReader:
                 self._quarantine.add(row, error)
                 why = why or str(error)
         raise DataError(
-            f"bucket {work.plan.bucket}: no recording to take the place of broken ones can be read",
+            f"bucket {work.plan.bucket}: no readable recording can replace the broken ones",
             got=work.rows[index].audio_path,
             why=why,
             remedy="check data.root and that every worker sees the audio; quarantine.jsonl lists the files",
@@ -155,7 +155,7 @@ class BatchLoader:
         self, work: Iterable[StepWork], reader: StepReader, *, prefetch_batches: int = 4, pin_memory: bool = False
     ) -> None:
         self._work, self._reader, self._pin_memory = work, reader, pin_memory
-        # A thread begins on GPU 0, where pinning would make a context; this one belongs to the worker's own GPU.
+        # A thread starts on GPU 0, where pinning would create a context; this one uses the worker's own GPU.
         self._device = torch.cuda.current_device() if pin_memory else None
         self._ready: queue.Queue[LoadedStep | Exception | None] = queue.Queue(prefetch_batches)
         self._stopped = threading.Event()
@@ -169,7 +169,7 @@ class BatchLoader:
         self.close()
 
     def close(self) -> None:
-        """End the threads; batches in flight are dropped."""
+        """Stop the threads; batches in flight are dropped."""
         self._stopped.set()
         self._producer.join(timeout=30)
         self._reader.close()
@@ -187,7 +187,7 @@ class BatchLoader:
         try:
             if self._device is not None:
                 torch.cuda.set_device(self._device)
-            # One batch decodes while the one before is put together.
+            # One batch decodes while the previous one is collated.
             ahead: deque[tuple[StepWork, _Reading]] = deque()
             for work in self._work:
                 ahead.append((work, self._reader.start(work)))
@@ -206,7 +206,7 @@ class BatchLoader:
 
     def _finish(self, work: StepWork, reading: _Reading) -> LoadedStep:
         loaded = self._reader.finish(work, reading)
-        # Copies to the GPU then do not wait.
+        # Copies to the GPU are asynchronous then.
         return replace(loaded, batch=loaded.batch.pin_memory()) if self._pin_memory else loaded
 
     def _put(self, item: LoadedStep | Exception | None) -> None:
@@ -253,7 +253,7 @@ def read_rows(
     batch_size: int,
     on_error: Callable[[Row, AudioError], None],
 ) -> Iterator[tuple[list[Row], SpeechBatch]]:
-    """Batches of given rows, longest first, for decoding; a broken recording is left out after `on_error`."""
+    """Batches of given rows, longest first, for decoding; a broken recording is skipped after a call of `on_error`."""
     ordered = sorted(rows, key=lambda row: -row.duration_ms)
     for start in range(0, len(ordered), batch_size):
         kept, audios = [], []

@@ -1,4 +1,4 @@
-"""Where the audio of a chunk's rows lies: files, ranges of tars, rows of Parquet files."""
+"""Locations of the audio of a chunk's rows: files, ranges of tars, rows of Parquet files."""
 
 from __future__ import annotations
 
@@ -12,8 +12,7 @@ from raytrain.data.corpora.types import Chunk
 
 
 class AudioLocations(NamedTuple):
-    """Path, first byte and size of each recording as `assignment.Row` has them, and what is wrong with it, None if
-    nothing."""
+    """Path, first byte and size of each recording as in `assignment.Row`, and its problem, None if there is none."""
 
     paths: list[str]
     starts: list[int]
@@ -64,7 +63,7 @@ class AudioLocator:
 
 
 class WholeFileLocator:
-    """Locates the files alone, for tars whose headers shall not be read yet."""
+    """Locates only the files, for tars whose headers should not be read yet."""
 
     def __init__(self, chunk: Chunk) -> None:
         self._chunk = chunk

@@ -13,7 +13,7 @@ from raytrain.data.audio.embedded import read_audio_bytes
 
 
 def make_flacs(rows: pa.Table, sample_rate: int) -> list[bytes | AudioError]:
-    """The rows' audio (`assignment.ROW_SCHEMA`) as mono 16-bit FLAC at `sample_rate`, or why there is none."""
+    """The rows' audio (`assignment.ROW_SCHEMA`) as mono 16-bit FLAC at `sample_rate`, or why it can't be read."""
     names = ("audio_path", "audio_start", "audio_size", "offset_ms", "duration_ms")
     columns = [rows[name].to_pylist() for name in names]
     embedded = _embedded(columns[0], columns[1], columns[2])
@@ -37,7 +37,7 @@ def make_flacs(rows: pa.Table, sample_rate: int) -> list[bytes | AudioError]:
 
 
 def _embedded(paths: list[str], starts: list[int], sizes: list[int]) -> dict[tuple[str, int], bytes]:
-    """The bytes of all rows that lie in Parquet, each file read once."""
+    """The audio bytes of all rows in Parquet files, each file read once."""
     rows_of: dict[str, list[int]] = {}
     for path, start, size in zip(paths, starts, sizes, strict=True):
         if size == PARQUET_ROW:
@@ -46,7 +46,7 @@ def _embedded(paths: list[str], starts: list[int], sizes: list[int]) -> dict[tup
 
 
 def encode_flac(samples: np.ndarray, sample_rate: int) -> bytes:
-    """(num_samples,) float32 in [-1, 1] as 16-bit FLAC; exact for what came from 16 bits."""
+    """(num_samples,) float32 in [-1, 1] as 16-bit FLAC; exact for audio that was 16-bit."""
     # libsndfile's own conversion scales by 32767, which would change loud samples by one.
     whole = np.clip(np.rint(samples * 32768.0), -32768, 32767).astype(np.int16)
     file = io.BytesIO()

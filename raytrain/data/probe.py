@@ -1,8 +1,8 @@
 """A check of the audio before anything is trained on it: whether files exist, and what a sample's headers say.
 
-A manifest is only as good as the audio that it names. Where local files are missing, every row that names such a file
-is identified at the price of listing its folder. Of a sample of rows the headers are read, which shows recordings that
-can't be decoded and wrong durations, as where a manifest meets the audio of another corpus.
+A manifest is only as good as its audio. Every row whose local file is missing is identified for the cost of listing its
+folder. For a sample of rows the headers are read, which reveals recordings that can't be decoded and wrong durations,
+as when a manifest is paired with the audio of another corpus.
 """
 
 from __future__ import annotations
@@ -27,15 +27,15 @@ from raytrain.storage.locations import StorageReadError, is_uri
 REASONS = ("missing_audio", "unreadable_audio", "short_audio")
 MISSING, UNREADABLE, SHORT = REASONS
 _NO_FILE = "there is no file "
-TOLERANCE = 0.1  # of a row's duration that its audio may lack
-_LIST_FROM = 16  # rows in a folder from which on listing it costs less than asking for each
+TOLERANCE = 0.1  # fraction of a row's duration that its audio may lack
+_LIST_FROM = 16  # with this many rows in a folder, listing costs less than checking each
 _MAX_NAMES = 4_000_000
-_MAX_CHUNKS = 64  # of a corpus whose rows are sampled
-_MAX_REMOTE_TARS = 2  # whose headers cost a read of the whole tar
+_MAX_CHUNKS = 64  # per corpus, whose rows are sampled
+_MAX_REMOTE_TARS = 2  # whose headers require reading the whole tar
 
 
 class AudioListing:
-    """Which local audio files exist; each folder is listed once. Where it is not `is_on`, all files count as there."""
+    """Which local audio files exist; each folder is listed once. Unless it `is_on`, all files count as existing."""
 
     def __init__(self, is_on: bool = True) -> None:
         self._is_on = is_on
@@ -43,8 +43,8 @@ class AudioListing:
         self._num_names = 0
 
     def check(self, block: Block) -> Block:
-        """The block without the rows whose file is not there; they are added to its bad rows. What lies in a tar, in
-        Parquet or at a URI is taken as it is."""
+        """The block without the rows whose file is missing; those are added to its bad rows. Audio in a tar, in Parquet
+        or at a URI is not checked."""
         if not self._is_on or block.chunk.format in TAR_FORMATS or not len(block):
             return block
         files, members = locate_audio(block.chunk, block.paths)
@@ -69,7 +69,7 @@ class AudioListing:
             if (listed := names[folder]) is not None and name not in listed and not members[row]
         ]
         missing = np.zeros(len(split), bool)
-        # Few are left: those of folders that were not listed, those in none, and what came after the listing.
+        # Few remain: those in unlisted folders, those without a folder, and files created after the listing.
         missing[[row for row in absent if not os.path.isfile(files[row])]] = True
         return missing
 
@@ -79,7 +79,7 @@ class AudioListing:
             return self._folders[folder]
         try:
             with os.scandir(folder or "/") as entries:
-                # What kind an entry is costs nothing; only to follow a link does.
+                # The type of an entry is free; only following a link costs something.
                 names = frozenset(entry.name for entry in entries if entry.is_file())
         except OSError:
             names = frozenset()
@@ -93,8 +93,8 @@ NO_LISTING = AudioListing(is_on=False)
 
 
 def came_back(rejected_examples: Sequence[RejectedExamples]) -> bool:
-    """Whether a file is there now that a row was rejected for. `rejected_examples` are those of `statistics.json` or of
-    an assignment's index; only the few files that they name are checked."""
+    """Whether a file exists now whose absence got a row rejected. `rejected_examples` are those of `statistics.json` or
+    of an assignment's index; only the few files that they name are checked."""
     return any(
         os.path.isfile(row.detail.removeprefix(_NO_FILE))
         for example in rejected_examples
@@ -104,7 +104,7 @@ def came_back(rejected_examples: Sequence[RejectedExamples]) -> bool:
 
 
 class _Candidate(NamedTuple):
-    """A row that may be in a sample; those with the smallest keys are."""
+    """A candidate row for the sample; those with the smallest keys are chosen."""
 
     key: int
     line: int
@@ -115,8 +115,8 @@ class _Candidate(NamedTuple):
 
 @dataclass
 class ProbeCounts:
-    """What headers said: rows `probed` by corpus, those that they contradict by (corpus, reason) in `wrong`, and each
-    of the latter in `examples`."""
+    """Results of reading headers: rows `probed` by corpus, the number contradicted by (corpus, reason) in `wrong`, and
+    each contradicted row in `examples`."""
 
     probed: Counter[str] = field(default_factory=Counter)
     wrong: Counter[tuple[str, str]] = field(default_factory=Counter)
@@ -124,9 +124,9 @@ class ProbeCounts:
 
 
 class HeaderSample:
-    """`size` rows of one chunk, whose headers are read when all rows have been seen.
+    """A sample of `size` rows of one chunk; headers are read when all rows have been seen.
 
-    Which rows depends on their lines alone, so that the sample is the same in every run.
+    The choice depends on line numbers alone, so the sample is the same in every run.
     """
 
     def __init__(self, chunk: Chunk, size: int) -> None:
@@ -187,7 +187,7 @@ def _problem(candidate: _Candidate, path: str, start: int, size: int) -> Problem
 
 
 def least_share(wrong: int, probed: int, rows: int) -> float:
-    """The least share of all `rows` that are wrong where `wrong` of `probed` are: the share itself where all were
+    """The lowest plausible share of wrong rows if `wrong` of `probed` are wrong: the share itself if all `rows` were
     probed, else the lower end of Wilson's interval (1927) at two standard deviations."""
     if probed >= rows:
         return wrong / probed
@@ -197,7 +197,7 @@ def least_share(wrong: int, probed: int, rows: int) -> float:
 
 
 def plan_samples(chunks: Sequence[Chunk], size: int) -> dict[int, int]:
-    """Rows to sample of each chunk, by its index, so that every corpus gives `size` of them where it has as many."""
+    """Rows to sample of each chunk, by its index, so that every corpus contributes `size` rows if it has that many."""
     by_corpus: dict[str, list[Chunk]] = {}
     for chunk in chunks:
         by_corpus.setdefault(chunk.corpus, []).append(chunk)

@@ -1,4 +1,4 @@
-"""The quarantine file: recordings that training could not read and replaced."""
+"""The quarantine file: unreadable recordings that training replaced."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class Quarantine:
         self._news: list[BrokenRecording] = []
 
     def add(self, row: Row, error: AudioError) -> None:
-        """Note one broken recording."""
+        """Record one broken recording."""
         self.add_lines(
             [
                 {
@@ -45,7 +45,7 @@ class Quarantine:
         )
 
     def add_lines(self, lines: list[BrokenRecording]) -> None:
-        """Note what another quarantine noted."""
+        """Add the entries of another quarantine."""
         with self._lock:
             for line in lines:
                 key = (line["audio_path"], line["audio_start"], line["offset_ms"])
@@ -62,7 +62,7 @@ class Quarantine:
                     raise storage_error(self._path, error) from error
 
     def take_news(self) -> list[BrokenRecording]:
-        """What was noted since the last call, where there is no file."""
+        """The entries since the last call, if there is no file."""
         with self._lock:
             news, self._news = self._news, []
         return news

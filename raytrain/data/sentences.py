@@ -1,8 +1,9 @@
-"""A sample of sentences to train tokenizers on: by language, over all corpora, the same however these are cut.
+"""A sample of sentences to train tokenizers on: by language, over all corpora, independent of how they are split into
+chunks.
 
-Each utterance has its own hash, and a language's sample is its utterances with the lowest hashes, so samples of
-parts merge into the sample of the whole, in any order. Languages share the sample: a small one has all of its
-sentences, and the large ones as many as each other.
+Each utterance has its own hash, and a language's sample is its utterances with the lowest hashes, so samples of parts
+merge into the sample of the whole, in any order. Languages share the sample: a small language keeps all of its
+sentences, and the large ones get equal numbers.
 
     sample = SentenceSample(1_000_000)
     sample.add_block(block)        # on each worker, chunk by chunk
@@ -20,29 +21,29 @@ import numpy as np
 
 from raytrain.data.corpora.blocks import Block
 
-_SEED = b"raytrain.sentences/1"  # not the run's: runs that differ in their seed alone have one tokenizer
-_TRIM_AT = 1 << 16  # sentences that wait before the sample is cut down
+_SEED = b"raytrain.sentences/1"  # not the run's seed: runs that differ only in their seed share a tokenizer
+_TRIM_AT = 1 << 16  # sentences that are buffered before the sample is trimmed
 
 _Sentence = tuple[int, str]  # hash, text
 
 
 class SentenceSample:
-    """At most `most` sentences of all languages together, but at least one of each; `num_rows` counts what was seen."""
+    """At most `most` sentences of all languages together, but at least one of each; `num_rows` counts all rows seen."""
 
     def __init__(self, most: int) -> None:
         self.most = most
         self.num_rows: Counter[str] = Counter()
         self._kept: dict[str, list[_Sentence]] = {}
-        self._highest: dict[str, int] = {}  # hashes above which a language needs no more
+        self._highest: dict[str, int] = {}  # hashes above which a language needs no more sentences
         self._waiting = 0
 
     def add_block(self, block: Block) -> None:
-        """Take in the rows of a block by the language of their texts."""
+        """Add the rows of a block by the language of their texts."""
         languages = np.array([key.target_lang for key in block.prompts], object)[block.prompt_of]
         offsets = block.offset_ms.tolist()
         for language, path, offset, text in zip(languages, block.paths, offsets, block.texts, strict=True):
             self.num_rows[language] += 1
-            # By the utterance, not by its text: else all that say "yes" would be drawn or none.
+            # Hash the utterance, not its text: otherwise all or none that say "yes" would be drawn.
             name = f"{language}\0{path}\0{offset}\0{text}".encode(errors="surrogatepass")
             number = int.from_bytes(blake2b(name, digest_size=8, key=_SEED).digest(), "big")
             if number <= self._highest.get(language, number):
@@ -66,7 +67,7 @@ class SentenceSample:
             self._trim()
 
     def _trim(self) -> None:
-        # More rows only lower a language's quota, so what is dropped here is in no later sample either.
+        # More rows only lower a language's quota, so a sentence dropped here is in no later sample either.
         quota = quota_of_each(self.num_rows, self.most)
         for language, kept in self._kept.items():
             if len(kept) > quota:
@@ -76,7 +77,7 @@ class SentenceSample:
 
 
 def quota_of_each(num_rows: Counter[str], most: int) -> int:
-    """The most rows that each language may have, so that all together have no more than `most`; at least 1."""
+    """The maximum number of rows per language such that the total is at most `most`; at least 1."""
     left = most
     for number, rows in enumerate(sorted(num_rows.values())):
         share = left // (len(num_rows) - number)

@@ -1,4 +1,4 @@
-"""The sequences that the decoder is trained on, of utterances and of whole blocks: prompt, text, end of text."""
+"""The decoder's training sequences, for utterances and whole blocks: prompt, text, end of text."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class BlockEncoder:
         self._prompts: dict[PromptKey, np.ndarray | Problem] = {}
 
     def check(self, block: Block) -> Block:
-        """The block without the rows whose prompt this tokenizer can't make; they are added to its bad rows."""
+        """The block without the rows whose prompt this tokenizer can't encode; those are added to its bad rows."""
         prompts = [self._prompt(key) for key in block.prompts]
         problems = {index: prompt for index, prompt in enumerate(prompts) if isinstance(prompt, tuple)}
         if not problems:
@@ -53,7 +53,7 @@ class BlockEncoder:
         return self.count_unknown(block)[:2]
 
     def count_unknown(self, block: Block) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """As `count`, and how many ids of each text stand for what the tokenizer can't write, (N,) int64."""
+        """Like `count`, and the number of unknown ids in each text, (N,) int64."""
         prompts = self._prompt_lengths(block)
         lengths, unknown = prompts + 1, np.zeros(len(block), np.int64)
         for rows, encoder in self._by_language(block):
@@ -63,7 +63,7 @@ class BlockEncoder:
         return lengths, prompts, unknown
 
     def unwritable(self, text: str, language: str) -> Counter[str]:
-        """Characters of a text that a language's model can't write, and how often they occur."""
+        """Characters of a text that a language's model can't encode, with their counts."""
         return self._texts[language].unwritable(text)
 
     def encode(self, block: Block) -> EncodedBlock:

@@ -1,13 +1,13 @@
-"""Batches without assignment: corpora read in a shuffled order, bucketed in a buffer by lhotse's sampler.
+"""Batches without assignment: corpora are read in shuffled order and bucketed in a buffer by lhotse's sampler.
 
-For tars and Shar folders that are to be trained on at once. `DynamicBucketingSampler` (lhotse, Żelasko et al. 2021)
-holds the buffer; the plan says which bucket a row is in or why it is left out, and the batch profile how many rows a
-step takes for all ranks together. One sampler serves all ranks, so they are in one bucket at every step and no row is
-read twice.
+For tars and Shar folders, when training should start at once. `DynamicBucketingSampler` (lhotse, Żelasko et al. 2021)
+holds the buffer; the plan gives a row's bucket or the reason to leave it out, and the batch profile gives the rows per
+step for all ranks together. One sampler serves all ranks, so they share a bucket at every step and no row is read
+twice.
 
-What an assignment gives and this does not: start and resume at once (the rows of the epoch so far are read
-again, without their audio), memory that does not depend on a buffer, a shuffle wider than the buffer, and, against
-`concurrent`, the same batches in every run.
+Only an assignment offers: immediate resume (here the rows of the epoch so far are read again, without their audio),
+memory that does not depend on a buffer, a shuffle wider than the buffer, and, compared with `concurrent`, the same
+batches in every run.
 """
 
 from __future__ import annotations
@@ -39,12 +39,12 @@ from raytrain.lengths.schedule import StepPlan
 from raytrain.storage.locations import StorageReadError
 
 _NUM_SHOWN = 5
-_MAX_TARS = 256  # whose headers are kept
+_MAX_TARS = 256  # with cached headers
 
 
 @dataclass(frozen=True)
 class StreamState:
-    """Where a stream stands: its epoch, and the steps taken in it as (rows of a step by bucket, number of steps), one
+    """A stream's position: its epoch, and the steps taken in it as (rows of a step by bucket, number of steps), one
     entry for each batch profile or number of ranks."""
 
     epoch: int = 0
@@ -61,7 +61,7 @@ class StreamState:
             return cls(int(values["epoch"]), tuple((tuple(sizes), int(steps)) for sizes, steps in values["segments"]))
         except KeyError as error:
             raise PlanError(
-                "a checkpoint does not say how far its stream had come",
+                "a checkpoint has no stream position",
                 why="it was made by training on an assignment",
                 remedy="unset data.stream, or give the run another name",
             ) from error
@@ -83,7 +83,7 @@ class StreamStep(NamedTuple):
     keys: list[int]
 
     def share(self, rank: int) -> StepWork:
-        """What one rank reads of it."""
+        """One rank's part of it."""
         first = sum(self.plan.sizes[:rank])
         mine = slice(first, first + self.plan.sizes[rank])
         return StepWork(self.plan, self.state, self.is_last, self.rows[mine], self.keys[mine])
@@ -91,13 +91,13 @@ class StreamStep(NamedTuple):
 
 @dataclass
 class StreamSampler:
-    """Steps of chunks that are read as they come.
+    """Steps from chunks that are read on the fly.
 
-    `batch_sizes` (per rank) by bucket; `repeats` says how often an epoch goes through each corpus; `buffer_size` is the
-    number of rows in lhotse's buffer, at least what one step of every bucket takes, so that one bucket is always full.
-    With `concurrent` the buffer fills while the first batches leave, which starts sooner; batches then differ from run
-    to run, and the first may be smaller. `rejected` counts rows that are left out, by reason; those
-    whose audio file `listing` misses are among them.
+    `batch_sizes` (per rank) by bucket; `repeats` is how often an epoch repeats each corpus; `buffer_size` is the number
+    of rows in lhotse's buffer, at least one step of every bucket, so that one bucket is always full. With `concurrent`
+    the buffer fills while the first batches are drawn, which starts sooner; batches then differ between runs, and the
+    first may be smaller. `rejected` counts rows that are left out, by reason; those whose audio file `listing` misses
+    are among them.
     """
 
     chunks: Sequence[Chunk]
@@ -118,8 +118,8 @@ class StreamSampler:
         self._locators: OrderedDict[int, AudioLocator | None] = OrderedDict()
 
     def steps(self, state: StreamState) -> Iterator[StreamStep]:
-        """Steps from `state` on. Raises `StorageReadError` where a corpus can't be read, and `ManifestError` where an
-        epoch has no usable row."""
+        """Steps from `state` on. Raises `StorageReadError` if a corpus can't be read, and `ManifestError` if an epoch
+        has no usable row."""
         if self.num_epochs is None:
             yield from self._endless(state)
             return
@@ -157,7 +157,7 @@ class StreamSampler:
         sampler = DynamicBucketingSampler(
             source,
             constraint=_RowsPerBucket(sizes),
-            duration_bins=list(range(1, len(sizes))),  # their number is all that counts: rows know their buckets
+            duration_bins=list(range(1, len(sizes))),  # only their number matters: rows know their buckets
             num_buckets=None,
             shuffle=True,
             seed=self.seed,
@@ -168,7 +168,7 @@ class StreamSampler:
         )
         sampler.set_epoch(state.epoch)
         drawn = 0
-        batches = iter(sampler)  # which starts it; a second `iter`, as a `for` makes, would start it again
+        batches = iter(sampler)  # this starts it; a second `iter`, as in a `for`, would restart it
         try:
             for past, steps in state.segments:
                 sizes[:] = past
@@ -215,11 +215,11 @@ class StreamSampler:
             else:
                 if problem is None:
                     return example.row._replace(audio_path=path, audio_start=start, audio_size=size)
-        # The reader will find nothing there, say so, and take another row.
+        # The reader will find nothing there, report it, and take another row.
         return example.row._replace(audio_path=f"{example.row.audio_path}/{example.member}")
 
     def examples(self, epoch: int) -> Iterator[_Example]:
-        """Usable rows of an epoch in the order in which they are read."""
+        """Usable rows of an epoch in reading order."""
         chunks = []
         for chunk in self.chunks:
             repeat = self.repeats.get(chunk.corpus, 1.0)
@@ -248,7 +248,7 @@ class StreamSampler:
         if any(row.audio_size == PARQUET_ROW for row in rows):
             raise ManifestError(
                 f"corpus {block.chunk.corpus} holds audio inside Parquet",
-                why="a batch takes rows from everywhere in the buffer, and Parquet gives them by whole groups only",
+                why="a batch takes rows from everywhere in the buffer, but Parquet only reads whole row groups",
                 remedy="unset data.stream and set assign.materialize to true, which copies the audio",
             )
         members = [block.paths[index] if in_tar else "" for index in np.flatnonzero(kept).tolist()]
@@ -263,7 +263,7 @@ class StreamSampler:
 
 @dataclass(slots=True)
 class _Example:
-    """What lhotse's sampler holds for a row. `member` is its name in a tar, empty where `row` says where it lies."""
+    """A row in lhotse's sampler. `member` is its name in a tar, empty if `row` has its location."""
 
     row: Row
     bucket: int
@@ -295,7 +295,7 @@ class _Source:
 
 
 class _RowsPerBucket(SamplingConstraint):  # type: ignore[misc]  # lhotse has no types
-    """A batch is full with as many rows as its bucket takes; `sizes` may change between batches."""
+    """A batch is full when it has its bucket's number of rows; `sizes` may change between batches."""
 
     def __init__(self, sizes: list[int]) -> None:
         self._sizes, self._bucket, self._count = sizes, 0, 0

@@ -1,4 +1,4 @@
-"""Work of a training step before its audio is read: which rows, and the state to resume from after it."""
+"""Work of a training step before its audio is read: its rows, and the state to resume from after it."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from raytrain.lengths.schedule import BatchSchedule, ScheduleState, StepPlan
 class StepWork:
     """One share of a step (a micro-batch) before its audio is read, and the state after the step.
 
-    `rows` and `keys` (what augmentation follows from) go together. `numbers` are the rows' numbers in the assignment,
-    from which a broken recording is replaced; without them another row of the same share stands in.
+    `rows` and `keys` (the augmentation seeds) are parallel. `numbers` are the rows' numbers in the assignment, from
+    which a broken recording is replaced; without them another row of the same share is used.
     """
 
     plan: StepPlan

@@ -1,8 +1,8 @@
 """When was each token spoken? An estimate from the decoder's cross-attention.
 
-The weights of all heads are averaged and a monotonic path through tokens × frames takes the most of them
-(dynamic time warping, as Radford et al. 2022 use it for Whisper). The result is an estimate: good to about a
-quarter of a second with a trained model, meaningless with an untrained one.
+The weights of all heads are averaged and a monotonic path through tokens × frames maximizes their sum (dynamic time
+warping, as Radford et al. 2022 use it for Whisper). The result is an estimate: accurate to about a quarter of a second
+with a trained model, meaningless with an untrained one.
 
 Shapes: U tokens, T encoder frames of 80 ms.
 """
@@ -58,7 +58,7 @@ def cross_attention(model: Canary, states: Tensor, lengths: Tensor, ids: list[in
 
 
 def spans(weights: np.ndarray) -> list[tuple[int, int]]:
-    """Frames [start, end) of each token, in order and not overlapping, where there are enough frames.
+    """Frames [start, end) of each token, in order and not overlapping, if there are enough frames.
 
     `weights`: (U, T). With more tokens than frames several tokens share one.
     """

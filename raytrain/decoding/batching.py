@@ -1,4 +1,4 @@
-"""Batches of like lengths for decoding, each as large as memory allows at its longest utterance.
+"""Batches of similar lengths for decoding, each as large as memory allows at its longest utterance.
 
 sorted_batches([900, 4000, 1000], [1, 1, 1], largest=lambda ms: 2)      # [[1, 2], [0]]
 """

@@ -1,4 +1,4 @@
-"""Beam search. Utterances that are decided leave the batch, and the beams of an utterance share its encoder states.
+"""Beam search. Finished utterances leave the batch, and the beams of an utterance share its encoder states.
 
 Shapes: B utterances, K beams, V vocabulary.
 """
@@ -19,7 +19,7 @@ from raytrain.model.decoder import LayerCache
 
 
 class Ranking(NamedTuple):
-    """How many hypotheses of each utterance are returned, and what they rank by; see `DecodeSettings`."""
+    """How many hypotheses of each utterance are returned, and how they are ranked; see `DecodeSettings`."""
 
     n_best: int
     length_penalty: float
@@ -36,8 +36,8 @@ def beam_search(
 ) -> list[list[Hypothesis]]:
     """The best hypotheses of each utterance, best first.
 
-    An utterance ends when no live beam can still overtake its `n_best` ended ones, so that more steps would change
-    nothing; the host need not synchronize with the device at once, and does so every `sync_interval` steps.
+    An utterance ends when no live beam can overtake its `n_best` ended ones, so that more steps would change nothing;
+    the host need not notice at once, so it synchronizes with the device every `sync_interval` steps.
     """
     batch, size = group.prompt.shape
     limits = group.limits.tolist()
@@ -69,7 +69,7 @@ class _Beams:
     """Search state of the unfinished utterances, (B, K) each; a beam that has ended keeps its slot and score.
 
     `rows` are the utterances' numbers in the batch, `limits` (B, 1) their length caps and `mask` their frames; `ids`
-    and `log_probs` (B, K, most) hold what was generated; `sizes` counts tokens, the end included.
+    and `log_probs` (B, K, most) hold the generated tokens; `sizes` counts tokens, the end included.
     """
 
     rows: list[int]
@@ -83,11 +83,11 @@ class _Beams:
     cache: list[LayerCache] = field(default_factory=list)
 
     def scores(self, alpha: float) -> Tensor:
-        """(B, K): what hypotheses rank by."""
+        """(B, K): the scores that rank hypotheses."""
         return self.totals / length_penalty(self.sizes, alpha)
 
     def are_decided(self, step: int, ranking: Ranking) -> list[bool]:
-        """For each utterance whether more steps change nothing."""
+        """For each utterance, whether more steps would change nothing."""
         # A live beam can at best keep its log-probability and use up its length.
         best = self.totals / length_penalty(self.limits, ranking.length_penalty)
         reachable = torch.where(self.ended, float("-inf"), best)
@@ -108,7 +108,7 @@ class _Beams:
         ]
 
     def select(self, slots: list[int], filled: int) -> _Beams:
-        """Keep some utterances."""
+        """Keep these utterances."""
         keep, beams = torch.tensor(slots, dtype=torch.long, device=self.ids.device), self.ids.shape[1]
         flat = (keep[:, None] * beams + torch.arange(beams, device=keep.device)).flatten()
         return _Beams(
@@ -149,7 +149,7 @@ def _first_beams(
 
 
 def _grow(beams: _Beams, log_probs_BKV: Tensor, step: int, prompt_size: int, eos_id: int, alpha: float) -> None:
-    """Extend live beams by one token each and keep the best K of all; ended beams stand for themselves."""
+    """Extend live beams by one token each and keep the best K of all; ended beams compete unchanged."""
     beam_size = log_probs_BKV.shape[1]
     # K candidates of each beam suffice, since at most K survive.
     gains, chosen = log_probs_BKV.topk(beam_size)
@@ -179,7 +179,7 @@ def _grow(beams: _Beams, log_probs_BKV: Tensor, step: int, prompt_size: int, eos
 def _retire(
     results: list[list[Hypothesis]], beams: _Beams, step: int, filled: int, eos_id: int, ranking: Ranking
 ) -> _Beams:
-    """Write the hypotheses of utterances that are decided; returns the beams of the rest."""
+    """Write the hypotheses of finished utterances; returns the beams of the rest."""
     decided = beams.are_decided(step, ranking)
     if not any(decided):
         return beams

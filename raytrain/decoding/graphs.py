@@ -1,17 +1,17 @@
-"""Decoder steps as CUDA graphs: shapes that do not change, captured once and replayed for every token.
+"""Decoder steps as CUDA graphs: steps of fixed shape, captured once and replayed for every token.
 
 A decoder step is about 15 small kernels per layer, and launching each takes the host longer than the GPU needs to run
-it. A graph starts them all at once, if their shapes and addresses stay: rows, positions and frames are rounded up to
-powers of two, masks hide the padding, and the position is a number on the device. A text that outgrows its positions
-moves on to the graph of the next size, a batch that has shrunk to half to that of fewer rows.
+it. A graph launches them all at once, if their shapes and addresses are fixed: rows, positions and frames are rounded
+up to powers of two, masks hide the padding, and the position is a number on the device. A text that outgrows its
+positions moves to the graph of the next size, and a batch that has shrunk to half moves to one of fewer rows.
 
     programs = programs_for(model, states)                       # None where graphs can't be used
     if programs and programs.have_room(rows, frames, max_tokens):
         steps = StaticSteps(programs, eager)                     # continues from the eager steps, after the prompt
 
 `RAYTRAIN_CUDA_GRAPHS=0` turns them off. Programs are kept for the next batch, up to `MAX_BYTES` of keys and values;
-those of changed weights are dropped. Only inference mode has them: validation during training would hold memory that
-batch sizes were not measured with. On a CPU the same step runs without a graph, for tests.
+they are dropped when weights change. Only inference mode uses them: during training, validation would hold memory that
+the batch-size search did not account for. On a CPU the same step runs without a graph, for tests.
 
 Shapes: R rows, U positions, T frames, each the size of a program.
 """
@@ -42,7 +42,7 @@ def size_class(number: int, least: int = 1) -> int:
 
 
 class Program:
-    """One step of R rows, U positions and T frames, in tensors that stay where they are."""
+    """One step of R rows, U positions and T frames, in tensors with fixed addresses."""
 
     def __init__(self, programs: Programs, rows: int, positions: int, frames: int) -> None:
         device, dtype = programs.device, programs.dtype
@@ -56,7 +56,7 @@ class Program:
         self.mask[..., 0] = True
         heads = programs.next_token.decoder.heads
         width = programs.width // heads
-        # Here and in `load` zeros, not whatever was there: what a mask hides must still be a number.
+        # Zeros here and in `load`, not uninitialized memory: masked values must still be finite.
         self.cache = [
             LayerCache(
                 torch.zeros(2, rows, heads, positions, width, device=device, dtype=dtype),
@@ -93,7 +93,7 @@ class Program:
 
 
 def _captured(step: Callable[[], None], programs: Programs) -> Callable[[], None]:
-    """A graph of `step`. It runs before, since kernels and libraries set themselves up when they first run."""
+    """A graph of `step`. The step runs before, since kernels and libraries initialize on their first run."""
     side = torch.cuda.Stream(programs.device)
     side.wait_stream(torch.cuda.current_stream(programs.device))
     with torch.cuda.stream(side):
@@ -101,14 +101,14 @@ def _captured(step: Callable[[], None], programs: Programs) -> Callable[[], None
             step()
     torch.cuda.current_stream(programs.device).wait_stream(side)
     graph = torch.cuda.CUDAGraph()
-    # Graphs run in turn, so what they need in between may be the same memory.
+    # Graphs run one at a time, so they can share memory for intermediate results.
     with torch.cuda.graph(graph, pool=programs.pool, capture_error_mode="thread_local"):
         step()
     return graph.replay
 
 
 class Programs:
-    """A model's programs by size, the least recently used of which are dropped for new ones."""
+    """A model's programs by size, the least recently used are evicted for new ones."""
 
     def __init__(self, model: Canary, states: Tensor) -> None:
         self.next_token, self.width = NextToken.of(model), states.shape[2]
@@ -123,12 +123,12 @@ class Programs:
         return 2 * len(self.maps) * rows * (positions + frames) * self.width * self.dtype.itemsize
 
     def have_room(self, rows: int, frames: int, max_tokens: int) -> bool:
-        """Whether such a batch may use programs: a text that grows needs two at a time."""
+        """Whether such a batch may use programs: a growing text needs two at a time."""
         sizes = size_class(rows), size_class(max_tokens, _LEAST_POSITIONS), size_class(frames, _LEAST_FRAMES)
         return 2 * self.num_bytes(*sizes) <= MAX_BYTES
 
     def get(self, rows: int, positions: int, frames: int) -> Program:
-        """The program of the sizes' classes."""
+        """The program for these sizes, rounded up."""
         key = size_class(rows), size_class(positions, _LEAST_POSITIONS), size_class(frames, _LEAST_FRAMES)
         if key not in self._held:
             new = self.num_bytes(*key)
@@ -157,7 +157,7 @@ class StaticSteps:
         return self.program.tokens[: self.rows].clone(), self.program.log_probs[: self.rows].clone()
 
     def keep(self, slots: list[int]) -> list[int]:
-        """See `Steps.keep`: all rows where as large a program would run for the fewer."""
+        """See `Steps.keep`: keeps all rows if fewer would need an equally large program."""
         if size_class(len(slots)) == self.program.rows:
             return list(range(self.rows))
         self._move(slots)
@@ -174,13 +174,13 @@ _KEPT = threading.local()  # a program holds one batch at a time
 
 
 def programs_for(model: Canary, states: Tensor) -> Programs | None:
-    """The model's programs; None off CUDA, outside inference mode, under autocast, and where they are turned off."""
+    """The model's programs; None off CUDA, outside inference mode, under autocast, and if they are turned off."""
     usable = states.is_cuda and torch.is_inference_mode_enabled() and os.environ.get(VARIABLE, "1") != "0"
     return kept_programs(model, states) if usable and not torch.is_autocast_enabled("cuda") else None
 
 
 def kept_programs(model: Canary, states: Tensor) -> Programs:
-    """The programs of the model as it is now, of this thread."""
+    """This thread's programs for the model's current weights."""
     if not hasattr(_KEPT, "by_model"):
         _KEPT.by_model = weakref.WeakKeyDictionary()
     by_model: weakref.WeakKeyDictionary[Canary, Programs] = _KEPT.by_model
@@ -191,7 +191,7 @@ def kept_programs(model: Canary, states: Tensor) -> Programs:
 
 
 def _fingerprint(model: Canary, states: Tensor) -> tuple[object, ...]:
-    """Changes with any weight that a graph reads, whether written in place or replaced."""
+    """A key that changes with any weight that a graph reads, written in place or replaced."""
     parts = (model.transf_decoder, model.log_softmax)
     tensors = [tensor for part in parts for tensor in (*part.parameters(), *part.buffers())]
     versions = [(tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version) for tensor in tensors]

@@ -1,6 +1,6 @@
 """Greedy search: the most likely token at each step. Rows that have ended leave the batch.
 
-The host does not wait for a GPU at every token: every few steps it reads which rows have ended, and cuts off what they
+The host does not wait for a GPU at every token: every few steps it reads which rows have ended, and discards what they
 generated after their end.
 """
 
@@ -24,8 +24,8 @@ def greedy_search(
     sync_interval: int | None = None,
     programs: Programs | None = None,
 ) -> list[Hypothesis]:
-    """The text of each utterance. `sync_interval` and `programs` are chosen by the device, if not given; the results
-    do not depend on them."""
+    """The text of each utterance. `sync_interval` and `programs` default to the device's best; the results do not
+    depend on them."""
     batch, size = group.prompt.shape
     texts = _Texts(group.limits.tolist(), eos_id)
     interval, most = sync_interval or default_sync_interval(group.states), max(texts.limits)
@@ -49,8 +49,8 @@ def greedy_search(
 
 
 class _Texts:
-    """What greedy search has generated: the tokens of each row as the host knows them, and their log-probabilities on
-    the device. `rows` are those that the steps continue with."""
+    """The output of greedy search so far: the tokens of each row on the host, and their log-probabilities on the
+    device. `rows` are those that the steps continue with."""
 
     def __init__(self, limits: list[int], eos_id: int) -> None:
         self.limits, self.eos_id = limits, eos_id
@@ -62,7 +62,7 @@ class _Texts:
         self._spans: list[tuple[list[int], Tensor]] = []
 
     def add(self, chosen: Tensor, log_probs: Tensor) -> None:
-        """Note a step without waiting for it."""
+        """Record a step without waiting for it."""
         self._pending.append((chosen, log_probs))
 
     def sync(self, step: int) -> list[int]:

@@ -1,4 +1,4 @@
-"""A decoded text with its scores, as both searches return it."""
+"""A decoded text with its scores: the result of both searches."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Hypothesis:
-    """A decoded text: generated `ids` without prompt and end, the log-probability of each, the sum of them
-    and of the end of text in `log_prob`, and the `score` that hypotheses rank by. `ended` is false where the
-    length cap cut it off."""
+    """A decoded text: generated `ids` without prompt and end, the log-probability of each, the sum of them and of the
+    end of text in `log_prob`, and the `score` that hypotheses rank by. `ended` is false if the length cap cut it
+    off."""
 
     ids: list[int]
     token_log_probs: list[float]
@@ -44,6 +44,6 @@ def length_penalty(num_tokens: Tensor, alpha: float) -> Tensor: ...
 
 
 def length_penalty(num_tokens: int | Tensor, alpha: float) -> float | Tensor:
-    """By what a log-probability of `num_tokens` tokens, the end included, is divided (Wu et al. 2016)."""
+    """The divisor for a log-probability of `num_tokens` tokens, the end included (Wu et al. 2016)."""
     penalty: float | Tensor = ((5 + num_tokens) / 6) ** alpha
     return penalty

@@ -1,8 +1,8 @@
-"""Long recordings: windows that overlap, and their token sequences joined without repeats or gaps.
+"""Long recordings: overlapping windows, whose token sequences are joined without repeats or gaps.
 
-Neighboring windows share the overlap. Tokens that both decoded at about the same time are matched, and the text
-switches from one window to the next after a match, near the middle of the overlap, at the end of a word if possible.
-So a word that an edge cut in half is taken from the window that has it whole. Edges lie where it is quiet, so that
+Neighboring windows share the overlap. Tokens that both windows decoded at about the same time are matched, and the text
+switches from one window to the next after a match, near the middle of the overlap, at the end of a word if possible. So
+a word cut in half by an edge is taken from the window that contains all of it. Edges are placed in quiet spots, so that
 there are few such words.
 """
 
@@ -16,7 +16,7 @@ import numpy as np
 from raytrain.errors import DataError
 
 MAX_WINDOW_S = 40.0
-_TOLERANCE_S = 0.8  # how far two estimates of one token's time may differ
+_TOLERANCE_S = 0.8  # how much two estimates of one token's time may differ
 
 
 @dataclass(frozen=True)
@@ -42,9 +42,9 @@ class TimedToken:
 def windows(audio: np.ndarray, sample_rate: int, *, window_s: float, overlap_s: float) -> list[tuple[int, int]]:
     """Spans [start, end) in samples that cover `audio` (num_samples,), none longer than `window_s`.
 
-    A recording of at most `window_s` is one span. Neighbors share about `overlap_s`, at least half of it, and
-    begin and end where it is quiet: half a word at an edge is what a decoder stumbles over. All are about equally
-    long, since a short last one would have little context. Raises `DataError` for lengths that make no sense.
+    A recording of at most `window_s` is one span. Neighbors share about `overlap_s`, at least half of it, and begin and
+    end where it is quiet: decoders stumble over half a word at an edge. All windows are about equally long, since a
+    short last one would have little context. Raises `DataError` for invalid lengths.
     """
     check_window(window_s, overlap_s)
     window, overlap, size = round(window_s * sample_rate), round(overlap_s * sample_rate), len(audio)
@@ -65,8 +65,8 @@ def windows(audio: np.ndarray, sample_rate: int, *, window_s: float, overlap_s: 
 
 
 def most_windows(size: int, window: int, overlap: int) -> int:
-    """How many windows a recording of `size` has at most; all in samples, or all in milliseconds."""
-    step = window - overlap - 2 * (overlap // 2)  # progress of the least lucky choice of edges
+    """Maximum number of windows of a recording of `size`; all in samples, or all in milliseconds."""
+    step = window - overlap - 2 * (overlap // 2)  # progress per window for the worst choice of edges
     return max(0, -(-(size - window) // step)) + 1
 
 
@@ -78,7 +78,7 @@ def checked_overlap(window_s: float, overlap_s: float | None) -> float:
 
 
 def check_window(window_s: float, overlap_s: float) -> None:
-    """Raises `DataError` for a window or overlap that makes no sense."""
+    """Raises `DataError` for an invalid window or overlap."""
     if not 1 <= window_s <= MAX_WINDOW_S:
         raise DataError(
             "a window has the wrong length",
@@ -88,7 +88,7 @@ def check_window(window_s: float, overlap_s: float) -> None:
         )
     if not 0.2 <= overlap_s <= window_s / 4:
         raise DataError(
-            "windows overlap by a wrong length",
+            "the overlap has the wrong length",
             got=f"{overlap_s} s",
             allowed=f"0.2 to {window_s / 4:g} s",
             remedy="set --overlap-seconds within these bounds, or leave it out",
@@ -146,7 +146,8 @@ def _word_ends(tokens: list[TimedToken], number: int) -> bool:
 
 
 def _matches(left: list[TimedToken], right: list[TimedToken]) -> list[tuple[int, int]]:
-    """Pairs of equal tokens at about the same time: the longest common subsequence, of several the closest in time."""
+    """Pairs of equal tokens at about the same time: the longest common subsequence, and among several the closest in
+    time."""
 
     def gain(i: int, j: int) -> float:
         distance = abs(left[i].middle_s - right[j].middle_s)
@@ -174,7 +175,7 @@ def _matches(left: list[TimedToken], right: list[TimedToken]) -> list[tuple[int,
 
 
 def _cut(left: list[TimedToken], right: list[TimedToken], middle: float) -> list[TimedToken]:
-    """Nothing in common: whole words before the middle from the left, those after it from the right."""
+    """Without common tokens: whole words before the middle from the left, and after it from the right."""
     return [token for word in group_words(left) if word[0].middle_s < middle for token in word] + [
         token for word in group_words(right) if word[0].middle_s >= middle for token in word
     ]

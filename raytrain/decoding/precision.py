@@ -1,8 +1,8 @@
-"""A model made ready to transcribe: on its device, its linear layers packed for the processor.
+"""A model made ready to transcribe: on its device, its linear layers packed for the CPU.
 
     model = prepare_for_inference(parts.build(), "int8", torch.device("cpu"))
 
-It can't be trained or saved afterwards. What the precisions cost in errors and give in speed is in `docs/log.md`.
+It can't be trained or saved afterwards. `docs/log.md` has the error rates and speeds of the precisions.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ def prepare_for_inference(model: Canary, precision: str, device: torch.device) -
     """
     if precision not in PRECISIONS:
         raise DataError(
-            "there is no such precision",
+            "unknown precision",
             got=precision,
             allowed=", ".join(PRECISIONS),
             remedy="set --precision to one of these",

@@ -1,4 +1,4 @@
-"""A model on a device: batches of audio to tokens, windows of a recording to one text. Local or on a cluster.
+"""A model on a device: batches of audio to tokens, windows of a recording to one text. Runs locally or on a cluster.
 
 recognizer = Recognizer(model, tokenizer, DecodeSettings(), torch.device("cpu"))
 windows = recognizer.recognize(batch, starts_s=[0.0, 36.2], timed=[True, True])
@@ -32,7 +32,7 @@ PARTS = ("features", "encoder", "decoder")
 
 
 class Recognition(NamedTuple):
-    """What a window holds: its best tokens, the ids of the other hypotheses, and whether the text came to its end."""
+    """The result for a window: its best tokens, the ids of the other hypotheses, and whether the text is complete."""
 
     tokens: list[TimedToken]
     alternatives: list[list[int]]
@@ -40,15 +40,15 @@ class Recognition(NamedTuple):
 
 
 class Stopwatch:
-    """Seconds that a device spends on the parts of a batch. On CUDA events measure them, and nothing waits for the GPU
-    until they are asked for."""
+    """Seconds that a device spends on the parts of a batch. On CUDA, events measure them, and nothing waits for the GPU
+    until they are read."""
 
     def __init__(self, device: torch.device) -> None:
         self._on_cuda = device.type == "cuda"
         self._marks: list[tuple[str, Any]] = []
 
     def mark(self, part: str) -> None:
-        """What ran since the last mark was `part`; the first mark only starts."""
+        """Attribute the time since the last mark to `part`; the first mark only starts the clock."""
         now: Any = time.perf_counter()
         if self._on_cuda:
             now = torch.cuda.Event(enable_timing=True)
@@ -88,9 +88,9 @@ class Recognizer:
     ) -> list[Recognition | DataError]:
         """The windows of a batch, at most `limit` of them at a time.
 
-        `starts_s` are their times in the recordings. Tokens have times where `timed` asks for them, else NaN. The
-        prompts are the first `prompt_lengths` of the batch's tokens. Where a GPU runs out of memory, halves are tried;
-        a window that does not fit alone is answered with the error.
+        `starts_s` are their times in the recordings. Tokens have times if `timed` asks for them, else NaN. The prompts
+        are the first `prompt_lengths` of the batch's tokens. If a GPU runs out of memory, the batch is halved; a window
+        that does not fit alone gets the error as its result.
         """
 
         def recognize(rows: slice) -> Sequence[Recognition | DataError]:
@@ -107,7 +107,7 @@ class Recognizer:
         return DataError(
             f"{seconds:.1f} s of audio need more memory than the device has left",
             why=why,
-            remedy="lower --window-seconds or --beam-size, or see that nothing else uses the device",
+            remedy="lower --window-seconds or --beam-size, or make sure that nothing else uses the device",
         )
 
     @torch.inference_mode()
@@ -157,7 +157,7 @@ class Recognizer:
 
 
 def joined(spans_s: Sequence[tuple[float, float]], windows: Sequence[Recognition]) -> list[TimedToken]:
-    """The tokens of a recording from those of its windows, which lie at `spans_s`."""
+    """The tokens of a recording from those of its windows, located at `spans_s`."""
     tokens = windows[0].tokens
     for (_, left_end), (right_start, _), window in zip(spans_s, spans_s[1:], windows[1:], strict=False):
         tokens = join(tokens, window.tokens, right_start, left_end)
@@ -165,5 +165,5 @@ def joined(spans_s: Sequence[tuple[float, float]], windows: Sequence[Recognition
 
 
 def confidence(tokens: Sequence[TimedToken]) -> float | None:
-    """The geometric mean of the tokens' probabilities, None where there are none."""
+    """The geometric mean of the tokens' probabilities, None if there are none."""
     return math.exp(sum(token.log_prob for token in tokens) / len(tokens)) if tokens else None

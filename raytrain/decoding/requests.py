@@ -1,7 +1,7 @@
-"""Rows of manifests as requests for a text: what to read, and the prompt to decode it with.
+"""Rows of manifests as requests for a text: the audio to read, and the prompt to decode it with.
 
-All rows that are not blank come back, in the order of the manifests; a row that can't be used has the reason. The text
-is what is asked for, so none is needed; a duration that a row lacks is read from its audio's header.
+All nonblank rows are returned, in the order of the manifests; an unusable row has the reason. Rows need no text, since
+decoding produces it; a missing duration is read from the audio's header.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from raytrain.storage.locations import StorageReadError
 
 
 class Request(NamedTuple):
-    """One utterance to decode: its audio as `assignment.Row` names it, and the ids of its prompt."""
+    """One utterance to decode: its audio, located as in `assignment.Row`, and the ids of its prompt."""
 
     audio_path: str
     audio_start: int
@@ -37,8 +37,7 @@ class Request(NamedTuple):
 
 @dataclass(frozen=True)
 class ManifestRow:
-    """A row's fields (NeMo's names) as `orjson.dumps` takes them, and its request, or what is wrong with it in
-    `error`."""
+    """A row's fields (NeMo's names) in a form for `orjson.dumps`, and its request, or the problem in `error`."""
 
     fields: dict[str, Any]
     request: Request | None = None
@@ -55,7 +54,7 @@ class Prompts:
     pnc: bool = True
 
     def ids(self, row: Utterance) -> tuple[int, ...]:
-        """The prompt of a row. Raises `TokenizerError`, also for a prompt that leaves no room for a text."""
+        """The prompt of a row. Raises `TokenizerError`, also if the prompt leaves no room for text."""
         prompt = tuple(key_prompt(self.tokenizer, row.prompt_key, self.prompt_format))
         if len(prompt) >= self.max_positions:
             raise TokenizerError(
@@ -68,7 +67,7 @@ class Prompts:
 
 
 def read_requests(chunks: Sequence[Chunk], prompts: Prompts) -> Iterator[ManifestRow]:
-    """All rows of the chunks that are not blank, in order. Raises `StorageReadError` for an unreadable manifest."""
+    """All nonblank rows of the chunks, in order. Raises `StorageReadError` for an unreadable manifest."""
     for chunk in chunks:
         reader = _ChunkReader(chunk, prompts, RowParser(chunk), AudioLocator(chunk))
         spelled = repeat({}) if chunk.path.endswith((".parquet", ".csv")) else spelled_numbers(chunk)
@@ -82,14 +81,14 @@ def read_requests(chunks: Sequence[Chunk], prompts: Prompts) -> Iterator[Manifes
 
 
 def _fields(chunk: Chunk, number: int, row: RawRow, spelled: dict[str, Any]) -> dict[str, Any]:
-    """What to write of a row: its fields with numbers as they were spelled, or which row it is."""
+    """The fields to write for a row: its own with numbers as spelled, or the position of a bad row."""
     if not isinstance(row, dict):
         return {"manifest": chunk.path, "line": number}
     return {name: spelled.get(name, value) for name, value in row.items()}
 
 
 def _measured(chunk: Chunk, rows: list[RawRow]) -> list[RawRow]:
-    """The rows, with durations where they name none and their audio is a file by itself."""
+    """The rows, with durations filled in if they have none and their audio is a separate file."""
     sources: list[str | bytes | None] = [None] * len(rows)
     for index, row in enumerate(rows):
         path = row.get("audio_filepath") if isinstance(row, dict) and row.get("duration") is None else None
@@ -109,16 +108,16 @@ class _ChunkReader:
     locator: AudioLocator
 
     def read(self, row: RawRow, fields: dict[str, Any]) -> ManifestRow:
-        """A row that is not blank."""
+        """A nonblank row."""
         if isinstance(row, dict):
-            # Neither matters in decoding: a text is not needed, and `_skipme` is about training.
+            # Neither matters for decoding: no text is needed, and `_skipme` is about training.
             row = {**row, "text": "-", "_skipme": None}
             if row.get("pnc") is None:
                 row["pnc"] = self.prompts.pnc
         utterance = self.parser.parse(row)
         if not isinstance(utterance, Utterance):
             return ManifestRow(fields, error=": ".join(utterance))
-        assert isinstance(row, dict)  # only such are utterances
+        assert isinstance(row, dict)  # only objects parse as utterances
         try:
             prompt = self.prompts.ids(utterance)
             (path,), (start,), (size,), (problem,) = self.locator.locate([row["audio_filepath"]])

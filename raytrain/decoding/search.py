@@ -1,7 +1,7 @@
 """Greedy and beam decoding with a preallocated key/value cache.
 
-Rows that have ended leave the batch, so late steps cost what the unfinished rows cost. The length cap is each
-utterance's, not that of the batch's padding, so a batch gives what its members give alone.
+Rows that have ended leave the batch, so late steps cost what the unfinished rows cost. The length cap depends on each
+utterance, not on the batch's padding, so batching does not change results.
 
     hypotheses = decode(model, states, lengths, prompt_ids, prompt_lengths, eos_id, DecodeSettings(beam_size=4))
     hypotheses[0][0].ids         # best of the first utterance
@@ -41,10 +41,10 @@ def decode(
 ) -> list[list[Hypothesis]]:
     """The `n_best` hypotheses of each utterance, best first.
 
-    `states` (B, T, D) and `lengths` (B,) come from `Canary.encode`, `prompt_ids` (B, P) with `prompt_lengths`
-    (B,) from the tokenizer; prompts of unequal length are decoded group by group. `ctc_log_probs` (B, T, V + 1), which
-    `ctc_weight` needs, come from `Canary.encode_with_ctc`. Raises `DataError` for an
-    empty prompt and for one that leaves no position to generate.
+    `states` (B, T, D) and `lengths` (B,) come from `Canary.encode`, `prompt_ids` (B, P) with `prompt_lengths` (B,) from
+    the tokenizer; prompts of unequal length are decoded group by group. `ctc_log_probs` (B, T, V + 1), which
+    `ctc_weight` needs, come from `Canary.encode_with_ctc`. Raises `DataError` for an empty prompt or one that leaves no
+    position to generate.
     """
     settings = settings or DecodeSettings()
     sizes = prompt_lengths.tolist()
@@ -79,7 +79,7 @@ def _check_prompts(sizes: list[int], max_positions: int) -> None:
 
 
 def _search(model: Canary, group: PromptGroup, eos_id: int, settings: DecodeSettings) -> list[list[Hypothesis]]:
-    """The hypotheses of each utterance: all of the beam where CTC is to rerank them."""
+    """The hypotheses of each utterance: all of the beam if CTC reranks them."""
     if settings.beam_size == 1:
         return [[hypothesis] for hypothesis in greedy_search(model, group, eos_id, settings.length_penalty)]
     ranking = Ranking(settings.beam_size if settings.ctc_weight else settings.n_best, settings.length_penalty)
@@ -87,7 +87,7 @@ def _search(model: Canary, group: PromptGroup, eos_id: int, settings: DecodeSett
 
 
 def _ranked_with_ctc(hypotheses: list[Hypothesis], log_probs: Tensor, weight: float) -> list[Hypothesis]:
-    """Hypotheses of one utterance by both scores; `log_probs` (T, V + 1)."""
+    """Hypotheses of one utterance, ranked by both scores; `log_probs` (T, V + 1)."""
     if not hypotheses or not len(log_probs):
         return hypotheses
     sizes = torch.tensor([len(hypothesis.ids) for hypothesis in hypotheses], device=log_probs.device)
@@ -110,8 +110,8 @@ def _ranked_with_ctc(hypotheses: list[Hypothesis], log_probs: Tensor, weight: fl
 
 
 class Encoded(NamedTuple):
-    """What the encoder makes of a batch: `states` (B, T, D), `lengths` (B,), and log-probabilities of the CTC head
-    (B, T, V + 1) where the search needs them."""
+    """The encoder's output for a batch: `states` (B, T, D), `lengths` (B,), and log-probabilities of the CTC head (B,
+    T, V + 1) if the search needs them."""
 
     states: Tensor
     lengths: Tensor
@@ -128,7 +128,7 @@ def encode_batch(model: Canary, batch: SpeechBatch, settings: DecodeSettings) ->
 def decode_batch(
     model: Canary, batch: SpeechBatch, encoded: Encoded, eos_id: int, settings: DecodeSettings
 ) -> list[list[Hypothesis]]:
-    """`decode` of a batch after its prompts."""
+    """`decode` a batch after its prompts."""
     prompts = batch.tokens[:, : int(batch.prompt_lengths.max())]
     states, lengths, ctc_log_probs = encoded
     return decode(model, states, lengths, prompts, batch.prompt_lengths, eos_id, settings, ctc_log_probs)
@@ -137,5 +137,5 @@ def decode_batch(
 def transcribe_batch(
     model: Canary, batch: SpeechBatch, eos_id: int, settings: DecodeSettings
 ) -> list[list[Hypothesis]]:
-    """`decode` of a batch after its prompts, from its audio."""
+    """`decode` a batch after its prompts, from its audio."""
     return decode_batch(model, batch, encode_batch(model, batch, settings), eos_id, settings)

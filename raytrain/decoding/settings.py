@@ -1,4 +1,4 @@
-"""How to search for texts: the settings of greedy and beam search."""
+"""The settings of greedy and beam search."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ CtcWeight = Annotated[
     Range(0, 1, below=True),
     Setting(
         "With w above 0, hypotheses of a beam rank by (1 − w)·score + w·log-probability of the CTC head (Watanabe et "
-        "al. 2017), which does not lose its way where words repeat."
+        "al. 2017), which is robust where words repeat."
     ),
 ]
 

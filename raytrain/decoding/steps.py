@@ -1,8 +1,8 @@
-"""One token for each row of a batch: what both searches repeat, with nothing read back to the host.
+"""One token for each row of a batch: the step that both searches repeat, without reading anything back to the host.
 
     steps = EagerSteps(model, group, max_tokens)
     chosen, log_probs = steps.step()         # (R,) each, on the device
-    slots = steps.keep([0, 2])               # continue with these rows; returns those that it really continues with
+    slots = steps.keep([0, 2])               # continue with these rows; returns the rows actually kept
 
 Shapes: R rows, P prompt tokens, T encoder frames, V vocabulary.
 """
@@ -20,7 +20,7 @@ from raytrain.model.decoder import LayerCache, TransformerDecoder
 from raytrain.model.linear import Linear
 
 # Steps between two synchronizations of the host with a GPU, to see which rows have ended. A wait costs about as much as
-# a step; so does a step after the end.
+# a step; and so does a step after the end.
 SYNC_INTERVAL = 8
 
 
@@ -40,7 +40,7 @@ class PromptGroup:
     limits: Tensor
 
     def mask(self, model: Canary) -> Tensor | None:
-        """(R, 1, 1, T): the frames that cross-attention sees; None where no frame is padding, which is faster."""
+        """(R, 1, 1, T): the frames that cross-attention sees; None if no frame is padding, which is faster."""
         if bool((self.lengths == self.states.shape[1]).all()):
             return None
         return model.cross_mask(self.states, self.lengths)
@@ -55,13 +55,13 @@ class NextToken:
 
     @classmethod
     def of(cls, model: Canary) -> NextToken:
-        """That of a model, whose weights are looked up once."""
+        """The distribution of a model whose weights are looked up once."""
         return cls(model.transf_decoder, model.head())
 
     def log_probs(
         self, ids: Tensor, cache: list[LayerCache], start: int | Tensor, mask: Tensor | None, beams: int = 1
     ) -> Tensor:
-        """(R, V) float32, after `ids` (R, U) at positions `start` on; see `TransformerDecoder.extend`."""
+        """(R, V) float32, after `ids` (R, U) at positions from `start` on; see `TransformerDecoder.extend`."""
         hidden = self.decoder.extend(ids, cache, start, mask, beams)
         return self.head(hidden[:, -1]).float().log_softmax(-1)
 
@@ -80,11 +80,11 @@ class Steps(Protocol):
         """The next token of each row and its log-probability; the token is the next step's input."""
 
     def keep(self, slots: list[int]) -> list[int]:
-        """Continue with these rows, or with more where that costs nothing; returns the rows that it continues with."""
+        """Continue with these rows, or with more if that is free; returns the rows kept."""
 
 
 class EagerSteps:
-    """Steps whose shapes are as large as what they hold, with room for `max_tokens`, the prompt included."""
+    """Steps with the exact shapes of their content and room for `max_tokens`, the prompt included."""
 
     def __init__(self, model: Canary, group: PromptGroup, max_tokens: int) -> None:
         self.next_token = NextToken.of(model)

@@ -4,7 +4,7 @@
     for result in transcriber.run(["talk.wav"]):
         print(result.text)
 
-A recording longer than `window_s` is cut into windows that overlap; see `raytrain.decoding.longform`.
+A recording longer than `window_s` is split into overlapping windows; see `raytrain.decoding.longform`.
 """
 
 from __future__ import annotations
@@ -42,9 +42,9 @@ class Word:
 
 @dataclass(frozen=True)
 class Transcript:
-    """One recording's text. `confidence` is the geometric mean of its tokens' probabilities, null without
-    text; `alternatives` are the other texts of the beam, best first (recordings of one window only); `cut_off` is
-    true where a length cap ended the text; `error` says why the text is missing."""
+    """One recording's text. `confidence` is the geometric mean of its tokens' probabilities, null without text;
+    `alternatives` are the other texts of the beam, best first (recordings of one window only); `cut_off` is true if a
+    length cap ended the text; `error` is the reason for a missing text."""
 
     path: str
     text: str | None
@@ -56,13 +56,13 @@ class Transcript:
     error: str | None = None
 
     def to_dict(self) -> dict[str, object]:
-        """Plain values for JSON, numbers to four digits after the point."""
+        """Plain values for JSON, with numbers rounded to four decimals."""
         return {name: _rounded(value) for name, value in asdict(self).items()}
 
 
 @dataclass(frozen=True)
 class _Recording:
-    """A recording cut into windows, which lie at `spans_s`."""
+    """A recording split into windows at `spans_s`."""
 
     path: str
     spans_s: list[tuple[float, float]]
@@ -132,7 +132,7 @@ class Transcriber:
             yield recording if isinstance(recording, Transcript) else self._transcript(recording, recognitions)
 
     def _read(self, path: str) -> _Recording | Transcript:
-        """A recording's windows, or the transcript that says why it can't be read."""
+        """A recording's windows, or a transcript with the reason why it can't be read."""
         try:
             audio = read_audio(path, sample_rate=self.sample_rate)
         except AudioError as error:
@@ -142,7 +142,7 @@ class Transcriber:
         return _Recording(path, spans_s, [audio[start:end] for start, end in spans])
 
     def _recognize(self, windows: list[_Window]) -> list[Recognition]:
-        """Recognitions in the order of the windows; windows of like length share a batch, so that little is padding."""
+        """Recognitions in the order of the windows; windows of similar length share a batch, to limit padding."""
         sizes = [len(window.samples) for window in windows]
         results: dict[int, Recognition] = {}
         for indices in sorted_batches(sizes, [1] * len(sizes), largest=lambda _: self.batch_size):
@@ -187,26 +187,28 @@ class Transcriber:
 
 
 def device_named(name: str) -> torch.device:
-    """The torch device of `auto`, `cpu` or `cuda`. Raises `DataError` where there is no such device."""
+    """The torch device of `auto`, `cpu` or `cuda`. Raises `DataError` if there is no such device."""
     has_cuda = torch.cuda.is_available()
     if name == "auto":
         name = "cuda" if has_cuda else "cpu"
     if name not in ("cpu", "cuda") or (name == "cuda" and not has_cuda):
         raise DataError(
-            "there is no such device",
+            "unavailable device",
             got=name,
-            allowed="auto, cpu, and cuda where there is one",
+            allowed="auto, cpu, and cuda if there is a GPU",
             remedy="pass --device auto",
         )
     return torch.device(name)
 
 
 def only_language(tokenizer: CanaryTokenizer) -> str:
-    """The language of a model that has a single one. Raises `DataError` for a model of several languages."""
+    """The language of a monolingual model. Raises `DataError` for a model of several languages."""
     if len(tokenizer.languages) == 1:
         return tokenizer.languages[0]
     raise DataError(
-        "the model knows several languages", allowed=", ".join(tokenizer.languages), remedy="name one with --language"
+        "the model has several languages",
+        allowed=", ".join(tokenizer.languages),
+        remedy="name one with --language",
     )
 
 

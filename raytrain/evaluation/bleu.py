@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from sacrebleu.metrics.bleu import BLEU
     from sacrebleu.metrics.chrf import CHRF
 
-# Texts without spaces are a single long word to sacrebleu's usual tokenizer.
+# sacrebleu's default tokenizer takes a text without spaces for a single long word.
 _TOKENIZERS = {**dict.fromkeys((*WITHOUT_SPACES, "ko"), "char"), "zh": "zh", "yue": "zh"}
 
 
@@ -41,10 +41,10 @@ def chrf_metric() -> CHRF:
 
 
 def corpus_score(metric: Metric, hypotheses: Sequence[str], references: Sequence[str]) -> CorpusScore:
-    """A sacrebleu metric's corpus score with its 95 % interval; both are equal to what the metric makes of the texts.
+    """A sacrebleu metric's corpus score with its 95 % interval; both equal the metric's own values for the texts.
 
-    sacrebleu's bootstrap gives half a width in place of an interval, and holds a thousand copies of the statistics in
-    memory. So this takes the sentence statistics that it takes.
+    sacrebleu's own bootstrap returns a half-width instead of an interval, and holds a thousand copies of the statistics
+    in memory, so this resamples the same sentence statistics itself.
     """
     statistics = np.array(metric._extract_corpus_statistics(hypotheses, [references]), np.int64)
 

@@ -1,10 +1,10 @@
-"""Confidence intervals of corpus scores by the bootstrap: draw as many utterances as there are, with replacement, and
-score what was drawn, a thousand times; the interval holds the middle 95 % of these scores.
+"""Confidence intervals of corpus scores by the bootstrap: resample all utterances with replacement and score the
+sample, a thousand times; the interval holds the middle 95 % of these scores.
 
 Bisani & Ney, "Bootstrap estimates for confidence intervals in ASR performance evaluation" (ICASSP 2004) do it for word
 error rates, Koehn, "Statistical significance tests for machine translation evaluation" (EMNLP 2004) for BLEU. Both
-scores follow from sums over utterances, so texts are compared once and only counts are drawn. Utterances count as
-independent; several of one speaker are not, and then the true interval is wider.
+scores are functions of sums over utterances, so texts are compared once and only counts are resampled. Utterances are
+treated as independent; if several share a speaker, the true interval is wider.
 
     sums = resampled_sums(np.stack([errors, lengths], 1))        # (1000, 2)
     interval(sums[:, 0] / sums[:, 1])                            # [0.112, 0.131]
@@ -24,7 +24,7 @@ _DRAWS_AT_A_TIME = 2_000_000
 def resampled_sums(counts: np.ndarray, *, resamples: int = RESAMPLES, seed: int = _SEED) -> np.ndarray:
     """(resamples, K) float64: sums over N utterances drawn with replacement from the rows of `counts` (N, K), N ≥ 1."""
     rng = np.random.default_rng(seed)
-    # Utterances with equal counts are equal to a sum, and how often one of them is drawn is a multinomial variate: the
+    # Utterances with equal counts are interchangeable in a sum, and their number of draws is multinomial: the
     # same distribution, in a time that does not grow with N where counts are small. Rare rows are drawn one by one.
     rows, times = np.unique(counts, axis=0, return_counts=True)
     common = times > _DRAWS_PER_BINOMIAL
@@ -43,13 +43,13 @@ def resampled_sums(counts: np.ndarray, *, resamples: int = RESAMPLES, seed: int 
 
 
 def interval(values: np.ndarray) -> list[float]:
-    """[low, high] between which 95 % of `values` lie."""
+    """[low, high] that contains the middle 95 % of `values`."""
     return [float(value) for value in np.percentile(values, [2.5, 97.5])]
 
 
 def rate_interval(errors: np.ndarray, lengths: np.ndarray) -> list[float]:
-    """95 % interval of Σ errors / Σ lengths over utterances, each (N,), with Σ lengths ≥ 1. A resample without
-    length has no rate, and is left out."""
+    """95 % interval of Σ errors / Σ lengths over utterances, each (N,), with Σ lengths ≥ 1. A resample with length 0
+    has no rate, and is skipped."""
     sums = resampled_sums(np.stack([errors, lengths], axis=1))
     sums = sums[sums[:, 1] > 0]
     return interval(sums[:, 0] / sums[:, 1])

@@ -48,7 +48,7 @@ class ErrorCounts:
 
     @property
     def rate(self) -> float | None:
-        """Errors over reference length, a fraction; None where no reference has words (characters)."""
+        """Errors over reference length, a fraction; None if no reference has words (characters)."""
         return self.errors / self.reference_length if self.reference_length else None
 
 
@@ -75,8 +75,8 @@ def edit_counts(references: Sequence[str], hypotheses: Sequence[str], *, unit: s
 def alignments(
     references: Sequence[str], hypotheses: Sequence[str], *, unit: str = "word"
 ) -> Iterator[tuple[list[str], list[str], list[AlignmentChunk]]]:
-    """For each pair the words of the reference, those of the hypothesis, and jiwer's chunks that align them by minimum
-    edit distance; `unit` is `word` or `character`."""
+    """For each pair, the reference's words, the hypothesis' words, and jiwer's chunks that align them by minimum edit
+    distance; `unit` is `word` or `character`."""
     import jiwer
 
     process = jiwer.process_words if unit == "word" else jiwer.process_characters

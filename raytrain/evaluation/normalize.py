@@ -1,8 +1,8 @@
-"""Texts as Whisper's evaluation compares them (Radford et al., arXiv 2212.04356, appendix C).
+"""Text normalization as in Whisper's evaluation (Radford et al., arXiv 2212.04356, appendix C).
 
 English loses case, punctuation and fillers, and gets one spelling of numbers, contractions and British words; other
-languages lose case, punctuation and what stands in brackets. Languages without spaces are split into characters, so
-that their word error rate counts those.
+languages lose case, punctuation and bracketed text. Languages without spaces are split into characters, so that their
+word error rate counts characters.
 
     normalizer("whisper", "en")("Mr. Smith won't pay twenty dollars.")    # "mister smith will not pay $20"
 """
@@ -16,7 +16,7 @@ WITHOUT_SPACES = frozenset({"zh", "ja", "th", "lo", "my", "yue"})
 
 
 def normalizer(name: str, language: str) -> Callable[[str], str]:
-    """What brings texts of a language (`en`, `en-GB`) into the form that is compared; `none` leaves them alone."""
+    """The normalizer for texts of a language (`en`, `en-GB`) before comparison; `none` leaves them unchanged."""
     if name == "none":
         return lambda text: text
     base = base_language(language)

@@ -1,10 +1,9 @@
-"""What `scores.json` says of decoded test rows: error rates and BLEU with 95 % confidence intervals, by language and
-by duration.
+"""The scores of decoded test rows in `scores.json`: error rates and BLEU with 95 % confidence intervals, by language
+and by duration.
 
-A result is a line of `hypotheses.jsonl`: `text` as the manifest has it, `reference` as the tokenizer's normalizer
-leaves it (`text` where there is none), which is what is compared with `hypothesis` (None where the recording can't be
-read), `lang`, `translated`, `duration_ms`, `audio_filepath`. Transcriptions have error rates, translations BLEU and
-chrF.
+A result is a line of `hypotheses.jsonl`: `text` as the manifest has it, `reference` after the tokenizer's normalizer
+(`text` if there is none), which is compared with `hypothesis` (None if the recording can't be read), `lang`,
+`translated`, `duration_ms`, `audio_filepath`. Transcriptions have error rates, translations BLEU and chrF.
 
     texts = texts_of(results, normalizer="whisper")
     scores = score(texts)
@@ -57,8 +56,8 @@ class Utterance:
 
 @dataclass(frozen=True)
 class Texts:
-    """Readable utterances, apart by how they are scored; `normalized` has the references and the hypotheses of
-    `transcriptions` as the normalizer leaves them, and is None without one."""
+    """Readable utterances, split by how they are scored; `normalized` has the normalized references and hypotheses of
+    `transcriptions`, and is None without a normalizer."""
 
     transcriptions: Sequence[Utterance]
     translations: Sequence[Utterance]
@@ -68,7 +67,7 @@ class Texts:
 
     @property
     def raw(self) -> tuple[list[str], list[str]]:
-        """References and hypotheses of `transcriptions`, without a normalizer besides the tokenizer's."""
+        """References and hypotheses of `transcriptions`, with only the tokenizer's normalizer applied."""
         return pairs_of(self.transcriptions)
 
 
@@ -95,7 +94,7 @@ def texts_of(results: Sequence[Result], normalizer: str = "none") -> Texts:
 
 @dataclass(frozen=True)
 class Rate:
-    """Errors over reference length with [low, high] of its 95 % interval, None where no reference has a word."""
+    """Errors over reference length with [low, high] of its 95 % interval, None if no reference has a word."""
 
     value: float | None
     interval: list[float] | None
@@ -112,7 +111,7 @@ class GroupScores:
     errors: int
 
     def to_dict(self) -> dict[str, object]:
-        """As `scores.json` has it: each rate, and its interval beside it under `_ci`."""
+        """The form in `scores.json`: each rate, with its interval under `_ci`."""
         rates: dict[str, object] = {}
         for name, rate in self.rates.items():
             rates |= {name: rate.value, f"{name}_ci": rate.interval}
@@ -122,20 +121,20 @@ class GroupScores:
 
 @dataclass(frozen=True)
 class DurationScores:
-    """Scores of the utterances longer than `from_ms`, and at most `to_ms` long if that is a number."""
+    """Scores of the utterances longer than `from_ms`, and at most `to_ms` long, unless that is None."""
 
     from_ms: int
     to_ms: int | None
     scores: GroupScores
 
     def to_dict(self) -> dict[str, object]:
-        """As `scores.json` has it."""
+        """The form in `scores.json`."""
         return {"from_ms": self.from_ms, "to_ms": self.to_ms, **self.scores.to_dict()}
 
 
 @dataclass(frozen=True)
 class TranslationScores:
-    """BLEU and chrF of the translations into a language, none where no reference has a text."""
+    """BLEU and chrF of the translations into a language, None if all references are empty."""
 
     utterances: int
     bleu: CorpusScore | None = None
@@ -144,10 +143,10 @@ class TranslationScores:
 
 @dataclass(frozen=True)
 class Scores:
-    """Everything about a test: transcriptions in `total` and by group, translations by target language.
+    """All scores of a test: transcriptions in `total` and by group, translations by target language.
 
-    `by_duration` has each span of `DURATION_EDGES_MS` that has utterances, upper edge included. `references_changed`
-    counts the readable results whose reference is not the manifest's text.
+    `by_duration` has each span of `DURATION_EDGES_MS` with utterances, upper edge included. `references_changed` counts
+    the readable results whose reference is not the manifest's text.
     """
 
     total: GroupScores

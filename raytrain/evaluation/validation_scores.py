@@ -1,4 +1,4 @@
-"""Scores of what validation decodes during training: word error rate of transcriptions, BLEU of translations."""
+"""Scores of validation during training: word error rate of transcriptions, BLEU of translations."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from raytrain.evaluation.error_counts import count_errors
 
 
 class Decoded(NamedTuple):
-    """An utterance with what was decoded. `language` is that of the text; `translated` where speech has another.
-    Both texts are as `CanaryTokenizer.normalize` leaves them."""
+    """A decoded utterance. `language` is the text's; `translated` if the speech has another. Both texts are normalized
+    by `CanaryTokenizer.normalize`."""
 
     language: str
     corpus: str
@@ -24,12 +24,12 @@ Score = Callable[[Sequence[Decoded]], float | None]
 
 
 def score_decoded(items: Sequence[Decoded]) -> dict[str, float]:
-    """What validation reports.
+    """The scores that validation reports.
 
-    `wer` of transcriptions (a fraction) and `bleu` of translations (0 to 100, the mean over target languages), each
-    where there are any; the same as `wer_LANGUAGE`, `wer_CORPUS`, `bleu_LANGUAGE` and `bleu_CORPUS` where there are
-    several. `error` is what checkpoints are compared by: WER and 1 − BLEU / 100, weighted by their references.
-    What has no reference to be compared with has no score, and without any score there is no `error`.
+    `wer` of transcriptions (a fraction) and `bleu` of translations (0 to 100, the mean over target languages), each if
+    there are any; also as `wer_LANGUAGE`, `wer_CORPUS`, `bleu_LANGUAGE` and `bleu_CORPUS` if there are several. `error`
+    ranks checkpoints: WER and 1 − BLEU / 100, weighted by their references. Items without a reference get no score, and
+    without any score there is no `error`.
     """
     transcriptions = [item for item in items if not item.translated]
     translations = [item for item in items if item.translated]
@@ -45,7 +45,7 @@ def score_decoded(items: Sequence[Decoded]) -> dict[str, float]:
 
 
 def bleu(items: Sequence[Decoded]) -> float | None:
-    """Corpus BLEU of translations into a single language, 0 to 100; None where no reference has a text."""
+    """Corpus BLEU of translations into a single language, 0 to 100; None if all references are empty."""
     if not any(item.reference for item in items):
         return None
     metric = bleu_metric(items[0].language)
@@ -54,7 +54,7 @@ def bleu(items: Sequence[Decoded]) -> float | None:
 
 
 def _by_group(name: str, items: Sequence[Decoded], of_language: Score, of_all: Score) -> dict[str, float]:
-    """The score of all items, and where there are several, of each language and of each corpus."""
+    """The score of all items and, if there are several, of each language and of each corpus."""
     if not items:
         return {}
     scores = {name: of_all(items)}

@@ -1,7 +1,7 @@
-"""The worst utterances of a test with their alignments, and what is confused most often: what `errors.html` shows.
+"""The worst utterances of a test with their alignments, and the most frequent confusions: the content of `errors.html`.
 
-Everything here is bounded, whatever the size of the test: each language gets its share of the page, so that a
-language with few utterances is seen beside a language with many.
+The page has a bounded size for any size of test: each language gets its share, so that a language with few utterances
+is not crowded out.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from jiwer import AlignmentChunk
     from sacrebleu.metrics.bleu import BLEU
 
-FEW_WORDS = 4  # below that, a single error makes a rate that says little
+FEW_WORDS = 4  # with fewer, a single error dominates the rate
 _SHOWN, _MOST_SHOWN = 60, 120
 _CONFUSIONS, _MOST_CONFUSIONS = 30, 60
 _LEAST_PER_LANGUAGE = 10
@@ -44,7 +44,7 @@ Confusion = tuple[str, str, str, int]  # language, word of the reference, word o
 @dataclass(frozen=True)
 class WorstTranscription:
     """An utterance with its errors. `columns` are its alignment, each of kind `equal`, `substitute`, `delete` or
-    `insert`; `not_shown` counts those that were left out."""
+    `insert`; `not_shown` counts the omitted columns."""
 
     lang: str
     duration_ms: int
@@ -76,9 +76,8 @@ class WorstTranslation:
 class Worst:
     """The content of the page.
 
-    `highest_rates` are of utterances with at least `few_words` words that are not among `most_errors`. `confusions`
-    are by kind of error, most frequent first; `translations` by chrF. Words are those that the normalizer left, where
-    there is one.
+    `highest_rates` are of utterances with at least `few_words` words that are not among `most_errors`. `confusions` are
+    by kind of error, most frequent first; `translations` by chrF. Words are normalized, if there is a normalizer.
     """
 
     utterances: int
@@ -136,8 +135,8 @@ def _share(number: int, num_languages: int) -> int:
 
 
 def _worst_indices(languages: Sequence[str], badness: np.ndarray, second: np.ndarray) -> list[int]:
-    """Indices of the worst utterances, worst first: each language's share of those whose badness is above 0. Equally
-    bad utterances go by `second`, then by their order."""
+    """Indices of the worst utterances, worst first: each language's share of those whose badness is above 0. Ties are
+    broken by `second`, then by order."""
     order = np.lexsort((-second, -badness))[: np.count_nonzero(badness > 0)]
     share = _share(_SHOWN, len(set(languages)))
     return _fair_selection(order.tolist(), lambda index: languages[index], share, _MOST_SHOWN)
@@ -163,7 +162,7 @@ def _transcription(utterance: Utterance, reference: str, hypothesis: str, counts
 
 def _cut_path(path: str) -> str:
     most = _MOST_CHARACTERS["path"]
-    return path if len(path) <= most else f"…{path[-most:]}"  # the end names the recording
+    return path if len(path) <= most else f"…{path[-most:]}"  # the end identifies the recording
 
 
 def _cut(text: str, kind: str) -> str:
@@ -172,7 +171,7 @@ def _cut(text: str, kind: str) -> str:
 
 
 def _columns(reference: list[str], hypothesis: list[str], chunks: list[AlignmentChunk]) -> Iterator[Column]:
-    """The columns of an alignment; a word that is missing is empty."""
+    """The columns of an alignment; a missing word is empty."""
     for chunk in chunks:
         old = reference[chunk.ref_start_idx : chunk.ref_end_idx]
         new = hypothesis[chunk.hyp_start_idx : chunk.hyp_end_idx]
@@ -209,7 +208,7 @@ def _language(confusion: tuple[tuple[str, str, str], int]) -> str:
 
 
 def _translations(utterances: Sequence[Utterance]) -> list[WorstTranslation]:
-    """The translations of lowest chrF with their BLEU as sentences."""
+    """The translations with the lowest chrF, with sentence BLEU."""
     if not utterances:
         return []
     chrf = chrf_metric()

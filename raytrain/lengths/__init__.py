@@ -1,7 +1,7 @@
 """Lengths of utterances: histograms, bucket plans, batch sizes, mixtures and schedules, as pure functions.
 
-It imports numpy alone, holds no device, no file and no process, and what is named here is its public API. Open
-`plan.py` first (how buckets are cut), then `schedule.py` (which rows a step takes) and `search.py` (batch sizes).
+Imports numpy alone and touches no device, file or process; the names exported here are its public API. Open `plan.py`
+first (how buckets are cut), then `schedule.py` (which rows a step takes) and `search.py` (batch sizes).
 """
 
 from raytrain.lengths.bucket_searches import BucketSearches

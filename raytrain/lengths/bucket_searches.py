@@ -1,6 +1,6 @@
 """`BucketSearches`: the searches of all buckets as one decision, for one probing process or many.
 
-A coordinator asks it for work and tells it what came out; it holds no device, no process and no clock.
+A coordinator asks it for work and reports the outcomes; it holds no device, process or clock.
 
     >>> edges, needs = [(1000, 10), (2000, 10), (2000, 20)], [(100.0, 1.0), (100.0, 1.9), (100.0, 2.0)]
     >>> searches = BucketSearches(edges, needs, budget=1000.0)
@@ -26,11 +26,11 @@ class BucketSearches:
     fit, in its bucket or in one of longer edges; where peaks are measured, it is within `tolerance` of the largest that
     their line allows, else of the smallest that failed.
 
-    Heavy buckets come first: one that takes not even one utterance shows at once, and what fits there fits in all
-    shorter ones. A bucket that is being probed is not handed out a second time; `release` takes back what a process
-    did not live to report. To resume after a stop, `report` the earlier outcomes to a new object in their order. A
-    bucket's answer is final once its search has ended, and later probes leave it as it is, so that its times can be
-    measured while other buckets are searched.
+    Heavy buckets come first: a bucket that can't hold even one utterance shows at once, and a size that fits there fits
+    in all shorter buckets. A bucket that is being probed is not handed out a second time; `release` takes back a probe
+    whose process died before reporting it. To resume after a stop, `report` the earlier outcomes to a new object in
+    their order. A bucket's answer is final once its search has ended, and later probes leave it as it is, so that its
+    times can be measured while other buckets are searched.
     """
 
     def __init__(
@@ -55,7 +55,7 @@ class BucketSearches:
         self._num_probes = [0] * len(edges)
 
     def next(self) -> tuple[int, int] | None:
-        """(bucket, size) to probe now; None where all that is left is being probed, or nothing is (`done`)."""
+        """(bucket, size) to probe now; None if every remaining bucket is being probed, or none remains (`done`)."""
         for bucket in self._order:
             if bucket in self._in_flight or self.ended(bucket):
                 continue
@@ -66,15 +66,15 @@ class BucketSearches:
         return None
 
     def report(self, bucket: int, size: int, fits: bool, peak_bytes: float | None = None) -> None:
-        """The outcome of a probe. Raises `PlanError` where it contradicts an earlier one of the same bucket."""
+        """The outcome of a probe. Raises `PlanError` if it contradicts an earlier probe of the same bucket."""
         self.release(bucket)
         self._searches[bucket].report(size, fits)
         self._shared.report(bucket, size, fits, peak_bytes)
         self._num_probes[bucket] += 1
-        self.ended(bucket)  # fixes the answer by what was reported so far: the same reports give the same answers
+        self.ended(bucket)  # fixes the answer by the reports so far: the same reports give the same answers
 
     def release(self, bucket: int) -> None:
-        """Hand a bucket out again, whose probe will not be reported."""
+        """Hand out a bucket again whose probe will not be reported."""
         self._in_flight.discard(bucket)
 
     def ended(self, bucket: int) -> bool:
@@ -90,12 +90,12 @@ class BucketSearches:
         return search.done
 
     def result(self, bucket: int) -> int | None:
-        """The largest size that is sure to fit, final once the bucket has `ended`; None where not even 1 fits (yet)."""
+        """The largest size that is sure to fit, final once the bucket has `ended`; None if not even 1 fits (yet)."""
         return self._answers[bucket] if self.ended(bucket) else self._searches[bucket].result
 
     @property
     def num_buckets(self) -> int:
-        """How many buckets there are."""
+        """Number of buckets."""
         return len(self._searches)
 
     @property

@@ -1,7 +1,7 @@
-"""Ways of batching side by side on one histogram: what schemes pad in drawn batches, and policies at buckets' edges.
+"""Compares batching methods on one histogram: how much schemes pad in drawn batches, and policies at bucket edges.
 
 Schemes are random batches, 1D buckets and 2D buckets; their batches are drawn from the histogram with a seed, and each
-is padded to its longest member, as in training. Policies are ways of making the 2D grid.
+is padded to its longest member, as in training. Policies are methods of making the 2D grid.
 """
 
 from __future__ import annotations
@@ -100,7 +100,7 @@ def _bucketed(
 @dataclass(frozen=True)
 class PolicyRow:
     """One plan: shares of padding (fractions) where every utterance is padded to the edges of its bucket, cells,
-    rejected utterances, and seconds that planning took."""
+    rejected utterances, and the planning time in seconds."""
 
     policy: str
     audio_padding: float
@@ -115,7 +115,7 @@ def compare_policies(histogram: LengthHistogram, settings: BucketSettings, cost:
     """NeMo's rule and the optimum in 1D and 2D, and the optimum with the 2D grid's cells spread by need."""
     durations, split = settings.num_duration_buckets, settings.num_token_buckets
     plain = replace(settings, num_cells=None)
-    # Limits for the duration buckets of NeMo's rule say nothing about others.
+    # Limits for the duration buckets of NeMo's rule don't apply to other buckets.
     max_tps = None if isinstance(settings.max_tps, tuple) else settings.max_tps
     optimal = replace(plain, policy="optimal", max_tps=max_tps)
     variants = {
@@ -148,8 +148,7 @@ def _row(name: str, settings: BucketSettings, histogram: LengthHistogram, cost: 
 
 @dataclass(frozen=True)
 class PaddedCells:
-    """The cells of a histogram that a plan keeps, (N,) each: lengths and counts, and the edges that they are padded
-    to."""
+    """The histogram cells that a plan keeps, (N,) each: lengths and counts, and the edges that they are padded to."""
 
     counts: np.ndarray
     durations: np.ndarray

@@ -1,4 +1,4 @@
-"""`CostModel`: what an utterance of given length costs a model, in multiply-accumulates of a forward pass.
+"""`CostModel`: what an utterance of a given length costs a model, in multiply-accumulates of a forward pass.
 
 cost = CostModel(frame=1.0, token=0.5)
 cost.of(np.array([2000]), np.array([10]))      # 25 frames of 80 ms and 10 tokens: 30.0
@@ -44,7 +44,7 @@ class CostModel:
         return np.asarray(duration_ms, np.float64) / FRAME_MS
 
 
-# canary-1b, as `raytrain.model.cost.cost_of` counts it: what a plan is made for where no model is named.
+# canary-1b, as `raytrain.model.cost.cost_of` counts it: the model of a plan that names none.
 CANARY_1B = CostModel(
     frame=639_578_112.0, frame_squared=98_304.0, token=356_548_608.0, token_squared=49_152.0, frame_token=49_152.0
 )

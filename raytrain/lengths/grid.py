@@ -1,4 +1,4 @@
-"""`BucketGrid`: the one place that compares lengths with bucket edges. Edges belong to their bucket.
+"""`BucketGrid`: the only code that compares lengths with bucket edges. Edges are inclusive.
 
 >>> grid = BucketGrid((Bucket(2000, 10), Bucket(2000, 20), Bucket(5000, 30)))
 >>> grid.assign(2000, 10), grid.assign(2000, 11), grid.assign(2001, 11), grid.assign(2000, 21)
@@ -37,7 +37,7 @@ class BucketGrid:
             )
         if list(self.buckets) != sorted(set(self.buckets)):
             raise PlanError(
-                "buckets must rise strictly by duration, then tokens",
+                "buckets must be in strictly ascending order of duration, then tokens",
                 got=self.buckets,
                 remedy="pass each Bucket once, sorted; from a run folder: run `raytrain buckets` again",
             )
@@ -50,15 +50,15 @@ class BucketGrid:
 
     @property
     def duration_edges(self) -> tuple[int, ...]:
-        """Distinct duration edges in ms, rising."""
+        """Distinct duration edges in ms, ascending."""
         return tuple(self._edges[0].tolist())
 
     def duration_index(self, duration_ms: np.ndarray) -> np.ndarray:
-        """(N,) index of the duration bucket, `len(duration_edges)` for what is too long."""
+        """(N,) index of the duration bucket, `len(duration_edges)` for utterances that are too long."""
         return np.searchsorted(self._edges[0], duration_ms, side="left")
 
     def assign_many(self, duration_ms: np.ndarray, tokens: np.ndarray) -> np.ndarray:
-        """(N,) bucket numbers; -1 where the utterance is too long or has too many tokens for its duration."""
+        """(N,) bucket numbers; -1 if the utterance is too long or has too many tokens for its duration."""
         edges, starts, max_tokens = self._edges
         index = self.duration_index(duration_ms)
         inside = index < len(edges)

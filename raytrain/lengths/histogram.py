@@ -1,4 +1,4 @@
-"""`LengthHistogram`: how many utterances have which duration and how many tokens, in bounded space.
+"""`LengthHistogram`: counts of utterances by duration and tokens, in bounded space.
 
 Durations are counted in cells of 10 ms, and a cell stands for its upper edge; tokens are exact. Histograms add:
 parts of a corpus can be counted anywhere in any order.
@@ -36,7 +36,7 @@ class LengthHistogram:
 
     @classmethod
     def empty(cls) -> LengthHistogram:
-        """A histogram of nothing, the neutral element of `+`."""
+        """An empty histogram, the neutral element of `+`."""
         none = np.zeros(0, np.int64)
         return cls(none, none, none)
 
@@ -63,7 +63,7 @@ class LengthHistogram:
     def from_arrays(
         cls, cells: np.ndarray, tokens: np.ndarray, counts: np.ndarray, real_duration_ms: int
     ) -> LengthHistogram:
-        """From cells in any order, equal ones merged. (N,) integers ≥ 0 each."""
+        """From cells in any order; equal cells are merged. (N,) integers ≥ 0 each."""
         if not len(cells):
             return cls.empty()
         cells, tokens, counts = (np.asarray(values, np.int64) for values in (cells, tokens, counts))
@@ -88,7 +88,7 @@ class LengthHistogram:
 
     @classmethod
     def sum(cls, parts: Sequence[LengthHistogram]) -> LengthHistogram:
-        """All parts together, merged at once."""
+        """The sum of all parts, merged in one pass."""
         if not parts:
             return cls.empty()
         return cls.from_arrays(
@@ -117,7 +117,8 @@ class LengthHistogram:
         return self.real_duration_ms / 3.6e6
 
     def select(self, chosen: np.ndarray) -> LengthHistogram:
-        """The cells where the (N,) mask is true; their exact duration is not known, so cells' edges stand in."""
+        """The cells where the (N,) mask is true; their exact duration is unknown, so the cells' edges stand in for
+        it."""
         cells, counts = self.cells[chosen], self.counts[chosen]
         return LengthHistogram(cells, self.tokens[chosen], counts, int((cells * counts).sum()))
 

@@ -1,9 +1,9 @@
-"""`Mixture`: corpora that are heard more or less often than once an epoch, still without a sampler's state.
+"""`Mixture`: corpora that repeat more or less often than once per epoch, still without sampler state.
 
 Each bucket holds the rows of its corpora one after the other. An epoch draws round(rows · repeats) of each, in one
-shuffled order for the whole bucket; a corpus goes through its own rows in shuffled passes that go on from epoch to
-epoch, so that after any number of epochs two of its rows differ by at most one visit. Which row a draw is follows from
-the draw's number alone.
+shuffled order for the whole bucket; the draws of a corpus go through its rows in shuffled passes that continue from
+epoch to epoch, so that after any number of epochs two of its rows differ by at most one visit. A draw's number alone
+determines its row.
 
     >>> mixture = Mixture(rows=((4, 2),), repeats=(1.0, 3.0))
     >>> mixture.draws
@@ -28,7 +28,7 @@ from raytrain.lengths.permutation import FeistelPermutation, key_of
 @dataclass(frozen=True)
 class Mixture:
     """`rows`: for each bucket the number of rows of each corpus, in the order of row numbers. `repeats`: how often an
-    epoch goes through each corpus."""
+    epoch visits each row of each corpus."""
 
     rows: tuple[tuple[int, ...], ...]
     repeats: tuple[float, ...]
@@ -43,7 +43,7 @@ class Mixture:
             )
         if any(not 0 <= repeat < float("inf") for repeat in self.repeats):
             raise PlanError(
-                "repeats are numbers from 0 on",
+                "repeats must be 0 or more",
                 got=self.repeats,
                 remedy="correct the weights of the corpora and data.temperature",
             )
@@ -58,12 +58,12 @@ class Mixture:
 
     @classmethod
     def plain(cls, rows_per_bucket: Sequence[int]) -> Mixture:
-        """Every row once an epoch."""
+        """Every row once per epoch."""
         return cls(tuple((rows,) for rows in rows_per_bucket), (1.0,))
 
     @cached_property
     def draws(self) -> tuple[tuple[int, ...], ...]:
-        """For each bucket, how many rows of each corpus an epoch takes; at least 1 where there is a row to take."""
+        """For each bucket, how many rows of each corpus an epoch takes; at least 1 if there are any rows."""
         return tuple(
             tuple(
                 max(1, round(rows * repeat)) if rows and repeat else 0
@@ -79,7 +79,7 @@ class Mixture:
 
     @cached_property
     def _starts(self) -> list[tuple[np.ndarray, np.ndarray]]:
-        """For each bucket, where the draws and the rows of each corpus begin, with their ends last."""
+        """For each bucket, the offsets at which each corpus' draws and rows begin, followed by the totals."""
         return [
             (np.cumsum([0, *draws]), np.cumsum([0, *rows])) for draws, rows in zip(self.draws, self.rows, strict=True)
         ]
@@ -106,7 +106,7 @@ class Mixture:
         for corpus in np.unique(corpora).tolist():
             mine = corpora == corpus
             rows = self.rows[bucket][corpus]
-            # Where the corpus stands in its own endless stream of shuffled passes.
+            # The corpus' position in its own endless stream of shuffled passes.
             positions = draws[mine] - first_draws[corpus] + epoch * self.draws[bucket][corpus]
             passes = positions // rows
             numbers = np.empty_like(positions)
@@ -123,9 +123,9 @@ def sampling_shares(
 ) -> list[float]:
     """Shares ∝ weight · hours · H^(1/temperature − 1), with sum 1, where H is the hours of the corpus' group.
 
-    Without `groups` each corpus is its own: weight · hours^(1/temperature). Temperature 1 keeps the corpora's own
-    proportions, and a larger one brings groups (languages, say) nearer to each other, as is usual in multilingual
-    training (Conneau & Lample, arXiv 1901.07291, who give the exponent). A corpus without hours gets none.
+    Without `groups` each corpus is its own group: weight · hours^(1/temperature). Temperature 1 keeps the corpora's own
+    proportions, and a higher one evens out the groups (such as languages), as is usual in multilingual training
+    (Conneau & Lample, arXiv 1901.07291, who give the exponent). A corpus without hours gets 0.
     """
     names: Sequence[int | str] = range(len(hours)) if groups is None else groups
     total_of: defaultdict[int | str, float] = defaultdict(float)
@@ -140,13 +140,13 @@ def sampling_shares(
 
 
 def repeats_of(hours: Sequence[float], shares: Sequence[float]) -> tuple[float, ...]:
-    """How often corpora with `hours` are gone through to get `shares` of the training audio, where an epoch stays as
-    long as all of them together."""
+    """How often to repeat corpora with `hours` to get `shares` of the training audio; an epoch stays as long as all of
+    them together."""
     total, whole = sum(hours), sum(shares)
     return tuple(share / whole * total / hour if hour > 0 else 0.0 for hour, share in zip(hours, shares, strict=True))
 
 
 @lru_cache(maxsize=4096)
 def shuffle(count: int, key: int) -> FeistelPermutation:
-    """A permutation, made once: its keys cost more than a batch of numbers."""
+    """A cached permutation: making its keys costs more than a batch of numbers."""
     return FeistelPermutation(count, key)

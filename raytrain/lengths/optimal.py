@@ -1,11 +1,11 @@
-"""Bucket edges that cost least, by dynamic programming on the histogram.
+"""Bucket edges of least cost, by dynamic programming on the histogram.
 
-The cost of a plan is what all utterances cost padded to the edges of their buckets (`CostModel`). Duration edges
-are nested over token edges. Every pair of candidate durations is a possible row of the grid; the best token edges
-of each row, for every number of them, come from a dynamic program over tokens, and a second one over durations
-chooses the rows and shares a budget of cells among them by need.
+The cost of a plan is what all utterances cost padded to the edges of their buckets (`CostModel`). Duration edges are
+nested over token edges. Every pair of candidate durations is a possible row of the grid; the best token edges of each
+row, for every number of them, come from a dynamic program over tokens, and a second one over durations chooses the rows
+and distributes a budget of cells among them by need.
 
-Candidates are spread so that equal parts of the corpus's cost lie between them, hence nothing grows with the
+Candidates are spaced so that equal parts of the corpus's cost lie between them, so the work does not grow with the
 corpus; the final token edges are exact.
 """
 
@@ -22,7 +22,7 @@ NUM_CANDIDATES = (144, 56)  # durations and tokens
 
 
 class GridRow(NamedTuple):
-    """A duration edge (ms) and how many token edges its row has."""
+    """A duration edge (ms) and the number of token edges in its row."""
 
     max_duration_ms: int
     num_token_buckets: int
@@ -40,7 +40,7 @@ def optimal_rows(
     """Rows of the grid of at most `num_cells` cells (and `num_rows` rows) that pads least; at most `max_split`
     token edges in a row. `histogram` holds what the plan keeps, at least one utterance.
 
-    Exact where it has no more distinct durations and tokens than `num_candidates`.
+    Exact if it has at most `num_candidates` distinct durations and tokens.
     """
     of_durations, of_tokens = num_candidates
     weights = histogram.counts * cost.of(histogram.cells, histogram.tokens)
@@ -56,7 +56,7 @@ def optimal_rows(
 
 
 def candidates(values: np.ndarray, weights: np.ndarray, number: int) -> np.ndarray:
-    """At most `number` rising values between which equal parts of `weights` lie; the largest is the last."""
+    """At most `number` ascending values between which equal parts of `weights` lie; the last is the largest."""
     distinct, inverse = np.unique(values, return_inverse=True)
     if len(distinct) <= number:
         return distinct
@@ -92,7 +92,7 @@ def _row_costs(
         rows = np.arange(j + 1)
         result[0, : j + 1, j] = best[rows, last]
         for m in range(1, split):
-            # One more edge at s, and what lies between s and t padded to t.
+            # One more edge at s; lengths between s and t are padded to t.
             options = best[:, :, None] - inside[:, :, None] * decoder
             np.minimum.accumulate(options, axis=1, out=options)
             best = np.minimum(best, np.diagonal(options, axis1=1, axis2=2) + inside * decoder)
@@ -144,7 +144,7 @@ def _share_rows(row_costs: np.ndarray, durations: np.ndarray, num_cells: int, nu
 def optimal_token_edges(
     tokens: np.ndarray, counts: np.ndarray, duration_ms: int, cost: CostModel, number: int
 ) -> np.ndarray:
-    """At most `number` rising token edges for one row, exact. `tokens`, `counts`: (N,), in any order."""
+    """At most `number` ascending token edges for one row, exact. `tokens`, `counts`: (N,), in any order."""
     values, inverse = np.unique(tokens, return_inverse=True)
     until = np.cumsum(np.bincount(inverse.ravel(), weights=counts))
     decoder = cost.decoder(np.full(len(values), duration_ms), values)

@@ -1,8 +1,8 @@
 """`FeistelPermutation`: a keyed shuffle of 0 … n−1 that gives its i-th element without storing any other.
 
-A Feistel network over pairs (high, low) that adds a hash of one half to the other, modulo its size, is a bijection
-whatever the hash (Luby and Rackoff 1988, in the additive form of Black and Rogaway 2002). The pairs are at most √n more
-than n; values that fall outside walk on until they are inside (cycle walking, Black and Rogaway 2002).
+A Feistel network over pairs (high, low) that adds a hash of one half to the other, modulo its size, is a bijection for
+any hash function (Luby and Rackoff 1988, in the additive form of Black and Rogaway 2002). The pairs are at most √n more
+than n; values that fall outside are permuted again until they are inside (cycle walking, Black and Rogaway 2002).
 
     >>> shuffle = FeistelPermutation(10, key=1)
     >>> sorted(shuffle(i) for i in range(10)) == list(range(10))

@@ -1,14 +1,14 @@
 """`BucketPlan`: a 2D grid of duration × tokens made from a histogram, with the outlier limit of each duration.
 
-The policy `equal_mass` is NeMo's rule (arXiv 2503.05931 and NeMo's `estimate_duration_bins_2d`): sort by
-duration, start a new bucket wherever more than an equal part of the total duration has gone by; drop what speaks
-faster than mean + 4σ of its duration bucket; inside each bucket sort by tokens and cut by the same rule. Where
-skewed data give n duration edges of one value, they become one bucket with n times as many token edges.
+The policy `equal_mass` is NeMo's rule (arXiv 2503.05931 and NeMo's `estimate_duration_bins_2d`): sort by duration,
+start a new bucket whenever more than an equal part of the total duration has accumulated; drop utterances with more
+tokens per second than mean + 4σ of their duration bucket; inside each bucket sort by tokens and cut by the same rule.
+If skewed data give n equal duration edges, they become one bucket with n times as many token edges.
 
-It differs from NeMo where NeMo's plan would reject utterances that it was made for: token edges and limits of a
-bucket count exactly the utterances that training will place there, those at its upper edge and the longest of all
-included; equal utterances (σ = 0) are kept; the last edge is the longest utterance, also under a `max_duration_ms`;
-equal token edges of a bucket, of which only one can ever be used, are one.
+It differs from NeMo where NeMo's plan would reject utterances that it was made for: token edges and limits of a bucket
+count exactly the utterances that training will place there, those at its upper edge and the longest of all included;
+equal utterances (σ = 0) are kept; the last edge is the longest utterance, also under a `max_duration_ms`; equal token
+edges of a bucket, of which only one could ever be used, are merged.
 """
 
 from __future__ import annotations
@@ -102,7 +102,7 @@ class BucketSettings:
 
 @dataclass(frozen=True)
 class BucketPlanBody:
-    """What `BucketPlan.to_body` gives, and `from_body` needs."""
+    """What `BucketPlan.to_body` returns and `from_body` takes."""
 
     buckets: list[tuple[int, int]]
     policy: str
@@ -126,7 +126,7 @@ class BucketPlanBody:
 
 @dataclass(frozen=True)
 class BucketPlan:
-    """The grid, and what it makes of a histogram. `tps_limits` has one entry per duration bucket (inf: no limit);
+    """The grid, and its statistics on a histogram. `tps_limits` has one entry per duration bucket (inf: no limit);
     `counts`, `duration_padding`, `token_padding` (fractions against the bucket's edge, None for an empty bucket) one
     per bucket."""
 
@@ -142,7 +142,7 @@ class BucketPlan:
     histogram_id: str = ""
 
     def assign(self, duration_ms: np.ndarray, tokens: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """(N,) bucket numbers with -1 for rejected ones, and (N,) reasons, empty where there is a bucket.
+        """(N,) bucket numbers, -1 for rejected utterances, and (N,) reasons, empty for accepted utterances.
 
         Durations count as their histogram cell (the next 10 ms), so plan and assignment agree on every row.
         """
@@ -196,8 +196,8 @@ def make_plan(
 ) -> BucketPlan:
     """A plan for the utterances of `histogram`; `cost` is what the policy `optimal` minimizes.
 
-    Raises `PlanError` where no utterance is within the limits, where a duration bucket would keep none under
-    `max_tps`, and where `max_tps` has not one number per duration bucket.
+    Raises `PlanError` if no utterance is within the limits, if a duration bucket would keep none under `max_tps`, or if
+    `max_tps` does not have one number per duration bucket.
     """
     kept = _within_limits(histogram, settings)
     rows = _rows(kept, settings, cost)
@@ -239,12 +239,12 @@ def _within_limits(histogram: LengthHistogram, settings: BucketSettings) -> Leng
 
 
 def _rows(kept: LengthHistogram, settings: BucketSettings, cost: CostModel) -> list[GridRow]:
-    """Duration edges and how many token edges each has."""
+    """Duration edges and the number of token edges of each."""
     number, split = settings.num_duration_buckets, settings.num_token_buckets
     edges, repeats = np.unique(equal_mass_edges(kept.cells, kept.counts, number), return_counts=True)
     if settings.policy == "equal_mass":
         return [GridRow(edge, n * split) for edge, n in zip(edges.tolist(), repeats.tolist(), strict=True)]
-    # Edges are for the utterances that stay, and which stay depends on the edges: NeMo's rule says it well enough.
+    # Edges are for the kept utterances, and which are kept depends on the edges: NeMo's rule is close enough.
     _, limits, inside = _staying(kept, edges.tolist(), settings)
     if not inside.any():
         raise _nobody_stays("the plan", kept, limits[0])
@@ -261,7 +261,8 @@ def _rows(kept: LengthHistogram, settings: BucketSettings, cost: CostModel) -> l
 def _staying(
     kept: LengthHistogram, duration_edges: Sequence[int], settings: BucketSettings
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """(N,) duration bucket of each cell, (K,) highest tokens per second per bucket, (N,) who is within them."""
+    """(N,) duration bucket of each cell, (K,) highest tokens per second per bucket, (N,) whether a cell is within
+    them."""
     number = len(duration_edges)
     if isinstance(settings.max_tps, tuple) and len(settings.max_tps) != number:
         raise PlanError(
@@ -302,18 +303,18 @@ def _token_edges(
 
 
 def equal_mass_edges(values: np.ndarray, counts: np.ndarray, num_buckets: int) -> np.ndarray:
-    """(≤ num_buckets,) upper edges of sorted `values`, NeMo's and lhotse's rule; equal ones where a value holds
+    """(≤ num_buckets,) upper edges of sorted `values`, NeMo's and lhotse's rule; edges repeat if one value holds
     several shares.
 
-    A cut is before the first utterance that finds more than Σ value·count / num_buckets since the cut before, and
-    its edge is that utterance's value. The last edge is the largest value. In whole numbers, hence exact.
+    A cut comes before the first utterance with more than Σ value·count / num_buckets accumulated since the previous
+    cut, and its edge is that utterance's value. The last edge is the largest value. Integer arithmetic, hence exact.
     """
     mass = np.cumsum(values * counts) * num_buckets
-    edges, target = [], int(mass[-1]) // num_buckets  # num_buckets times what must have gone by
+    edges, target = [], int(mass[-1]) // num_buckets  # num_buckets times the mass that must have accumulated
     while (cell := int(np.searchsorted(mass, target, side="right"))) < len(mass):
         step = int(values[cell]) * num_buckets
         before = int(mass[cell]) - step * int(counts[cell])
-        # The cut is between two utterances of this cell, or behind its last one.
+        # The cut is between two utterances of this cell, or after its last one.
         passed = (target - before) // step + 1
         cell += passed == counts[cell]
         if cell == len(mass):
@@ -346,6 +347,6 @@ def _with_counts(plan: BucketPlan, histogram: LengthHistogram) -> BucketPlan:
 
 
 def _edge_padding(lengths: np.ndarray, counts: np.ndarray, edge: int) -> float | None:
-    """The padding of a bucket whose utterances all get its edge; None for an empty one."""
+    """The padding of a bucket whose utterances are all padded to its edge; None for an empty bucket."""
     total = int(counts.sum())
     return round(padding_fraction(int((lengths * counts).sum()), total * edge), 6) if total else None

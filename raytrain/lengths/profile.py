@@ -1,4 +1,4 @@
-"""`BatchProfile`: the batch size of every bucket, and for which plan, model and device it holds."""
+"""`BatchProfile`: the batch size of every bucket, and the plan, model and device for which it is valid."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ _MADE_ANEW = "delete batch_profile.json and run oomptimize again"
 
 @dataclass(frozen=True)
 class ProbeSetting:
-    """Under what the sizes were found. A size holds for no other model, precision, device or number of workers."""
+    """The conditions under which the sizes were found. A size is valid for no other model, precision, device or number
+    of workers."""
 
     model_id: str
     optimizer: str
@@ -29,7 +30,7 @@ class ProbeSetting:
 
     @property
     def budget_gib(self) -> float:
-        """What a step may take."""
+        """The memory that a step may take."""
         return self.device_gib * self.memory_fraction
 
 
@@ -37,8 +38,8 @@ class ProbeSetting:
 class BatchProfile:
     """Per bucket: batch size, predicted peak (GiB) at that size, and `num_probes`, how many real steps were tried.
 
-    Where real steps were run there are also the measured peak (GiB), seconds per step, and `smallest_as_fast`: the
-    smallest batch that is as fast per second of audio; None in a bucket says that it was not measured there.
+    If real steps were run, there are also the measured peak (GiB), seconds per step, and `smallest_as_fast`: the
+    smallest batch that is as fast per second of audio; None for a bucket that was not measured.
     """
 
     plan_id: str
@@ -59,12 +60,12 @@ class BatchProfile:
 
     @property
     def confirmed(self) -> bool:
-        """Whether real steps on the device stand behind the sizes, or a trace alone."""
+        """Whether the sizes come from real steps on the device, not from a trace alone."""
         return self.measured_gib is not None
 
     @property
     def peak_gib(self) -> tuple[float, ...]:
-        """The measured peak of each bucket, the predicted one where there is none."""
+        """The measured peak of each bucket, or the predicted peak if it was not measured."""
         measured = self.measured_gib or (None,) * len(self.predicted_gib)
         return tuple(
             traced if peak is None else peak for peak, traced in zip(measured, self.predicted_gib, strict=True)
@@ -83,7 +84,7 @@ class BatchProfile:
         return cls(**_fields_of(cls, values))
 
     def check_matches(self, *, plan_id: str, model_id: str) -> None:
-        """Raise `ProfileError` that names each difference where the profile is for another plan or model."""
+        """Raise `ProfileError` that names each difference if the profile is for another plan or model."""
         differences = [
             f"{name} {actual} instead of {wanted}"
             for name, actual, wanted in (
@@ -105,14 +106,14 @@ def _fields_of(kind: type[BatchProfile | ProbeSetting], values: Mapping[str, Any
     return {part.name: values[part.name] for part in fields(kind) if part.name in values}
 
 
-_NOMINAL = 1.03  # a GPU of "80 GB" tells 79.2 GiB
+_NOMINAL = 1.03  # a GPU of "80 GB" reports 79.2 GiB
 
 
 def choose_profile(profiles: Sequence[BatchProfile], device_name: str | None, device_gib: float) -> BatchProfile:
-    """The profile for a GPU of `device_gib`: the one measured on its kind, else the largest traced one whose budget it
-    has. Without a GPU (`device_name` None) the first.
+    """The profile for a GPU of `device_gib`: the profile measured on its kind, else the largest traced profile whose
+    budget fits. Without a GPU (`device_name` None) the first.
 
-    Raises `ProfileError` where none fits.
+    Raises `ProfileError` if none fits.
     """
     if device_name is None:
         return profiles[0]
@@ -134,5 +135,5 @@ def choose_profile(profiles: Sequence[BatchProfile], device_name: str | None, de
 
 
 def least_sizes(profiles: Sequence[BatchProfile]) -> tuple[int, ...]:
-    """Batch sizes that fit every worker's device, where their kinds differ."""
+    """Batch sizes that fit every worker's device, even if their kinds differ."""
     return tuple(map(min, zip(*(profile.batch_sizes for profile in profiles), strict=True)))

@@ -1,10 +1,10 @@
 """`BatchSchedule`: which rows every rank trains on at every step, as a pure function of a few numbers.
 
-The rows of a bucket form an endless stream: position p is row number p mod N of epoch p div N, in an order that
-a keyed permutation gives (`Mixture` does the same for corpora with weights). All that changes while training is
-one position per bucket, so a checkpoint keeps a few numbers and resumes at any step with any number of workers. At
-each step all ranks share one bucket, chosen with a probability proportional to the batches it has left in the
-epoch, so buckets run out together.
+The rows of a bucket form an endless stream: position p is row number p mod N of epoch p div N, in the order of a keyed
+permutation (`Mixture` does the same for corpora with weights). The only state that changes during training is one
+position per bucket, so a checkpoint keeps a few numbers and resumes at any step with any number of workers. At each
+step all ranks share one bucket, chosen with probability proportional to its batches left in the epoch, so buckets run
+out together.
 
     >>> schedule = BatchSchedule(seed=1, mixture=(100, 50), batch_sizes=(8, 4))
     >>> plan, state = schedule.step(schedule.initial(), world_size=2)
@@ -36,7 +36,7 @@ class ScheduleStateBody(TypedDict):
 
 @dataclass(frozen=True)
 class ScheduleState:
-    """Epoch and stream position of every bucket: all that a resumed run needs."""
+    """Epoch and stream position of every bucket: the whole state that a resumed run needs."""
 
     epoch: int
     positions: tuple[int, ...]
@@ -52,15 +52,15 @@ class ScheduleState:
             return cls(int(values["epoch"]), tuple(int(position) for position in values["positions"]))
         except KeyError as error:
             raise PlanError(
-                "a checkpoint does not say how far its schedule had come",
+                "a checkpoint has no schedule position",
                 why="it was made by training on a stream",
-                remedy="set data.stream as it was, or give the run another name",
+                remedy="restore data.stream, or give the run another name",
             ) from error
 
 
 @dataclass(frozen=True)
 class StepPlan:
-    """One step: its bucket, the first stream position, and how many rows each rank takes from there on."""
+    """One step: its bucket, the first stream position, and how many rows each rank takes starting there."""
 
     bucket: int
     start: int
@@ -72,7 +72,7 @@ class BatchSchedule:
     """`mixture` from the assignment (rows by bucket, and by corpus where corpora have weights), `batch_sizes` (per
     rank) from the profile, `num_epochs` None for an endless one.
 
-    A state holds for other batch sizes and other numbers of ranks too.
+    A state is valid for other batch sizes and numbers of ranks too.
     """
 
     def __init__(
@@ -89,13 +89,13 @@ class BatchSchedule:
             )
 
     def restored(self, values: Mapping[str, Any]) -> ScheduleState:
-        """The state of a checkpoint. Raises `PlanError` where it is of other buckets."""
+        """The state of a checkpoint. Raises `PlanError` if its buckets differ."""
         state = ScheduleState.from_dict(values)
         if len(state.positions) != len(self.draws_per_bucket):
             raise PlanError(
                 "the checkpoint and the assignment differ in buckets",
                 got=f"{len(state.positions)} and {len(self.draws_per_bucket)}",
-                remedy="remove the checkpoints of another assignment, and train anew",
+                remedy="remove the checkpoints of the other assignment, and train from the start",
             )
         return state
 
@@ -104,15 +104,15 @@ class BatchSchedule:
         return ScheduleState(0, (0,) * len(self.draws_per_bucket))
 
     def left(self, state: ScheduleState) -> list[int]:
-        """Rows of each bucket that the epoch still has to give, remainders of earlier epochs included."""
+        """Rows of each bucket left in the epoch, including remainders of earlier epochs."""
         epochs = state.epoch + 1
         return [epochs * rows - position for rows, position in zip(self.draws_per_bucket, state.positions, strict=True)]
 
     def step(self, state: ScheduleState, world_size: int) -> tuple[StepPlan, ScheduleState]:
         """The next step for `world_size` ranks and the state after it.
 
-        A bucket with fewer rows left than ranks gives none: they are its remainder and start the next epoch. Raises
-        `StopIteration` where the last epoch has ended.
+        A bucket with fewer rows left than ranks is skipped: they are its remainder and start the next epoch. Raises
+        `StopIteration` when the last epoch has ended.
         """
         while True:
             if self.num_epochs is not None and state.epoch >= self.num_epochs:
@@ -137,7 +137,7 @@ class BatchSchedule:
         return StepPlan(bucket, start, sizes, state.epoch), ScheduleState(state.epoch, positions)
 
     def is_last(self, state: ScheduleState, world_size: int) -> bool:
-        """Whether nothing comes after a state."""
+        """Whether a state is the end of training."""
         if self.num_epochs is None:
             return False
         last = ScheduleState(self.num_epochs - 1, state.positions)
@@ -153,14 +153,14 @@ class BatchSchedule:
         return self.mixture.numbers(plan.bucket, np.arange(plan.start, plan.start + sum(plan.sizes)), self.seed)
 
     def remainder(self, state: ScheduleState) -> int:
-        """Rows that are left of the state's epoch (at its end: what starts the next one)."""
+        """Rows left in the state's epoch (at its end: those that start the next one)."""
         return sum(self.left(state))
 
 
 def shares_of(rank: int, world_size: int, num_shares: int) -> range:
-    """Which of a step's shares a worker takes: all of them are dealt out, and who has more has one more.
+    """Which of a step's shares a worker takes: all of them are dealt out evenly, and some workers have one more.
 
-    A share is what one worker takes of a step where there are as many workers as shares. Fewer workers take several,
-    one after the other (gradient accumulation), and the step stays the same.
+    A share is what one worker takes of a step with as many workers as shares. Fewer workers take several, one after the
+    other (gradient accumulation), and the step stays the same.
     """
     return range(num_shares * rank // world_size, num_shares * (rank + 1) // world_size)

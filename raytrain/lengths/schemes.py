@@ -1,13 +1,13 @@
-"""The paper's batching schemes on one corpus: what each pads, how large its batches are, what it asks of a GPU.
+"""The paper's batching schemes on one corpus: their padding, their batch sizes, and the memory that they need.
 
-From arXiv 2503.05931, each with what the one before has, and R and D+ at the ends:
+From arXiv 2503.05931, each adds to the one before, with R and D+ at the ends:
 
-    R    random batches of one size, which even the longest utterances must fit
+    R    random batches of one size, that fits even the longest utterances
     A    buckets of duration; a batch holds `batch_seconds` of d + d² / `penalty_seconds` for utterances of d seconds
-    B    … without those that speak faster than mean + 4σ of their bucket
+    B    … without utterances of more tokens per second than mean + 4σ of their bucket
     C    … with the largest batch of each bucket that fits (OOMptimizer)
     D    … buckets of duration × tokens
-    D+   … with edges that leave least compute in padding, as many cells
+    D+   … with edges that minimize compute in padding, and as many cells
 
 Batches are drawn with a seed from the length histogram and padded to their longest member, as in training.
 """
@@ -43,12 +43,12 @@ Memory = Callable[[np.ndarray, np.ndarray, np.ndarray], np.ndarray]
 
 
 def title_of(scheme: str) -> str:
-    """What a scheme is, in a few words."""
+    """A short description of a scheme."""
     return _TITLES[scheme]
 
 
 def scheme_settings(scheme: str, base: BucketSettings) -> BucketSettings:
-    """How a scheme cuts the grid, where `base` says how many durations and tokens, and the outlier limit."""
+    """How a scheme cuts the grid, where `base` gives the number of durations and tokens, and the outlier limit."""
     durations, split = base.num_duration_buckets, base.num_token_buckets
     plain = replace(base, policy="equal_mass", num_cells=None)
     if scheme == "R":
@@ -59,7 +59,7 @@ def scheme_settings(scheme: str, base: BucketSettings) -> BucketSettings:
         return replace(plain, num_token_buckets=1)
     if scheme == "D":
         return plain
-    # Limits for the duration buckets of NeMo's rule say nothing about others.
+    # Limits for the duration buckets of NeMo's rule don't apply to other buckets.
     max_tps = None if isinstance(base.max_tps, tuple) else base.max_tps
     return replace(plain, policy="optimal", num_cells=base.num_cells or durations * split, max_tps=max_tps)
 
@@ -73,7 +73,7 @@ def sizes_by_seconds(
     histogram: LengthHistogram, plan: BucketPlan, batch_seconds: float, penalty_seconds: float = PENALTY_SECONDS
 ) -> tuple[int, ...]:
     """Utterances that sum to `batch_seconds` of d + d² / `penalty_seconds`, on average over each bucket: a sampler
-    fills a batch with what comes, hence the mean and not the bucket's edge."""
+    fills a batch with utterances as they come, hence the mean and not the bucket's edge."""
     seconds = histogram.cells / 1000
     needs = histogram.counts * (seconds + seconds**2 / penalty_seconds)
     buckets = plan.assign(histogram.cells, histogram.tokens)[0]
@@ -85,7 +85,7 @@ def sizes_by_seconds(
 
 def largest_batch_seconds(histogram: LengthHistogram, plan: BucketPlan, memory: Memory, budget: float) -> float:
     """The most seconds of audio that scheme A or B may have without its worst possible batch running out of memory:
-    what a person finds by trying. 1 s where even that does not fit."""
+    what a person would find by trial and error. 1 s if even that does not fit."""
     edges = np.array([(bucket.max_duration_ms, bucket.max_tokens) for bucket in plan.grid.buckets])
 
     def fits(batch_seconds: float) -> bool:
@@ -103,7 +103,7 @@ def sizes_by_memory(plan: BucketPlan, memory: Memory, budget: float, most: int =
     """The largest batch of each bucket within the budget at its upper edges, at least 1."""
     sizes = []
     for bucket in plan.grid.buckets:
-        low, high = 1, most + 1  # `low` fits, or is all there is
+        low, high = 1, most + 1  # `low` fits, or is the minimum
         while high - low > 1:
             middle = (low + high) // 2
             edges = np.array([middle]), np.array([bucket.max_duration_ms]), np.array([bucket.max_tokens])
@@ -118,7 +118,7 @@ class SchemeRow:
 
     Padding: shares of padded audio, tokens and compute (attention's squares included) that hold nothing. `mean_batch`:
     utterances per worker and step; `audio_seconds`: their speech. `memory_mean`, `memory_worst`: predicted peak of a
-    step over the budget. `steps_per_epoch`: of one worker that sees every utterance. `flops`: of a mean step, forward
+    step over the budget. `steps_per_epoch`: for one worker that sees every utterance. `flops`: of a mean step, forward
     and backward, padding included. `memory_trace`: the first steps' peaks over the budget.
     """
 
@@ -153,7 +153,7 @@ def simulate_scheme(
     seed: int = 0,
     steps: int = 4000,
 ) -> SchemeRow:
-    """Draw `steps` batches of a scheme, buckets as often as they have batches, and count."""
+    """Draw `steps` batches of a scheme, with buckets weighted by their number of batches, and sum them up."""
     cells = _BucketCells(histogram, plan, np.array(sizes, np.int64))
     rng = np.random.default_rng(seed)
     steps = min(steps, max(_TRACED, int(_MAX_DRAWN / cells.mean_batch)))
@@ -223,7 +223,7 @@ class _BucketCells:
 
 
 def random_batch(histogram: LengthHistogram, size: int, seed: int = 0) -> list[tuple[int, int]]:
-    """Durations (ms) and tokens of one random batch, to look at."""
+    """Durations (ms) and tokens of one random batch, for display."""
     rng = np.random.default_rng(seed)
     drawn = rng.choice(len(histogram.counts), size, p=histogram.counts / histogram.total)
     return list(zip(histogram.cells[drawn].tolist(), histogram.tokens[drawn].tolist(), strict=True))
@@ -231,8 +231,8 @@ def random_batch(histogram: LengthHistogram, size: int, seed: int = 0) -> list[t
 
 @dataclass(frozen=True)
 class Hardware:
-    """What a step takes on a GPU: `overhead_seconds`, whatever the batch (launches, the optimizer, what the exchange of
-    gradients does not hide), and its operations at `peak_flops` · `utilisation`."""
+    """What a step takes on a GPU: `overhead_seconds` regardless of the batch (launches, the optimizer, gradient
+    exchange that is not overlapped), and its operations at `peak_flops` · `utilisation`."""
 
     gpu: str
     memory_gib: float
@@ -247,7 +247,7 @@ class Hardware:
 
 @dataclass(frozen=True)
 class GpuPlan:
-    """What a scheme needs beside scheme A on `gpus` GPUs for `steps` steps.
+    """What a scheme needs compared with scheme A on `gpus` GPUs for `steps` steps.
 
     `step_seconds`; `throughput`: utterances per GPU and second over A's. `gpus_same_batch`: how many hold A's global
     batch, and the hours in which they take as many steps. `hours_same_gpus`: until as many utterances were seen as A

@@ -1,4 +1,4 @@
-"""Go through a schedule without audio: padding, agreement, shares and cost of what training would see."""
+"""Go through a schedule without audio: the padding, agreement, shares and cost that training would see."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ _CHECKED_RANKS = 8
 
 @dataclass(frozen=True)
 class Simulation:
-    """What `steps` steps of `world_size` ranks look like.
+    """Statistics of `steps` steps of `world_size` ranks.
 
-    Padding is the part of the ranks' padded batches that holds nothing. `bucket_agreement` is the share of steps in
-    which ranks that each went through the schedule on their own were in one bucket. `audio_share` is each corpus' part
-    of the audio. `remainder` are rows of the last epoch that are not given yet, `seconds_per_batch` what one rank's row
+    Padding is the empty part of the ranks' padded batches. `bucket_agreement` is the share of steps in which ranks that
+    computed the schedule independently were in the same bucket. `audio_share` is each corpus' part of the audio.
+    `remainder` counts rows of the last epoch that have not been drawn yet, `seconds_per_batch` what one rank's row
     numbers cost, `slowest_rank` the longest rank's padded audio over the mean.
     """
 
@@ -46,7 +46,8 @@ def simulate(
     steps: int,
     on_step: Callable[[int], None] = lambda done: None,
 ) -> Simulation:
-    """`lengths` are durations (ms) and tokens of each bucket's rows by row number. A finite schedule ends it early.
+    """`lengths` are durations (ms) and tokens of each bucket's rows by row number. A finite schedule ends the
+    simulation early.
 
     Raises `PlanError` for a schedule without a step.
     """
@@ -72,7 +73,7 @@ def simulate(
 
 
 class _IndependentRanks:
-    """Ranks that each go through the schedule by themselves, as those of a training do."""
+    """Ranks that each compute the schedule independently, as in training."""
 
     def __init__(self, schedule: BatchSchedule, world_size: int) -> None:
         number = max(0, min(_CHECKED_RANKS, world_size) - 1)
@@ -84,7 +85,7 @@ class _IndependentRanks:
         self._world_size = world_size
 
     def step(self) -> set[int]:
-        """The buckets that they are in at the next step."""
+        """The bucket of each rank at the next step."""
         steps = [rank.step(state, self._world_size) for rank, state in zip(self._schedules, self._states, strict=True)]
         self._states = [state for _, state in steps]
         return {plan.bucket for plan, _ in steps}
@@ -99,7 +100,7 @@ class _Tally:
         self.imbalance = 0.0
 
     def add(self, plan: StepPlan, durations: np.ndarray, tokens: np.ndarray, corpora: np.ndarray) -> None:
-        """Take in a step: lengths and corpora of all ranks' rows, one rank after the other."""
+        """Add a step: lengths and corpora of all ranks' rows, one rank after the other."""
         audio = padded_sizes(durations, plan.sizes)
         self.real += durations.sum(), tokens.sum()
         self.padded += audio.sum(), padded_sizes(tokens, plan.sizes).sum()
@@ -111,7 +112,7 @@ class _Tally:
     def simulation(
         self, schedule: BatchSchedule, state: ScheduleState, world_size: int, seconds_per_batch: float
     ) -> Simulation:
-        """What the steps up to `state` come to; at least one."""
+        """The result of the steps up to `state`; at least one."""
         return Simulation(
             steps=self.steps,
             world_size=world_size,

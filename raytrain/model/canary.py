@@ -1,6 +1,6 @@
 """Canary: log-mel features, FastConformer encoder, Transformer decoder, head tied to the token embedding.
 
-Parameter names are those of NeMo's `EncDecMultiTaskModel`, so its state dicts load as they are.
+Parameter names are those of NeMo's `EncDecMultiTaskModel`, so its state dicts load unchanged.
 
     model = Canary(ModelConfig())
     out = model(audio, audio_lengths, input_ids, input_lengths)      # out.logits: (B, U, V)
@@ -108,11 +108,11 @@ class Canary(nn.Module):
         return affine_of(self.log_softmax.mlp["layer0"])
 
     def tie_head(self) -> None:
-        """Let the head have the token embedding's weight."""
+        """Tie the head's weight to the token embedding's."""
         self.log_softmax.linear.weight = self.transf_decoder._embedding.token_embedding.weight
 
     def reset_constants(self) -> None:
-        """Fill filterbank, window and position table again, after `to_empty` of a model made on meta."""
+        """Refill filterbank, window and position table after `to_empty` of a model created on meta."""
         self.preprocessor.featurizer.reset()
         self.transf_decoder._embedding.position_embedding.reset()
 

@@ -43,7 +43,7 @@ class ModelConfig:
         int, Range(1, 64), Setting("Width of the encoder's feed-forward layers, as a multiple of its width.")
     ] = 4
     subsampling_channels: Annotated[
-        Width, Setting("Channels of the convolutions that make one frame of eight.", unit="channels")
+        Width, Setting("Channels of the subsampling convolutions, which turn eight frames into one.", unit="channels")
     ] = 256
     conv_kernel: Annotated[
         int, Range(1, 1023), Setting("Kernel of the encoder's depthwise convolutions, an odd number.", unit="frames")
@@ -57,7 +57,7 @@ class ModelConfig:
         int, Range(1, 64), Setting("Width of the decoder's feed-forward layers, as a multiple of its width.")
     ] = 4
     max_positions: Annotated[
-        int, Range(1, 1 << 20), Setting("Most tokens that the decoder reads, the prompt's among them.", unit="tokens")
+        int, Range(1, 1 << 20), Setting("Maximum number of decoder tokens, including the prompt.", unit="tokens")
     ] = 1024
     dropout: Annotated[float, Range(0, 1, below=True), Setting("Dropout of all layers in training.")] = 0.1
     vocab_size: Annotated[

@@ -1,4 +1,4 @@
-"""What a forward pass of a Canary costs by length, counted from its shape."""
+"""The cost of a Canary's forward pass by length, computed from its shape."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def cost_of(config: ModelConfig) -> CostModel:
 
 
 def training_flops(config: ModelConfig) -> Callable[[Tensor, Tensor], float]:
-    """A function of frames and tokens by utterance: the operations of a training step on them, padding not counted.
+    """A function of frames and tokens by utterance: the operations of a training step on them, without padding.
 
     A multiply-accumulate is two operations, and the backward pass takes twice what the forward pass does.
     """
@@ -69,12 +69,12 @@ _PEAK_TFLOPS = {
 
 
 _MIG = re.compile(r"\bMIG (\d+)g\.")
-_SLICES = 7  # that a whole GPU's multiprocessors are cut into for MIG
+_SLICES = 7  # into which MIG divides a whole GPU's multiprocessors
 
 
 def peak_flops(device_name: str) -> float | None:
-    """What a GPU of this name can do per second in bf16 (fp16 where it has none), a MIG slice its part of that; None
-    where it is not known."""
+    """Peak operations per second of a GPU of this name in bf16 (fp16 if it has no bf16), scaled down for a MIG slice;
+    None if unknown."""
     peak = next((1e12 * peak for name, peak in _PEAK_TFLOPS.items() if name in device_name), None)
     slices = _MIG.search(device_name)
     return peak if peak is None or slices is None else peak * int(slices[1]) / _SLICES

@@ -26,8 +26,8 @@ Norm = tuple[Tensor, Tensor]
 class LayerMaps(NamedTuple):
     """Layer norms (weight, bias) and linear maps of a decoder layer in the order of use.
 
-    A step of one token is mostly overhead. Weights that are looked up once, and queries, keys and values from one
-    product (`projections`), make it about a third faster than calling the modules.
+    A step of one token is mostly overhead. Looking up weights once, and computing queries, keys and values in one
+    product (`projections`), makes it about a third faster than calling the modules.
     """
 
     norm_1: Norm
@@ -43,7 +43,7 @@ class LayerMaps(NamedTuple):
 
 @dataclass
 class LayerCache:
-    """What one layer needs to continue decoding: `self_keys_values` (2, B, H, max, K) filled up to the position,
+    """One layer's state to continue decoding: `self_keys_values` (2, B, H, max, K) filled up to the position,
     `cross_keys` and `cross_values` (B, H, T, K), and its maps."""
 
     self_keys_values: Tensor
@@ -52,9 +52,9 @@ class LayerCache:
     maps: LayerMaps
 
     def append(self, keys_values: Tensor, start: int | Tensor) -> Tensor:
-        """Write (2, B, H, U, K) at positions `start` on; returns all filled ones.
+        """Write (2, B, H, U, K) at positions from `start` on; returns all filled positions.
 
-        A tensor `start` (1,) stays on its device, for one token, and all `max` positions are returned: shapes do not
+        A tensor `start` (1,) stays on its device, for one token, and all `max` positions are returned: so shapes do not
         depend on it.
         """
         if isinstance(start, Tensor):
@@ -64,8 +64,8 @@ class LayerCache:
         return self.self_keys_values[:, :, :, :end]
 
     def select(self, rows: Tensor, filled: int, cross_rows: Tensor | slice | None = None) -> LayerCache:
-        """A selection of the batch's rows, of which `filled` positions are in use; cross-attention takes the same
-        rows unless given (beams of one utterance share them)."""
+        """Selected rows of the batch, of which `filled` positions are in use; cross-attention takes the same rows
+        unless given (beams of one utterance share them)."""
         cross_rows = rows if cross_rows is None else cross_rows
         old = self.self_keys_values
         new = old.new_empty(2, len(rows), *old.shape[2:])
@@ -131,7 +131,7 @@ class DecoderBlock(nn.Module):
         self.second_sub_layer = Attention(width, heads, config.dropout)
         self.layer_norm_3 = nn.LayerNorm(width, eps=1e-5)
         self.third_sub_layer = DecoderFeedForward(width, width * config.decoder_ff_factor, config.dropout)
-        self.projections: PreparedLinear | None = None  # of queries, keys and values, where prepared for inference
+        self.projections: PreparedLinear | None = None  # of queries, keys and values, if prepared for inference
 
     def forward(self, x: Tensor, states_BTD: Tensor, cross_mask: Tensor) -> Tensor:
         """Whole sequences; padding needs no mask, since attention looks back only and padding is at the end."""
@@ -142,7 +142,7 @@ class DecoderBlock(nn.Module):
         return x + self.third_sub_layer(self.layer_norm_3(x))
 
     def make_cache(self, states_BTD: Tensor, max_tokens: int) -> LayerCache:
-        """An empty cache for `max_tokens` positions with the cross-attention keys filled in."""
+        """A cache for `max_tokens` positions, with the cross-attention keys filled in."""
         heads, width = self.first_sub_layer.heads, states_BTD.shape[2]
         keys, values = self.second_sub_layer.keys_values(states_BTD)
         self_keys_values = states_BTD.new_empty(2, len(states_BTD), heads, max_tokens, width // heads)
@@ -177,9 +177,9 @@ def _norm(layer: nn.LayerNorm) -> Norm:
 def extend_layer(
     x: Tensor, cache: LayerCache, start: int | Tensor, self_mask: Tensor | None, cross_mask: Tensor | None, beams: int
 ) -> Tensor:
-    """`DecoderBlock` in evaluation for tokens at positions `start` on: (R, U, D) → (R, U, D).
+    """`DecoderBlock` in evaluation for tokens at positions from `start` on: (R, U, D) → (R, U, D).
 
-    The cache takes their keys and values. With `beams`, rows are (utterance, beam) and the beams of an utterance
+    Their keys and values are added to the cache. With `beams`, rows are (utterance, beam) and the beams of an utterance
     are queries to one set of frames.
     """
     norm_1, projections, out, norm_2, query, cross_out, norm_3, dense_in, dense_out = cache.maps
@@ -265,7 +265,8 @@ class TransformerDecoder(nn.Module):
     def extend(
         self, ids_BU: Tensor, cache: list[LayerCache], start: int | Tensor, cross_mask: Tensor | None, beams: int = 1
     ) -> Tensor:
-        """Hidden states (B, U, D) of tokens at positions `start` on; see `extend_layer` and `LayerCache.append`."""
+        """Hidden states (B, U, D) of tokens at positions from `start` on; see `extend_layer` and
+        `LayerCache.append`."""
         x, mask = self._embedding(ids_BU, start), None
         if isinstance(start, Tensor):
             mask = (torch.arange(cache[0].self_keys_values.shape[3], device=start.device) <= start)[None]

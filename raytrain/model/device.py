@@ -1,11 +1,11 @@
-"""The device that a worker computes on, and the reason where a GPU worker has none.
+"""The device that a worker computes on, or the reason why a GPU worker has none.
 
     device = gpu_device()            # in a process that Ray gave a GPU
     device.kind, device.torch        # "cuda", torch.device("cuda:0")
 
 With `RAYTRAIN_EMULATED_GPU=NAME:BYTES` in the environment of a node, its GPU workers take every branch of the code that
 workers on a GPU do (`kind` is cuda: resources, bf16 autocast, budgets, profiles by name) while their tensors stay on
-the processor (`torch` is cpu). That is for tests on machines whose Ray only claims GPUs.
+the CPU (`torch` is cpu). It is for tests on machines without GPUs, where Ray only claims to have them.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ EMULATED_GPU = "RAYTRAIN_EMULATED_GPU"
 
 @dataclass(frozen=True)
 class Device:
-    """What a worker computes on.
+    """A worker's device.
 
     `kind` is cuda or cpu and selects the branches of the code; `torch_name` is the device of tensors (`cuda:0`,
     `cpu`). `name` and `total_bytes` are the GPU's, empty and 0 on a CPU.
@@ -45,7 +45,7 @@ class Device:
 
     @property
     def is_emulated(self) -> bool:
-        """Whether a GPU's branches run on the processor."""
+        """Whether the GPU branches run on the CPU."""
         return self.kind == "cuda" and self.torch_name == "cpu"
 
     @property
@@ -58,7 +58,7 @@ CPU = Device("cpu", "cpu")
 
 
 def emulated_gpu() -> Device | None:
-    """The GPU that this process is to emulate. Raises `ClusterError` for a malformed setting."""
+    """The GPU that this process emulates. Raises `ClusterError` for a malformed setting."""
     text = os.environ.get(EMULATED_GPU)
     if not text:
         return None
@@ -76,8 +76,8 @@ def emulated_gpu() -> Device | None:
 def gpu_device(index: Callable[[], int] = lambda: 0) -> Device:
     """The device of a worker that Ray gave a GPU, which becomes torch's current one.
 
-    `index` tells which of the visible GPUs is the worker's: Ray Train's workers see all GPUs of their group, others
-    only theirs. Raises `ClusterError` where torch can't use a GPU here, with the reason.
+    `index` selects the worker's GPU among the visible ones: Ray Train's workers see all GPUs of their group, other
+    workers only their own. Raises `ClusterError` with the reason if torch can't use a GPU here.
     """
     emulated = emulated_gpu()
     if emulated is not None:
@@ -96,8 +96,8 @@ def worker_device(cuda: bool, index: Callable[[], int] = lambda: 0) -> Device:
 
 
 def visible_gpus() -> list[Device]:
-    """The GPUs that torch can use in this process, at least one. Raises `ClusterError` with the reason where it can't
-    use any."""
+    """The GPUs that torch can use in this process, at least one. Raises `ClusterError` with the reason if there is
+    none."""
     emulated = emulated_gpu()
     if emulated is not None:
         return [emulated]
@@ -111,7 +111,7 @@ def visible_gpus() -> list[Device]:
         if not count:
             raise RuntimeError(f"torch sees no GPU; CUDA_VISIBLE_DEVICES is {os.environ.get('CUDA_VISIBLE_DEVICES')!r}")
         return [_described(index) for index in range(count)]
-    except (RuntimeError, AssertionError) as error:  # torch raises both, the latter where it was built without CUDA
+    except (RuntimeError, AssertionError) as error:  # torch raises both, the latter if it was built without CUDA
         raise ClusterError(
             "Ray hands out GPUs here that torch can't use",
             why=first_line(error),

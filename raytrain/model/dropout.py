@@ -1,4 +1,4 @@
-"""Dropout that is fast on a CPU as well."""
+"""Dropout that is also fast on a CPU."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from torch.nn import functional as F
 def dropout(x: Tensor, probability: float, training: bool) -> Tensor:
     """Zero elements with `probability` and scale the others by 1/(1 − probability), in training.
 
-    On a CPU PyTorch draws one random number for each element, alone in one thread, which takes a tenth of a
-    training step. Four elements share one of 64 bits here; the probability is exact to 1/65536.
+    On a CPU PyTorch draws one random number for each element in a single thread, which takes a tenth of a training
+    step. Here four elements share one 64-bit number; the probability is exact to 1/65536.
     """
     if not training or probability == 0:
         return x

@@ -32,8 +32,8 @@ def subsampled(lengths: Tensor) -> Tensor:
 
 
 class MaskedReLU(torch.autograd.Function):
-    """ReLU of x·mask. Where the mask is 0 so is the output, hence the mask needs no backward pass; these are the
-    largest activations of the model."""
+    """ReLU of x·mask. Where the mask is 0, the output is too, so the mask needs no backward pass; these are the model's
+    largest activations."""
 
     @staticmethod
     def forward(ctx: FunctionCtx, x: Tensor, mask: Tensor) -> Tensor:
@@ -65,7 +65,7 @@ class Subsampling(nn.Module):
         self.out = nn.Linear(channels * mel_bins // 8, width)
 
     def forward(self, mel_BMT: Tensor, frames_B: Tensor) -> tuple[Tensor, Tensor]:
-        # Channels last: the 1×1 convolutions are matrix products then, and the strided ones about twice as fast.
+        # Channels last makes the 1×1 convolutions matrix products, and the strided ones about twice as fast.
         x = mel_BMT.transpose(1, 2)[:, None] * mask_until(frames_B, mel_BMT.shape[2])[:, None, :, None]
         x = x.contiguous(memory_format=torch.channels_last)
         lengths = frames_B
@@ -74,7 +74,7 @@ class Subsampling(nn.Module):
             lengths = (lengths - 1) // 2 + 1
             if mixing is not None:
                 x = pointwise(mixing, x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
-            # 1×1 convolutions see one frame: only strided ones need the mask.
+            # 1×1 convolutions see one frame: only strided convolutions need the mask.
             x = MaskedReLU.apply(x, mask_until(lengths, x.shape[2])[:, None, :, None])
         return self.out(x.transpose(1, 2).flatten(2)), lengths
 

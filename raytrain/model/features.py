@@ -39,7 +39,7 @@ def mel_filterbank(num_bins: int, sample_rate: int = 16000, n_fft: int = _N_FFT)
 
 
 class _Featurizer(nn.Module):
-    """Holds the two constants under the names that NeMo's state dict gives them."""
+    """Holds the two constants under their names in NeMo's state dict."""
 
     window: Tensor
     fb: Tensor

@@ -1,10 +1,10 @@
-"""Linear maps for inference: the fastest kernel that the processor has, in float32, bfloat16 or with int8 weights.
+"""Linear maps for inference: the CPU's fastest kernel, in float32, bfloat16 or with int8 weights.
 
     project = affine(layer.weight, layer.bias)               # no copy of the weight
     layer = PreparedLinear(layer.weight, layer.bias, "int8")  # packed once
 
-Neither has a gradient. Decoding reads every weight once per token, so its speed is that of reading weights: packed
-float32 has the same numbers up to rounding, bfloat16 half of the bytes, int8 a quarter.
+Neither has a gradient. Decoding reads every weight once per token, so it is bound by memory bandwidth: packed float32
+gives the same numbers up to rounding, bfloat16 has half of the bytes, int8 a quarter.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from torch.nn import functional as F
 Linear = Callable[[Tensor], Tensor]
 
 PRECISIONS = ("fp32", "bf16", "int8")
-# A call of oneDNN costs about 10 µs more than one of `F.linear`, which products of smaller weights do not win back.
+# A call of oneDNN costs about 10 µs more than one of `F.linear`, which smaller products do not recover.
 _LARGE = 1 << 17
 
 
 def affine(weight: Tensor, bias: Tensor | None) -> Linear:
-    """x (…, in) → x·Wᵀ + b with the weight where it is, (out, in).
+    """x (…, in) → x·Wᵀ + b with the weight in place, (out, in).
 
     On a CPU large float32 weights go to oneDNN, which takes about half the time of the BLAS behind `F.linear` for the
     few rows of a decoder step.
@@ -36,7 +36,7 @@ def affine(weight: Tensor, bias: Tensor | None) -> Linear:
 
 
 def affine_of(layer: nn.Module) -> Linear:
-    """`affine` of a layer, or what it was prepared to be."""
+    """`affine` of a layer, or its prepared version."""
     return layer.run if isinstance(layer, PreparedLinear) else affine(*weight_and_bias(layer))
 
 
@@ -57,8 +57,8 @@ def weight_and_bias(layer: nn.Module) -> tuple[Tensor, Tensor | None]:
 class PreparedLinear(nn.Module):
     """A linear layer packed for inference, float32 in and out; it has no parameters to train or to save.
 
-    `weight` (out, in), `bias` (out,) or None. `bf16` rounds weights and inputs and adds up in float32. `int8` rounds
-    weights per output and inputs per call, which needs a CPU.
+    `weight` (out, in), `bias` (out,) or None. `bf16` rounds weights and inputs and accumulates in float32. `int8`
+    rounds weights per output and inputs per call, which needs a CPU.
     """
 
     def __init__(self, weight: Tensor, bias: Tensor | None, precision: str) -> None:
@@ -97,12 +97,12 @@ def _bfloat16(weight: Tensor, bias: Tensor | None) -> Linear:
 def _int8(weight: Tensor, bias: Tensor | None) -> Linear:
     scale = (weight.abs().amax(1) / 127).clamp_min(1e-12).double()
     with warnings.catch_warnings():
-        # Quantized tensors will leave PyTorch some day; this version's fastest kernel takes its weight as one.
+        # PyTorch will remove quantized tensors some day, but this version's fastest kernel takes its weight as one.
         warnings.simplefilter("ignore")
         rounded = torch.quantize_per_channel(
             weight.float(), scale, torch.zeros(len(scale), dtype=torch.long), 0, torch.qint8
         )
         packed = torch.ops.quantized.linear_prepack(rounded, bias)
-    # Without VNNI the products of two 8-bit numbers are added in 16 bits, which overflow: inputs get 7 bits there.
+    # Without VNNI, products of two 8-bit numbers are accumulated in 16 bits, which overflow, so inputs get 7 bits.
     narrow = not torch.cpu._is_vnni_supported()
     return lambda x: torch.ops.quantized.linear_dynamic.default(x, packed, narrow)

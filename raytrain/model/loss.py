@@ -35,13 +35,13 @@ def canary_loss(
 ) -> LossSums:
     """(1 − w)·cross-entropy + w·CTC. `labels`: (B, U), valid before `label_lengths`; CTC targets: (B, L).
 
-    With `prompt_lengths` (B,) the labels that belong to the prompt do not count. Label smoothing follows NeMo: ε is
-    spread over the wrong classes only, hence V·ε/(V−1) for PyTorch.
+    With `prompt_lengths` (B,), labels of the prompt do not count. Label smoothing follows NeMo: ε is spread over the
+    wrong classes only, hence V·ε/(V−1) for PyTorch.
     """
     logits = output.logits
     vocab = logits.shape[-1]
     valid = mask_until(label_lengths, labels.shape[1])
-    if prompt_lengths is not None:  # a label stands one position before its token
+    if prompt_lengths is not None:  # a label is one position before its token
         valid = valid & ~mask_until(prompt_lengths - 1, labels.shape[1])
     targets = labels.masked_fill(~valid, -100)
     smoothing = vocab * label_smoothing / (vocab - 1)
@@ -74,8 +74,8 @@ def _ctc(output: CanaryOutput, targets: Tensor, target_lengths: Tensor) -> Tenso
 
 
 class _MetaCtc(torch.autograd.Function):
-    """Allocates what CTC does (forward variables, backward variables, gradient), for tracing memory on meta,
-    where PyTorch has no CTC."""
+    """Allocates the same memory as CTC (forward variables, backward variables, gradient), for tracing on meta, where
+    PyTorch has no CTC."""
 
     @staticmethod
     def forward(ctx: FunctionCtx, log_probs: Tensor, target_length: int) -> Tensor:

@@ -56,7 +56,7 @@ def file_id(path: Path) -> str:
 
 
 def _without_waiting(name: str, flags: int) -> int:
-    """Opens a file for reading: what is a pipe that nobody writes to has no bytes."""
+    """Opens a file for reading without blocking: a pipe without a writer reads as empty."""
     return os.open(name, flags | os.O_NONBLOCK)
 
 
@@ -67,7 +67,7 @@ def read_at_once(path: Path) -> bytes:
 
 
 def lines_of(path: Path) -> list[bytes]:
-    """The lines of a file of notes, with their ends; none where it is missing or can't be read."""
+    """The lines of a notes file, with their line endings; empty if it is missing or can't be read."""
     try:
         return read_at_once(path).splitlines(keepends=True)
     except OSError:
@@ -75,18 +75,18 @@ def lines_of(path: Path) -> list[bytes]:
 
 
 class HashingFile(io.RawIOBase):
-    """A binary file for writing in one go; `id` is what `file_id` gives for it, without reading it again."""
+    """A binary file that hashes what is written to it: `id` equals `file_id` without reading the file again."""
 
     def __init__(self, file: BinaryIO) -> None:
         self._file, self._digest, self._size = file, hashlib.blake2b(digest_size=8), 0
 
     @property
     def id(self) -> str:
-        """The content id of what was written so far."""
+        """The content id of the bytes written so far."""
         return self._digest.hexdigest()
 
     def writable(self) -> bool:
-        """True, as pyarrow asks."""
+        """True; pyarrow checks this."""
         return True
 
     def tell(self) -> int:
@@ -103,7 +103,7 @@ class HashingFile(io.RawIOBase):
 
 
 def make_folder(path: Path) -> Path:
-    """Create a folder with its parents. Raises `StorageError` where that can't be done."""
+    """Create a folder with its parents. Raises `StorageError` if that fails."""
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -112,7 +112,7 @@ def make_folder(path: Path) -> Path:
 
 
 def storage_error(path: Path | str, error: OSError) -> StorageError:
-    """What to tell a user when the operating system refuses a write."""
+    """The error to show a user when the operating system refuses a write."""
     return StorageError(
         f"can't write {path}",
         why=system_reason(error),
@@ -134,7 +134,7 @@ def atomic_write(path: Path) -> Iterator[BinaryIO]:
             yield file
             file.flush()
             os.fsync(file.fileno())
-        # mkstemp makes files private; artifacts are for whoever may read the folder.
+        # mkstemp makes files private; artifacts are for everyone who can read the folder.
         os.chmod(temporary, 0o666 & ~_umask())
         os.replace(temporary, path)
     except OSError as error:
@@ -145,7 +145,7 @@ def atomic_write(path: Path) -> Iterator[BinaryIO]:
 
 
 def check_absent(path: Path, overwrite: bool) -> None:
-    """Raises `StorageError` where a command would write over something unasked."""
+    """Raises `StorageError` if a command would overwrite something without permission."""
     path = Path(path)
     try:
         kind: int | None = stat.S_IFMT(os.stat(path).st_mode)
@@ -153,10 +153,10 @@ def check_absent(path: Path, overwrite: bool) -> None:
         kind = stat.S_IFREG if path.is_symlink() else None
     except OSError as error:
         raise storage_error(path, error) from error
-    if kind not in (None, stat.S_IFREG):  # a device would be replaced, for everybody
+    if kind not in (None, stat.S_IFREG):  # a device would be replaced, for every process
         raise StorageError(f"{path} exists already", why="it is not a file", remedy="name a file")
     if kind is not None and not overwrite:
-        remedy = "choose another name, or say --overwrite"
+        remedy = "choose another name, or pass --overwrite"
         raise StorageError(f"{path} exists already", why="it would be overwritten", remedy=remedy)
 
 
@@ -202,7 +202,7 @@ def read_json(path: Path, format: str, kind: object = None) -> dict[str, Any]:
         raise ArtifactError(f"{path} has another format", got=got, allowed=format, remedy=_RERUN)
     parents, why = document.get("parents"), None
     if not isinstance(parents, dict) or not all(isinstance(parent, str) for parent in parents.values()):
-        why = "it does not say what it was made from"
+        why = "it does not list its parents"
     try:
         if document.get("id") != content_id({"format": format, "body": document.get("body")}):
             raise ArtifactError(f"{path} was changed after it was written", remedy=_RERUN)
@@ -211,7 +211,7 @@ def read_json(path: Path, format: str, kind: object = None) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:
         why = str(error)
     if why:
-        raise ArtifactError(f"{path} is not what its stage writes", why=why, remedy=_RERUN)
+        raise ArtifactError(f"{path} is not valid output of its stage", why=why, remedy=_RERUN)
     return document
 
 
@@ -238,7 +238,7 @@ def parse_json(data: bytes) -> Any:
 
 
 def fitting(value: object, kind: object) -> Any:
-    """The JSON value as it is, where it fits a type: of a dataclass the fields, beside which there may be more.
+    """The JSON value itself, if it fits a type; for a dataclass, extra fields are allowed.
 
     Nothing is converted. Raises `ValueError` that names the first field that does not fit.
     """
@@ -247,7 +247,7 @@ def fitting(value: object, kind: object) -> Any:
 
 
 def view_of(value: object, kind: type[_Kind]) -> _Kind:
-    """The JSON value as a `kind`, such as a dataclass that holds only the fields somebody reads.
+    """The JSON value as a `kind`, such as a dataclass with just the fields that the caller reads.
 
     Raises `ValueError` that names the first field that does not fit.
     """
@@ -256,7 +256,7 @@ def view_of(value: object, kind: type[_Kind]) -> _Kind:
 
 
 def _validated(value: object, kind: object) -> Any:
-    # Where models alone run there is no pydantic; what they read is checked by hand.
+    # Model-only installs have no pydantic; the files that they read are checked by hand.
     from pydantic import ValidationError
 
     try:
@@ -277,7 +277,7 @@ def _adapter(kind: Any) -> TypeAdapter[object]:
 
 
 def is_count(value: object, least: int = 0) -> bool:
-    """Whether a JSON value is a whole number from `least` on."""
+    """Whether a JSON value is a whole number of at least `least`."""
     return isinstance(value, int) and not isinstance(value, bool) and value >= least
 
 

@@ -1,12 +1,11 @@
-"""Files wherever they are: a local path, or a URI of any filesystem that pyarrow or fsspec knows.
+"""Files, local or remote: a path, or a URI of any filesystem that pyarrow or fsspec knows.
 
-    with open_stream("corpus.jsonl.gz") as file: ... # decompressed by its ending
+    with open_stream("corpus.jsonl.gz") as file: ... # decompressed according to its extension
     read_range("s3://speech/audio_0.tar", 512, 64044)
 
 Credentials, endpoints and regions come from the environment, as each filesystem reads them (`AWS_ENDPOINT_URL`,
-`AWS_ACCESS_KEY_ID`, …). A filesystem that is unavailable (no connection, overloaded, an internal error) is asked again
-for `$RAYTRAIN_STORAGE_PATIENCE` seconds, 120 if unset; what it refuses (no such file, no permission) is an error at
-once.
+`AWS_ACCESS_KEY_ID`, …). A filesystem that is unavailable (no connection, overloaded, an internal error) is retried for
+`$RAYTRAIN_STORAGE_PATIENCE` seconds, 120 if unset; a refusal (no such file, no permission) is an error at once.
 """
 
 from __future__ import annotations
@@ -68,7 +67,7 @@ def _guarded(action: str) -> Callable[[Callable[Concatenate[str, P], T]], Callab
 
 @_guarded("read")
 def open_file(path: str) -> pyarrow.NativeFile:
-    """A file with `read`, `seek` and `size`, as it lies there. Raises `StorageReadError`."""
+    """A file with `read`, `seek` and `size`, as stored, without decompression. Raises `StorageReadError`."""
     filesystem, name = locate(path)
     _check_regular(path, name)
     return filesystem.open_input_file(name)
@@ -76,8 +75,8 @@ def open_file(path: str) -> pyarrow.NativeFile:
 
 @_guarded("read")
 def open_stream(path: str) -> Stream:
-    """A stream from the start, decompressed if the name ends in .gz or .zst. Raises `StorageReadError`, also where it
-    is read and is not what its name says."""
+    """A stream from the start, decompressed if the name ends in .gz or .zst. Raises `StorageReadError`, also later
+    while reading, if the content does not match the extension."""
     filesystem, name = locate(path)
     _check_regular(path, name)
     kind = compression(path)
@@ -87,7 +86,7 @@ def open_stream(path: str) -> Stream:
 
 
 def _check_regular(path: str, name: str) -> None:
-    """Opening a pipe would wait for its other end."""
+    """Opening a pipe would block until it has a writer."""
     if not is_uri(path) and not stat.S_ISREG(os.stat(name).st_mode):
         kind = "it is a folder" if os.path.isdir(name) else "it is a pipe, a socket or a device"
         raise StorageReadError(f"can't read {path}", why=kind, remedy="name a file")
@@ -96,13 +95,13 @@ def _check_regular(path: str, name: str) -> None:
 def _not_compressed(path: str, kind: str, why: str) -> StorageReadError:
     return StorageReadError(
         f"can't read {path} to its end",
-        why=f"{why}: its name says {kind}, and its content is none, or damaged or cut",
-        remedy=f"check it with `{'zstd' if kind == 'zstd' else 'gzip'} -t`; write it anew, or rename it if it is plain",
+        why=f"{why}: its name says {kind}, but its content is something else, damaged or truncated",
+        remedy=f"check it with `{'zstd' if kind == 'zstd' else 'gzip'} -t`; write it again, or fix its extension",
     )
 
 
 class Stream(io.BufferedIOBase):
-    """What pyarrow reads and decompresses, whose errors name neither the file nor what to do."""
+    """A pyarrow stream whose errors name the file and a remedy, which pyarrow's own lack."""
 
     def __init__(self, path: str, kind: str | None, stream: pyarrow.NativeFile) -> None:
         self._path, self._kind, self._stream = path, kind, stream
@@ -113,7 +112,7 @@ class Stream(io.BufferedIOBase):
         return self._path
 
     def readable(self) -> bool:
-        """True, as readers of text ask."""
+        """True; text wrappers check this."""
         return True
 
     def read1(self, size: int = -1) -> bytes:
@@ -140,22 +139,22 @@ class Stream(io.BufferedIOBase):
 
 @_guarded("read")
 def read_range(path: str, start: int, size: int, *, most: int = sys.maxsize) -> bytes:
-    """`size` bytes from `start` on, or all if `size` is 0. Raises `StorageReadError`, also where there are fewer, and
-    where there would be more than `most`."""
+    """`size` bytes starting at `start`, or all if `size` is 0. Raises `StorageReadError`, also if the file is shorter
+    or more than `most` bytes would be read."""
     filesystem, name = locate(path)
     with filesystem.open_input_file(name) as file:
         if (size or file.size()) > most:
             raise StorageReadError(
-                f"{path} is too large to be read at once",
+                f"{path} is too large to read at once",
                 got=f"{size or file.size()} bytes",
                 allowed=f"{most}",
-                remedy="cut it, or put it on a local disk",
+                remedy="split it, or put it on a local disk",
             )
         data = file.read_at(size or file.size(), start)
     if size and len(data) != size:
         raise StorageReadError(
-            f"{path} is cut short",
-            got=f"{len(data)} bytes from {start} on",
+            f"{path} is truncated",
+            got=f"{len(data)} bytes starting at {start}",
             allowed=f"{size}",
             remedy="copy the file again, then run `raytrain assign`",
         )
@@ -164,20 +163,20 @@ def read_range(path: str, start: int, size: int, *, most: int = sys.maxsize) -> 
 
 @_guarded("read")
 def file_size(path: str) -> int:
-    """Bytes of a file. Raises `StorageReadError` where there is none."""
+    """A file's size in bytes. Raises `StorageReadError` if it doesn't exist."""
     filesystem, name = locate(path)
     info = filesystem.get_file_info(name)
     if not info.is_file:
         kind = "is a directory" if info.type.name == "Directory" else "no such file or directory"
         raise StorageReadError(f"can't read {path}", why=kind, remedy=CHECK_THE_PATH)
     if not is_uri(path):
-        with open(path, "rb"):  # a forbidden file fails here, not on a worker
+        with open(path, "rb"):  # an unreadable file fails here, not on a worker
             pass
     return info.size
 
 
 def file_sizes(paths: Sequence[str]) -> list[int]:
-    """`file_size` of many files; remote ones are asked for at the same time."""
+    """`file_size` of many files; remote files are queried concurrently."""
     if not any(map(is_uri, paths)):
         return list(map(file_size, paths))
     with ThreadPoolExecutor(_CONNECTIONS) as pool:
@@ -186,23 +185,23 @@ def file_sizes(paths: Sequence[str]) -> list[int]:
 
 @_guarded("read")
 def is_folder(path: str) -> bool:
-    """Whether there is a folder (for an object store: whether keys begin with it)."""
+    """Whether a folder exists (for an object store: whether any key begins with it)."""
     filesystem, name = locate(path)
     return filesystem.get_file_info(name).type.name == "Directory"
 
 
 def list_files(folder: str, pattern: str = "*", *, recursive: bool = False, missing_ok: bool = False) -> list[str]:
-    """Files in a folder, in natural order, whose name matches a shell pattern; with `recursive` those of its folders
+    """Files in a folder, in natural order, whose name matches a shell pattern; with `recursive`, those in subfolders
     too.
 
-    Raises `StorageReadError`, with `missing_ok` not for a folder that is not there."""
+    Raises `StorageReadError`; with `missing_ok`, not for a missing folder."""
     entries = list_entries(folder, pattern, recursive=recursive, missing_ok=missing_ok)
     return [entry.path for entry in entries if entry.is_file]
 
 
 @_guarded("list")
 def list_entries(folder: str, pattern: str, *, recursive: bool = False, missing_ok: bool = False) -> list[Entry]:
-    """What `list_files` looks at, with folders."""
+    """The entries that `list_files` filters, folders included."""
     import pyarrow.fs
 
     filesystem, name = locate(folder)
@@ -217,7 +216,7 @@ def list_entries(folder: str, pattern: str, *, recursive: bool = False, missing_
 
 
 class Fingerprint(NamedTuple):
-    """Tells that a file changed without reading it; `mtime_ns` is its time of change."""
+    """Detects that a file changed without reading it; `mtime_ns` is its modification time."""
 
     size: int
     mtime_ns: int | None
@@ -225,9 +224,9 @@ class Fingerprint(NamedTuple):
 
 @_guarded("read")
 def fingerprint(path: str) -> Fingerprint | None:
-    """A file's size and time of change; None for a folder.
+    """A file's size and modification time; None for a folder.
 
-    Raises `StorageReadError` where there is nothing.
+    Raises `StorageReadError` if nothing is there.
     """
     filesystem, name = locate(path)
     info = filesystem.get_file_info(name)
@@ -237,22 +236,22 @@ def fingerprint(path: str) -> Fingerprint | None:
 
 
 def fingerprints(paths: Sequence[str]) -> list[Fingerprint | None]:
-    """`fingerprint` of many files; remote ones are asked for at the same time."""
+    """`fingerprint` of many files; remote files are queried concurrently."""
     with ThreadPoolExecutor(_CONNECTIONS) as pool:
         return list(pool.map(fingerprint, paths))
 
 
 @_guarded("read")
 def exists(path: str) -> bool:
-    """Whether there is a file. Raises `StorageReadError` where that can't be told."""
+    """Whether a file exists. Raises `StorageReadError` if that can't be determined."""
     filesystem, name = locate(path)
     return filesystem.get_file_info(name).is_file
 
 
 def download(path: str, target: Path, check: Callable[[Path], None] = lambda copy: None) -> None:
-    """Copy a file to a local path, where it appears whole or not at all, and only if `check` does not raise.
+    """Copy a file to a local path, atomically, and only if `check` does not raise.
 
-    Raises `FileNotFoundError` where there is none, and `StorageReadError`.
+    Raises `FileNotFoundError` if it doesn't exist, and `StorageReadError`.
     """
     if not exists(path):
         raise FileNotFoundError(path)
@@ -274,7 +273,8 @@ def _download(path: str, target: Path, check: Callable[[Path], None]) -> None:
 
 
 def make_parent(filesystem: pyarrow.fs.FileSystem, name: str) -> None:
-    """Create the folder of a file where the filesystem has folders; object stores have names with slashes."""
+    """Create a file's parent folder on filesystems that have folders; in object stores, slashes are part of the
+    name."""
     if filesystem.type_name not in ("s3", "gcs", "abfs"):
         filesystem.create_dir(parent(name), recursive=True)
 
@@ -298,7 +298,8 @@ def _copy_into(source: Path, out: BinaryIO) -> None:
 
 
 def _put(path: str, write: Callable[[BinaryIO], object]) -> None:
-    """An object store shows an object when it is whole; on other filesystems a reader may see half of it."""
+    """Whether a write is atomic by itself: object stores show an object only when it is complete; elsewhere a reader
+    may see half a file."""
 
     def put() -> None:
         filesystem, name = locate(path)
@@ -313,7 +314,7 @@ def _put(path: str, write: Callable[[BinaryIO], object]) -> None:
 
 
 def remove_file(path: str) -> None:
-    """Remove a file; one that is not there is fine. Raises `StorageError`."""
+    """Remove a file; a missing file is not an error. Raises `StorageError`."""
 
     def remove() -> None:
         filesystem, name = locate(path)
@@ -351,11 +352,11 @@ def move_files(source: str, target: str) -> None:
 
 
 def compression(path: str) -> str | None:
-    """`gzip` or `zstd` by the name's ending, None for plain files."""
+    """`gzip` or `zstd` by the file's extension, None for plain files."""
     return _COMPRESSION.get(Path(path).suffix.lower())
 
 
 def bare_name(path: str) -> str:
-    """The last part of a path without a compression's ending."""
+    """The last part of a path, without a compression extension."""
     name = path.rstrip("/").rpartition("/")[2]
     return name[: -len(Path(name).suffix)] if compression(name) else name

@@ -1,12 +1,12 @@
-"""Finished parts of an output file, so that a stopped job does only what is missing.
+"""Finished parts of an output file, so that a restarted job only does what is missing.
 
     parts = FinishedParts(Path("out.jsonl"), key="5f0c…")       # in out.jsonl.parts/
     parts.write(0, rows_id, [b'{"pred_text":"one"}'], num_failed=0)
     parts.find(0, rows_id)                                       # Finished(num_rows=1, num_failed=0)
     parts.join(1)                                                # out.jsonl; the folder is gone
 
-A part is one file that appears whole: a line about it, then its rows. It counts only for the same `key` (model and
-settings) and the same rows. An output that is there already is left alone unless it may be overwritten.
+A part is one file, written atomically: a header line, then its rows. It counts only for the same `key` (model and
+settings) and the same rows. An existing output is left alone unless overwriting is allowed.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ _FORMAT = "raytrain.transcript_part/1"
 
 
 class Finished(NamedTuple):
-    """A part that is done: its rows, and how many of them have an error."""
+    """A finished part: its number of rows, and how many of them failed."""
 
     num_rows: int
     num_failed: int
@@ -54,8 +54,8 @@ class PartNote:
 
 
 class FinishedParts:
-    """The parts of `output`, in a folder beside it. Raises `StorageError` where that can't be made, or where there is
-    an output that it must not `overwrite`."""
+    """The parts of `output`, in a folder next to it. Raises `StorageError` if that can't be created, or if the output
+    exists and `overwrite` is off."""
 
     def __init__(self, output: Path, key: str, overwrite: bool = False) -> None:
         self.output, self._key, self._overwrite = Path(output), key, overwrite
@@ -63,7 +63,7 @@ class FinishedParts:
         self.folder = make_folder(self.output.with_name(self.output.name + ".parts"))
 
     def find(self, number: int, rows_id: str) -> Finished | None:
-        """A part that is done; None where it is missing, damaged, or of another model, setting or row."""
+        """A finished part; None if it is missing, damaged, or made with another model, other settings or other rows."""
         try:
             head, _, body = self._path(number).read_bytes().partition(b"\n")
             note = fitting(parse_json(head), PartNote)
@@ -89,7 +89,7 @@ class FinishedParts:
         return Finished(len(lines), num_failed)
 
     def join(self, num_parts: int) -> None:
-        """Make the output of the first `num_parts` parts, and remove the folder. Raises `StorageError`."""
+        """Join the first `num_parts` parts into the output, and remove the folder. Raises `StorageError`."""
         check_absent(self.output, self._overwrite)  # it may have appeared while the parts were made
         try:
             with atomic_write(self.output) as output:
@@ -101,7 +101,7 @@ class FinishedParts:
                 path.unlink(missing_ok=True)
         except OSError as error:
             raise storage_error(self.output, error) from error
-        with contextlib.suppress(OSError):  # not empty: there are files that are not ours
+        with contextlib.suppress(OSError):  # not empty: it holds files that are not ours
             self.folder.rmdir()
 
     def _path(self, number: int) -> Path:

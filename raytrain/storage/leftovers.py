@@ -1,8 +1,8 @@
 """What killed commands leave behind.
 
-Everything raytrain writes appears under its name when it is whole; until then its name begins with a dot and ends with
-eight random characters. Ray Train keeps notes of each training in `ray/train-*`, which nothing reads once it is over. A
-local Ray leaves its session's folder, in which a note says whose it was.
+Every file that raytrain writes gets its final name when it is complete; until then its name begins with a dot and ends
+with eight random characters. Ray Train keeps the state of each training in `ray/train-*`, which nothing reads once
+training has ended. A local Ray leaves its session folder, with a note of the process that owned it.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class Leftover:
     bytes: int
 
     def remove(self) -> None:
-        """Remove it; what is gone already is fine. Raises `StorageError`."""
+        """Remove it; if it is gone already, that is not an error. Raises `StorageError`."""
         if is_uri(self.path):
             remove_files(self.path)
             return
@@ -48,7 +48,7 @@ class Leftover:
             pass
         except OSError as error:
             raise StorageError(
-                f"can't remove {path}", why=system_reason(error), remedy="remove it by hand, as a user who may"
+                f"can't remove {path}", why=system_reason(error), remedy="remove it by hand, as a user with permission"
             ) from error
 
 
@@ -67,26 +67,26 @@ def temporaries(folder: Path, before: float) -> Iterator[Leftover]:
 
 
 def _is_unfinished(path: Path) -> bool:
-    """Whether a file or folder with a temporary's name is one. Artefacts have an ending before that of the temporary,
-    and until they are whole nobody else may read them; `.env.template` is a user's."""
+    """Whether a file or folder with a temporary's name is really one. Artifacts have an extension before the
+    temporary's suffix, and are private until they are complete; `.env.template` is a user's file."""
     name = path.name[1:].rpartition(".")[0]
     return "." in name or name in ("writing", "fetching") or not path.lstat().st_mode & 0o077
 
 
 def _skip_owned_runs(parent: str, folders: list[str]) -> None:
-    """Take folders with an owner of their own out of a walk: the owner may be at work."""
+    """Skip folders with a separate owner during a walk: the owner may be running."""
     folders[:] = [name for name in folders if not os.path.lexists(os.path.join(parent, name, OWNER_FILE))]
 
 
 def remove_temporaries(folder: Path, before: float) -> None:
-    """Remove what `temporaries` lists, as far as that can be done."""
+    """Remove what `temporaries` lists, as far as possible."""
     for leftover in temporaries(folder, before):
         with contextlib.suppress(StorageError):
             leftover.remove()
 
 
 def trainings(location: str) -> Iterator[Leftover]:
-    """Ray Train's folders of trainings of the run at `location`, a path or a URI, and of its trials."""
+    """Ray Train's state folders for the run at `location` (a path or a URI) and its trials."""
     what = "Ray Train's notes of a training that is over"
     if is_uri(location):
         files: dict[str, list[str]] = {}
@@ -107,7 +107,7 @@ def trainings(location: str) -> Iterator[Leftover]:
 
 
 def probes(root: str) -> Iterator[Leftover]:
-    """Files that a `raytrain doctor` that was killed left in a local `run.root`."""
+    """Files that a killed `raytrain doctor` left in a local `run.root`."""
     for path in [] if is_uri(root) else Path(root).glob(_PROBE):
         with contextlib.suppress(FileNotFoundError):
             if path.stat().st_mtime < time.time() - _PROBE_SECONDS:
@@ -115,7 +115,7 @@ def probes(root: str) -> Iterator[Leftover]:
 
 
 def previous(folder: Path) -> Iterator[Leftover]:
-    """Checkpoints of other settings, which training set aside."""
+    """Checkpoints of other settings, which training moved aside."""
     path = folder / "previous"
     if path.is_dir():
         yield Leftover(str(path), "checkpoints of other settings", size_of(path))

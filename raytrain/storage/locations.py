@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 _URI = re.compile(r"^[A-Za-z][A-Za-z0-9+.-]+://")
 CHECK_THE_PATH = (
-    "check the path, data.root (or $RAYTRAIN_DATA_ROOT) and who may read it; `raytrain doctor` tries the storage on "
+    "check the path, data.root (or $RAYTRAIN_DATA_ROOT) and its permissions; `raytrain doctor` tries the storage on "
     "every node"
 )
 
@@ -29,7 +29,7 @@ def is_uri(path: str) -> bool:
 
 
 def absolute(path: str, root: str = "") -> str:
-    """`path` below `root` unless it is a URI or absolute; a local result is absolute."""
+    """`path` below `root` unless it is a URI or absolute; a local path is made absolute."""
     if is_uri(path):
         return path
     path = os.path.expanduser(path)
@@ -45,7 +45,7 @@ def parent(path: str) -> str:
 
 
 def natural_key(path: str) -> tuple[tuple[str | int, ...], str]:
-    """Sorts `m_2` before `m_10`, as their numbers are."""
+    """A natural sort key: `m_2` comes before `m_10`."""
     parts: list[str | int] = re.split(r"([0-9]+)", path)
     parts[1::2] = map(int, parts[1::2])
     return tuple(parts), path
@@ -53,13 +53,14 @@ def natural_key(path: str) -> tuple[tuple[str | int, ...], str]:
 
 @functools.lru_cache(maxsize=64)
 def _filesystem(root: str) -> tuple[pyarrow.fs.FileSystem, str]:
-    """The pyarrow filesystem of `scheme://host`, and how it spells that root. Raises `StorageReadError`."""
+    """The pyarrow filesystem of `scheme://host`, and that root as the filesystem spells it. Raises
+    `StorageReadError`."""
     import pyarrow.fs
 
     try:
         return pyarrow.fs.FileSystem.from_uri(root)
     except (pyarrow.ArrowInvalid, pyarrow.ArrowNotImplementedError):
-        pass  # not one of pyarrow's own
+        pass  # not built into pyarrow
     except OSError as error:
         raise StorageReadError(f"can't reach {root}", why=str(error), remedy=CHECK_THE_PATH) from error
     import fsspec
@@ -70,7 +71,7 @@ def _filesystem(root: str) -> tuple[pyarrow.fs.FileSystem, str]:
         raise StorageReadError(
             f"no filesystem for {root}",
             why=str(error),
-            allowed="what pyarrow or fsspec knows",
+            allowed="any filesystem of pyarrow or fsspec",
             remedy="correct the address, or install the package that fsspec names for it",
         ) from error
     return pyarrow.fs.PyFileSystem(pyarrow.fs.FSSpecHandler(filesystem)), base
@@ -84,6 +85,6 @@ def locate(path: str) -> tuple[pyarrow.fs.FileSystem, str]:
         return pyarrow.fs.LocalFileSystem(), path.removeprefix("file://")
     scheme, _, rest = path.partition("://")
     host, _, key = rest.partition("/")
-    # One connection for a bucket; pyarrow takes the region from it.
+    # One connection per bucket; pyarrow infers the region from it.
     filesystem, base = _filesystem(f"{scheme}://{host}")
     return filesystem, f"{base.rstrip('/')}/{key}" if key else base

@@ -1,4 +1,4 @@
-"""Who writes to a run folder: the record `owner.json` that lies in it, and how it is read."""
+"""Who writes to a run folder: the record `owner.json` in it, and how to read it."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ _MOST_BYTES = 1 << 20
 
 @dataclass(frozen=True)
 class Owner:
-    """Who writes to a run folder: a process of a machine, `since` a time in UTC. `machine` names a boot and a space of
-    process ids, `start` when in it the process began."""
+    """Who writes to a run folder: a process on a machine, `since` a time in UTC. `machine` identifies a boot and a PID
+    namespace, `start` the time in it at which the process started."""
 
     token: str
     host: str
@@ -57,18 +57,19 @@ class Owner:
 
     @property
     def is_local(self) -> bool:
-        """Whether its process id means something here."""
+        """Whether its process id is valid on this machine."""
         return (self.host, self.machine) == (socket.gethostname(), this_machine())
 
     @property
     def is_gone(self) -> bool:
-        """Whether the process certainly writes no more: it ended, or is this one, which could not remove its record."""
+        """Whether the process has certainly stopped writing: it ended, or it is this process, which could not remove
+        its record."""
         return self.is_local and (self.pid == os.getpid() or start_of(self.pid) != self.start)
 
     def __str__(self) -> str:
         since = self.since.astimezone().strftime("%Y-%m-%d %H:%M:%S")
         shown = f"process {self.pid} on {self.host} (`{self.command}`, since {since})"
-        return "".join(character if character.isprintable() else "?" for character in shown)  # terminals obey the rest
+        return "".join(character if character.isprintable() else "?" for character in shown)  # terminals obey these
 
 
 _RECORD = pydantic.TypeAdapter(Owner)
@@ -80,17 +81,17 @@ def write_owner(owner: Owner) -> bytes:
 
 
 def read_owner(data: bytes) -> Owner | None:
-    """The owner in a record's bytes, None where they are no record."""
+    """The owner in a record's bytes, None if they are not a valid record."""
     try:
         owner = _RECORD.validate_json(data)
-        owner.since.astimezone()  # years at either end of the calendar have no local time
+        owner.since.astimezone()  # years at the limits of the calendar have no local time
     except (ValueError, OverflowError, OSError):
         return None
     return owner if owner.pid > 0 else None
 
 
 def this_machine() -> str:
-    """Names this boot of this machine and this space of process ids, of which containers have their own."""
+    """Identifies this boot of this machine and this PID namespace; containers have their own."""
     with contextlib.suppress(OSError):
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
         return f"{boot} {os.readlink('/proc/self/ns/pid')}"
@@ -98,7 +99,8 @@ def this_machine() -> str:
 
 
 def start_of(pid: int) -> str | None:
-    """When a process began, as text that tells it from a later process with the same id; None where it has ended."""
+    """When a process started, as text that distinguishes it from a later process with the same id; None if it has
+    ended."""
     try:
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
         return None if fields[0] in "ZX" else fields[19]
@@ -120,14 +122,14 @@ def _command() -> str:
 
 @dataclass(frozen=True)
 class Record:
-    """What lies in a run folder: bytes, and what changes when they are touched."""
+    """A record as stored in a run folder: its bytes, and a stamp that changes when it is touched."""
 
     data: bytes
     stamp: Fingerprint | None
 
     @property
     def owner(self) -> Owner | None:
-        """None where the bytes can't be read as a record."""
+        """None if the bytes can't be parsed as a record."""
         return read_owner(self.data)
 
     def __str__(self) -> str:
@@ -135,7 +137,7 @@ class Record:
 
 
 def read_record(location: str) -> Record | None:
-    """The record in a run folder, None where nobody owns it. Raises `StorageReadError` where that is unknown."""
+    """The record in a run folder, None if it has no owner. Raises `StorageReadError` if that can't be determined."""
     path = f"{location.rstrip('/')}/{OWNER_FILE}"
     for attempt in range(3):
         try:
@@ -144,19 +146,19 @@ def read_record(location: str) -> Record | None:
             stamp = fingerprint(path)
             size = min(stamp.size, _MOST_BYTES) if stamp else 0
             record: Record | None = Record(read_range(path, 0, size), stamp)
-        except RaytrainError:  # it may have gone between two calls
+        except RaytrainError:  # it may have been removed between two calls
             if attempt == 2:
                 raise
             record = None
         if record is not None and record.owner is not None:
             return record
-        time.sleep(0.05)  # a record is seen while it is written
+        time.sleep(0.05)  # the record may be half written
     return record
 
 
 def _is_there(path: str) -> bool:
-    """Whether there is a record. Raises `StorageReadError` where something else has its name: no record could ever
-    stand there, or it would be written where a link leads."""
+    """Whether there is a record. Raises `StorageReadError` if something else has its name: a record could never be
+    written there, or a link would redirect it."""
     if is_uri(path):
         return exists(path)
     try:
@@ -170,7 +172,7 @@ def _is_there(path: str) -> bool:
     if not is_file:
         raise StorageReadError(
             f"{path} is not a file",
-            why="raytrain notes there who owns the run folder",
+            why="raytrain records the owner of the run folder there",
             remedy="remove it, or choose another folder (run.root)",
         )
     return True

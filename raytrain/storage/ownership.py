@@ -1,16 +1,16 @@
-"""A run folder has one owner at a time: the process whose record, `owner.json`, lies in it.
+"""A run folder has one owner at a time: the process whose record, `owner.json`, is in it.
 
     with owned(config.run_location, console.say):
         ...  # no other command writes there
 
-The record goes when the command ends. One that a killed process left is passed over where the process is known to be
-gone: it ran on this machine, and its id is nobody's or another process' now. Of an owner elsewhere only the lease can
-tell: the owner touches its record every 20 s, and one that is not touched for 120 s, by the clock of the storage or by
-watching it, is nobody's. A folder below an owned one belongs to the same process.
+The record is removed when the command ends. A record left by a killed process is ignored once the process is known to
+be gone: it ran on this machine, and its id is unused or belongs to another process now. For an owner on another machine
+only the lease decides: the owner touches its record every 20 s, and a record that has not been touched for 120 s, by
+the storage's clock or by watching it, has expired. A folder below an owned one belongs to the same process.
 
-On a disk two processes can't both get the record. Object stores have no exclusive write, so there it is written, and
-read again a second later: of two that write within the same moment, one stands. Whoever finds another record in place
-of its own stops.
+On a disk two processes can't both create the record. Object stores have no exclusive write, so there it is written, and
+read again a second later: of two concurrent writes, one survives. A process that finds another record in place of its
+own stops.
 """
 
 from __future__ import annotations
@@ -37,10 +37,10 @@ from raytrain.storage.owner import Owner, Record, read_record, write_owner
 
 LEASE_SECONDS = 120.0
 RENEW_SECONDS = 20.0
-STOP_SECONDS = 30.0  # what a displaced owner gets to notice and to end its workers
+STOP_SECONDS = 30.0  # the time that a displaced owner has to notice and to stop its workers
 _CHECK_SECONDS = 2.0
 _SETTLE_SECONDS = 1.0
-_DISPLACED = signal.SIGUSR2  # Ctrl-C may be ignored: shells start background jobs so
+_DISPLACED = signal.SIGUSR2  # SIGINT may be ignored: shells start background jobs that way
 
 Say = Callable[[str], None]
 T = TypeVar("T")
@@ -58,8 +58,8 @@ class _Console(Protocol):
 class RunLock:
     """The ownership of the run folder at `location`, a path or a URI.
 
-    `acquire` raises `OwnedError` where a living process owns it. `say` gets a line for each thing that takes time or
-    that a person should know.
+    `acquire` raises `OwnedError` if a live process owns it. `say` prints a line about each wait and each event that the
+    user should know about.
     """
 
     def __init__(self, location: str, say: Say = lambda line: None) -> None:
@@ -73,11 +73,11 @@ class RunLock:
         self._listens = False
         self.depth = 1
 
-    # --- getting it
+    # --- acquiring it
 
     def acquire(self, take_over: bool = False) -> None:
-        """Own the folder; with `take_over` also where a living process does. Waits for the lease of an owner elsewhere
-        to expire, unless it is renewed meanwhile."""
+        """Own the folder; with `take_over`, even if a live process owns it. Waits for the lease of an owner on another
+        machine to expire, unless it is renewed in the meantime."""
         if not self._is_remote:
             make_folder(Path(self.location))
         first: Record | None = None
@@ -100,7 +100,7 @@ class RunLock:
             self._succeed(record, take_over)
 
     def _is_free(self, record: Record, first: Record | None, until: float) -> bool:
-        """Whether its owner is no more. Raises `OwnedError` where it is alive."""
+        """Whether its owner is gone. Raises `OwnedError` if it is alive."""
         owner = record.owner
         if owner is not None and owner.is_local:
             if owner.is_gone:
@@ -118,7 +118,7 @@ class RunLock:
         )
 
     def _claim(self, record: Record | None, is_alone: bool) -> bool:
-        """Put this process' record in the place of `record`; whether it stands there."""
+        """Replace `record` with this process' record; returns whether that worked."""
         data = write_owner(self._me)
         if self._is_remote:
             write_bytes(self._path, data)
@@ -138,7 +138,7 @@ class RunLock:
         return self._is_mine(read_record(self.location))
 
     def _succeed(self, record: Record, take_over: bool) -> None:
-        """Let a displaced owner come to its end, or clear up after a dead one."""
+        """Wait for a displaced owner to stop, or clean up after a dead one."""
         owner = record.owner
         if owner is not None and owner.is_local and not owner.is_gone:
             self._say(
@@ -157,7 +157,8 @@ class RunLock:
 
     @contextlib.contextmanager
     def _alone(self) -> Iterator[bool]:
-        """Within it no other process of this machine looks or claims; false where the filesystem can't tell."""
+        """Inside the block no other process of this machine reads or writes the record; false if the filesystem can't
+        lock."""
         if self._is_remote:
             yield False
             return
@@ -170,7 +171,7 @@ class RunLock:
                 is_alone = True
             yield is_alone
 
-    # --- keeping it
+    # --- holding it
 
     def _renew(self) -> None:
         checked = touched = time.monotonic()
@@ -194,7 +195,7 @@ class RunLock:
         if self._is_remote:
             write_bytes(self._path, write_owner(self._me))
         else:
-            os.utime(self._path)  # changes whose record it is in no case
+            os.utime(self._path)  # never changes whose record it is
 
     def _interrupt(self) -> None:
         with self._ending:
@@ -202,7 +203,7 @@ class RunLock:
                 signal.pthread_kill(threading.main_thread().ident or 0, _DISPLACED)
 
     def _listen(self) -> None:
-        """Have the main thread, where this is it, end as with Ctrl-C once the folder is another's."""
+        """If this is the main thread, interrupt it as with Ctrl-C once another process has taken the folder."""
         if threading.current_thread() is not threading.main_thread():
             return
 
@@ -215,7 +216,7 @@ class RunLock:
         self._before, self._listens = signal.signal(_DISPLACED, displaced), True
 
     def check(self) -> None:
-        """Raises `OwnedError` where another process has taken the folder meanwhile."""
+        """Raises `OwnedError` if another process has taken the folder in the meantime."""
         if self._displaced_by is None:
             return
         removed = self._displaced_by.stamp is None
@@ -226,7 +227,7 @@ class RunLock:
         )
 
     def release(self) -> None:
-        """End the ownership; a record that can't be removed is left, and later taken for that of a dead process."""
+        """End the ownership; a record that can't be removed is left, and later counts as that of a dead process."""
         with self._ending:
             self._released.set()
         if self._thread.is_alive():
@@ -237,10 +238,10 @@ class RunLock:
             if self._is_mine(read_record(self.location)):
                 remove_file(self._path)
 
-    # --- inside
+    # --- internals
 
     def _age(self, record: Record) -> float:
-        """Seconds since a record was touched, by the storage's own clock; 0 where it can't be told."""
+        """Seconds since a record was touched, by the storage's own clock; 0 if unknown."""
         probe = f"{self.location}/.owner.{secrets.token_hex(4)}"
         try:
             write_bytes(probe, b"now")
@@ -258,9 +259,8 @@ _HOLDING = threading.Lock()
 
 @contextlib.contextmanager
 def owned(location: str, say: Say = lambda line: None, take_over: bool = False) -> Iterator[None]:
-    """Within it this process owns the run folder at `location`, a path or a URI, and all below it.
-
-    Within itself, and for a folder below, it does nothing. Raises `OwnedError` where a living process owns the folder,
+    """Inside the block this process owns the run folder at `location` (a path or a URI) and everything below it. A
+    nested call, also for a folder below, does nothing. Raises `OwnedError` where a living process owns the folder,
     unless it is to be taken over; and, as soon as that is noticed, where another takes it over meanwhile.
     """
     location = location.rstrip("/") if is_uri(location) else os.path.realpath(location)
@@ -291,8 +291,8 @@ def owned(location: str, say: Say = lambda line: None, take_over: bool = False) 
 
 
 def owning(function: Callable[..., T]) -> Callable[..., T]:
-    """Let this process own the run folder while a function of a configuration, a console and more runs; it gets the
-    option `take_over`."""
+    """Own the run folder while the decorated function (of a configuration, a console and more) runs; adds the option
+    `take_over`."""
 
     @functools.wraps(function)
     def call(
@@ -305,7 +305,7 @@ def owning(function: Callable[..., T]) -> Callable[..., T]:
 
 
 def describe_owner(location: str) -> tuple[str, bool] | None:
-    """A sentence on who owns a run folder, and whether it may be alive; None where nobody does."""
+    """A sentence on who owns a run folder, and whether the owner may be alive; None if it has no owner."""
     record = read_record(location if is_uri(location) else os.path.realpath(location))
     if record is None:
         return None
@@ -315,7 +315,7 @@ def describe_owner(location: str) -> tuple[str, bool] | None:
 
 
 def _changed(stamp: Fingerprint | None) -> int:
-    """When a file changed. Raises `TypeError` where that is unknown."""
+    """When a file was modified. Raises `TypeError` if that is unknown."""
     if stamp is None or stamp.mtime_ns is None:
-        raise TypeError("the storage has no times of change")
+        raise TypeError("the storage has no modification times")
     return stamp.mtime_ns

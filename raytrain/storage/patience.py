@@ -1,4 +1,4 @@
-"""Ask a filesystem again that cannot be reached or cannot answer now; what it refuses is an error at once."""
+"""Retry a filesystem that can't be reached or can't answer now; what it refuses is an error at once."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from raytrain.waiting import AFTER_SECONDS, INTERVAL_SECONDS, report_wait
 P = ParamSpec("P")
 T = TypeVar("T")
 PATIENCE_VARIABLE = "RAYTRAIN_STORAGE_PATIENCE"
-# How filesystems say that they are unavailable, rather than that the request is wrong.
+# Messages by which filesystems report that they are unavailable, not that the request is wrong.
 _AWAY = re.compile(
     r"NETWORK_CONNECTION|curlCode|SLOW_DOWN|THROTTLING|SERVICE_UNAVAILABLE|INTERNAL_FAILURE|REQUEST_TIMEOUT"
     r"|HTTP status 5\d\d|timed? ?out|connection (?:refused|reset|aborted|closed)|can't connect|couldn't connect"
@@ -25,14 +25,14 @@ _AWAY = re.compile(
 
 
 def is_away(error: BaseException) -> bool:
-    """Whether an error says that a filesystem is unavailable for now, so that asking again may help."""
+    """Whether an error means that a filesystem is temporarily unavailable, so that a retry may help."""
     if isinstance(error, FileNotFoundError | PermissionError | IsADirectoryError | NotADirectoryError):
         return False
     return isinstance(error, ConnectionError | TimeoutError) or bool(_AWAY.search(str(error)))
 
 
 def patiently(function: Callable[P, T], *arguments: P.args, **options: P.kwargs) -> T:
-    """Call a function that may be repeated until the filesystem that it asks is available, or patience is exhausted.
+    """Call an idempotent function again until its filesystem is available, or patience is exhausted.
 
     Raises what the function raises.
     """
@@ -47,5 +47,5 @@ def patiently(function: Callable[P, T], *arguments: P.args, **options: P.kwargs)
             if time.monotonic() - start > next_message:
                 next_message += INTERVAL_SECONDS
                 report_wait(f"storage to answer ({' '.join(str(error).split())[:200]})", time.monotonic() - start)
-        time.sleep(wait * random.uniform(0.5, 1.5))  # many workers ask at the same time
+        time.sleep(wait * random.uniform(0.5, 1.5))  # many workers retry at the same time
         wait = min(2 * wait, 8.0)

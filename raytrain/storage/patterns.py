@@ -21,11 +21,11 @@ _MAX_EXPANDED = 1_000_000
 
 
 def expand(pattern: str) -> list[str]:
-    """Paths that a pattern stands for: `{0..7}`, `{a,b}`, `_OP_0..7_CL_`, and `*`, `?` in the last part.
+    """The paths that a pattern matches: `{0..7}`, `{a,b}`, `_OP_0..7_CL_`, and `*`, `?` in the last part.
 
     Braces mean what they mean to a shell, but do not nest: `{0..11}` is 0 to 11, `{00..11}` keeps the zeros,
-    `{8..0..2}` goes down by 2. What a `*` stands for comes in natural order (2 before 10): files, or folders where no
-    file matches, and none whose name begins with a dot. Raises `StorageReadError` where a `*` matches nothing.
+    `{8..0..2}` goes down by 2. The matches of a `*` come in natural order (2 before 10): files, or folders if no file
+    matches; names that begin with a dot are skipped. Raises `StorageReadError` if a `*` matches nothing.
     """
     parts, end = [], 0
     for match in _BRACES.finditer(pattern):
@@ -56,7 +56,7 @@ def expand(pattern: str) -> list[str]:
 
 def _too_many(pattern: str) -> StorageReadError:
     return StorageReadError(
-        f"{pattern} stands for too many files", allowed=f"{_MAX_EXPANDED}", remedy="check the numbers in its braces"
+        f"{pattern} matches too many files", allowed=f"{_MAX_EXPANDED}", remedy="check the numbers in its braces"
     )
 
 

@@ -1,11 +1,11 @@
 """A run folder on another filesystem (`run.root: s3://…`), as one machine sees it.
 
-Every process works in a folder of its machine's cache and fetches what it needs, checked by content id; what it writes
-for others it uploads. The remote folder is the truth: a file that is not there does not count here.
+Every process works in a folder of its machine's cache. It fetches what it needs, checked by content id, and uploads
+what it writes for others. The remote folder is the source of truth: a local file that is missing there does not count.
 
     s3://bucket/runs/NAME/files.json         content ids of the artifacts, written after them
-                         stages.json …       small state without an id, read anew each time
-                         assignment/…        parts, whose ids stand in their chunk's note
+                         stages.json …       small state without an id, fetched again each time
+                         assignment/…        parts, whose ids are in their chunk's note
                          checkpoints/…       each with a meta.json that has its files' ids
 
 For a folder on this machine, or on a disk that all nodes share, nothing is copied and every call costs nothing.
@@ -44,7 +44,7 @@ _PUBLISHED = (
     "checkpoints/lineage.json",
     "checkpoints/last.json",
 )
-# Changed in place, so that no id can be told beforehand.
+# Changed in place, so that their ids are not known in advance.
 _STATE = ("stages.json", "config.yaml", "mlflow_run.json", "metrics.jsonl")
 _CONNECTIONS = 16
 _PARTS = "runs/*/assignment/bucket=*/*"
@@ -56,7 +56,7 @@ def cache_folder() -> Path:
 
 
 def local_folder(location: str) -> Path:
-    """Where the files of a run folder are on this machine: itself, or a folder of the cache for a URI."""
+    """Where a run folder's files are on this machine: the folder itself, or for a URI a folder of the cache."""
     if not is_uri(location):
         return Path(location)
     name = location.rstrip("/").rpartition("/")[2]
@@ -64,14 +64,14 @@ def local_folder(location: str) -> Path:
 
 
 class DamagedFileError(StorageError):
-    """A file at a URI is not what was written there."""
+    """A file at a URI is not the one that was written there."""
 
 
 class RunStore:
     """The files of the run folder at `location`, a path or a URI; names are relative, with slashes.
 
-    Raises `StorageReadError` and `StorageError` where the other filesystem can't be read or written, after waiting for
-    one that is only unavailable (`raytrain.storage.patience`).
+    Raises `StorageReadError` and `StorageError` if the remote filesystem can't be read or written; a filesystem that is
+    only unavailable is retried first (`raytrain.storage.patience`).
     """
 
     def __init__(self, location: str | Path, cache_bytes: int = DEFAULT_CACHE_BYTES) -> None:
@@ -82,7 +82,7 @@ class RunStore:
         self._ids: dict[str, str] | None = None
 
     def location_of(self, name: str) -> str:
-        """Path or URI of a file, as any node may read it."""
+        """Path or URI of a file that any node can read."""
         return f"{self.location}/{name}"
 
     def growing_file(self, name: str) -> Path:
@@ -92,7 +92,7 @@ class RunStore:
     # --- artifacts with an id
 
     def sync(self) -> None:
-        """Make this machine's copy what the remote folder holds; for the driver, before it begins."""
+        """Make this machine's copy match the remote folder; for the driver, before it starts."""
         if not self.is_remote:
             return
         make_folder(self.local)
@@ -109,23 +109,23 @@ class RunStore:
                 shutil.rmtree(folder, ignore_errors=True)
 
     def fetch(self, *names: str) -> None:
-        """Get these artifacts as they were published; an artifact that was not published is removed here too."""
+        """Fetch these artifacts as published; an artifact that was not published is removed here too."""
         for name in names if self.is_remote else ():
             identity = self._published().get(name)
             if identity is None or not self._is_fetched(name, identity):
-                self._ids = None  # published anew meanwhile
+                self._ids = None  # published again in the meantime
                 identity = self._published().get(name)
                 if identity is None:
                     self._file(name).unlink(missing_ok=True)
                 elif not self._is_fetched(name, identity):
                     raise StorageError(
-                        f"{self.location_of(name)} is not what was written there",
+                        f"{self.location_of(name)} is not the file that was written there",
                         why="its content id is not the one in files.json",
                         remedy="rerun its stage",
                     )
 
     def fetch_folder(self, folder: str) -> None:
-        """Get all published artifacts below a folder."""
+        """Fetch all published artifacts below a folder."""
         if self.is_remote:
             self.fetch(*(name for name in self._published() if name.startswith(f"{folder}/")))
 
@@ -152,7 +152,7 @@ class RunStore:
             upload(source or self._file(name), self.location_of(name))
 
     def refresh(self, name: str) -> Path:
-        """The path of a file, fetched as it is now; a file that is not in the remote folder is removed here too."""
+        """The path of a file, fetched as it is now; a file that is missing in the remote folder is removed here too."""
         path = self._file(name)
         if self.is_remote:
             with contextlib.suppress(FileNotFoundError):
@@ -162,13 +162,13 @@ class RunStore:
         return path
 
     def names(self, folder: str, pattern: str) -> set[str]:
-        """Names of the files in a folder, where the run is."""
+        """Names of the files in a folder, as stored with the run."""
         if self.is_remote:
             return {Path(path).name for path in self._below(folder, pattern, depth=0)}
         return {path.name for path in self._file(folder).glob(pattern)}
 
     def refresh_all(self, folder: str, pattern: str) -> None:
-        """`refresh` for all files of a folder whose names match; those that are here already are not fetched again."""
+        """`refresh` for all files of a folder whose names match; files that are already here are not fetched again."""
         if not self.is_remote:
             return
         there = self.names(folder, pattern)
@@ -201,7 +201,7 @@ class RunStore:
 
     @contextlib.contextmanager
     def sharing(self, name: str, path: Path, seconds: float = 5.0) -> Iterator[None]:
-        """Upload a growing file every few seconds, and at the end, in a thread beside the body."""
+        """Upload a growing file every few seconds, and at the end, in a background thread while the body runs."""
         if not self.is_remote:
             yield
             return
@@ -256,7 +256,7 @@ class RunStore:
         total = sum(size for _, size, _ in parts)
         if total <= self._cache_bytes:
             return
-        # The newest stays: it is about to be read.
+        # Keep the newest: it is about to be read.
         for _, size, path in sorted(parts)[:-1]:
             path.unlink(missing_ok=True)
             total -= size
@@ -269,7 +269,7 @@ class RunStore:
         return self.local / name
 
     def _artifacts(self) -> list[str]:
-        """Names of the artifacts that are here."""
+        """Names of the artifacts on this machine."""
         names = {path.relative_to(self.local).as_posix() for name in _PUBLISHED for path in self.local.glob(name)}
         hidden = {name for name in names if Path(name).name.startswith(".")}
         return sorted(names - hidden - {_INDEX, *_STATE})

@@ -1,10 +1,10 @@
-"""YAML from a user or an archive: plain values only, of bounded size, nesting and repetition, and no key twice.
+"""YAML from a user or an archive: plain values only, of bounded size, nesting and repetition, and no duplicate keys.
 
     load_yaml(b"train: {max_steps: 100}")      # {"train": {"max_steps": 100}}
-    load_yaml(b"a: 1\\na: 2")                   # raises ValueError: … the key 'a' is there twice
+    load_yaml(b"a: 1\\na: 2")                   # raises ValueError: … the key 'a' appears twice
 
-A few aliases can stand for more values than fit into memory, and each pass over the settings would go through all of
-them; so they count as often as they are used.
+A few aliases can expand to more values than fit into memory, and each pass over the settings would visit all of them,
+so each use of an alias counts.
 """
 
 from __future__ import annotations
@@ -21,21 +21,21 @@ if typing.TYPE_CHECKING:
 MAX_BYTES = 1 << 20
 MAX_DEPTH = 64
 MAX_VALUES = 50_000
-MAX_REPEATED = 10_000  # values that aliases stand for
+MAX_REPEATED = 10_000  # values that aliases expand to
 _MAX_NUMBER = 100  # characters; those to base 60 (1:30) take time that grows with their square
 _NUMBER = re.compile(r"[-+0-9][-+0-9_:.]*")
 
 
 def read_yaml(path: Path, max_bytes: int = MAX_BYTES) -> Any:
-    """The values of a file. Raises `OSError` where it can't be read, and otherwise as `load_yaml` does."""
-    # Opened without waiting, a pipe that nobody writes to is an empty file.
+    """The values of a file. Raises `OSError` if it can't be read, and otherwise what `load_yaml` raises."""
+    # Opened without blocking, a pipe without a writer is an empty file.
     with open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)) as file:
         os.set_blocking(file.fileno(), True)
         return load_yaml(file.read(max_bytes + 1), max_bytes)
 
 
 def load_yaml(data: bytes | str, max_bytes: int = MAX_BYTES) -> Any:
-    """Plain values of YAML in UTF-8, None where it is empty. Raises `ValueError` whose text says what is wrong."""
+    """Plain values of YAML in UTF-8, None if it is empty. Raises `ValueError` with the reason."""
     import yaml
 
     data = data if isinstance(data, bytes) else data.encode(errors="surrogatepass")
@@ -52,7 +52,7 @@ def load_yaml(data: bytes | str, max_bytes: int = MAX_BYTES) -> Any:
         return yaml.load(text, loader)
     except (yaml.YAMLError, ValueError) as error:
         raise ValueError(" ".join(str(error).split())) from error
-    # Tags with a text that does not fit them (!!bool x) end in whatever PyYAML trips over.
+    # Tags whose text does not fit them (!!bool x) raise all sorts of errors inside PyYAML.
     except (ArithmeticError, AttributeError, LookupError, TypeError) as error:
         raise ValueError("a value does not fit its tag (!!…)") from error
 
@@ -60,11 +60,11 @@ def load_yaml(data: bytes | str, max_bytes: int = MAX_BYTES) -> Any:
 def _check_size(events: typing.Iterable[yaml.Event]) -> None:
     """Raise `ValueError` where values are nested too deeply, or repeated too often, with aliases followed.
 
-    By events, which come without recursion.
+    Works on events, which needs no recursion.
     """
     import yaml
 
-    measured: dict[str, tuple[int, int]] = {}  # values and depth of what has an anchor
+    measured: dict[str, tuple[int, int]] = {}  # values and depth of each anchor
     open_collections: list[list[Any]] = []  # anchor, values and depth so far
     repeated = number = 0
     for event in events:
@@ -91,7 +91,7 @@ def _check_size(events: typing.Iterable[yaml.Event]) -> None:
             values, depth = measured[event.anchor]
             repeated += values
             if repeated > MAX_REPEATED:
-                raise ValueError(f"its aliases stand for more than {MAX_REPEATED} values")
+                raise ValueError(f"its aliases expand to more than {MAX_REPEATED} values")
         else:
             continue
         if len(open_collections) + depth > MAX_DEPTH:
@@ -102,7 +102,7 @@ def _check_size(events: typing.Iterable[yaml.Event]) -> None:
 
 
 def _check_keys(root: yaml.Node | None) -> None:
-    """Raise `ValueError` where a mapping has a key twice: one of its values would be lost without a word."""
+    """Raise `ValueError` if a mapping has a duplicate key: one of its values would be lost silently."""
     import yaml
 
     waiting, seen = [root] if root is not None else [], set()
@@ -120,5 +120,5 @@ def _check_keys(root: yaml.Node | None) -> None:
                 if isinstance(key, yaml.ScalarNode):
                     if (key.tag, key.value) in keys:
                         line = key.start_mark.line + 1
-                        raise ValueError(f"line {line}: the key {key.value!r} is there twice")
+                        raise ValueError(f"line {line}: the key {key.value!r} appears twice")
                     keys.add((key.tag, key.value))

@@ -1,5 +1,6 @@
-"""Training on one rank: the step, the loop around it, checkpoints, validation, and what faults teach the next attempt.
+"""Training on one rank: the step, the loop around it, checkpoints, validation, and the notes of faults for the next
+attempt.
 
-It imports torch and numpy, knows neither Ray nor MLflow, and stands on `data`, `model`, `decoding` and `evaluation`;
-`memory/` beside it predicts and probes what a step takes. Open `step.py` first, then `loop.py`.
+It imports torch and numpy, knows neither Ray nor MLflow, and builds on `data`, `model`, `decoding` and `evaluation`;
+`memory/` predicts and measures a step's memory. Open `step.py` first, then `loop.py`.
 """

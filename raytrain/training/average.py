@@ -1,4 +1,4 @@
-"""An exponential moving average of the weights, which often decodes better than the weights themselves."""
+"""An exponential moving average of the weights, which often decode better than the weights themselves."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ from torch import Tensor, nn
 class WeightAverage:
     """Average of a model's trainable parameters, on their device: average ← d·average + (1 − d)·weights, each step.
 
-    d rises with the number of updates t as (1 + t) / (10 + t), up to `decay`, so that the start is soon forgotten.
+    d rises with the number of updates t as (1 + t) / (10 + t), up to `decay`, so that the initial weights are soon
+    forgotten.
     """
 
     def __init__(self, model: nn.Module, decay: float) -> None:
@@ -23,7 +24,7 @@ class WeightAverage:
                 self._names.append(name)
                 self._weights.append(parameter)
         self._average = [weight.detach().clone() for weight in self._weights]
-        # A tied weight has several names in a model's state, and is one and the same under all of them.
+        # A tied weight has several names in a model's state, but is a single parameter.
         numbers = {id(weight): number for number, weight in enumerate(self._weights)}
         aliases = model.named_parameters(remove_duplicate=False)
         self._aliases = {name: numbers[id(weight)] for name, weight in aliases if id(weight) in numbers}
@@ -31,14 +32,14 @@ class WeightAverage:
 
     @torch.no_grad()
     def update(self) -> None:
-        """Take in the weights as they are now."""
+        """Update the average with the current weights."""
         self._updates += 1
         decay = min(self._decay, (1 + self._updates) / (10 + self._updates))
         torch._foreach_lerp_(self._average, self._weights, 1 - decay)
 
     @contextlib.contextmanager
     def swapped_in(self) -> Iterator[None]:
-        """Within it the model has the averaged weights."""
+        """Inside the block the model has the averaged weights."""
         self._swap()
         try:
             yield
@@ -53,7 +54,7 @@ class WeightAverage:
             average.copy_(kept)
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Averages by each name of a parameter, and the number of updates as `updates`; all ranks must ask for it."""
+        """Averages by each name of a parameter, and the number of updates as `updates`; all ranks must call it."""
         whole = [average.full_tensor() if hasattr(average, "full_tensor") else average for average in self._average]
         averages = {name: whole[number] for name, number in self._aliases.items()}
         return {**averages, "updates": torch.tensor(self._updates)}
@@ -68,7 +69,7 @@ class WeightAverage:
 
 
 def _sharded_like(value: Tensor, target: Tensor) -> Tensor:
-    """A whole tensor as the ranks of a sharded model hold it."""
+    """Distribute a full tensor like a sharded model's parameter."""
     from torch.distributed.tensor import DTensor, distribute_tensor  # their imports take seconds
 
     return distribute_tensor(value, target.device_mesh, target.placements) if isinstance(target, DTensor) else value

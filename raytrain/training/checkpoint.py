@@ -1,8 +1,8 @@
-"""Checkpoints: a folder per step that appears whole or not at all, and that is checked when read.
+"""Checkpoints: one folder per step, written atomically and checked when read.
 
     checkpoints/step_00000500/model.pt        weights (plain tensors)
                               optimizer.pt    AdamW states
-                              average.pt      averaged weights, where `train.average_decay` is set
+                              average.pt      averaged weights, if `train.average_decay` is set
                               meta.json       step, schedule state, ids, model settings, sizes of the files
 
 Everything loads with `weights_only=True`: a checkpoint from elsewhere can't run code.
@@ -44,7 +44,7 @@ from raytrain.training.checkpoint_meta import (
 
 META = "meta.json"
 BEST = "best.json"
-StateDict = dict[str, Any]  # tensors by name, or what an optimizer nests of them
+StateDict = dict[str, Any]  # tensors by name, or an optimizer's nested state
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ class Checkpoint:
 
     @property
     def step(self) -> int:
-        """Optimizer steps done when it was written."""
+        """Number of optimizer steps when it was written."""
         return self.meta["step"]
 
     def load(self, name: str, device: str | torch.device = "cpu") -> StateDict:
@@ -68,23 +68,23 @@ class Checkpoint:
             raise CheckpointError(
                 f"{path} can't be read",
                 why=first_line(error),
-                remedy="run the same command again: a damaged checkpoint is passed over for the one before it",
+                remedy="run the same command again: a damaged checkpoint is skipped, and the previous one is used",
             ) from error
 
     @property
     def lineage(self) -> str | None:
-        """Names what it was learnt from; None where it does not say."""
+        """Identifies its settings and data; None if it does not say."""
         return self.meta.get("ids", {}).get("lineage")
 
     def check_lineage(self, lineage: str | None) -> None:
-        """Raises `CheckpointError` where it was learnt from something else than `lineage` names."""
+        """Raises `CheckpointError` if its lineage is not `lineage`."""
         if self.lineage != lineage:
             raise CheckpointError(
                 f"{self.folder} is a checkpoint of another training",
                 got=f"lineage {self.lineage}",
                 allowed=f"lineage {lineage}",
-                why="its settings or its data were others; another process may have written to the run folder",
-                remedy="end what else writes there, remove the folder `checkpoints`, and train again",
+                why="its settings or data differ; another process may have written to the run folder",
+                remedy="stop other processes that write there, remove the folder `checkpoints`, and train again",
             )
 
     def has(self, name: str) -> bool:
@@ -92,7 +92,7 @@ class Checkpoint:
         return f"{name}.pt" in self.meta["files"]
 
     def load_weights(self, device: str | torch.device = "cpu") -> StateDict:
-        """The weights to decode with: averaged where there is an average."""
+        """The weights to decode with: averaged if there is an average."""
         state = self.load("model", device)
         if self.has("average"):
             average = self.load("average", device)
@@ -107,7 +107,7 @@ def write_checkpoint(
     meta: CheckpointMeta,
     extra: Callable[[Path], object] | None = None,
 ) -> Checkpoint:
-    """Write one checkpoint folder, which appears whole or not at all and replaces an older one of its name.
+    """Write one checkpoint folder atomically; it replaces an older folder of that name.
 
     `extra` may add files to the folder before it appears. Raises `StorageError`.
     """
@@ -138,13 +138,13 @@ def _save(state: StateDict, path: Path) -> None:
         try:
             torch.save(state, file)
         except Exception as error:
-            if file.refused is not None:  # of which torch's zip writer says "unexpected pos" alone
+            if file.refused is not None:  # which torch's zip writer reports only as "unexpected pos"
                 raise file.refused from error
             raise
 
 
 class _CheckedFile(io.FileIO):
-    """A file that remembers why a write was refused, and writes all that it is given."""
+    """A file that writes all data it is given, and remembers why a write was refused."""
 
     refused: OSError | None = None
 
@@ -161,7 +161,7 @@ class _CheckedFile(io.FileIO):
 
 
 def read_checkpoint(folder: Path) -> Checkpoint | None:
-    """A checkpoint folder whose files are all there and unchanged, else None."""
+    """A checkpoint folder whose files are all present and unchanged, else None."""
     try:
         meta = parse_meta(read_at_once(folder / META))
         if meta is None or any(file_id(folder / name) != identity for name, identity in meta["files"].items()):
@@ -172,7 +172,7 @@ def read_checkpoint(folder: Path) -> Checkpoint | None:
 
 
 class Mirror(Protocol):
-    """Keeps copies of checkpoint folders elsewhere. No method raises where that storage is unavailable."""
+    """Keeps copies of checkpoint folders elsewhere. No method raises if that storage is unavailable."""
 
     def put(self, source: Path) -> None:
         """Copy a folder or a file."""
@@ -183,13 +183,13 @@ class Mirror(Protocol):
 
 class CheckpointFolder:
     """Writes, lists and prunes the checkpoints of one run; keeps the newest `keep` and the `keep_best` best ones by
-    validation error. `mirror` is told of what is written and removed."""
+    validation error. `mirror` is notified of writes and removals."""
 
     def __init__(self, folder: Path, keep: int = 2, keep_best: int = 1, mirror: Mirror | None = None) -> None:
         self.folder, self.keep, self.keep_best, self._mirror = Path(folder), keep, keep_best, mirror
 
     def save(self, step: int, parts: Mapping[str, StateDict], meta: CheckpointMeta) -> Checkpoint:
-        """Write `parts` (name → state dict) as `step_N`. Raises `StorageError`; older ones stay as they are."""
+        """Write `parts` (name → state dict) as `step_N`. Raises `StorageError`; older checkpoints are untouched."""
         checkpoint = write_checkpoint(self.folder / f"step_{step:08d}", step, parts, meta)
         if self._mirror is not None:
             self._mirror.put(checkpoint.folder)
@@ -197,8 +197,8 @@ class CheckpointFolder:
         return checkpoint
 
     def mark_best(self, step: int, error: float, validation: str | None = None) -> bool:
-        """Note a checkpoint's validation error; True if it is the lowest so far. `validation` names what was validated
-        on and how: errors on something else do not compare, and give way."""
+        """Record a checkpoint's validation error; True if it is the lowest so far. `validation` identifies the dev set
+        and the settings of validation: errors of another validation are not comparable, and are discarded."""
         scores = [score for score in self._kept_scores(validation) if score["step"] != step]
         scores.append({"step": step, "error": error})
         kept = sorted(scores, key=lambda score: (score["error"], score["step"]))
@@ -211,7 +211,7 @@ class CheckpointFolder:
         return kept[0]["step"] == step
 
     def newest(self) -> Checkpoint | None:
-        """The newest complete checkpoint; broken ones are passed over."""
+        """The newest complete checkpoint; damaged checkpoints are skipped."""
         for folder in sorted(self.folder.glob("step_*"), reverse=True):
             checkpoint = read_checkpoint(folder)
             if checkpoint is not None:
@@ -219,12 +219,12 @@ class CheckpointFolder:
         return None
 
     def at(self, step: int) -> Checkpoint:
-        """The checkpoint of a step. Raises `CheckpointError` where it is not whole."""
+        """The checkpoint of a step. Raises `CheckpointError` if it is incomplete."""
         folder = self.folder / f"step_{step:08d}"
         checkpoint = read_checkpoint(folder)
         if checkpoint is None:
             raise CheckpointError(
-                f"{folder} is not a whole checkpoint", remedy="check that all nodes see the run folder"
+                f"{folder} is not a complete checkpoint", remedy="check that all nodes see the run folder"
             )
         return checkpoint
 
@@ -235,23 +235,24 @@ class CheckpointFolder:
         return checkpoint or self.newest()
 
     def about(self, which: str) -> Checkpoint | None:
-        """The `newest` or the `best` checkpoint for what its `meta` says; its files need not be here."""
+        """The `newest` or the `best` checkpoint for reading its `meta`; its other files need not be local."""
         return self.best() if which == "best" else self.newest()
 
     def to_decode(self, which: str) -> Checkpoint | None:
-        """The `last` or the `best` checkpoint with what `load_weights` reads."""
+        """The `last` or the `best` checkpoint with the files that `load_weights` reads."""
         return self.best() if which == "best" else self.newest()
 
     def weights_of(self, step: int) -> Checkpoint:
-        """The checkpoint of a step with what `load_weights` reads. Raises `CheckpointError` where it is not whole."""
+        """The checkpoint of a step with the files that `load_weights` reads. Raises `CheckpointError` if it is
+        incomplete."""
         return self.at(step)
 
     def flush(self) -> None:
-        """Return once all that was saved is in its final storage."""
+        """Return once all saved checkpoints are in their final storage."""
 
     def best_note(self, validation: str | None = None) -> BestNote | None:
-        """`step` and `error` of the best checkpoint, None before the first validation, or before the first that
-        `validation` names (see `mark_best`)."""
+        """`step` and `error` of the best checkpoint, None before the first validation, or the first that matches
+        `validation` (see `mark_best`)."""
         try:
             note = parse_json(read_at_once(self.folder / BEST))
         except (OSError, ValueError):
@@ -286,7 +287,7 @@ class CheckpointFolder:
 
 
 class CheckpointWriter:
-    """Writes checkpoints in a thread while training goes on; one at a time. An error is raised by the next call."""
+    """Writes checkpoints in a background thread, one at a time. An error is raised by the next call."""
 
     def __init__(self, folder: CheckpointFolder) -> None:
         self._folder = folder
@@ -300,7 +301,7 @@ class CheckpointWriter:
         try:
             self.wait()
         except Exception:
-            if kind is None:  # else what ended training is the better error
+            if kind is None:  # otherwise the error that ended training is more useful
                 raise
         finally:
             self._pool.shutdown()
@@ -315,7 +316,7 @@ class CheckpointWriter:
             self.wait()
 
     def wait(self) -> None:
-        """Until the last checkpoint is written."""
+        """Wait until the last checkpoint is written."""
         if self._pending is not None:
             pending, self._pending = self._pending, None
             pending.result()
@@ -327,7 +328,8 @@ class CheckpointWriter:
 
 
 def _on_host(value: object) -> Any:
-    """A copy of nested dictionaries and lists with their tensors in host memory: training goes on changing its own."""
+    """A copy of nested dictionaries and lists with their tensors in host memory, since training keeps changing the
+    originals."""
     if isinstance(value, torch.Tensor):
         return value.detach().to("cpu", copy=True)
     if isinstance(value, dict):

@@ -1,4 +1,4 @@
-"""What a checkpoint's `meta.json` and a run's `best.json` say, and whether a file says that."""
+"""The content of a checkpoint's `meta.json` and a run's `best.json`, and its validation."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ FORMAT = "raytrain.checkpoint/1"
 
 
 class CheckpointMeta(TypedDict, total=False):
-    """What `meta.json` says. `format`, `step` and `files` (ids by name) are in each; `seconds` and `audio_seconds` are
-    of training so far, `schedule` is the state of what chooses rows."""
+    """The content of `meta.json`. `format`, `step` and `files` (ids by name) are always there; `seconds` and
+    `audio_seconds` are of training so far, `schedule` is the state of the schedule or stream."""
 
     format: str
     step: int
@@ -33,14 +33,14 @@ class Score(TypedDict):
 
 
 class BestNote(Score):
-    """The best checkpoint, and with it all that are kept for their scores, the best first."""
+    """The best checkpoint, and all that are kept for their scores, best first."""
 
     kept: list[Score]
     validation: NotRequired[str]
 
 
 def parse_meta(data: bytes) -> CheckpointMeta | None:
-    """What a checkpoint's `meta.json` says; None where that is not what `write_checkpoint` writes."""
+    """The content of a checkpoint's `meta.json`; None if it is not valid output of `write_checkpoint`."""
     try:
         meta = parse_json(data)
     except ValueError:
@@ -64,7 +64,7 @@ def _is_meta(meta: object) -> TypeGuard[CheckpointMeta]:
 
 
 def _is_schedule(state: object) -> bool:
-    """Whether this is how far a `BatchSchedule` or a stream had come, or nothing."""
+    """Whether this is the state of a `BatchSchedule` or a stream, or None."""
     if not isinstance(state, dict) or not is_count(state.get("epoch", 0)):
         return False
     positions, segments = state.get("positions", []), state.get("segments", [])
@@ -89,5 +89,5 @@ def is_score(note: object) -> bool:
 
 
 def validation_of(meta: CheckpointMeta) -> str | None:
-    """What a checkpoint of this `meta` is validated on; see `CheckpointFolder.mark_best`."""
+    """The validation of a checkpoint with this `meta`; see `CheckpointFolder.mark_best`."""
     return meta.get("ids", {}).get("validation")

@@ -27,7 +27,7 @@ _KINDS = "a .nemo file, a run folder, a checkpoint folder (step_N) or a Hugging 
 
 
 class Format(StrEnum):
-    """What `save_model` writes."""
+    """The formats that `save_model` writes."""
 
     nemo = "nemo"
     raytrain = "raytrain"
@@ -35,16 +35,16 @@ class Format(StrEnum):
 
 
 def load_model(path: Path) -> ModelParts:
-    """Read a model of any kind; of a run folder the checkpoint with the best validation WER.
+    """Read a model of any kind; for a run folder, the checkpoint with the best validation WER.
 
-    Raises `CheckpointError` where there is none, it is damaged, or its architecture is another one.
+    Raises `CheckpointError` if there is none, it is damaged, or its architecture differs.
     """
     path = Path(path)
     if path.is_file():
         return read_nemo(path)
     if not path.exists():
         raise CheckpointError(
-            f"there is no model at {path}", allowed=_KINDS, remedy="check the path; it must lie on this machine"
+            f"there is no model at {path}", allowed=_KINDS, remedy="check the path; it must be on this machine"
         )
     if (path / "config.json").exists():
         return read_huggingface(path)
@@ -53,19 +53,19 @@ def load_model(path: Path) -> ModelParts:
         raise CheckpointError(
             f"the checkpoint {path} is damaged",
             why="a file is missing or was changed",
-            remedy="name another checkpoint of the run, or the run folder, which takes the best whole one",
+            remedy="name another checkpoint of the run, or the run folder, which uses the best complete one",
         )
     if checkpoint is None:
         raise CheckpointError(
             f"{path} holds no model",
             allowed=_KINDS,
-            remedy="name a folder that has one; a run has none before its first checkpoint",
+            remedy="name a folder that has one; a run has no model before its first checkpoint",
         )
     return _read_raytrain(checkpoint)
 
 
 def find_checkpoint(path: Path) -> Checkpoint | None:
-    """The checkpoint that a run folder, its `checkpoints` or one `step_N` stands for."""
+    """The checkpoint of a run folder, its `checkpoints` or one `step_N`."""
     if (path / "meta.json").exists():
         return read_checkpoint(path)
     folder = path / "checkpoints"
@@ -81,14 +81,14 @@ def model_config_of(meta: CheckpointMeta) -> ModelConfig:
         raise CheckpointError(
             "a checkpoint has no usable model settings",
             why=str(error),
-            remedy="name another checkpoint; this one is of another version of raytrain, or damaged",
+            remedy="name another checkpoint; this one is from another version of raytrain, or damaged",
         ) from error
 
 
 def model_stamp(path: Path) -> list[list[str]]:
-    """Names a model's files and their content: what depends on the model depends on this.
+    """Identifies a model's files by content, for outputs that depend on the model.
 
-    Raises `CheckpointError` where there is nothing at `path`.
+    Raises `CheckpointError` if there is nothing at `path`.
     """
     path = Path(path).expanduser().absolute()
     checkpoint = find_checkpoint(path) if path.is_dir() and not (path / "config.json").exists() else None
@@ -98,7 +98,7 @@ def model_stamp(path: Path) -> list[list[str]]:
         return [[file.relative_to(folder).as_posix(), _content(file)] for file in files]
     except OSError as error:
         raise CheckpointError(
-            f"there is no model at {path}", allowed=_KINDS, remedy="check the path; it must lie on this machine"
+            f"there is no model at {path}", allowed=_KINDS, remedy="check the path; it must be on this machine"
         ) from error
 
 
@@ -109,31 +109,31 @@ def _content(path: Path) -> str:
 
 @lru_cache(maxsize=1024)
 def _file_id(path: Path, *stamp: int) -> str:
-    """Gigabytes take seconds, and a run asks several times."""
+    """Hashing gigabytes takes seconds, and a run needs it several times."""
     return file_id(path)
 
 
 def _read_raytrain(checkpoint: Checkpoint) -> ModelParts:
     folder = checkpoint.folder.resolve()
-    # A training run keeps its tokenizer once, beside its checkpoints; an exported model has its own.
+    # A training run keeps its tokenizer once, next to its checkpoints; an exported model has its own.
     folders = [folder / "tokenizer", folder.parent.parent / "tokenizer"]
     tokenizer_folder = next((candidate for candidate in folders if (candidate / "tokenizer.json").exists()), None)
     if tokenizer_folder is None:
         raise CheckpointError(
             f"{checkpoint.folder} has no tokenizer",
             allowed="a folder tokenizer in it or in its run folder",
-            remedy="copy the tokenizer folder of the run that trained it beside its checkpoints",
+            remedy="copy the tokenizer folder of the run that trained it next to its checkpoints",
         )
     config = model_config_of(checkpoint.meta)
     tokenizer = CanaryTokenizer.load(tokenizer_folder)
     wanted = checkpoint.meta.get("ids", {}).get("tokenizer")
     if tokenizer.id != wanted or tokenizer.vocab_size != config.vocab_size:
         raise CheckpointError(
-            f"{checkpoint.folder} was made with another tokenizer than {tokenizer_folder}",
+            f"{checkpoint.folder} was trained with a different tokenizer than {tokenizer_folder}",
             got=f"{tokenizer.id} with {tokenizer.vocab_size} ids",
             allowed=f"{wanted} with {config.vocab_size} ids",
-            why="the run has trained another tokenizer since, and its ids would mean other pieces",
-            remedy="name a checkpoint that was made since, or put the tokenizer of this one back",
+            why="the run has trained another tokenizer since, and its ids now mean other pieces",
+            remedy="name a newer checkpoint, or restore this one's tokenizer",
         )
     parts = ModelParts.of_state(config, checkpoint.load_weights(), tokenizer.models)
     check_state(parts.config, parts.state)
@@ -141,18 +141,18 @@ def _read_raytrain(checkpoint: Checkpoint) -> ModelParts:
 
 
 def check_target(source: Path, target: Path, format: Format, overwrite: bool) -> None:
-    """Raises `StorageError` where there is a file at `target` that must not be replaced, above all the model itself."""
+    """Raises `StorageError` if a file at `target` must not be replaced, above all the input model."""
     source, target = Path(source).expanduser(), Path(target)
     if source.exists() and target.exists() and os.path.samefile(source, target):
-        raise StorageError(f"{target} is the model that is read", remedy="choose another name")
+        raise StorageError(f"{target} is the input model", remedy="choose another name")
     if format is Format.nemo:
         check_absent(target, overwrite)
 
 
 def save_model(parts: ModelParts, path: Path, format: Format) -> None:
-    """Write a model. A folder must not exist yet or be empty; a `.nemo` file is replaced whole.
+    """Write a model. A folder must be new or empty; a `.nemo` file is replaced atomically.
 
-    Raises `CheckpointError` where the format can't hold the architecture, `StorageError` where nothing can be written.
+    Raises `CheckpointError` if the format can't represent the architecture, `StorageError` if writing fails.
     """
     path = Path(path)
     if format is Format.nemo:
@@ -172,7 +172,7 @@ def save_model(parts: ModelParts, path: Path, format: Format) -> None:
 
 
 def format_of(path: Path) -> Format:
-    """What an output path asks for by its ending: `.nemo`, else our own folder."""
+    """The format of an output path by its extension: `.nemo`, else our own folder."""
     return Format.nemo if path.suffix == ".nemo" else Format.raytrain
 
 

@@ -1,9 +1,9 @@
-"""What a person is told whose training waits for data.
+"""Warnings for the user when training waits for data.
 
     monitor = DataWaitMonitor(DataPath(num_loader_threads=2))
     monitor.check({"time_s": 60.0, "data_wait": 0.3, "loader_busy": 0.9, "loader_cpu": 0.95})    # a warning, or None
 
-It sees metrics lines alone, so that the driver can decide, which has a terminal.
+It sees only metrics lines, so it runs on the driver, which has a terminal.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ from statistics import median
 
 WAIT_LIMIT = 0.05
 REPEAT_SECONDS = 600.0
-_LINES = 5  # what one slow file or the first batch of all takes does not count
+_LINES = 5  # a single slow file or the very first batch does not count
 _LEAST_LINES = 3
 
 
 @dataclass(frozen=True)
 class DataPath:
-    """How a run gets its batches, as far as advice depends on it: `train.num_loader_threads`, `data.workers`,
+    """The settings of a run's data path that advice depends on: `train.num_loader_threads`, `data.workers`,
     `assign.materialize`, and whether there is a `data.stream`."""
 
     num_loader_threads: int | str = "auto"
@@ -32,16 +32,16 @@ class DataPath:
 
 class DataWaitMonitor:
     """Warns when the median wait of the last lines is above `WAIT_LIMIT`: when that begins, and again after
-    `REPEAT_SECONDS` of training or when twice as much is waited."""
+    `REPEAT_SECONDS` of training or when the wait has doubled."""
 
     def __init__(self, data_path: DataPath) -> None:
         self._data_path = data_path
         self._lines: deque[Mapping[str, float]] = deque(maxlen=_LINES)
-        self._warned: tuple[float, float] | None = None  # when, and of what share
+        self._warned: tuple[float, float] | None = None  # the time and the share of the last warning
 
     def check(self, line: Mapping[str, float]) -> str | None:
-        """The warning that a metrics line calls for, None where nothing new is to be said."""
-        if "data_wait" not in line:  # a validation's
+        """The warning for a metrics line, None if there is nothing new to report."""
+        if "data_wait" not in line:  # a line of a validation
             return None
         self._lines.append(line)
         share = self._median("data_wait")
@@ -61,10 +61,10 @@ class DataWaitMonitor:
 
 
 def advice(data_path: DataPath, busy: float | None, cpu: float | None) -> str:
-    """What keeps batches back, and what to do.
+    """The bottleneck of the data path, and remedies.
 
     `busy` is the share of time in which the loader's threads have something to read, `cpu` the share of that in which
-    they have a CPU; both None where they are unknown (batches from Ray Data).
+    they have a CPU; both None if unknown (batches from Ray Data).
     """
     copy = [] if data_path.materialize or data_path.stream else ["set assign.materialize: true"]
     if data_path.workers == "ray" or busy is None or cpu is None:
@@ -72,7 +72,7 @@ def advice(data_path: DataPath, busy: float | None, cpu: float | None) -> str:
     if busy < 0.5 and data_path.stream:
         return _sentence("the stream's sampler can't keep up", ["unset data.stream and run assign"])
     if busy < 0.5:
-        reason = f"the loader's threads are idle {1 - busy:.0%} of it, so batches differ in what they take"
+        reason = f"the loader's threads are idle {1 - busy:.0%} of it, so batches take unequal time"
         return _sentence(reason, ["raise train.prefetch_batches"])
     if cpu < 0.5:
         reason = f"the loader's threads wait {1 - cpu:.0%} of theirs, for storage or for a CPU"

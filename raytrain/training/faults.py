@@ -1,13 +1,13 @@
-"""What training keeps in `faults/` so that the next attempt does better: batches that did not fit, deaths, stalls.
+"""Notes in `faults/` from which the next attempt learns: batches that did not fit, killed workers, stalls.
 
     faults/lowered-….json      a bucket whose step ran out of memory, and the batch size that it may have from now on
     faults/validation-….json   validation ran out of memory, and the batch size that it may have from now on
-    faults/doing-RANK          what a rank is in the middle of: left behind if its process is killed
+    faults/doing-RANK          what a rank is doing: left behind if its process is killed
     faults/killed-for-memory   Ray's memory monitor ended the last attempt
     faults/stalled-….json      what a rank that made no progress was doing
 
-A step that runs out of GPU memory says so itself. A process that is killed for host memory can't; but Ray's monitor is
-known by its error, and the kernel counts the processes that it kills for memory (`oom_kill` in `/proc/vmstat`).
+A step that runs out of GPU memory says so itself. A process that is killed for host memory can't; but Ray's monitor
+raises a recognizable error, and the kernel counts its out-of-memory kills (`oom_kill` in `/proc/vmstat`).
 """
 
 from __future__ import annotations
@@ -34,13 +34,13 @@ from raytrain.storage.artifacts import (
 )
 
 _MARK = 256  # bytes
-# What a rank may be in the middle of beside a step, in the place of the step's bucket.
+# A rank's activity other than a step, in place of the step's bucket.
 VALIDATION, SAVING = -1, -2
 KILLED_FOR_MEMORY = "killed-for-memory"
 
 
 def kills_for_memory() -> tuple[str, int]:
-    """This machine's name, and how many processes its kernel has killed for memory so far; 0 where it does not say."""
+    """This machine's name, and its kernel's count of out-of-memory kills; 0 if unknown."""
     with contextlib.suppress(OSError, ValueError, IndexError):
         for line in Path("/proc/vmstat").read_text().splitlines():
             if line.startswith("oom_kill "):
@@ -49,10 +49,10 @@ def kills_for_memory() -> tuple[str, int]:
 
 
 class FaultNotes:
-    """Notes of one run. `profile_id` names the batch profile that they are about: notes on another do not count.
+    """Notes of one run. `profile_id` is the batch profile that they refer to: notes on another profile are ignored.
 
-    `on_written` and `on_removed` are told of each note's path, to do the same where others read it; not of marks, which
-    are for this machine."""
+    `on_written` and `on_removed` get each note's path, to replicate it for other machines; marks are local to this
+    machine."""
 
     def __init__(
         self,
@@ -67,14 +67,14 @@ class FaultNotes:
         self._mark: mmap.mmap | None = None
 
     def lower(self, bucket: int, failed_size: int, why: str) -> int:
-        """Note that `failed_size` utterances of a bucket did not fit; returns what it may have, at least 1."""
+        """Record that `failed_size` utterances of a bucket did not fit; returns the new batch size, at least 1."""
         size = max(1, min(failed_size - 1, int(failed_size * 0.95)))
         body = {"bucket": bucket, "failed": failed_size, "batch_size": size, "why": why, "profile": self._profile_id}
         self._write(f"lowered-{time.time_ns()}-{self._rank}.json", canonical_json(body))
         return size
 
     def lowered(self, sizes: Sequence[int]) -> tuple[int, ...]:
-        """Batch sizes by bucket, lowered where notes say so."""
+        """Batch sizes by bucket, lowered according to the notes."""
         result = list(sizes)
         for note in self._notes("lowered-*.json", _LOWERED):
             if note["profile"] == self._profile_id and note["bucket"] < len(result):
@@ -82,13 +82,14 @@ class FaultNotes:
         return tuple(result)
 
     def lower_validation(self, failed_size: int) -> int:
-        """Note that validation with `failed_size` utterances at a time ran out of memory; returns what it may have."""
+        """Record that validation with `failed_size` utterances at a time ran out of memory; returns the new batch
+        size."""
         size = max(1, failed_size // 2)
         self._write(f"validation-{time.time_ns()}-{self._rank}.json", canonical_json({"batch_size": size}))
         return size
 
     def validation_size(self, size: int) -> int:
-        """The batch size of validation, lowered where notes say so."""
+        """The batch size of validation, lowered according to the notes."""
         return min([size, *(note["batch_size"] for note in self._notes("validation-*.json", _VALIDATION))])
 
     def reasons(self) -> list[str]:
@@ -100,16 +101,16 @@ class FaultNotes:
         ]
 
     def stalls(self, since: float) -> list[str]:
-        """What ranks were doing that made no progress, from `since` (seconds of `time.time`) on."""
+        """What stalled ranks were doing, since the time `since` (as `time.time`)."""
         return [note["doing"] for note in self._notes("stalled-*.json", _STALLED) if note["time"] >= since]
 
     def note_stall(self, doing: str) -> None:
-        """Note that this rank makes no progress."""
+        """Record that this rank makes no progress."""
         body = {"doing": f"worker {self._rank}: {doing}", "time": time.time()}
         self._write(f"stalled-{time.time_ns()}-{self._rank}.json", canonical_json(body))
 
     def note_kill_for_memory(self) -> None:
-        """Note that the last attempt ended because a worker was killed for its memory."""
+        """Record that the last attempt ended because a worker was killed for its memory."""
         self._write(KILLED_FOR_MEMORY, b"")
 
     def _write(self, name: str, data: bytes) -> None:
@@ -118,9 +119,9 @@ class FaultNotes:
 
     @contextlib.contextmanager
     def marking(self) -> Iterator[Callable[[int | None, int, int], None]]:
-        """Gives a function that notes (step, bucket, batch size) of the step that begins; after it, `VALIDATION` or
-        `SAVING` for the bucket, and None for the step. Whoever leaves the block, also by an error, was not killed, and
-        leaves no mark."""
+        """Yields a function that marks (step, bucket, batch size) of the step that begins, or later `VALIDATION` or
+        `SAVING` as the bucket and None as the step. A process that leaves the block, even by an error, was not killed,
+        so its mark is removed."""
         path = self._folder / f"doing-{self._rank}"
         path.write_bytes(b" " * _MARK)
         machine, kills = kills_for_memory()
@@ -131,7 +132,7 @@ class FaultNotes:
                 nonlocal last_step
                 last_step = last_step if step is None else step
                 text = f"{os.getpid()} {last_step} {bucket} {size} {kills} {machine}"
-                mark[:] = text.encode()[:_MARK].ljust(_MARK)  # memory only: the kernel keeps it
+                mark[:] = text.encode()[:_MARK].ljust(_MARK)  # a memory-mapped write: the kernel keeps it
 
             try:
                 yield write
@@ -139,7 +140,7 @@ class FaultNotes:
                 path.unlink(missing_ok=True)
 
     def take_marks(self) -> list[str]:
-        """What ranks on this machine were in the middle of when they were killed; the marks are gone then."""
+        """What ranks on this machine were doing when they were killed; removes the marks."""
         marks = []
         for path in self._folder.glob("doing-*"):
             with contextlib.suppress(FileNotFoundError):  # another rank takes it
@@ -148,9 +149,9 @@ class FaultNotes:
         return marks
 
     def learn_from_deaths(self, kills: Mapping[str, int], marks: Iterable[str]) -> None:
-        """Lower what the last attempt was in, a bucket or validation, where one of its processes was killed for memory;
-        while it saved there is nothing to lower. `kills`: see `kills_for_memory`, and `marks`, see `take_marks`, of all
-        machines. A single rank calls it, before any rank marks."""
+        """Lower the batch size of the last attempt's bucket or validation if one of its processes was killed for
+        memory; if it was saving, there is nothing to lower. `kills` (see `kills_for_memory`) and `marks` (see
+        `take_marks`) are of all machines. Only one rank calls it, before any rank marks."""
         killed = self._folder / KILLED_FOR_MEMORY
         by_monitor = killed.exists()
         if by_monitor:
@@ -163,7 +164,7 @@ class FaultNotes:
         ]
         if not killed_steps:
             return
-        # Ranks go on together to what follows a step.
+        # Ranks proceed together after a step.
         _, bucket, size = max(killed_steps, key=lambda mark: (mark[0], -mark[1]))
         if bucket == VALIDATION:
             self.lower_validation(max(1, size))
@@ -171,7 +172,7 @@ class FaultNotes:
             self.lower(bucket, size, "a worker was killed for its memory")
 
     def _notes(self, pattern: str, fields: Mapping[str, Callable[[Any], bool]]) -> Iterator[dict[str, Any]]:
-        """Notes with these fields; what can't be read or is anything else is passed over."""
+        """Notes with these fields; unreadable and other files are skipped."""
         for path in sorted(self._folder.glob(pattern)):
             try:
                 note = parse_json(read_at_once(path))
@@ -195,7 +196,7 @@ _STALLED = {"doing": _is_text, "time": is_number}
 
 
 def _marks_of(texts: Iterable[str]) -> Iterator[tuple[int, int, int, int, str]]:
-    """(step, bucket, batch size, kills before, machine) of each mark; a torn one is passed over."""
+    """(step, bucket, batch size, kills before, machine) of each mark; torn marks are skipped."""
     for text in texts:
         parts = text.split()
         if len(parts) == 6:
@@ -205,9 +206,8 @@ def _marks_of(texts: Iterable[str]) -> Iterator[tuple[int, int, int, int, str]]:
 
 
 class Watchdog:
-    """Ends this process when nothing has happened for `seconds`: a worker that hangs in a call can't be woken.
-
-    `beat(doing)` says that something happens. `on_stall` is told what was going on last.
+    """Ends this process when nothing has happened for `seconds`: a worker that hangs in a call can't be interrupted.
+    `beat(doing)` reports activity. `on_stall` gets the last activity.
     """
 
     def __init__(self, seconds: float, on_stall: Callable[[str], None], end: Callable[[int], Any] = os._exit) -> None:
@@ -217,7 +217,7 @@ class Watchdog:
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
 
     def beat(self, doing: str) -> None:
-        """Something happens."""
+        """Report activity."""
         self._last, self._doing = time.monotonic(), doing
 
     def __enter__(self) -> Watchdog:

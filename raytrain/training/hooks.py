@@ -1,4 +1,4 @@
-"""What the training loop calls: where its numbers go, who validates, and who wants to know what it does."""
+"""The training loop's callbacks: for metrics, validation and activity."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ Validate = Callable[[Canary, torch.device], dict[str, float]]
 
 @dataclass(frozen=True)
 class LoopHooks:
-    """Functions that `TrainingLoop` calls; those that are not given do nothing.
+    """Callbacks of `TrainingLoop`; by default they do nothing.
 
     `log` gets metrics, step and seconds of training, on rank 0. `validate` returns metrics; all ranks call it.
-    `before_step` gets the step that begins and its first batch, `on_activity` a few words on what the rank does next,
-    `on_out_of_memory` the bucket and the batch size of a step that did not fit. `before_saving` is called before each
-    checkpoint. On every log line `should_save` says whether to save at once (a node is about to go), and on rank 0
-    `should_stop` whether to end.
+    `before_step` gets the step that begins and its first batch, `on_activity` a short description of what the rank does
+    next, `on_out_of_memory` the bucket and the batch size of a step that did not fit. `before_saving` is called before
+    each checkpoint. On every log line, `should_save` decides whether to save at once (a node is about to shut down)
+    and, on rank 0, `should_stop` whether to stop.
     """
 
     log: Log = lambda metrics, step, seconds: None

@@ -1,4 +1,4 @@
-"""What ends training before its last step: skipped steps, unreadable rows, and validations that improve no more."""
+"""Conditions that end training early: skipped steps, unreadable rows, and validations that stop improving."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from raytrain.training.window import StepRows
 
 
 class GaveUp(TrainingError):
-    """Training ended itself, on all ranks at once: restarted from the last checkpoint it would end the same way."""
+    """Training gave up, on all ranks at once: restarted from the last checkpoint, it would fail the same way."""
 
 
 class SkippedSteps:
-    """Counts steps whose gradients were not finite, and notes their rows in `folder`. All ranks skip the same steps;
-    each notes the rows that it had in them."""
+    """Counts steps with non-finite gradients, and records their rows in `folder`. All ranks skip the same steps; each
+    records its own rows."""
 
     def __init__(self, folder: Path, rank: int, settings: TrainSettings) -> None:
         self._folder, self._rank, self._settings = folder, rank, settings
@@ -56,22 +56,22 @@ class SkippedSteps:
 
 
 class ReplacedRows:
-    """Counts rows that were replaced since their audio can't be read; at most a share `limit` of all may be."""
+    """Counts rows that were replaced because their audio can't be read; at most a fraction `limit` may be."""
 
     def __init__(self, limit: float) -> None:
         self._limit = limit
         self._rows = self._replaced = 0.0
 
     def add(self, rows: float, replaced: float, step: int) -> None:
-        """Raises `GaveUp` where clearly more than the limit were replaced. Of few rows the share says little: what
-        counts is the number less three of its standard deviations."""
+        """Raises `GaveUp` if significantly more than the limit were replaced. For few rows the share is noisy, so the
+        test uses the count minus three of its standard deviations."""
         self._rows += rows
         self._replaced += replaced
         if self._replaced - 3 * math.sqrt(self._replaced) > self._limit * self._rows:
             share = f"{self._replaced / self._rows:.1%}"
             raise GaveUp(
                 f"the audio of too many rows can't be read, up to step {step}",
-                got=f"{self._replaced:.0f} of {self._rows:.0f} rows replaced by others ({share})",
+                got=f"{self._replaced:.0f} of {self._rows:.0f} rows replaced ({share})",
                 allowed=f"data.max_bad_fraction = {self._limit:.2%}",
                 remedy="quarantine.jsonl in the run folder names the recordings: fix them or leave their rows out, or "
                 "raise the limit; training resumes from the last checkpoint",
@@ -79,14 +79,14 @@ class ReplacedRows:
 
 
 class Patience:
-    """The best validation so far, and whether to stop since the goal is reached or nothing improves any more."""
+    """The best validation so far, and whether to stop because the goal is reached or nothing improves."""
 
     def __init__(self, settings: TrainSettings, best_error: float, best_step: int) -> None:
         self._settings = settings
         self._best_error, self._best_step = best_error, best_step
 
     def ends_with(self, metrics: dict[str, float], step: int) -> bool:
-        """Take in a validation; True where training is to end with it. One without an error counts for nothing."""
+        """Record a validation; True if training should end with it. A validation without an error is ignored."""
         error, goal, patience = metrics.get("error"), self._settings.stop_at_wer, self._settings.patience
         if error is None:
             return False

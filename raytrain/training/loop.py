@@ -1,8 +1,8 @@
 """The training loop of one rank: steps, metrics, validation, checkpoints, and when to stop.
 
-It knows neither Ray nor MLflow: batches come from an iterator, numbers go to a `log` function, and ranks meet
-through `torch.distributed` where it is initialized. Random numbers are seeded by (seed, step, share), so a
-resumed run draws what an uninterrupted one would.
+It knows neither Ray nor MLflow: batches come from an iterator, metrics go to a `log` function, and ranks communicate
+through `torch.distributed` if it is initialized. Random numbers are seeded by (seed, step, share), so a resumed run
+draws the same numbers as an uninterrupted one.
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ from raytrain.training.window import FlopsEstimate, LogWindow, PeakMemory, Windo
 
 @dataclass
 class TrainingLoop:
-    """All that one rank needs; `run` trains until a limit is reached and returns the last step.
+    """The state of one rank; `run` trains until a limit is reached and returns the last step.
 
-    `precision` is fp32 or bf16, by default what the settings say for the device. `flops` estimates what a step takes,
-    for the share of the device's peak that is reached. Training gives up where clearly more than `max_replaced` of the
-    rows were replaced, as a share, since their audio can't be read.
+    `precision` is fp32 or bf16, by default chosen by the settings for the device. `flops` estimates a step's
+    operations, to compute the share of the device's peak that is reached. Training gives up if significantly more than
+    the fraction `max_replaced` of the rows were replaced because their audio can't be read.
     """
 
     state: TrainState
@@ -55,7 +55,7 @@ class TrainingLoop:
     max_replaced: float = 1.0
 
     def run(self) -> int:
-        """Train to `max_steps`, the batches' end, `max_minutes`, `stop_at_wer` or the end of patience."""
+        """Train to `max_steps`, the batches' end, `max_minutes`, `stop_at_wer` or until patience runs out."""
         self.progress.start_clock()
         self._samples_by_corpus: Counter[str] = Counter()
         self._skipped = SkippedSteps(self.checkpoints.folder.parent / "bad_steps", self.shares.rank, self.settings)
@@ -117,11 +117,11 @@ class TrainingLoop:
                 got=f"{size} utterances of bucket {bucket}",
                 why=first_line(error),
                 remedy="training resumes from the last checkpoint with fewer of them; lower oomptimize.memory_fraction "
-                "where that happens often",
+                "if that happens often",
             ) from error
 
     def _finish_step(self, loaded: LoadedStep, window: LogWindow) -> LogWindow:
-        """Log, validate and save what is due after a step; returns the window of the next one."""
+        """Log, validate and save if due after a step; returns the window of the next one."""
         step = self.progress.step
         last = loaded.is_last or step >= self.settings.max_steps
         save = False
@@ -172,14 +172,14 @@ class TrainingLoop:
         }
 
     def _corpus_shares(self) -> dict[str, float]:
-        """Shares of corpora in this rank's audio since it started, which is a fair sample of all."""
+        """Shares of corpora in this rank's audio since it started, a representative sample of all ranks."""
         if len(self._samples_by_corpus) < 2:
             return {}
         total = self._samples_by_corpus.total()
         return {f"share_{corpus}": samples / total for corpus, samples in self._samples_by_corpus.items()}
 
     def _run_validation(self, validate: Validate) -> float | None:
-        """The validation's error, None where it has no score."""
+        """The validation's error, None if it has no score."""
         step = self.progress.step
         self.hooks.on_activity(f"validating after step {step}")
         self.state.average_statistics(self.shares)
@@ -200,8 +200,8 @@ class TrainingLoop:
             return
         except torch.OutOfMemoryError:
             if self.state.sharded:
-                raise  # ranks copy together, and the rest knows nothing of this
-        # Gradients are of no use any more, and the cache is the next step's: with both gone there is room for copies.
+                raise  # ranks copy together, and the others don't know about this error
+        # Gradients are no longer needed, and the cache is for the next step: freeing both makes room for the copies.
         self.state.optimizer.zero_grad(set_to_none=True)
         if self.device.type == "cuda":
             torch.cuda.empty_cache()

@@ -1,7 +1,7 @@
-"""Checkpoints on another filesystem: copies (`train.storage_path`), from which training resumes where the run folder is
-lost; or the only ones, where the run folder itself is at a URI.
+"""Checkpoints on another filesystem: copies (`train.storage_path`), from which training resumes if the run folder is
+lost; or the only checkpoints, if the run folder itself is at a URI.
 
-Copying never ends training: what can't be copied is said once, and the next checkpoint tries again.
+Copying never ends training: a failed copy is logged, and the next checkpoint tries again.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ _LOG = logging.getLogger("raytrain.checkpoints")
 class CheckpointMirror:
     """Checkpoint folders below a path or URI of any filesystem that pyarrow or fsspec knows.
 
-    A copy is whole once its `meta.json` is there, which is written last and removed first.
+    A copy is complete once it has its `meta.json`, which is written last and removed first.
     """
 
     def __init__(self, path: str) -> None:
@@ -61,7 +61,7 @@ class CheckpointMirror:
             upload(file, f"{self.path}/{file.relative_to(source.parent).as_posix()}")
 
     def remove(self, name: str) -> None:
-        """Remove a checkpoint; one that is not there is fine."""
+        """Remove a checkpoint; a missing checkpoint is not an error."""
         try:
             remove_file(f"{self.path}/{name}/{META}")
             filesystem, folder = locate(f"{self.path}/{name}")
@@ -70,8 +70,8 @@ class CheckpointMirror:
             _LOG.debug("%s was not removed from %s: %s", name, self.path, error)
 
     def fetch_newest(self, into: Path, lineage: str) -> Checkpoint | None:
-        """Fetch the newest whole checkpoint of a lineage into a folder; None where there is none. Raises
-        `CheckpointError` where the storage can't be read."""
+        """Fetch the newest complete checkpoint of a lineage into a folder; None if there is none. Raises
+        `CheckpointError` if the storage can't be read."""
         try:
             for folder in reversed(list_entries(self.path, "step_*", missing_ok=True)):
                 name = Path(folder.path).name
@@ -94,9 +94,9 @@ class CheckpointMirror:
 
 
 class SharedCheckpoints(CheckpointFolder):
-    """The checkpoints of a run at a URI: written to this machine's cache and uploaded, fetched where they are read.
+    """The checkpoints of a run at a URI: written to this machine's cache and uploaded, and fetched when they are read.
 
-    What is at the URI counts. Methods that read raise `StorageReadError` and `CheckpointError`.
+    The URI is the source of truth. Methods that read raise `StorageReadError` and `CheckpointError`.
     """
 
     def __init__(self, store: RunStore, keep: int = 2, keep_best: int = 1) -> None:
@@ -105,15 +105,16 @@ class SharedCheckpoints(CheckpointFolder):
         self._store = store
 
     def save(self, step: int, parts: Mapping[str, StateDict], meta: CheckpointMeta) -> Checkpoint:
-        """As `CheckpointFolder.save`; what was logged up to the step is uploaded before it."""
+        """Like `CheckpointFolder.save`; log lines up to the step are uploaded first."""
         metrics = self._store.growing_file("metrics.jsonl")
         if metrics.exists():
-            with contextlib.suppress(StorageError):  # the upload of the checkpoint will say so
+            with contextlib.suppress(StorageError):  # the upload of the checkpoint will report it
                 self._store.share(metrics.name, metrics)
         return super().save(step, parts, meta)
 
     def newest(self) -> Checkpoint | None:
-        """The newest complete checkpoint, fetched; those in the cache alone are of an earlier run folder and go."""
+        """The newest complete checkpoint, fetched; those only in the cache belong to an earlier run folder and are
+        removed."""
         self._refresh_best()
         names = self._names()
         for folder in self.folder.glob("step_*"):
@@ -126,7 +127,7 @@ class SharedCheckpoints(CheckpointFolder):
         return None
 
     def at(self, step: int) -> Checkpoint:
-        """The checkpoint of a step, fetched. Raises `CheckpointError` where it is not whole."""
+        """The checkpoint of a step, fetched. Raises `CheckpointError` if it is incomplete."""
         return self._whole(step)
 
     def best(self) -> Checkpoint | None:
@@ -136,7 +137,7 @@ class SharedCheckpoints(CheckpointFolder):
         return (self._fetch(f"step_{note['step']:08d}") if note else None) or self.newest()
 
     def about(self, which: str) -> Checkpoint | None:
-        """The `newest` or the `best` checkpoint for what its `meta` says."""
+        """The `newest` or the `best` checkpoint for reading its `meta`."""
         self._refresh_best()
         note, names = self.best_note(), self._names()
         best = f"step_{note['step']:08d}" if note and which == "best" else None
@@ -156,7 +157,7 @@ class SharedCheckpoints(CheckpointFolder):
         return self._whole(step, _WEIGHTS)
 
     def flush(self) -> None:
-        """Upload what could not be uploaded when it was written. Raises `StorageError`."""
+        """Upload checkpoints whose upload failed when they were written. Raises `StorageError`."""
         uploaded = set(self._names())
         for folder in sorted(self.folder.glob("step_*")):
             if folder.name not in uploaded and read_checkpoint(folder) is not None:
@@ -168,8 +169,8 @@ class SharedCheckpoints(CheckpointFolder):
         checkpoint = self._fetch(f"step_{step:08d}", only)
         if checkpoint is None:
             raise CheckpointError(
-                f"{self._remote.path}/step_{step:08d} is not a whole checkpoint",
-                remedy="run `raytrain train` again, which resumes from the newest whole checkpoint",
+                f"{self._remote.path}/step_{step:08d} is not a complete checkpoint",
+                remedy="run `raytrain train` again, which resumes from the newest complete checkpoint",
             )
         return checkpoint
 
@@ -181,7 +182,7 @@ class SharedCheckpoints(CheckpointFolder):
         self._store.refresh(f"{FOLDER}/{BEST}")
 
     def _meta(self, name: str) -> CheckpointMeta | None:
-        """The `meta.json` of an uploaded checkpoint; None where there is none, or none of ours."""
+        """The `meta.json` of an uploaded checkpoint; None if it is missing or not valid."""
         with tempfile.TemporaryDirectory() as folder:
             try:
                 download(f"{self._remote.path}/{name}/{META}", Path(folder) / META)
@@ -212,7 +213,7 @@ class SharedCheckpoints(CheckpointFolder):
 def checkpoints_of(
     store: RunStore, keep: int = 2, keep_best: int = 1, mirror: Mirror | None = None
 ) -> CheckpointFolder:
-    """A run's checkpoints, wherever its folder is; `mirror` keeps copies of those of a folder on disk."""
+    """A run's checkpoints, local or remote; `mirror` keeps copies of local ones."""
     if store.is_remote:
         return SharedCheckpoints(store, keep, keep_best)
     return CheckpointFolder(store.local / FOLDER, keep, keep_best, mirror)

@@ -11,7 +11,7 @@ from raytrain.training.settings import TrainSettings
 
 
 def make_optimizer(model: nn.Module, settings: TrainSettings) -> torch.optim.AdamW:
-    """AdamW over all parameters; fused on CUDA, where one kernel updates them without temporaries."""
+    """AdamW over all parameters; fused on CUDA, where one kernel updates them without temporary tensors."""
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     device = parameters[0].device.type
     return torch.optim.AdamW(
@@ -20,13 +20,13 @@ def make_optimizer(model: nn.Module, settings: TrainSettings) -> torch.optim.Ada
         betas=(settings.beta1, settings.beta2),
         weight_decay=settings.weight_decay,
         fused=device in ("cuda", "cpu"),
-        # On meta the plain loop keeps temporaries small, as the fused kernels do.
+        # On meta the plain loop keeps temporary tensors small, like the fused kernels.
         foreach=False if device == "meta" else None,
     )
 
 
 def learning_rate(step: int, settings: TrainSettings) -> float:
-    """Linear warm-up to the peak, then by the inverse square root of the step (1-based) or a half cosine."""
+    """Linear warm-up to the peak, then decay with the inverse square root of the step (1-based) or a half cosine."""
     warmup, peak, least = settings.warmup_steps, settings.learning_rate, settings.min_learning_rate
     if step < warmup:
         return max(least, peak * step / warmup)

@@ -17,12 +17,13 @@ from raytrain.training.settings import TrainSettings
 
 
 def backend_of(device_type: str) -> str:
-    """What ranks on `device_type` (cuda or cpu) talk with."""
+    """The communication backend of ranks on `device_type` (cuda or cpu)."""
     return "nccl" if device_type == "cuda" else "gloo"
 
 
 def join_alone(device_type: str) -> None:
-    """A group of this process alone, unless there is a group already: DDP then has its buckets as among several."""
+    """A group of just this process, unless there is a group already: DDP then allocates buckets as it does among
+    several."""
     if not dist.is_initialized():
         store = dist.HashStore()  # type: ignore[attr-defined]  # torch exports it without declaring so
         dist.init_process_group(backend_of(device_type), store=store, rank=0, world_size=1)
@@ -34,25 +35,26 @@ def is_sharded(settings: TrainSettings, world_size: int) -> bool:
 
 
 def micro_batches(settings: TrainSettings, world_size: int) -> int:
-    """Micro-batches that a rank's step has to have to take what training's takes: 1, or 2 that stand for more.
+    """The number of micro-batches with which a rank's step takes as much memory as training's: 1, or 2 if there are
+    more.
 
-    Where `num_workers` is a range, fewer ranks than its most accumulate more, so that steps stay the same.
+    If `num_workers` is a range, fewer ranks than its maximum accumulate more, so that steps stay the same.
     """
     shares = settings.accumulate * settings.most_workers if world_size >= settings.least_workers else world_size
     return min(2, max(settings.accumulate, -(-shares // world_size)))
 
 
 def blocks_of(model: Canary) -> list[nn.Module]:
-    """Encoder's and decoder's blocks, each of which FSDP2 shards and gathers as one."""
+    """Encoder's and decoder's blocks, each of which FSDP2 shards and gathers as a unit."""
     return [*model.encoder.layers, *model.transf_decoder._decoder.layers]
 
 
 def parallel_model(model: Canary, settings: TrainSettings, world_size: int, device: torch.device) -> nn.Module:
-    """What a step of training with `world_size` ranks calls: `model` itself for one rank and for FSDP2, which changes
-    its parameters, else DDP around it.
+    """The model that a training step with `world_size` ranks calls: `model` itself for one rank and for FSDP2, which
+    changes its parameters, else DDP around it.
 
     Weights are loaded before, the optimizer is made after. A probe of whole models may name more ranks than its group
-    has. Raises `TrainingError` where the model is to be sharded and the group has only this process.
+    has. Raises `TrainingError` if the model should be sharded and the group has only this process.
     """
     if world_size == 1:
         return model
@@ -62,7 +64,7 @@ def parallel_model(model: Canary, settings: TrainSettings, world_size: int, devi
                 "train.shard needs a process group of several ranks",
                 got=1,
                 allowed=f"up to {world_size} ranks",
-                why="a rank alone would hold the whole model",
+                why="a single rank would hold the whole model",
                 remedy="start as many processes as workers, or unset train.shard",
             )
         from raytrain.training.sharded import shard  # its imports take seconds
@@ -72,6 +74,6 @@ def parallel_model(model: Canary, settings: TrainSettings, world_size: int, devi
         model,
         device_ids=[device.index] if device.type == "cuda" else None,
         gradient_as_bucket_view=True,
-        # Batch norm's statistics stay those of each rank until they are used; see `training.step`.
+        # Batch-norm statistics stay local to each rank until they are used; see `training.step`.
         broadcast_buffers=False,
     )

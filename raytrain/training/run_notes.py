@@ -1,9 +1,9 @@
-"""Notes that training leaves in the run folder, wherever that is: for the driver, and for the next attempt.
+"""Notes that training leaves in the run folder, local or remote: for the driver, and for the next attempt.
 
-gave_up.json                  the error with which training ended itself: another attempt would meet it again
+gave_up.json                  the error with which training gave up: another attempt would fail the same way
 batch_profile_lowered.json    the batch sizes that training used instead of the profile's
 stop                          a request to training: end soon, as at the last step
-faults/                       what the next attempt does better, see `raytrain.training.faults`
+faults/                       what the next attempt learns from, see `raytrain.training.faults`
 """
 
 from __future__ import annotations
@@ -36,24 +36,24 @@ class GaveUpNote:
     kind: str = TrainingError.__name__
 
     def error(self) -> TrainingError:
-        """The error that was noted."""
+        """The recorded error."""
         kind = CheckpointError if self.kind == CheckpointError.__name__ else TrainingError
         return kind(self.what, got=self.got, allowed=self.allowed, why=self.why, remedy=self.remedy)
 
 
 def note_giving_up(store: RunStore, error: RaytrainError, kind: type[TrainingError] = TrainingError) -> None:
-    """Note an error that another attempt would meet again; the driver raises it as one of `kind`."""
+    """Record an error that another attempt would repeat; the driver raises it as `kind`."""
     _write(store, GAVE_UP, {**error.to_dict(), "kind": kind.__name__})
 
 
 def noted_error(store: RunStore) -> TrainingError | None:
-    """The error with which training gave up, None where it did not."""
+    """The error with which training gave up, None if it did not."""
     path = store.refresh(GAVE_UP)
     return error_in_note(path) if path.exists() else None
 
 
 def error_in_note(path: Path) -> TrainingError:
-    """The error in a note at `path`, or one that says that the note can't be read."""
+    """The error in a note at `path`, or an error that the note can't be read."""
     note = read_state(path, GaveUpNote)
     if note is None:
         return TrainingError(
@@ -75,7 +75,7 @@ class LoweredNote:
 
 
 def note_lowered(store: RunStore, note: LoweredNote) -> None:
-    """Note that training uses smaller batches than the profile says."""
+    """Record that training uses smaller batches than the profile's."""
     _write(store, LOWERED, asdict(note))
 
 
@@ -88,7 +88,7 @@ def _write(store: RunStore, name: str, body: object) -> None:
 
 
 def shared_fault_notes(store: RunStore, profile_id: str, rank: int = 0) -> FaultNotes:
-    """The fault notes of a run; what this rank writes and removes is written and removed where the run is."""
+    """The fault notes of a run; this rank's writes and removals are replicated to the run's storage."""
     return FaultNotes(
         store.local / _FAULTS,
         profile_id,
@@ -99,7 +99,7 @@ def shared_fault_notes(store: RunStore, profile_id: str, rank: int = 0) -> Fault
 
 
 def fetch_fault_notes(store: RunStore) -> None:
-    """Fetch what other machines noted."""
+    """Fetch the notes of other machines."""
     if store.is_remote:
         store.refresh(f"{_FAULTS}/{KILLED_FOR_MEMORY}")
         store.refresh_all(_FAULTS, "*.json")

@@ -1,4 +1,4 @@
-"""How to train: every setting of the training loop, with its unit in the name."""
+"""How to train: the settings of the training loop, with units in their names."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ MAX_WORKERS = 65_536
 LearningRate = Annotated[float, Range(0, 100, above=True)]
 Steps = Annotated[int, Range(1, 10**12)]
 Minutes = Annotated[float, Range(0, 10**7, above=True)]
-ErrorRate = Annotated[float, Range(0, 100)]  # WER is above 1 where more is inserted than said
+ErrorRate = Annotated[float, Range(0, 100)]  # WER exceeds 1 if there are more errors than reference words
 Moment = Annotated[float, Range(0, 1, above=True, below=True)]
 
 

@@ -1,6 +1,6 @@
-"""FSDP2: weights, gradients and moments in parts on all ranks, for models that one GPU does not hold.
+"""FSDP2: weights, gradients and moments sharded over all ranks, for models that don't fit on one GPU.
 
-Checkpoints look as those of an unsharded run, so that a run resumes from either kind.
+Checkpoints have the same form as those of an unsharded run, so a run resumes from either kind.
 """
 
 from __future__ import annotations
@@ -29,7 +29,8 @@ _WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
 
 
 def shard(model: Canary, device_type: str) -> nn.Module:
-    """Shard every block of encoder and decoder, and what remains as one, over all ranks; the model itself comes back.
+    """Shard every block of encoder and decoder, and the remainder as one unit, over all ranks; returns the model
+    itself.
 
     Load weights before, and make the optimizer after it.
     """
@@ -41,13 +42,13 @@ def shard(model: Canary, device_type: str) -> nn.Module:
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """A sharded tensor in one piece, which all ranks must ask for; any tensor else as it is."""
+    """The full tensor of a sharded one (all ranks must call it); any other tensor unchanged."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 @contextlib.contextmanager
 def gathered(model: nn.Module) -> Iterator[None]:
-    """Within it every rank has all weights, so that parts of the model can be called by themselves (decoding)."""
+    """Inside the block every rank has all weights, so that parts of the model can be called separately (decoding)."""
     blocks = [module for module in model.modules() if isinstance(module, FSDPModule)]
     for block in blocks:
         block.set_reshard_after_forward(False, recurse=False)
@@ -61,14 +62,14 @@ def gathered(model: nn.Module) -> Iterator[None]:
 
 
 def model_state(model: nn.Module) -> StateDict:
-    """All weights on the host of rank 0, nothing elsewhere; all ranks must ask for it."""
+    """All weights on the host of rank 0, nothing elsewhere; all ranks must call it."""
     if not isinstance(model, FSDPModule):
         return model.state_dict()
     return get_model_state_dict(model, options=_WHOLE)
 
 
 def optimizer_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> StateDict:
-    """As `optimizer.state_dict()` of an unsharded model; rank 0 has it, all ranks must ask for it."""
+    """Like `optimizer.state_dict()` of an unsharded model; only rank 0 gets it, but all ranks must call it."""
     if not isinstance(model, FSDPModule):
         return optimizer.state_dict()
     state: StateDict = get_optimizer_state_dict(model, optimizer, options=_WHOLE)
@@ -81,7 +82,7 @@ def optimizer_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> State
 
 
 def load_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, state: StateDict) -> None:
-    """Take what `optimizer_state` gave."""
+    """Load the result of `optimizer_state`."""
     if not isinstance(model, FSDPModule):
         optimizer.load_state_dict(state)
         return

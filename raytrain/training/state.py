@@ -1,4 +1,4 @@
-"""What training changes: the model with its optimizer and average, how far it has come, and a rank's shares."""
+"""The state of training: the model with its optimizer and average, the progress, and a rank's shares."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from raytrain.training.step import running_statistics
 
 @dataclass
 class TrainState:
-    """What a checkpoint keeps: a model, its optimizer, and the average of its weights where there is one.
+    """The state in a checkpoint: a model, its optimizer, and the average of its weights if there is one.
 
-    `model` is the bare model; `wrapped` is what a step calls (the model itself or DDP around it). `sharded` where
-    each rank holds a part of the model (FSDP2).
+    `model` is the bare model; `wrapped` is what a step calls (the model itself or DDP around it). `sharded` if each
+    rank holds a part of the model (FSDP2).
     """
 
     model: Canary
@@ -60,7 +60,7 @@ class TrainState:
 
     @contextlib.contextmanager
     def evaluation_weights(self) -> Iterator[None]:
-        """Within it the model has the weights to validate and to decode with, whole on every rank."""
+        """Inside the block the model has the weights for validation and decoding, unsharded on every rank."""
         with contextlib.ExitStack() as stack:
             if self.average is not None:
                 stack.enter_context(self.average.swapped_in())
@@ -71,7 +71,7 @@ class TrainState:
             yield
 
     def average_statistics(self, shares: RankShares) -> None:
-        """Average batch norm's running statistics, which are a rank's, over all shares: to validate and to save."""
+        """Average the rank-local running statistics of batch norm over all shares, for validation and checkpoints."""
         buffers = running_statistics(self.model)
         if shares.are_all or not buffers:
             return
@@ -84,7 +84,7 @@ class TrainState:
 
 @dataclass
 class Progress:
-    """How far training has come: optimizer steps, seconds of training and seconds of audio, with those of earlier
+    """The progress of training: optimizer steps, seconds of training and seconds of audio, with those of earlier
     attempts. `seconds` stands still while the clock runs; `total_seconds` does not."""
 
     step: int = 0
@@ -111,7 +111,7 @@ class Progress:
 
 @dataclass(frozen=True)
 class RankShares:
-    """The shares of a step that a rank takes, of `num_shares` in all: as many batches in a row make its step."""
+    """The shares of a step that a rank takes, out of `num_shares`: that many consecutive batches make its step."""
 
     rank: int = 0
     shares: Sequence[int] = (0,)
@@ -119,5 +119,5 @@ class RankShares:
 
     @property
     def are_all(self) -> bool:
-        """Whether no rank but this takes part in a step."""
+        """Whether this is the only rank."""
         return len(self.shares) == self.num_shares

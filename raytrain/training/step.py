@@ -1,14 +1,14 @@
-"""One training step, whole: what training runs is what the memory probe runs.
+"""One complete training step; memory probes run the same code as training.
 
-The loss is a sum over tokens divided by the **global** token count, over all ranks and micro-batches. Both may differ
-in their number of tokens, and a mean of their means would weigh short batches too much. DDP averages gradients over
-ranks, hence the factor `world_size`.
+The loss is a sum over tokens divided by the **global** token count, over all ranks and micro-batches. Their token
+counts may differ, and a mean of means would give short batches too much weight. DDP averages gradients over ranks,
+hence the factor `world_size`.
 
 Running statistics of batch norm take the mean over a step's micro-batches, each as if it were the only one. A rank's
-statistics are of its own shares; `TrainingLoop` averages them over ranks before they are used. Both are linear, so the
-result is the same however shares are dealt out to ranks.
+statistics are those of its own shares; `TrainingLoop` averages them over ranks before they are used. Both are linear,
+so the result does not depend on how shares are distributed over ranks.
 
-A step whose gradients are not finite changes nothing, on any rank: gradients are the same everywhere, so all see it.
+A step with non-finite gradients changes nothing on any rank: gradients are the same everywhere, so all ranks notice.
 
 Nothing here waits for the device: no `.item()`, no printing, no branch on a tensor's value.
 """
@@ -36,7 +36,7 @@ class StepResult:
     """Device tensors of one step; reading them waits for the device, so read them rarely.
 
     `sums`: (4,) float32, of this rank: total loss, cross-entropy, CTC, tokens. `grad_norm`: () before clipping.
-    `skipped`: () float32, 1 where the gradients were not finite and nothing was changed.
+    `skipped`: () float32, 1 if the gradients were non-finite and nothing was changed.
     """
 
     sums: Tensor
@@ -45,7 +45,7 @@ class StepResult:
 
 
 class StepOptimizer(Protocol):
-    """What a step asks of an optimizer; a traced rank stands for one that allocates nothing."""
+    """The optimizer interface of a step; a traced rank implements it without allocating anything."""
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Drop all gradients."""
@@ -55,7 +55,7 @@ class StepOptimizer(Protocol):
 
 
 def autocast(device_type: str, precision: str) -> contextlib.AbstractContextManager[object]:
-    """bf16 autocast where asked for, else nothing; on meta the tracer does it (`live_bytes.DeviceLike`)."""
+    """bf16 autocast if requested, else nothing; on meta the tracer emulates it (`live_bytes.DeviceLike`)."""
     if precision == "bf16" and device_type != "meta":
         return torch.autocast(device_type, dtype=torch.bfloat16)
     return contextlib.nullcontext()
@@ -111,13 +111,13 @@ def train_step(
 
 
 def _update(model: nn.Module, optimizer: StepOptimizer, clip_norm: float) -> tuple[Tensor, Tensor]:
-    """Clip and update; the gradient's norm, and 1 where it is not finite and nothing changes."""
+    """Clip and update; returns the gradient norm, and 1 if it is non-finite and nothing changes."""
     grad_norm = nn.utils.clip_grad_norm_(model.parameters(), clip_norm)
     if hasattr(grad_norm, "full_tensor"):  # of a sharded model
         grad_norm = grad_norm.full_tensor()
     skipped = (~torch.isfinite(grad_norm)).float()
-    # Fused kernels then leave weights, moments and step counts as they are.
-    optimizer.found_inf = skipped  # type: ignore[attr-defined]  # what `GradScaler` sets, too; torch declares it nowhere
+    # Fused kernels then leave weights, moments and step counts unchanged.
+    optimizer.found_inf = skipped  # type: ignore[attr-defined]  # as `GradScaler` does; torch does not declare it
     optimizer.step()
     return grad_norm, skipped
 
@@ -125,7 +125,7 @@ def _update(model: nn.Module, optimizer: StepOptimizer, clip_norm: float) -> tup
 def _global_tokens(
     batches: Sequence[SpeechBatch], settings: TrainSettings, world_size: int
 ) -> tuple[Tensor, dist.Work | None]:
-    """Labels of all ranks and micro-batches, and what to wait for before they are used."""
+    """Labels of all ranks and micro-batches, and the work to wait for before they are used."""
     tokens = torch.stack([label_tokens(batch, settings) for batch in batches]).sum().float()
     return tokens, dist.all_reduce(tokens, async_op=True) if world_size > 1 else None
 
@@ -163,7 +163,7 @@ class _RunningStatistics:
         self._num_batches = 0
 
     def end_micro_batch(self) -> None:
-        """Add up what a micro-batch left, and put back what was there before the step."""
+        """Add up a micro-batch's statistics, and restore those from before the step."""
         self._num_batches += 1
         if self._sums is None:
             self._sums = [buffer.clone() for buffer in self._buffers]
@@ -172,12 +172,12 @@ class _RunningStatistics:
         torch._foreach_copy_(self._buffers, self._before)
 
     def average(self) -> None:
-        """Leave the mean over micro-batches, where there are several."""
+        """Set the mean over micro-batches, if there are several."""
         if self._sums is not None:
             torch._foreach_copy_(self._buffers, torch._foreach_div(self._sums, self._num_batches))
 
     def restore_where(self, skipped: Tensor) -> None:
-        """Put back what was there before a skipped step, without waiting for the device."""
+        """Restore the statistics from before a skipped step, without waiting for the device."""
         for buffer, before in zip(self._buffers, self._before, strict=True):
             buffer.copy_(torch.where(skipped > 0, before, buffer))
 

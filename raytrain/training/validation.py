@@ -1,7 +1,7 @@
-"""Validation during training: every rank decodes its share of the dev rows, and all score what all decoded.
+"""Validation during training: every rank decodes its share of the dev rows, and all ranks score the combined results.
 
-A score is of rows that could be read: how many could not is a metric, and too many of them end training, for a
-checkpoint that is best on what happened to be readable would be kept for good.
+Only readable rows are scored: the number of unreadable rows is a metric, and too many of them end training, since a
+checkpoint that is best on whatever happened to be readable would be kept for good.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from raytrain.model.loss import canary_loss
 from raytrain.training.limits import GaveUp
 
 if TYPE_CHECKING:
-    from raytrain.data.assignment import Row  # whose import takes pyarrow's
+    from raytrain.data.assignment import Row  # which imports pyarrow
 
 _NUM_EXAMPLES = 3
 OnError = Callable[["Row", Exception], object]
@@ -33,7 +33,7 @@ OnError = Callable[["Row", Exception], object]
 
 @dataclass
 class _Share:
-    """What one rank measured: summed cross-entropy of `num_tokens` tokens, texts, and the rows that can't be read."""
+    """The results of one rank: summed cross-entropy of `num_tokens` tokens, texts, and the rows that can't be read."""
 
     decoded: list[Decoded] = field(default_factory=list)
     loss_sum: float = 0.0
@@ -58,12 +58,12 @@ class Measured(NamedTuple):
 
 @dataclass(frozen=True)
 class Validator:
-    """Computes validation loss (cross-entropy per token), and WER and BLEU of what is decoded.
+    """Computes validation loss (cross-entropy per token), and WER and BLEU of the decoded texts.
 
-    `batches` yields (rows, batch) pairs of this rank's share, anew at each call, and tells its argument of each row
-    that can't be read; `is_translation` says it of a row; `decode` turns ids into text, and `normalize` brings
-    references and hypotheses of a language into the form that is compared. A batch that does not fit into the device's
-    memory is halved until it does; `on_out_of_memory` is told its size.
+    `batches` yields (rows, batch) pairs of this rank's share, from the start at each call, and passes each unreadable
+    row to its argument; `is_translation` classifies a row; `decode` turns ids into text, and `normalize` normalizes
+    references and hypotheses of a language before comparison. A batch that does not fit into the device's memory is
+    halved until it does; `on_out_of_memory` gets its size.
     """
 
     batches: Callable[[OnError], Iterable[tuple[Sequence[Row], SpeechBatch]]]
@@ -79,8 +79,8 @@ class Validator:
     def __call__(self, model: Canary, device: torch.device) -> dict[str, float]:
         """Run on all ranks together; returns the same numbers everywhere. `model` is not wrapped by DDP.
 
-        `val_unreadable` counts the rows that can't be read. Raises `TrainingError` where not even one utterance fits,
-        and `GaveUp`, on all ranks, where more than `max_bad_fraction` of the rows or all of them can't be read.
+        `val_unreadable` counts the unreadable rows. Raises `TrainingError` if not even one utterance fits, and
+        `GaveUp`, on all ranks, if more than `max_bad_fraction` of the rows or all of them can't be read.
         """
         was_training = model.training
         model.eval()
@@ -115,7 +115,7 @@ class Validator:
             f"{unreadable} of {num_rows} dev recordings can't be read" if num_rows else "there is no dev row to score",
             got=f"{unreadable / num_rows:.2%}" if num_rows else None,
             allowed=f"data.max_bad_fraction = {self.max_bad_fraction:.2%}, and at least one that can be read",
-            why="a score of what is left would choose the best checkpoint and the end of training",
+            why="a score of the remaining rows would decide the best checkpoint and when training ends",
             remedy="check data.dev, data.root and that every training worker sees the audio; training resumes from its "
             "last checkpoint; quarantine.jsonl lists the files" + "".join(f"\n  {example}" for example in examples),
         )

@@ -1,4 +1,4 @@
-"""What training measures between two log lines: losses, padding, speed, waiting for data, memory by bucket."""
+"""Measurements between two log lines: losses, padding, speed, waiting for data, memory by bucket."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ _GIB = 2**30
 
 @dataclass(frozen=True)
 class FlopsEstimate:
-    """Operations that a training step takes for a batch, and those that a device does in a second at best (None where
-    unknown): their ratio is the model FLOPs utilization (MFU)."""
+    """Operations of a training step for a batch, and a device's peak operations per second (None if unknown): their
+    ratio is the model FLOPs utilization (MFU)."""
 
     of_batch: Callable[[SpeechBatch], float]
     peak: float | None = None
@@ -30,7 +30,8 @@ class FlopsEstimate:
 
 @dataclass
 class BucketTotals:
-    """What this rank saw of one bucket: utterances of a whole step, audio, and the peak (bytes) of the GPU's steps."""
+    """This rank's statistics of one bucket: utterances of a whole step, audio, and the peak (bytes) of the GPU's
+    steps."""
 
     batch_size: int = 0
     samples: int = 0
@@ -40,7 +41,7 @@ class BucketTotals:
 
 @dataclass(frozen=True)
 class StepRows:
-    """What is left of a step once its batches are gone: its bucket, and the rows that this rank had in it."""
+    """A step without its batches: its bucket, and this rank's rows."""
 
     bucket: int
     rows: Sequence[Any]  # assignment.Row
@@ -66,14 +67,14 @@ class WindowTotals:
     labels: float
 
     def losses(self) -> dict[str, float]:
-        """Mean losses of a label; none where all steps were skipped."""
+        """Mean losses per label; empty if all steps were skipped."""
         if not self.labels:
             return {}
         labels = max(self.labels, 1.0)
         return {"loss": self.loss / labels, "ce_loss": self.ce_loss / labels, "ctc_loss": self.ctc_loss / labels}
 
     def rates(self, steps: int, elapsed: float, sample_rate: int) -> dict[str, float]:
-        """Batch size, padding, and what was trained on per second."""
+        """Batch size, padding, and training throughput."""
         ranks = dist.get_world_size() if dist.is_initialized() else 1
         return {
             "batch_size": self.rows / steps,
@@ -86,14 +87,14 @@ class WindowTotals:
         }
 
     def utilization(self, elapsed: float, peak_flops: float | None) -> dict[str, float]:
-        """Share of the devices' peak rate that was reached, where that rate is known."""
+        """Share of the devices' peak rate that was reached, if that rate is known."""
         ranks = dist.get_world_size() if dist.is_initialized() else 1
         return {"mfu": self.flops / elapsed / ranks / peak_flops} if peak_flops else {}
 
 
 @dataclass
 class LogWindow:
-    """What happened since the last log line, on this rank, kept on the device until it is read."""
+    """This rank's measurements since the last log line, kept on the device until they are read."""
 
     results: list[StepResult] = field(default_factory=list)
     steps: list[StepRows] = field(default_factory=list)
@@ -111,7 +112,7 @@ class LogWindow:
     by_bucket: dict[int, BucketTotals] = field(default_factory=dict)
 
     def add(self, result: StepResult, micro_batches: Sequence[LoadedStep], wait_seconds: float, peak: int = 0) -> None:
-        """Count one step; its batches are still on the host, so reading their lengths waits for nothing."""
+        """Count one step; its batches are still on the host, so reading their lengths does not wait for the device."""
         self.results.append(result)
         self.wait_seconds += wait_seconds
         plan = micro_batches[0].plan
@@ -137,17 +138,18 @@ class LogWindow:
 
     def data_metrics(self, elapsed: float) -> dict[str, float]:
         """Shares of `elapsed` seconds in which this rank waited for data and in which its loader's threads read, and of
-        the latter the share in which they had a CPU. Those of threads are left out where none are here."""
+        the latter the share in which they had a CPU. The shares of threads are left out if there are none in this
+        process."""
         metrics = {"data_wait": self.wait_seconds / elapsed}
         if self.read_seconds:
-            # What was read ahead of the first step is in its window too.
+            # Reads ahead of the first step fall into its window too.
             busy = min(1.0, self.read_seconds / elapsed)
             metrics |= {"loader_busy": busy, "loader_cpu": self.cpu_seconds / self.read_seconds}
         return metrics
 
     def bucket_metrics(self, device_bytes: int) -> dict[str, float]:
-        """Batch size and padding of each bucket that the window had steps of, and what a GPU of `device_bytes` had left
-        in them; 0 bytes for a CPU."""
+        """Batch size and padding of each bucket with steps in the window, and the memory that a GPU of `device_bytes`
+        had left in them; 0 bytes for a CPU."""
         metrics: dict[str, float] = {}
         for number, bucket in sorted(self.by_bucket.items()):
             metrics[f"batch_size_by_bucket/{number:03}"] = bucket.batch_size
@@ -158,18 +160,18 @@ class LogWindow:
         return metrics
 
     def gradient_metrics(self) -> dict[str, float]:
-        """The norm of the last step's gradient, where it is finite."""
+        """The gradient norm of the last step, if it is finite."""
         norm = float(self.results[-1].grad_norm)
         return {"grad_norm": norm} if math.isfinite(norm) else {}
 
     def skipped(self) -> list[float]:
-        """For each step 1 where it was skipped, else 0; waits for the device."""
+        """For each step 1 if it was skipped, else 0; waits for the device."""
         flags: list[float] = torch.stack([result.skipped for result in self.results]).tolist()
         return flags
 
     def totals(self, device: torch.device, stop: bool, save: bool) -> WindowTotals:
         """Sums over all ranks, with the losses'; `stop` and `save` are above 0 everywhere if true on any rank."""
-        # The loss of a skipped step is non-finite, and would hide those of the rest.
+        # The loss of a skipped step is non-finite, and would spoil the sum.
         losses = torch.stack([torch.where(result.skipped > 0, 0, result.sums) for result in self.results]).sum(0)
         values = [float(getattr(self, name)) for name in _COUNTS]
         numbers = torch.tensor([*values, float(stop), float(save)], dtype=torch.float64)
@@ -188,7 +190,7 @@ class PeakMemory:
         self.device_bytes = torch.cuda.get_device_properties(device).total_memory if self._is_cuda else 0
 
     def step_peak(self) -> int:
-        """Bytes that a GPU had in use at most since the last call, for a step; 0 on a CPU."""
+        """A GPU's peak bytes since the last call, for a step; 0 on a CPU."""
         if not self._is_cuda:
             return 0
         peak = torch.cuda.max_memory_allocated(self._device)

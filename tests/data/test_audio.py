@@ -1,4 +1,4 @@
-"""Audio: read, cut, resampled, mixed down; demo speech is the same each time."""
+"""Audio: read, trimmed, resampled, mixed down; demo speech is reproducible."""
 
 import io
 
@@ -83,10 +83,10 @@ def test_every_format_is_read_as_libsndfile_reads_it(tmp_path, container, subtyp
         expected = soundfile.read(path, dtype="float32", always_2d=True)[0].mean(1)[first:]
         expected = expected[: options["duration_ms"] * 16] if "duration_ms" in options else expected
         for data in (None, (tmp_path / f"a.{container}").read_bytes()):
-            found = read_audio(path, sample_rate=16000, data=data, **options)
-            assert found.shape == expected.shape
-            # Decoding from a seek may begin otherwise than decoding through.
-            np.testing.assert_allclose(found, expected, atol=max(tolerance, 2e-3 if first else 1e-7), rtol=0)
+            actual = read_audio(path, sample_rate=16000, data=data, **options)
+            assert actual.shape == expected.shape
+            # Decoding after a seek may start differently from decoding straight through.
+            np.testing.assert_allclose(actual, expected, atol=max(tolerance, 2e-3 if first else 1e-7), rtol=0)
 
 
 @pytest.mark.parametrize("container", ["flac", "ogg", "mp3"])
@@ -102,10 +102,10 @@ def test_a_file_that_ends_early_gives_no_less_than_libsndfile_reads_of_it(tmp_pa
         except RuntimeError:
             expected = 0
         try:
-            found = len(read_audio(str(path), sample_rate=16000))
+            actual = len(read_audio(str(path), sample_rate=16000))
         except AudioError:
-            found = 0
-        assert expected - 4608 <= found < 48000, (share, found, expected)  # less a frame or two of a codec
+            actual = 0
+        assert expected - 4608 <= actual < 48000, (share, actual, expected)  # less a frame or two of a codec
 
 
 def test_broken_and_missing_audio_is_an_error_with_its_path(tmp_path):

@@ -1,4 +1,4 @@
-"""Whatever a file holds or is, reading it gives audio or an `AudioError` with its name, soon and in little memory."""
+"""Reading any file gives audio or an `AudioError` with its name, quickly and in little memory."""
 
 import os
 import struct
@@ -29,7 +29,7 @@ def wav_bytes(rate: int, channels: int, claimed: int, data: bytes) -> bytes:
 
 
 def without_length(flac: bytes) -> bytes:
-    """A FLAC as it is written to a pipe: 0 frames in its header."""
+    """A FLAC as written to a pipe: 0 frames in its header."""
     return flac[:21] + bytes([flac[21] & 0xF0]) + b"\0\0\0\0" + flac[26:]
 
 
@@ -72,7 +72,7 @@ BAD = (
 @pytest.mark.parametrize("name", [*BAD, "/dev/zero", "/dev/stdin", "/proc/self/mem", "/proc/self/environ"])
 @pytest.mark.parametrize("duration_ms", [1000, None, 10**21])
 @pytest.mark.parametrize("offset_ms", [0, 250, 10**21])
-def test_what_is_no_recording_is_an_error_with_its_name(folder, name, duration_ms, offset_ms):
+def test_a_file_that_is_not_audio_is_an_error_with_its_name(folder, name, duration_ms, offset_ms):
     path = name if name[0] == "/" else f"{folder}/{name}"
     began = time.monotonic()
     with pytest.raises(AudioError) as caught:
@@ -83,7 +83,7 @@ def test_what_is_no_recording_is_an_error_with_its_name(folder, name, duration_m
     assert caught.value.remedy
 
 
-def test_everything_that_opens_recordings_refuses_what_is_none(folder):
+def test_everything_that_opens_recordings_rejects_other_files(folder):
     import pyarrow as pa
 
     from raytrain.data.assignment import ROW_SCHEMA
@@ -98,7 +98,7 @@ def test_everything_that_opens_recordings_refuses_what_is_none(folder):
     columns = {field.name: pa.nulls(len(paths), field.type) for field in ROW_SCHEMA}
     columns |= {name: pa.array([value] * len(paths)) for name, value in values.items()}
     made = make_flacs(pa.table(columns | {"audio_path": paths}), RATE)
-    assert all(isinstance(one, AudioError) and path in str(one) for one, path in zip(made, paths, strict=True))
+    assert all(isinstance(error, AudioError) and path in str(error) for error, path in zip(made, paths, strict=True))
 
 
 @pytest.mark.parametrize("container", ["flac", "wav"])
@@ -109,10 +109,10 @@ def test_no_more_is_decoded_than_the_span(tmp_path, container):
             file.write(np.zeros((48000 * 20, 8), np.int16))  # 154 MB as float
     for offset_ms, duration_ms, samples in ((0, 1000, RATE), (90_000, 1000, RATE), (99_500, 10**21, RATE // 2)):
         tracemalloc.start()
-        found = read_audio(path, sample_rate=RATE, offset_ms=offset_ms, duration_ms=duration_ms)
+        actual = read_audio(path, sample_rate=RATE, offset_ms=offset_ms, duration_ms=duration_ms)
         peak = tracemalloc.get_traced_memory()[1]
         tracemalloc.stop()
-        assert len(found) == samples and peak < 16e6
+        assert len(actual) == samples and peak < 16e6
     assert read_header(path) == AudioHeader(4_800_000, 48000, 8)
 
 
@@ -148,12 +148,12 @@ def test_headers_say_what_reading_gives(tmp_path, container, channels, rate):
     soundfile.write(path, np.repeat(tone(2, rate)[:, None], channels, 1), rate)
     data = path.read_bytes()
     (tmp_path / "tar").write_bytes(b"head" + data + b"tail")
-    found = read_header(str(path))
-    assert (found.sample_rate, found.channels) == (rate, channels)
-    assert found == read_header(str(path), data=data) == read_header(f"file://{path}")
-    assert found == read_header(str(tmp_path / "tar"), start=4, size=len(data))
-    assert found.frames == len(read_audio(str(path), sample_rate=rate))
-    assert abs(found.duration_ms - 2000) < 100
+    actual = read_header(str(path))
+    assert (actual.sample_rate, actual.channels) == (rate, channels)
+    assert actual == read_header(str(path), data=data) == read_header(f"file://{path}")
+    assert actual == read_header(str(tmp_path / "tar"), start=4, size=len(data))
+    assert actual.frames == len(read_audio(str(path), sample_rate=rate))
+    assert abs(actual.duration_ms - 2000) < 100
 
 
 @pytest.fixture(scope="module")
@@ -178,14 +178,14 @@ def encoded():
 )
 def test_damaged_bytes_are_audio_or_an_error(encoded, container, flips, header_flips, end, span):
     data = bytearray(encoded[container])
-    for place, value in flips:
-        data[int(place * (len(data) - 1))] = value
-    for place, value in header_flips:
-        data[place] = value
+    for fraction, value in flips:
+        data[int(fraction * (len(data) - 1))] = value
+    for fraction, value in header_flips:
+        data[fraction] = value
     damaged, (offset_ms, duration_ms) = bytes(data[: max(1, int(end * len(data)))]), span
     try:
-        found = read_audio("a.x", sample_rate=RATE, data=damaged, offset_ms=offset_ms, duration_ms=duration_ms)
-        assert found.dtype == np.float32 and len(found) and np.isfinite(found).all()
+        actual = read_audio("a.x", sample_rate=RATE, data=damaged, offset_ms=offset_ms, duration_ms=duration_ms)
+        assert actual.dtype == np.float32 and len(actual) and np.isfinite(actual).all()
     except AudioError as error:
         assert "a.x" in str(error)
     try:
@@ -194,11 +194,11 @@ def test_damaged_bytes_are_audio_or_an_error(encoded, container, flips, header_f
         assert "a.x" in str(error)
 
 
-def test_what_a_decoder_says_is_the_same_in_every_run():
-    """Errors are kept in artefacts, whose ids would change with an object's address."""
-    said = set()
+def test_a_decoders_message_is_the_same_in_every_run():
+    """Errors are kept in artifacts, whose ids would change with an object's address."""
+    messages = set()
     for _ in range(2):
         with pytest.raises(AudioError) as raised:
             read_header("a.parquet", data=bytes(100))
-        said.add(str(raised.value))
-    assert len(said) == 1 and " object at " not in said.pop()
+        messages.add(str(raised.value))
+    assert len(messages) == 1 and " object at " not in messages.pop()

@@ -1,4 +1,4 @@
-"""Audio that is missing, broken, or shorter than its row says is told before anything is learnt from it."""
+"""Audio that is missing, broken, or shorter than its row says is reported before training on it."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ def test_true_rows_are_left_alone(recordings, tmp_path):
 @given(missing=st.sets(st.integers(0, 39), min_size=1), spread=st.booleans())
 @settings(max_examples=12, deadline=None)
 def test_missing_files_are_named_wherever_they_lie(recordings, tmp_path_factory, missing, spread):
-    """`spread`: each in a folder of its own, which nobody lists."""
+    """`spread`: each in a separate folder, which is not listed."""
     rows, folder = rows_of(recordings), tmp_path_factory.mktemp("missing")
     for number in missing:
         name = rows[number]["audio_filepath"] = f"{recordings}/{number if spread else ''}/none-{number}.flac"
@@ -102,14 +102,14 @@ def test_missing_files_are_named_wherever_they_lie(recordings, tmp_path_factory,
 
 @given(scale=st.floats(0.3, 3.0))
 @settings(max_examples=12, deadline=None)
-def test_audio_more_than_a_tenth_shorter_than_claimed_is_told(recordings, tmp_path_factory, scale):
+def test_audio_more_than_a_tenth_shorter_than_claimed_is_reported(recordings, tmp_path_factory, scale):
     chunk = chunk_of(rows_of(recordings, scale), tmp_path_factory.mktemp("scaled") / "rows.jsonl")
     counts = counted(chunk)
     short = sum(np.ceil((1 + n / 10) * scale * 1000) * 0.9 > np.floor(1000 + n * 100) + 1 for n in range(40))
     assert (
         abs(counts.contradicted.counts["digits", SHORT] - short) <= 1
-    )  # what is a millisecond from the edge may be on either side
-    check(counts, 0.0)  # such rows can be trained on
+    )  # a row within a millisecond of the edge may be on either side
+    check(counts, 0.0)  # such rows are usable for training
     if short:
         first = counts.contradicted.first("digits", SHORT)[0]
         assert "the row says" in first.detail and first.line >= 1
@@ -124,7 +124,7 @@ def test_spans_are_measured_from_their_start(recordings, tmp_path):
     assert "0.6 s after 1.5 s, the row says 1 s" in counts.contradicted.first("digits", SHORT)[0].detail
 
 
-def test_recordings_without_a_header_are_told(recordings, tmp_path):
+def test_recordings_without_a_header_are_reported(recordings, tmp_path):
     rows = rows_of(recordings)
     for number in (3, 7):
         broken = tmp_path / f"{number}.flac"
@@ -138,7 +138,7 @@ def test_recordings_without_a_header_are_told(recordings, tmp_path):
         check(counts, 0.04)
 
 
-def test_a_sample_stands_for_its_corpus(recordings, tmp_path):
+def test_a_sample_represents_its_corpus(recordings, tmp_path):
     rows = [row | {"audio_filepath": __file__} for row in rows_of(recordings)]
     counts = counted(chunk_of(rows, tmp_path / "rows.jsonl"), size=10)
     assert counts.probed == {"digits": 10} and counts.contradicted.counts["digits", UNREADABLE] == 10
@@ -186,7 +186,7 @@ def test_every_corpus_has_its_sample(sizes, size):
     assert all(by_corpus[str(name)] < size + 64 for name in range(len(sizes)))
 
 
-def test_assign_rejects_what_is_not_there(recordings, tmp_path):
+def test_assign_rejects_missing_audio(recordings, tmp_path):
     rows = rows_of(recordings)
     rows[5]["audio_filepath"] = str(recordings / "none.flac")
     chunk = chunk_of(rows, tmp_path / "rows.jsonl")
@@ -198,7 +198,7 @@ def test_assign_rejects_what_is_not_there(recordings, tmp_path):
     assert rejected["line"] == 6 and "none.flac" in rejected["detail"]
 
 
-def test_training_gives_up_and_statistics_names_what_is_gone(corpus, tmp_path, local_ray):
+def test_training_gives_up_and_statistics_names_missing_files(corpus, tmp_path, local_ray):
     from raytrain.console import Console
     from raytrain.stages.pipeline import run_pipeline
 
@@ -217,7 +217,7 @@ def test_training_gives_up_and_statistics_names_what_is_gone(corpus, tmp_path, l
     assert named and named <= set(map(str, files))
     for path in files:
         path.unlink()
-    manifest.write_text(manifest.read_text() + "\n")  # so that statistics run again
+    manifest.write_text(manifest.read_text() + "\n")  # so that statistics reruns
     with pytest.raises(ManifestError, match=MISSING):
         run_pipeline(config, Console(quiet=True), ("statistics",))
     shutil.copytree(corpus / "audio", tmp_path / "corpus" / "audio", dirs_exist_ok=True)
@@ -231,8 +231,8 @@ def test_training_gives_up_and_statistics_names_what_is_gone(corpus, tmp_path, l
     assert sum(Assignment(config.run_dir / "assignment").rows_per_bucket) == len(rows)
 
 
-def test_assign_limits_what_can_not_be_decoded_and_reads_it_again(corpus, tmp_path):
-    """Headers may be whole where the samples are not, so that only copying tells."""
+def test_assign_limits_undecodable_audio_and_reads_it_again(corpus, tmp_path):
+    """Headers may be intact when the samples are not, so that only copying detects it."""
     shutil.copytree(corpus, tmp_path / "corpus")
     rows = [json.loads(line) for line in (tmp_path / "corpus" / "train.jsonl").read_text().splitlines()]
     whole = {}

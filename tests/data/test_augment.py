@@ -1,4 +1,4 @@
-"""Augmentation: what is drawn is done, lengths stay within buckets, and the draw decides alone."""
+"""Augmentation: drawn changes are applied, lengths stay within buckets, and only the draw matters."""
 
 import numpy as np
 import pytest

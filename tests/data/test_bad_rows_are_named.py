@@ -1,4 +1,4 @@
-"""Where no row of a stream or of a step can be used, the error says which and why."""
+"""If no row of a stream or a step is usable, the error says which rows and why."""
 
 import json
 import shutil
@@ -60,7 +60,7 @@ def test_a_step_without_a_readable_recording_says_what_is_wrong_with_it(tmp_path
     reader = StepReader([(2000, 20)], sample_rate=16000, pad_id=0, quarantine=Quarantine(None))
     work = StepWork(StepPlan(0, 0, (2,), 0), StreamState(), False, rows, [1, 2])
     try:
-        with pytest.raises(DataError, match="because can't read audio .*0.wav; because there is no such file") as error:
+        with pytest.raises(DataError, match="because can't read audio .*0.wav; because no such file") as error:
             reader.finish(work, reader.start(work))
     finally:
         reader.close()
@@ -68,7 +68,7 @@ def test_a_step_without_a_readable_recording_says_what_is_wrong_with_it(tmp_path
 
 
 @pytest.mark.parametrize("change", [None, {"duration": 50.0}, {"_skipme": True}])
-def test_a_corpus_that_gives_nothing_is_told(corpus, tmp_path, capfd, change):
+def test_a_corpus_without_usable_rows_is_reported(corpus, tmp_path, capfd, change):
     shutil.copytree(corpus, tmp_path / "corpus")
     rows = [] if change is None else [json.loads(line) | change for line in (corpus / "dev.jsonl").open()]
     (tmp_path / "corpus" / "void.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -77,8 +77,8 @@ def test_a_corpus_that_gives_nothing_is_told(corpus, tmp_path, capfd, change):
     config = tiny_config(tmp_path / "corpus", tmp_path, data=data, tracking={"enabled": False})
     with pipeline_in_process():
         pipeline.run_pipeline(config, Console(), ("statistics", "buckets", "assign"))
-    told = " ".join("".join(capfd.readouterr()).split())
-    assert told.count("corpus void has no row that training can use") == 1
+    output = " ".join("".join(capfd.readouterr()).split())
+    assert output.count("corpus void has no row that training can use") == 1
     workspace = Workspace(config, config.run_dir)
     if change == {"duration": 50.0}:  # too long for a bucket, not for validation
         assert {row.corpus for row in checked_split(workspace, "dev").rows} == {"dev", "void"}
@@ -94,8 +94,8 @@ def test_a_limit_on_rows_leaves_no_corpus_out(corpus, tmp_path, limit, expected)
     """The first rows of a list of corpora would be those of the first."""
     shutil.copytree(corpus, tmp_path / "corpus")
     lines = (corpus / "dev.jsonl").read_text().splitlines(keepends=True)
-    for name, some in (("other", lines[::-1]), ("small", lines[:1])):
-        (tmp_path / "corpus" / f"{name}.jsonl").write_text("".join(some))
+    for name, selected in (("other", lines[::-1]), ("small", lines[:1])):
+        (tmp_path / "corpus" / f"{name}.jsonl").write_text("".join(selected))
     splits = {"train": ["train.jsonl"], "dev": ["dev.jsonl", "other.jsonl", "small.jsonl"]}
     data = {"root": str(tmp_path / "corpus"), **splits}
     config = tiny_config(tmp_path / "corpus", tmp_path, data=data, tracking={"enabled": False})

@@ -1,4 +1,4 @@
-"""A batch as an Arrow table comes back as it was."""
+"""A batch survives the round trip through an Arrow table."""
 
 import numpy as np
 import torch
@@ -16,4 +16,4 @@ def test_a_packed_batch_comes_back_with_its_note():
     assert note == b"note"
     for tensor, expected in zip(unpacked.tensors(), batch.tensors(), strict=True):
         assert torch.equal(tensor, expected) and tensor.dtype == expected.dtype
-        tensor += 1  # it can be written
+        tensor += 1  # it is writable

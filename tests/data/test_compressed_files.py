@@ -1,4 +1,4 @@
-"""Files that are not what their names say, or end early, are errors that name them and say what to do."""
+"""Files that do not match their extension, or end early, raise errors that name them and a remedy."""
 
 import gzip
 import io
@@ -49,7 +49,7 @@ def test_a_file_cut_anywhere_is_an_error_with_its_name(folder, ending, share):
 
 @settings(max_examples=60, deadline=None)
 @given(ending=st.sampled_from(ENDINGS), data=st.binary(max_size=3000))
-def test_bytes_that_are_not_compressed_are_an_error_or_what_they_say(folder, ending, data):
+def test_uncompressed_bytes_are_an_error_or_are_read_as_they_are(folder, ending, data):
     path = folder / f"m.jsonl.{ending}"
     path.write_bytes(data)
     try:
@@ -81,12 +81,12 @@ def test_every_reader_names_a_file_that_can_not_be_decompressed(tmp_path, name, 
     with pytest.raises((StorageReadError, ManifestError), match=f"cuts.000.jsonl.{ending}.*check it with") as caught:
         for chunk in plan_chunks([Corpus("c", str(path), name, audio=audio, language="en")]):
             list(read_chunk(chunk))
-    assert str(caught.value).isprintable() and "rename it if it is plain" in str(caught.value)
+    assert str(caught.value).isprintable() and "fix its extension" in str(caught.value)
     if damage != "garbage after it":
         assert f".{ending}" in read_start(str(path)) or damage == "cut"
 
 
-def test_what_is_no_regular_file_is_not_waited_for(tmp_path):
+def test_irregular_files_are_not_waited_for(tmp_path):
     os.mkfifo(tmp_path / "m.jsonl")
     for opened in (open_stream, open_file):
         with pytest.raises(StorageReadError, match="m.jsonl.*it is a pipe"):
@@ -99,7 +99,7 @@ def test_what_is_no_regular_file_is_not_waited_for(tmp_path):
                 plan_chunks([Corpus("c", path, name)])
 
 
-def test_a_stream_serves_whoever_reads_text(tmp_path):
+def test_a_stream_can_be_read_as_text(tmp_path):
     (tmp_path / "a.csv.gz").write_bytes(compressed("gz", "a,é\n1,2\n".encode()))
     with open_stream(str(tmp_path / "a.csv.gz")) as file:
         assert io.TextIOWrapper(file, "utf-8").read() == "a,é\n1,2\n"

@@ -1,4 +1,4 @@
-"""Patterns of file names mean what they mean to a shell, and what they find comes in natural order."""
+"""File name patterns work as in a shell, and matches come in natural order."""
 
 import random
 import re
@@ -45,11 +45,11 @@ patterns = st.builds(
 @pytest.mark.skipif(not shutil.which("bash"), reason="needs bash")
 @settings(max_examples=15, deadline=None)
 @given(st.lists(patterns, min_size=30, max_size=30))
-def test_braces_are_expanded_as_bash_does(some):
+def test_braces_are_expanded_as_bash_does(patterns):
     # The empty items of {a,} leave words as they are: all begin with x.
-    script = "set -f\n" + "\n".join(f"echo {pattern}" for pattern in some)
+    script = "set -f\n" + "\n".join(f"echo {pattern}" for pattern in patterns)
     expected = subprocess.run(["bash", "-c", script], capture_output=True, text=True, check=True).stdout.split("\n")
-    for pattern, line in zip(some, expected, strict=False):
+    for pattern, line in zip(patterns, expected, strict=False):
         assert expand(pattern) == line.split(" "), pattern
         assert expand(re.sub(r"\{([^{}]*)\}", r"_OP_\1_CL_", pattern)) == [
             re.sub(r"\{([^{}]*)\}", r"_OP_\1_CL_", name) for name in line.split(" ")
@@ -89,7 +89,7 @@ def test_lists_of_files_keep_their_order(tmp_path):
 def test_the_example_of_the_documentation_finds_its_files(tmp_path):
     text = (Path(__file__).parents[2] / "docs/corpora.md").read_text()
     example = text.partition("```yaml\n")[2].partition("```")[0].replace("s3://speech", str(tmp_path))
-    entries = {one["name"]: one for one in yaml.safe_load(example)["data"]["train"] if isinstance(one, dict)}
+    entries = {entry["name"]: entry for entry in yaml.safe_load(example)["data"]["train"] if isinstance(entry, dict)}
     folder = tmp_path / "granary" / "sharded_manifests"
     folder.mkdir(parents=True)
     for number in range(512):
@@ -108,7 +108,7 @@ def test_the_example_of_the_documentation_finds_its_files(tmp_path):
     assert [chunk.format for chunk in plan_chunks([shar])] == ["lhotse_shar"] * 2
 
 
-def test_a_tilde_is_the_home_folder_wherever_a_path_stands(monkeypatch):
+def test_a_tilde_is_the_home_folder_in_every_path(monkeypatch):
     monkeypatch.setenv("HOME", "/home/ann")
     assert absolute("~/a.jsonl") == absolute("~/a.jsonl", "/data") == absolute("a.jsonl", "~") == "/home/ann/a.jsonl"
     assert absolute("s3://box/~/a") == "s3://box/~/a"

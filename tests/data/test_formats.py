@@ -1,4 +1,4 @@
-"""Each format of a corpus, as its own writer writes it, read from a folder and from S3."""
+"""Each corpus format, as its standard writer writes it, read from a folder and from S3."""
 
 import csv
 import gzip
@@ -48,7 +48,7 @@ def sounds(tmp_path_factory):
 
 @pytest.fixture(params=["local", "s3"])
 def placed(request):
-    """A function that puts a folder where the test reads it from."""
+    """A function that copies a folder to where the test reads it."""
     if request.param == "local":
         return str
     bucket = request.getfixturevalue("s3")
@@ -56,20 +56,20 @@ def placed(request):
 
 
 def read(path, format=None, chunk_bytes=1 << 20, **settings):
-    """All rows of a corpus, read by the format that its files tell."""
+    """All rows of a corpus, read by the format detected from its files."""
     corpus = Corpus("c", path, format, **{"language": "en", **settings})
     chunks = plan_chunks([corpus], chunk_bytes)
     return [row for chunk in chunks for row in read_chunk(chunk)]
 
 
 def samples(row):
-    """The audio that a row names."""
-    place = {}
+    """The audio of a row."""
+    span = {}
     if row.audio_path.endswith(".tar"):
-        place["start"], place["size"] = TarIndex(row.audio_path).find(row.member)
+        span["start"], span["size"] = TarIndex(row.audio_path).find(row.member)
     elif row.member:
-        place["start"], place["size"] = int(row.member), -1
-    return read_audio(row.audio_path, offset_ms=row.offset_ms, duration_ms=row.duration_ms, sample_rate=RATE, **place)
+        span["start"], span["size"] = int(row.member), -1
+    return read_audio(row.audio_path, offset_ms=row.offset_ms, duration_ms=row.duration_ms, sample_rate=RATE, **span)
 
 
 def wave(sounds, number):
@@ -173,7 +173,7 @@ def test_a_member_is_found_by_its_name_its_stem_or_its_recording(tmp_path):
     names = ["a.wav", "b.1.flac", "b.1.json", "c.nodata", "d/e.opus", "f", "g-sub2.wav", "g.wav"]
     write_tar(tmp_path / "t.tar", {name: name.encode() for name in names})
     index = TarIndex(str(tmp_path / "t.tar"))
-    for asked, found in [
+    for asked, expected in [
         ("a.wav", "a.wav"),
         ("a", "a.wav"),
         ("./a", "a.wav"),
@@ -186,13 +186,13 @@ def test_a_member_is_found_by_its_name_its_stem_or_its_recording(tmp_path):
         ("b", None),
         ("e", None),
     ]:
-        place = index.find(asked)
-        assert (place and read_range(str(tmp_path / "t.tar"), *place)) == (found and found.encode())
+        span = index.find(asked)
+        assert (span and read_range(str(tmp_path / "t.tar"), *span)) == (expected and expected.encode())
 
 
 def test_a_compressed_tar_is_refused(tmp_path):
     (tmp_path / "t.tar").write_bytes(gzip.compress(b"x" * 2000))
-    with pytest.raises(StorageReadError, match="t.tar is no tar that can be read by range; .*uncompressed"):
+    with pytest.raises(StorageReadError, match="t.tar is not a tar that can be read by range; .*uncompressed"):
         TarIndex(str(tmp_path / "t.tar"))
 
 
@@ -239,7 +239,7 @@ def test_a_cut_of_a_part_of_a_recording(tmp_path, sounds):
     np.testing.assert_allclose(samples(row), cut.load_audio()[0], atol=1e-7)
 
 
-def one_cut(sounds, **changes):
+def cut_of(sounds, **changes):
     cut = make_cuts(sounds)[0]
     for name, value in changes.items():
         setattr(cut, name, value)
@@ -252,9 +252,9 @@ def read_cuts(path, *cuts):
 
 
 def test_fields_of_nemo_come_from_the_cut_and_then_from_its_supervisions(tmp_path, sounds):
-    cut = one_cut(sounds, custom={"source_lang": "de", "pnc": "no", "irrelevant": 1})
+    cut = cut_of(sounds, custom={"source_lang": "de", "pnc": "no", "irrelevant": 1})
     cut.supervisions[0].custom = {"pnc": "yes", "emotion": "happy"}
-    skipped = one_cut(sounds, id="skipped", custom={"_skipme": True})
+    skipped = cut_of(sounds, id="skipped", custom={"_skipme": True})
     (row, bad) = read_cuts(tmp_path, cut, skipped)
     # The supervision's language is that of the text.
     assert row[4:8] == ("de", "en", False, (("emotion", "happy"),))
@@ -266,10 +266,10 @@ def stereo(path):
     return Recording.from_file(path)
 
 
-def test_cuts_that_are_no_span_of_a_mono_file_are_named(tmp_path, sounds):
+def test_cuts_that_are_not_a_span_of_a_mono_file_are_named(tmp_path, sounds):
     cut, second = list(make_cuts(sounds))[:2]
     both = stereo(tmp_path / "stereo.wav")
-    memory, command = one_cut(sounds, id="memory"), one_cut(sounds, id="command")
+    memory, command = cut_of(sounds, id="memory"), cut_of(sounds, id="command")
     memory.recording.sources = [AudioSource("memory", [0], "UklGRg==")]
     command.recording.sources = [AudioSource("command", [0], "cat x.wav")]
     cuts = [
@@ -281,7 +281,7 @@ def test_cuts_that_are_no_span_of_a_mono_file_are_named(tmp_path, sounds):
         MonoCut("left", 0, 1, 0, cut.supervisions, recording=both),
         MultiCut("both", 0, 1, [0, 1], cut.supervisions, recording=both),
         cut.perturb_speed(1.1),
-        one_cut(sounds, id="resampled").resample(4000),
+        cut_of(sounds, id="resampled").resample(4000),
     ]
     *bad, good = read_cuts(tmp_path, *cuts)
     assert {row.reason for row in bad} == {"unsupported_audio"}
@@ -292,7 +292,7 @@ def test_cuts_that_are_no_span_of_a_mono_file_are_named(tmp_path, sounds):
     np.testing.assert_array_equal(samples(good), wave(sounds, 0))
 
 
-def test_a_channel_with_a_file_of_its_own_is_mono(tmp_path, sounds):
+def test_a_channel_in_a_separate_file_is_mono(tmp_path, sounds):
     recording = Recording(
         "two", [AudioSource("file", [n], str(sounds / f"{n}.wav")) for n in (0, 1)], RATE, RATE, 1.0, [0, 1]
     )
@@ -379,7 +379,7 @@ def test_what_a_shar_folder_lacks_is_named(tmp_path, sounds):
 
 
 def test_a_shar_cut_without_audio_is_named(tmp_path, sounds):
-    cuts = [one_cut(sounds), MonoCut("none", 0, 1, 0, make_cuts(sounds)[0].supervisions)]
+    cuts = [cut_of(sounds), MonoCut("none", 0, 1, 0, make_cuts(sounds)[0].supervisions)]
     CutSet.from_cuts(cuts).to_shar(tmp_path, {"recording": "wav"})
     good, bad = read(str(tmp_path))
     assert isinstance(good, Utterance) and (bad.line, bad.reason) == (2, "unsupported_audio")
@@ -417,7 +417,7 @@ def test_parquet_with_paths(tmp_path, sounds, placed):
     for name in names:
         (tmp_path / name).write_bytes((sounds / name).read_bytes())
     (tmp_path / "3.wav").rename(tmp_path / "3")
-    names[3] = "3"  # no number of a row
+    names[3] = "3"  # not a row number
     for kind, audio in {"text": names, "struct": [{"bytes": None, "path": name} for name in names]}.items():
         audio = pa.array(audio, HUGGING_FACE if kind == "struct" else pa.string())
         pq.write_table(pa.table({"audio": audio, "text": TEXTS}), tmp_path / f"{kind}.parquet")
@@ -468,7 +468,7 @@ def test_parquet_with_bytes_alone_and_other_fields(tmp_path, sounds):
         (0, 1300, "de", True),
     ]
     assert (bad.line, bad.reason) == (5, "bad_slot")
-    # A corpus' own language stands above what may be a word like German.
+    # A corpus' language overrides a column that may hold a word like German.
     assert read(f"{tmp_path}/x.parquet", language="en")[0].source_lang == "en"
 
 
@@ -489,7 +489,7 @@ def test_embedded_audio_is_not_read_for_rows_with_durations(tmp_path):
 
 def test_embedded_audio_is_found_by_row(tmp_path):
     data = [None if n == 150 else b"%d" % n for n in range(200)]
-    audio = pa.array([{"bytes": one, "path": None} for one in data], HUGGING_FACE)
+    audio = pa.array([{"bytes": recording, "path": None} for recording in data], HUGGING_FACE)
     pq.write_table(pa.table({"audio": audio, "text": ["x"] * 200}), tmp_path / "x.parquet", row_group_size=90)
     rows = [199, 0, 63, 64, 65, 89, 90, 90]
     assert read_audio_bytes(f"{tmp_path}/x.parquet", rows) == {row: b"%d" % row for row in rows}
@@ -586,9 +586,9 @@ def test_durations_are_measured_where_they_are_missing(tmp_path, sounds):
         [1],
     ]
     (tmp_path / "metadata.jsonl").write_bytes(jsonl(rows))
-    found = read(f"{tmp_path}/metadata.jsonl", "audiofolder")
-    assert [row.duration_ms for row in found[:3]] == [500, 1100, 1000]
-    assert [(row.line, row.reason) for row in found[3:]] == [
+    parsed = read(f"{tmp_path}/metadata.jsonl", "audiofolder")
+    assert [row.duration_ms for row in parsed[:3]] == [500, 1100, 1000]
+    assert [(row.line, row.reason) for row in parsed[3:]] == [
         (4, "bad_duration"),
         (5, "missing_field"),
         (6, "missing_field"),
@@ -605,18 +605,18 @@ def test_a_broken_csv_is_an_error(tmp_path):
 # All
 
 
-def test_a_format_is_told_from_the_files(tmp_path, sounds):
-    def found(path, **settings):
+def test_a_format_is_detected_from_the_files(tmp_path, sounds):
+    def actual(path, **settings):
         return find_format(Corpus("c", path, **settings), [path])
 
     (tmp_path / "m.json").write_bytes(jsonl([{"audio_filepath": "a.wav", "duration": 1, "text": 'the final "Cut"'}]))
-    assert found(f"{tmp_path}/m.json") == "nemo"
-    assert found(f"{tmp_path}/m.json", audio="s3://speech/audio_{0..7}.tar") == "nemo_tarred"
+    assert actual(f"{tmp_path}/m.json") == "nemo"
+    assert actual(f"{tmp_path}/m.json", audio="s3://speech/audio_{0..7}.tar") == "nemo_tarred"
     make_cuts(sounds).to_jsonl(tmp_path / "c.jsonl.gz")
-    assert found(f"{tmp_path}/c.jsonl.gz") == "lhotse_cuts"
+    assert actual(f"{tmp_path}/c.jsonl.gz") == "lhotse_cuts"
     (tmp_path / "shar").mkdir()
     make_cuts(sounds).to_shar(tmp_path / "shar", {"recording": "wav"})
-    assert found(f"{tmp_path}/shar/cuts.000000.jsonl.gz") == "lhotse_shar"
+    assert actual(f"{tmp_path}/shar/cuts.000000.jsonl.gz") == "lhotse_shar"
     for name, file in [
         ("lhotse_shar", "cuts.000000.jsonl.gz"),
         ("parquet", "a.parquet"),
@@ -625,11 +625,11 @@ def test_a_format_is_told_from_the_files(tmp_path, sounds):
     ]:
         (folder := tmp_path / file).mkdir()
         (folder / file).touch()
-        assert found(str(folder)) == name
-    assert found("s3://speech/x.parquet") == "parquet"
+        assert actual(str(folder)) == name
+    assert actual("s3://speech/x.parquet") == "parquet"
     (tmp_path / "empty").mkdir()
     with pytest.raises(ManifestError, match="corpus c: can't tell what .*empty holds"):
-        found(f"{tmp_path}/empty")
+        actual(f"{tmp_path}/empty")
 
 
 @pytest.mark.parametrize("name", ["nemo", "nemo_tarred", "lhotse_cuts", "lhotse_shar", "parquet", "audiofolder", None])
@@ -678,17 +678,17 @@ raw_rows = st.one_of(plain, spoilt, spoilt, st.none(), st.just(("bad_audio", "br
 
 @given(rows=st.lists(raw_rows, max_size=6), language=st.sampled_from([None, "en"]))
 @settings(max_examples=400, deadline=None)
-def test_a_block_says_of_each_row_what_the_parser_says_of_it_alone(rows, language):
+def test_a_block_gives_each_row_the_same_result_as_the_parser_alone(rows, language):
     chunk = Chunk("/m/m.jsonl", 0, 1, language=language)
     numbers = range(5, 5 + len(rows))
     block = RowParser(chunk).block(numbers, rows)
     alone = {number: RowParser(chunk).parse(row) for number, row in zip(numbers, rows, strict=True) if row is not None}
     assert block.num_lines == len(rows)
     assert dict(zip(block.numbers.tolist(), map(repr, block.utterances()), strict=True)) == {
-        number: repr(found) for number, found in alone.items() if isinstance(found, Utterance)
+        number: repr(actual) for number, actual in alone.items() if isinstance(actual, Utterance)
     }
     assert [(row.line, row.reason, row.detail) for row in block.bad] == [
-        (number, *found) for number, found in alone.items() if not isinstance(found, Utterance)
+        (number, *actual) for number, actual in alone.items() if not isinstance(actual, Utterance)
     ]
     assert all(key.__class__ is PromptKey for key in block.prompts)
     assert all(math.isfinite(row.duration_ms) and row.duration_ms > 0 for row in block.utterances())

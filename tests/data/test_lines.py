@@ -78,16 +78,16 @@ def test_a_row_becomes_an_utterance(tmp_path):
         "itn": None,
         "text": " one\t two ",
     }
-    (found,) = read(tmp_path / "m.jsonl", [row])
+    (parsed,) = read(tmp_path / "m.jsonl", [row])
     slots = (("task", "ast"), ("decodercontext", "eins"))
-    assert found == Utterance(str(tmp_path / "a.flac"), 500, 1200, "one two", "en", "de", False, slots)
+    assert parsed == Utterance(str(tmp_path / "a.flac"), 500, 1200, "one two", "en", "de", False, slots)
 
 
 def test_languages_fall_back_from_target_to_source_to_lang_to_the_corpus(tmp_path):
     bare = {key: value for key, value in GOOD.items() if key != "lang"}
     rows = [GOOD, {**GOOD, "target_lang": "de"}, {**GOOD, "source_lang": "fr"}, bare]
-    found = read(tmp_path / "m.jsonl", rows, language="es")
-    assert [(row.source_lang, row.target_lang) for row in found] == [
+    parsed = read(tmp_path / "m.jsonl", rows, language="es")
+    assert [(row.source_lang, row.target_lang) for row in parsed] == [
         ("en", "en"),
         ("en", "de"),
         ("fr", "fr"),
@@ -150,9 +150,9 @@ def test_bad_lines_are_named_and_leave_the_others(tmp_path):
     lines = [json.dumps(GOOD), "{broken", "", "[1]", '{"duration": 1}', json.dumps(GOOD), r'{"text": "\ud800"}']
     path.write_text("\n".join(lines))
     for chunk_bytes in (20, 1000):
-        found = read(path, chunk_bytes=chunk_bytes)
-        assert [isinstance(row, Utterance) for row in found] == [True, False, False, False, True, False]
-        bad = [(row.file, row.line, row.reason) for row in found if isinstance(row, BadRow)]
+        parsed = read(path, chunk_bytes=chunk_bytes)
+        assert [isinstance(row, Utterance) for row in parsed] == [True, False, False, False, True, False]
+        bad = [(row.file, row.line, row.reason) for row in parsed if isinstance(row, BadRow)]
         assert bad == [
             (str(path), 2, "bad_json"),
             (str(path), 4, "bad_json"),
@@ -173,7 +173,7 @@ def test_no_manifests_at_all_is_an_error_with_a_remedy():
 
 
 @pytest.mark.parametrize(("name", "why"), [("none.jsonl", "no such file.*RAYTRAIN_DATA_ROOT"), (".", "can't tell")])
-def test_what_can_not_be_read_is_named_with_the_corpus_and_the_reason(tmp_path, name, why):
+def test_unreadable_files_are_named_with_the_corpus_and_the_reason(tmp_path, name, why):
     with pytest.raises(ManifestError, match=f"corpus c: .*{why}"):
         read(tmp_path / name)
 

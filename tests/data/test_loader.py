@@ -1,4 +1,4 @@
-"""The loader: its batches are those of a plain loop over libsndfile, whatever threads read them."""
+"""The loader: its batches equal those of a plain loop over libsndfile, for any number of threads."""
 
 import io
 import os
@@ -27,13 +27,13 @@ from raytrain.lengths import BatchSchedule
 RATE, PAD = 16000, 5
 EDGES_MS = (1000, 12000)
 SIZES = (33, 17)
-CUT = {5: 0, 40: 100, 41: 0, 77: 300}  # row: the bytes that are left of its file
-BROKEN = {"005.wav", "040.flac", "041.wav"}  # of row 77 there are some samples
+CUT = {5: 0, 40: 100, 41: 0, 77: 300}  # row: the bytes left of its file
+BROKEN = {"005.wav", "040.flac", "041.wav"}  # row 77 still has some samples
 
 
 def write_row(folder: Path, number: int, rng: np.random.Generator, tar: io.BufferedWriter) -> dict:
     """A recording: FLAC or WAV, one or two channels, five rates, some longer than one read, in a file or a tar; and its
-    row, which may begin late, or ask for less or a little more than there is."""
+    row, which may begin late, or ask for less or slightly more than there is."""
     container, rate, channels = ("flac", "wav")[number % 2], (RATE, RATE, 8000, 22050, 44100)[number % 5], 1
     duration_ms = 11000 if number in (10, 11) else int(rng.uniform(200, 1500))
     if number % 7 == 0:
@@ -81,7 +81,7 @@ def mixed(tmp_path_factory) -> Assignment:
 
 
 def expected_audio(row: Row) -> np.ndarray | None:
-    """Samples of a row by libsndfile and soxr alone, None where there are none."""
+    """Samples of a row by libsndfile and soxr alone, None if there are none."""
     try:
         data = Path(row.audio_path).read_bytes()
         if row.audio_size:
@@ -100,7 +100,7 @@ def expected_audio(row: Row) -> np.ndarray | None:
 
 
 def expected_rows(assignment: Assignment, bucket: int, numbers: list[int]) -> list[tuple[Row, np.ndarray]]:
-    """A batch's rows with their audio, each broken one replaced by the next row of the bucket that is not."""
+    """A batch's rows with their audio, each broken row replaced by the next intact row of the bucket."""
     read = []
     for number in numbers:
         row = assignment.row(bucket, number)
@@ -149,7 +149,7 @@ def test_batches_are_bit_for_bit_those_of_a_plain_loop(mixed, num_threads):
 
 
 class Slow(MemoryFileSystem):
-    """A store that takes its time to open a file."""
+    """A store that opens files slowly."""
 
     protocol = "slow"
 
@@ -162,7 +162,7 @@ class Slow(MemoryFileSystem):
         return super()._open(path, *arguments, **options)
 
 
-def test_waiting_for_storage_is_told_from_decoding(mixed):
+def test_waiting_for_storage_is_distinguished_from_decoding(mixed):
     fsspec.register_implementation("slow", Slow, clobber=True)
     sound = io.BytesIO()
     soundfile.write(sound, np.zeros(RATE), RATE, format="FLAC")
@@ -216,7 +216,7 @@ def test_tasks_have_each_row_once_in_order_and_leave_no_thread_without_work(num_
     assert len(tasks) >= min(num_rows, 4 * num_threads)
 
 
-def test_a_reader_that_is_closed_gives_no_shorter_batch(mixed):
+def test_a_closed_reader_gives_no_shorter_batch(mixed):
     closed = threading.Event()
 
     def wait(audio: np.ndarray, key: int, longest: int) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""A manifest's rows get the audio of the tar that its name says, however the files are listed."""
+"""A manifest's rows get the audio of the tar with its number, in whatever order files are listed."""
 
 import io
 import json
@@ -16,7 +16,7 @@ from raytrain.data.locator import AudioLocator
 from raytrain.errors import ManifestError
 from raytrain.storage.filesystem import read_range
 
-# (folder, set): what stands before the number in manifests and tars, with several sets in some.
+# (folder, set): the prefix of the number in manifests and tars, with several sets in some cases.
 SETS = (
     [("m_", "a_")],
     [("sharded_manifests/manifest__", "audio__")],
@@ -44,8 +44,8 @@ ENDINGS = [("", ""), ("_v3", "_v3"), ("", "-16k"), ("-of-64", "-of-64")]
 def test_pairs_do_not_depend_on_the_order_of_listing(sets, numbers, forms, endings, packed, seed):
     name, tar_name = (form + ending for form, ending in zip(forms, endings, strict=True))
     expected = {
-        f"/d/{one}{name.format(number)}.json{packed}": f"/d/{two}{tar_name.format(number)}.tar"
-        for one, two in sets
+        f"/d/{manifest_set}{name.format(number)}.json{packed}": f"/d/{tar_set}{tar_name.format(number)}.tar"
+        for manifest_set, tar_set in sets
         for number in numbers
     }
     manifests, tars = list(expected), list(expected.values())
@@ -63,15 +63,15 @@ def test_pairs_do_not_depend_on_the_order_of_listing(sets, numbers, forms, endin
     st.lists(st.integers(0, 50), min_size=2, max_size=8, unique=True),
 )
 def test_numbers_that_differ_are_refused_by_name(ids, tar_ids):
-    manifests, tars = [f"/d/m_{one}.json" for one in ids], [f"/d/a_{one}.tar" for one in tar_ids]
+    manifests, tars = [f"/d/m_{shard}.json" for shard in ids], [f"/d/a_{shard}.tar" for shard in tar_ids]
     if set(ids) == set(tar_ids):
         assert len(pair_shards(manifests, tars)) == len(ids)
         return
     with pytest.raises(ManifestError) as caught:
         pair_shards(manifests, tars)
     alone, tars_alone = set(ids) - set(tar_ids), set(tar_ids) - set(ids)
-    assert any(f"/d/m_{one}.json" in str(caught.value) for one in alone) == bool(alone)
-    assert any(f"/d/a_{one}.tar" in str(caught.value) for one in tars_alone) == bool(tars_alone)
+    assert any(f"/d/m_{shard}.json" in str(caught.value) for shard in alone) == bool(alone)
+    assert any(f"/d/a_{shard}.tar" in str(caught.value) for shard in tars_alone) == bool(tars_alone)
     assert caught.value.remedy
 
 
@@ -86,9 +86,9 @@ def test_numbers_that_differ_are_refused_by_name(ids, tar_ids):
     ],
 )
 def test_pairs_that_names_do_not_tell_are_refused(manifests, tars):
-    for some in (manifests, manifests[::-1]):
+    for listed in (manifests, manifests[::-1]):
         with pytest.raises(ManifestError) as caught:
-            pair_shards(some, tars)
+            pair_shards(listed, tars)
         assert any(path in str(caught.value) for path in manifests) and any(tar in str(caught.value) for tar in tars)
 
 
@@ -148,15 +148,15 @@ def test_a_row_of_another_shard_is_a_bad_row(tmp_path, shard_id, wrong):
         {} if shard_id == "absent" else {"shard_id": shard_id}
     )
     for number in (4, 5):
-        others = [{**row, "shard_id": 9 if wrong else number}] if wrong else []
-        rows = [row if number == 4 else {**row, "shard_id": 5}, *others]
-        (tmp_path / f"m_{number}.json").write_text("".join(json.dumps(one) + "\n" for one in rows))
+        extra = [{**row, "shard_id": 9 if wrong else number}] if wrong else []
+        rows = [row if number == 4 else {**row, "shard_id": 5}, *extra]
+        (tmp_path / f"m_{number}.json").write_text("".join(json.dumps(row) + "\n" for row in rows))
         (tmp_path / f"a_{number}.tar").touch()
     corpus = Corpus("c", f"{tmp_path}/m_*.json", audio=f"{tmp_path}/a_*.tar")
-    found = [row for chunk in plan_chunks([corpus]) for row in read_chunk(chunk)]
-    bad = [row for row in found if isinstance(row, BadRow)]
-    assert len(found) - len(bad) == 2
-    assert [(one.reason, one.line) for one in bad] == ([("wrong_shard", 2)] * 2 if wrong else [])
+    rows_read = [row for chunk in plan_chunks([corpus]) for row in read_chunk(chunk)]
+    bad = [row for row in rows_read if isinstance(row, BadRow)]
+    assert len(rows_read) - len(bad) == 2
+    assert [(row.reason, row.line) for row in bad] == ([("wrong_shard", 2)] * 2 if wrong else [])
 
 
 def test_shar_shards_never_share_a_tar(tmp_path):
@@ -165,7 +165,7 @@ def test_shar_shards_never_share_a_tar(tmp_path):
         (tmp_path / name / "cuts.000000.jsonl").touch()
         (tmp_path / name / "recording.000000.tar").touch()
     folders = (f"{tmp_path}/a", f"{tmp_path}/b")
-    found = plan_chunks([Corpus("c", folders, "lhotse_shar")])
-    assert [chunk.audio for chunk in found] == [f"{folder}/recording.000000.tar" for folder in folders]
+    rows_read = plan_chunks([Corpus("c", folders, "lhotse_shar")])
+    assert [chunk.audio for chunk in rows_read] == [f"{folder}/recording.000000.tar" for folder in folders]
     with pytest.raises(ManifestError, match=r"/a/cuts.000000.jsonl and .*/b/cuts.000000.jsonl, both with"):
         plan_chunks([Corpus("c", folders, "lhotse_shar", audio=f"{tmp_path}/a")])

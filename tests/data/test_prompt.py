@@ -30,7 +30,7 @@ def tokens(tokenizer: CanaryTokenizer, *names: str) -> list[int]:
     return [tokenizer.special(f"<|{name}|>") for name in names]
 
 
-# The ids are what NeMo 3.0's prompt formatters gave for the reference models.
+# The ids are from NeMo 3.0's prompt formatters for the reference models.
 @pytest.mark.parametrize(
     ("name", "languages", "options", "ids"),
     [
@@ -81,11 +81,11 @@ SWITCH = st.sampled_from(["yes", "No", True, False, "token", "notoken", None])
 @given(st.fixed_dictionaries({name: SWITCH for name in ("pnc", "itn", "timestamp", "diarize")}))
 def test_a_switch_may_be_a_word_a_boolean_or_a_token(tokenizers, values):
     values = {key: value.replace("token", key) if isinstance(value, str) else value for key, value in values.items()}
-    found = prompt_ids(tokenizers["canary2"], "en", "en", prompt_format="canary2", slots=values)
+    ids = prompt_ids(tokenizers["canary2"], "en", "en", prompt_format="canary2", slots=values)
     default = {"pnc": True, "itn": False, "timestamp": False, "diarize": False}
     wanted = {key: default[key] if value is None else value for key, value in values.items()}
     on = {key: value is True or value in ("yes", key) for key, value in wanted.items()}
-    assert found[-4:] == tokens(tokenizers["canary2"], *(key if on[key] else f"no{key}" for key in default))
+    assert ids[-4:] == tokens(tokenizers["canary2"], *(key if on[key] else f"no{key}" for key in default))
 
 
 @pytest.mark.parametrize("language", ["fr", "pnc", "nospeech", "", "spl_tokens", None])
@@ -116,26 +116,26 @@ def read(tmp_path, tokenizer: CanaryTokenizer, prompt_format: str, *rows: dict) 
     path = tmp_path / "m.jsonl"
     path.write_text("".join(json.dumps({**BASE, **row}) + "\n" for row in rows))
     (chunk,) = plan_chunks([Corpus("m", str(path))])
-    encoder, found = BlockEncoder(tokenizer, prompt_format), {}
+    encoder, encoded_by_format = BlockEncoder(tokenizer, prompt_format), {}
     for block in map(encoder.check, read_blocks(chunk)):
-        found.update(zip(block.numbers.tolist(), block.utterances(), strict=True))
-        found.update({row.line: row for row in block.bad})
-    return [found[line] for line in sorted(found)]
+        encoded_by_format.update(zip(block.numbers.tolist(), block.utterances(), strict=True))
+        encoded_by_format.update({row.line: row for row in block.bad})
+    return [encoded_by_format[line] for line in sorted(encoded_by_format)]
 
 
 def test_rows_name_slots_and_bad_ones_are_rejected_with_a_reason(tokenizers, tmp_path):
     tokenizer = tokenizers["canary2"]
     rows = [{"itn": "yes", "taskname": "asr"}, {"itn": "perhaps"}, {"pnc": "maybe"}, {"emotion": "happy"}, {}]
-    found = read(tmp_path, tokenizer, "canary2", *rows)
-    assert [row.reason if isinstance(row, BadRow) else "" for row in found] == ["", "bad_slot", "bad_slot", "", ""]
-    assert [row.line for row in found if isinstance(row, BadRow)] == [2, 3]
-    assert "got 'perhaps'; allowed: yes, no" in found[1].detail
+    checked = read(tmp_path, tokenizer, "canary2", *rows)
+    assert [row.reason if isinstance(row, BadRow) else "" for row in checked] == ["", "bad_slot", "bad_slot", "", ""]
+    assert [row.line for row in checked if isinstance(row, BadRow)] == [2, 3]
+    assert "got 'perhaps'; allowed: yes, no" in checked[1].detail
     itn = tokenizer.special("<|itn|>")
-    assert itn in encode_utterance(tokenizer, found[0], "canary2").ids
-    assert itn not in encode_utterance(tokenizer, found[4], "canary2").ids
+    assert itn in encode_utterance(tokenizer, checked[0], "canary2").ids
+    assert itn not in encode_utterance(tokenizer, checked[4], "canary2").ids
 
 
-def test_a_slot_of_the_other_format_is_left_out_whatever_it_holds(tokenizers, tmp_path):
+def test_a_slot_of_the_other_format_is_left_out_whatever_its_value(tokenizers, tmp_path):
     (bad,) = read(tmp_path, tokenizers["canary2"], "canary2", {"timestamp": 1700000000.5})
     assert bad.reason == "bad_slot"
     row, plain = read(tmp_path, tokenizers["canary"], "canary", {"timestamp": 1700000000.5, "emotion": "tired"}, {})
@@ -145,7 +145,7 @@ def test_a_slot_of_the_other_format_is_left_out_whatever_it_holds(tokenizers, tm
 
 
 def test_rows_whose_prompt_the_tokenizer_lacks_are_rejected(tokenizers, tmp_path):
-    # Without <|de|>, German can't be asked for, though there is a model of its text.
+    # Without <|de|>, German can't be requested, although it has a text model.
     lacking = CanaryTokenizer({**tokenizers["canary2"].models, "spl_tokens": train_specials(["en"])})
     good, bad = read(tmp_path, lacking, "canary2", {}, {"lang": "de", "text": "eins"})
     assert isinstance(good, Utterance) and (bad.reason, bad.line) == ("bad_slot", 2)

@@ -1,4 +1,4 @@
-"""Each row of a manifest is usable or a named bad row, whatever it holds, and the same by itself and among others."""
+"""Any row of a manifest is usable or a named bad row, with the same result alone and among others."""
 
 import json
 import string
@@ -54,7 +54,7 @@ further = {
     name: odd for name in ("offset", "source_lang", "target_lang", "pnc", "itn", "_skipme", "shard_id", "emotion")
 }
 rows = st.one_of(
-    st.fixed_dictionaries(usual),  # as most rows are, so that whole blocks of them occur
+    st.fixed_dictionaries(usual),  # ordinary rows, so that whole blocks of them occur
     st.fixed_dictionaries({name: st.one_of(usual[name], odd) for name in usual}, optional=further),
     st.fixed_dictionaries({}, optional={**{name: odd for name in usual}, **further}),
     st.one_of(odd, st.lists(odd, max_size=2)).filter(lambda row: row is not None),
@@ -65,32 +65,32 @@ rows = st.one_of(
 @given(st.sampled_from(sorted(CHUNKS)), st.lists(rows, max_size=5))
 @example("nemo", [{**GOOD, "pnc": 1}, {**GOOD, "pnc": 1.0}, {**GOOD, "pnc": True}])
 @example("nemo", [{**GOOD, "duration": 10**400}])
-def test_a_row_is_usable_or_bad_and_the_same_alone_and_in_a_block(name, some):
-    check_rows(name, some)
+def test_a_row_is_usable_or_bad_and_the_same_alone_and_in_a_block(name, rows):
+    check_rows(name, rows)
 
 
 @pytest.mark.parametrize("value", [nested(990), 10**5000, {"a": nested(990)}, "x" * 100_000], ids=lambda value: "")
 @pytest.mark.parametrize("field", [*usual, *further])
-def test_a_field_that_can_not_be_shown_is_no_trouble(encoder, field, value):
+def test_a_field_that_cannot_be_shown_does_no_harm(encoder, field, value):
     # Hypothesis would show them.
-    some = [GOOD, {**GOOD, field: value}]
+    rows = [GOOD, {**GOOD, field: value}]
     for name in CHUNKS:
-        check_rows(name, some)
-    block = encoder.check(RowParser(CHUNKS["nemo"]).block([0, 1], some))
+        check_rows(name, rows)
+    block = encoder.check(RowParser(CHUNKS["nemo"]).block([0, 1], rows))
     assert all(len(row.detail) < 1000 for row in block.bad)
 
 
-def check_rows(name, some):
+def check_rows(name, rows):
     parser = RowParser(CHUNKS[name])
-    alone = [parser.parse(row) for row in some]
-    block = parser.block(np.arange(len(some)), some)
+    alone = [parser.parse(row) for row in rows]
+    block = parser.block(np.arange(len(rows)), rows)
     together = {row.line: (row.reason, row.detail) for row in block.bad}
     for number, row in zip(block.numbers.tolist(), block.utterances(), strict=True):
         together[number] = row
-    assert [together[number] for number in range(len(some))] == alone
-    for found in together.values():
-        if not isinstance(found, Utterance):
-            reason, detail = found
+    assert [together[number] for number in range(len(rows))] == alone
+    for parsed in together.values():
+        if not isinstance(parsed, Utterance):
+            reason, detail = parsed
             assert reason in REASONS and len(detail) < 1000 and detail.isprintable() and detail.encode()
 
 
@@ -101,9 +101,9 @@ def encoder():
 
 @settings(max_examples=150, deadline=None)
 @given(st.lists(rows, max_size=5))
-def test_what_is_usable_can_be_counted_and_encoded(encoder, some):
-    block = encoder.check(RowParser(CHUNKS["nemo"]).block(np.arange(len(some)), some))
-    assert len(block) + len(block.bad) == len(some)
+def test_what_is_usable_can_be_counted_and_encoded(encoder, rows):
+    block = encoder.check(RowParser(CHUNKS["nemo"]).block(np.arange(len(rows)), rows))
+    assert len(block) + len(block.bad) == len(rows)
     lengths, _ = encoder.count(block)
     assert len(lengths) == len(block) and (encoder.encode(block).lengths == lengths).all()
 
@@ -133,7 +133,7 @@ def test_what_is_usable_can_be_counted_and_encoded(encoder, some):
         ({"offset": -5}, "bad_duration"),
     ],
 )
-def test_what_is_wrong_with_a_field_has_its_name(fields, reason):
+def test_a_fields_problem_has_a_name(fields, reason):
     row = {**GOOD, **fields}
     assert RowParser(CHUNKS["nemo"]).parse(row)[0] == reason
     block = RowParser(CHUNKS["nemo"]).block([7, 8], [GOOD, row])
@@ -170,14 +170,14 @@ LINES = {
 
 
 @pytest.mark.parametrize("name", LINES)
-def test_a_hostile_line_is_a_row_of_its_own(tmp_path, name, encoder):
+def test_a_hostile_line_affects_no_other_row(tmp_path, name, encoder):
     good = orjson.dumps(GOOD)
     (tmp_path / "m.jsonl").write_bytes(b"\n".join([good, LINES[name], good]) + b"\n")
     chunks = plan_chunks([Corpus("c", f"{tmp_path}/m.jsonl", "nemo")])
-    found = [row for chunk in chunks for row in read_chunk(chunk)]
-    assert [isinstance(row, Utterance) for row in (found[0], found[-1])] == [True, True]
-    assert len(found) == 3 or name == "null"
-    assert all(row.line == 2 and row.reason in REASONS for row in found if isinstance(row, BadRow))
+    parsed = [row for chunk in chunks for row in read_chunk(chunk)]
+    assert [isinstance(row, Utterance) for row in (parsed[0], parsed[-1])] == [True, True]
+    assert len(parsed) == 3 or name == "null"
+    assert all(row.line == 2 and row.reason in REASONS for row in parsed if isinstance(row, BadRow))
 
 
 cut = st.recursive(
@@ -218,8 +218,8 @@ def test_a_hostile_cut_is_a_row_or_a_reason(value):
 
     for in_tar in (False, True):
         row = cut_row(value, in_tar=in_tar)
-        found = RowParser(CHUNKS["nemo"]).parse(row)
-        assert isinstance(found, Utterance) or (found[0] in REASONS and len(found[1]) < 1000)
+        parsed = RowParser(CHUNKS["nemo"]).parse(row)
+        assert isinstance(parsed, Utterance) or (parsed[0] in REASONS and len(parsed[1]) < 1000)
 
 
 def test_a_tilde_in_a_row_is_the_home_folder(tmp_path, monkeypatch):

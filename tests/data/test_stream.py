@@ -1,4 +1,4 @@
-"""Streams: every row once an epoch, one bucket for all ranks, exact resume, errors that are heard."""
+"""Streams: every row once per epoch, one bucket for all ranks, exact resume, errors that propagate."""
 
 import json
 from collections import Counter
@@ -23,7 +23,7 @@ SHARDS, ROWS = 6, 25
 
 @pytest.fixture(scope="module")
 def tarred(tmp_path_factory):
-    """A NeMo tarred corpus; every row's text is a number of its own. One row is too long for any bucket."""
+    """A NeMo tarred corpus; every row's text is a unique number. One row is too long for any bucket."""
     import tarfile
 
     folder = tmp_path_factory.mktemp("tarred")
@@ -65,24 +65,24 @@ def texts_of(steps):
 
 
 @pytest.mark.parametrize("concurrent", [False, True])
-def test_every_row_once_an_epoch_and_every_rank_in_its_bucket(parts, concurrent):
-    found = sampler(parts, num_epochs=2, concurrent=concurrent)
-    steps = list(found.steps(StreamState()))
+def test_every_row_once_per_epoch_and_all_ranks_in_one_bucket(parts, concurrent):
+    steps_of_stream = sampler(parts, num_epochs=2, concurrent=concurrent)
+    steps = list(steps_of_stream.steps(StreamState()))
     assert [step.is_last for step in steps] == [False] * (len(steps) - 1) + [True]
     for epoch in (0, 1):
         drawn = Counter(row.text for step in steps if step.plan.epoch == epoch for row in step.rows)
         assert set(drawn) == {f"row {number}" for number in range(1, SHARDS * ROWS)}
         # At the end a bucket may hold one row for two ranks.
         assert sum(drawn.values()) - len(drawn) <= 3
-    assert found.rejected == {"too_long": 2}
-    edges = [bucket.max_duration_ms for bucket in found.plan.grid.buckets]
+    assert steps_of_stream.rejected == {"too_long": 2}
+    edges = [bucket.max_duration_ms for bucket in steps_of_stream.plan.grid.buckets]
     for step in steps:
         low = edges[step.plan.bucket - 1] if step.plan.bucket else 0
         assert all(low < row.duration_ms <= edges[step.plan.bucket] for row in step.rows)
         shares = [step.share(rank) for rank in range(2)]
         assert [row for share in shares for row in share.rows] == step.rows
         assert all(share.rows for share in shares)
-        assert max(step.plan.sizes) <= found.batch_sizes[step.plan.bucket]
+        assert max(step.plan.sizes) <= steps_of_stream.batch_sizes[step.plan.bucket]
     orders = [[row.text for step in steps if step.plan.epoch == epoch for row in step.rows] for epoch in (0, 1)]
     assert orders[0] != orders[1]
 
@@ -92,7 +92,7 @@ def test_resume_is_exact_also_with_other_workers_and_batch_sizes(parts):
     for cut in (1, 17, len(whole) - 3):
         state = StreamState.from_dict(json.loads(json.dumps(whole[cut - 1].state.to_dict())))
         assert texts_of(sampler(parts, num_epochs=2).steps(state)) == texts_of(whole[cut:])
-    # Half an epoch with 2 ranks, some steps with 3, the rest with 1: still every row once.
+    # Half an epoch with 2 ranks, some steps with 3, the rest with 1: every row still appears once.
     first = whole[:10]
     seen = [text for texts in texts_of(first) for text in texts]
     middle = list(sampler(parts, 3, num_epochs=1).steps(first[-1].state))[:4]
@@ -106,8 +106,8 @@ def test_resume_is_exact_also_with_other_workers_and_batch_sizes(parts):
 
 def test_weights_repeat_a_corpus(parts):
     chunks, *rest = parts
-    found = StreamSampler(chunks, *rest[:2], [3, 2, 1], 1, seed=7, repeats={"tars": 2.5}, num_epochs=1)
-    drawn = sum(len(step.rows) for step in found.steps(StreamState()))
+    steps_of_stream = StreamSampler(chunks, *rest[:2], [3, 2, 1], 1, seed=7, repeats={"tars": 2.5}, num_epochs=1)
+    drawn = sum(len(step.rows) for step in steps_of_stream.steps(StreamState()))
     assert 2 * SHARDS * ROWS - 2 <= drawn <= 3 * SHARDS * ROWS
 
 
@@ -117,18 +117,18 @@ def test_audio_is_read_from_the_tar_and_a_lost_member_replaced(parts, tarred, tm
     rows = (tarred / "manifest_1.json").read_text().replace("s1r3.wav", "gone.wav")
     lost.write_text(rows)
     corpus = Corpus("tars", str(lost), audio=str(tarred / "audio_1.tar"), language="en")
-    found = StreamSampler(plan_chunks([corpus]), encoder, plan, [3, 3, 3], 1, seed=7, num_epochs=1)
+    steps_of_stream = StreamSampler(plan_chunks([corpus]), encoder, plan, [3, 3, 3], 1, seed=7, num_epochs=1)
     edges = [(bucket.max_duration_ms, bucket.max_tokens) for bucket in plan.grid.buckets]
     quarantine = Quarantine(None)
     reader = StepReader(edges, sample_rate=RATE, pad_id=tokenizer.pad_id, quarantine=quarantine)
-    heard, replaced = 0, 0
-    with BatchLoader((step.share(0) for step in found.steps(StreamState())), reader) as loader:
+    num_read, replaced = 0, 0
+    with BatchLoader((step.share(0) for step in steps_of_stream.steps(StreamState())), reader) as loader:
         for loaded in loader:
-            heard += len(loaded.batch)
+            num_read += len(loaded.batch)
             replaced += loaded.num_replaced
             assert loaded.batch.audio_lengths.max() <= edges[loaded.plan.bucket][0] * RATE // 1000
             assert float(loaded.batch.audio.abs().max()) > 0
-    assert heard == ROWS and replaced == 1
+    assert num_read == ROWS and replaced == 1
     (note,) = quarantine.take_news()
     assert note["audio_path"].endswith("audio_1.tar/gone.wav")
 
@@ -141,15 +141,15 @@ def test_a_broken_corpus_is_raised_and_does_not_hang(parts, tarred, tmp_path, co
     corpus = Corpus("tars", str(manifest), audio=str(tarred / "audio_0.tar"), language="en")
     chunks = plan_chunks([corpus])
     manifest.unlink()
-    found = StreamSampler(chunks, encoder, plan, [3, 2, 1], 1, seed=7, concurrent=concurrent)
+    steps_of_stream = StreamSampler(chunks, encoder, plan, [3, 2, 1], 1, seed=7, concurrent=concurrent)
     with pytest.raises(Exception, match="manifest.json"):
-        list(found.steps(StreamState()))
+        list(steps_of_stream.steps(StreamState()))
 
 
-def test_nothing_that_fits_is_an_error(parts, tarred):
+def test_no_fitting_row_is_an_error(parts, tarred):
     chunks, encoder, _, _ = parts
     histogram = LengthHistogram.from_lengths(np.array([100]), np.array([20]))
     plan = make_plan(histogram, BucketSettings(1, 1, max_duration_ms=150, tps_sigma=None), "", None)
-    found = StreamSampler(chunks, encoder, plan, [3], 1, seed=7)
+    steps_of_stream = StreamSampler(chunks, encoder, plan, [3], 1, seed=7)
     with pytest.raises(ManifestError, match="no row that fits"):
-        next(found.steps(StreamState()))
+        next(steps_of_stream.steps(StreamState()))

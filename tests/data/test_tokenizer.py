@@ -1,4 +1,4 @@
-"""Tokenizers: NeMo's reference archives, small corpora, files and processes, what is kept of a text."""
+"""Tokenizers: NeMo's reference archives, small corpora, files and processes, which parts of a text survive."""
 
 import io
 import pickle
@@ -20,7 +20,7 @@ CORPORA = {
     "de": ["eins zwei drei", "Größe, Maß & Übermut: äöü ÄÖÜ – (oder)"],
 }
 REFERENCES = [("tiny-canary", "canary"), ("tiny-canary2", "canary2")]
-# What NeMo 3.0's CanaryTokenizer gave for the reference models, before the offset of the language is added.
+# The output of NeMo 3.0's CanaryTokenizer for the reference models, before the offset of the language is added.
 NEMO_TEXT_IDS = [
     ("en", "  It was  a\tdark night.  ", [113, 35, 3, 33, 37, 223, 43, 134, 212]),
     (
@@ -60,13 +60,15 @@ def test_prompts_have_the_ids_that_nemo_gave_them(name, prompt_format):
 
 
 @pytest.mark.parametrize(("name", "prompt_format"), REFERENCES)
-def test_special_tokens_stand_in_nemos_order(name, prompt_format):
+def test_special_tokens_are_in_nemos_order(name, prompt_format):
     wanted = pieces(recorded(name)[0], "spl_tokens")
     languages = [piece[2:-2] for piece in wanted if len(piece) == 6]
-    found = [piece for _, piece in pieces_of({"spl_tokens": train_specials(languages, prompt_format)})]
+    special_pieces = [piece for _, piece in pieces_of({"spl_tokens": train_specials(languages, prompt_format)})]
     # What a newer format adds comes after the languages; the bare ▁ is always last.
-    assert found[: len(wanted) - 1] == wanted[:-1]
-    assert {"<|transcribe|>", "<|itn|>"} & set(found) == {"<|transcribe|>" if name == "tiny-canary" else "<|itn|>"}
+    assert special_pieces[: len(wanted) - 1] == wanted[:-1]
+    assert {"<|transcribe|>", "<|itn|>"} & set(special_pieces) == {
+        "<|transcribe|>" if name == "tiny-canary" else "<|itn|>"
+    }
 
 
 @pytest.mark.parametrize(("name", "num_specials"), [("tiny-canary", 14), ("tiny-canary2", 21)])
@@ -88,8 +90,8 @@ def test_ids_of_several_languages_are_decoded_as_nemo_does():
 @settings(max_examples=60, deadline=None)
 @given(data=st.data())
 def test_decoding_what_was_encoded_keeps_the_text(any_tokenizer, data):
-    """Kept: texts over the model's characters. Not kept: how much white space there is and of what kind, and ▁,
-    SentencePiece's name for a space."""
+    """Preserved: texts over the model's characters. Not preserved: the amount and kind of whitespace, and ▁,
+    SentencePiece's symbol for a space."""
     language = data.draw(st.sampled_from(any_tokenizer.languages))
     characters = [piece for piece in pieces(any_tokenizer, language) if len(piece) == 1 and piece != "▁"]
     text = data.draw(st.text(st.sampled_from([*characters, " ", "\t", "\n", "▁"]), max_size=60))
@@ -145,7 +147,7 @@ def test_words_are_whole_pieces_where_there_is_room():
     assert [len(tokenizer.encode_text(word, "en")) for word in DIGITS.split()] == [1] * 10
 
 
-def test_an_unknown_language_or_special_lists_what_there_is(trained):
+def test_an_unknown_language_or_special_token_lists_the_known(trained):
     for language in ("fr", "spl_tokens"):
         with pytest.raises(TokenizerError, match=f"got {language}; allowed: de, en;"):
             trained.encode_text("un", language)
@@ -178,4 +180,4 @@ def test_byte_pieces_are_read_as_characters():
     tokenizer = CanaryTokenizer({"spl_tokens": train_specials(["en"]), "en": writer.getvalue()})
     ids = tokenizer.encode_text("one wörld 你", "en")
     assert tokenizer.decode(ids) == "one wörld 你"
-    assert tokenizer.decode(ids[:-1]).startswith("one wörld")  # half a character is no error
+    assert tokenizer.decode(ids[:-1]).startswith("one wörld")  # half a character is not an error

@@ -1,5 +1,5 @@
-"""A tokenizer covers the texts that it is used for: it is trained on a sample of every language, and what it can't
-write is counted, named and limited."""
+"""A tokenizer covers the texts that it is used for: it is trained on a sample of every language, and characters that it
+can't encode are counted, named and limited."""
 
 import io
 import json
@@ -48,9 +48,9 @@ def rows_of(sizes: dict[str, int]) -> list[dict]:
 def sample_of(parts: list[list[dict]], most: int) -> SentenceSample:
     total = SentenceSample(most)
     for part in parts:
-        one = SentenceSample(most)
-        one.add_block(block_of(part))
-        total.add(one)
+        sample = SentenceSample(most)
+        sample.add_block(block_of(part))
+        total.add(sample)
     return total
 
 
@@ -70,7 +70,7 @@ def test_a_sample_has_every_language_however_corpora_are_ordered_and_cut(sizes, 
     rng.shuffle(rows)
     ends = sorted(rng.choices(range(len(rows) + 1), k=number - 1))
     parts = [rows[start:end] for start, end in zip([0, *ends], [*ends, len(rows)], strict=True) if start < end]
-    sentences._TRIM_AT = 3  # cut down again and again
+    sentences._TRIM_AT = 3  # trimmed repeatedly
     try:
         assert sample_of(parts, most).texts() == whole
     finally:
@@ -80,7 +80,7 @@ def test_a_sample_has_every_language_however_corpora_are_ordered_and_cut(sizes, 
 @settings(max_examples=150, deadline=None)
 @given(_SIZES, _SIZES, st.integers(1, 40))
 def test_more_rows_take_places_and_give_none(sizes, further, most):
-    """What allows to drop sentences before all rows are seen."""
+    """The property that allows dropping sentences before all rows are seen."""
     fewer, more = Counter(sizes), Counter(sizes) + Counter(further)
     assert quota_of_each(more, most) <= quota_of_each(fewer, most)
 
@@ -153,7 +153,7 @@ def counted(tmp_path, encoder: BlockEncoder, texts: list[tuple[str, str, str]]) 
     return parts
 
 
-def test_unknown_pieces_are_told_by_corpus_and_language(tmp_path, encoder):
+def test_unknown_pieces_are_reported_by_corpus_and_language(tmp_path, encoder):
     texts = [("good", "en", "the cat"), ("good", "de", "die Straße"), ("mixed", "en", "the cat " * 50)]
     texts += [("mixed", "de", "XYX ZXZ"), ("mixed", "de", "für")]
     parts = counted(tmp_path, encoder, texts)
@@ -195,7 +195,7 @@ def statistics(config):
 
 @pytest.mark.usefixtures("local_ray")
 def test_statistics_train_on_all_languages_and_refuse_texts_that_are_not_covered(corpus, tmp_path):
-    rows = [{**row, "text": f"text {'ab'[place % 2]}"} for place, row in enumerate(rows_of({"en": 20, "de": 20}))]
+    rows = [{**row, "text": f"text {'ab'[number % 2]}"} for number, row in enumerate(rows_of({"en": 20, "de": 20}))]
     files = [write_rows(tmp_path / "en.jsonl", rows[:20]), write_rows(tmp_path / "de.jsonl", rows[20:])]
     tokenizers = [
         statistics(

@@ -56,7 +56,7 @@ def test_words_have_the_tokens_of_the_whole(bpe, text):
     assert np.frombuffer(encoder.encode([text])[0], np.int32).tolist() == [100 + piece for piece in whole]
 
 
-# Half a surrogate pair is no text: the readers refuse such a row.
+# Half a surrogate pair is not text: the readers reject such a row.
 spaced = st.text(
     st.one_of(
         st.sampled_from(" \t\n\x00\x1c\x85\xa0\u1680\u2003\u2028\u202f\u3000aétß東"),
@@ -69,10 +69,10 @@ spaced = st.text(
 @given(st.lists(st.one_of(texts, spaced).filter(lambda text: text.split()), min_size=1, max_size=6))
 def test_blocks_of_texts_with_any_white_space(bpe, items):
     encoder = TextEncoder(bpe)
-    for _ in range(2):  # with words that are new, and known
-        found = encoder.count(items).tolist()
-        assert found == [len(ids) // 4 for ids in encoder.encode(items)]
-        assert found == [len(bpe.encode(" ".join(text.split()))) for text in items]
+    for _ in range(2):  # with new words, then cached words
+        counts = encoder.count(items).tolist()
+        assert counts == [len(ids) // 4 for ids in encoder.encode(items)]
+        assert counts == [len(bpe.encode(" ".join(text.split()))) for text in items]
 
 
 def test_more_words_than_slots(bpe):
@@ -101,7 +101,7 @@ def test_a_model_that_joins_words_is_noticed(bpe):
     """The check looks at texts too, not only at the model's pieces."""
 
     class Joining:
-        """As the real one, but two words make a token less."""
+        """Like the real encoder, but two words make one token less."""
 
         def __getattr__(self, name):
             return getattr(bpe, name)
@@ -149,9 +149,9 @@ def test_blocks_are_encoded_as_rows_are(tokenizer, items):
     assert {row.reason for row in checked.bad} <= {"unknown_language", "bad_slot", "missing_field"}
     encoded, (lengths, prompts) = encoder.encode(checked), encoder.count(checked)
     expected = [encode_utterance(tokenizer, row, "canary2") for row in checked.utterances()]
-    assert encoded.ids.tolist() == [number for one in expected for number in one.ids]
-    assert lengths.tolist() == encoded.lengths.tolist() == [len(one.ids) for one in expected]
-    assert prompts.tolist() == encoded.prompt_lengths.tolist() == [one.prompt_length for one in expected]
+    assert encoded.ids.tolist() == [number for sequence in expected for number in sequence.ids]
+    assert lengths.tolist() == encoded.lengths.tolist() == [len(sequence.ids) for sequence in expected]
+    assert prompts.tolist() == encoded.prompt_lengths.tolist() == [sequence.prompt_length for sequence in expected]
     assert [row.reason for row in encoder.check(block.select(np.zeros(len(block), bool))).bad] == [
         row.reason for row in block.bad
     ]

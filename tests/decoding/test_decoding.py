@@ -51,7 +51,7 @@ def run(model, states, lengths, settings, search=decode):
 
 
 def uncached_beam(model, states, lengths, settings):
-    """Beam search over one utterance that computes everything anew at every step."""
+    """Beam search over one utterance that recomputes everything at every step."""
     limit = min(model.config.max_positions, int(lengths) + settings.max_generation_delta) - len(PROMPT)
 
     def rank(beam):
@@ -82,15 +82,15 @@ def uncached_beam(model, states, lengths, settings):
 @torch.no_grad()
 def test_equals_uncached_and_alone(spoken, settings):
     model, states, lengths = spoken
-    found = run(model, states, lengths, settings)
+    actual = run(model, states, lengths, settings)
     for row in range(len(lengths)):
-        one = slice(row, row + 1)
-        wanted = uncached_beam(model, states[one], lengths[one], settings)[: settings.n_best]
-        assert [hypothesis.ids for hypothesis in found[row]] == [ids for ids, _ in wanted]
-        assert [hypothesis.score for hypothesis in found[row]] == pytest.approx([s for _, s in wanted], abs=1e-4)
-        (alone,) = run(model, states[one], lengths[one], settings)
-        assert [hypothesis.ids for hypothesis in alone] == [hypothesis.ids for hypothesis in found[row]]
-    assert len({len(hypotheses[0].ids) for hypotheses in found}) > 1, "the utterances should end at different steps"
+        row_slice = slice(row, row + 1)
+        wanted = uncached_beam(model, states[row_slice], lengths[row_slice], settings)[: settings.n_best]
+        assert [hypothesis.ids for hypothesis in actual[row]] == [ids for ids, _ in wanted]
+        assert [hypothesis.score for hypothesis in actual[row]] == pytest.approx([s for _, s in wanted], abs=1e-4)
+        (alone,) = run(model, states[row_slice], lengths[row_slice], settings)
+        assert [hypothesis.ids for hypothesis in alone] == [hypothesis.ids for hypothesis in actual[row]]
+    assert len({len(hypotheses[0].ids) for hypotheses in actual}) > 1, "the utterances should end at different steps"
 
 
 def test_the_beam_search_with_one_beam_is_greedy(spoken):
@@ -103,13 +103,13 @@ def test_the_beam_search_with_one_beam_is_greedy(spoken):
         return beam_search(model, group, eos, 1, Ranking(1, settings.length_penalty))
 
     with torch.no_grad():
-        found = run(*spoken, settings, beam)
-    for (one,), (other,) in zip(greedy, found, strict=True):
-        assert one.ids == other.ids and one.ended == other.ended
-        assert one.token_log_probs == pytest.approx(other.token_log_probs, abs=1e-5)
+        actual = run(*spoken, settings, beam)
+    for (expected,), (hypothesis,) in zip(greedy, actual, strict=True):
+        assert expected.ids == hypothesis.ids and expected.ended == hypothesis.ended
+        assert expected.token_log_probs == pytest.approx(hypothesis.token_log_probs, abs=1e-5)
 
 
-def test_hypotheses_say_what_they_are(spoken):
+def test_hypotheses_have_their_scores_and_ends(spoken):
     for hypotheses in run(*spoken, DecodeSettings(beam_size=4, n_best=4, length_penalty=0.6)):
         scores = [hypothesis.score for hypothesis in hypotheses]
         assert scores == sorted(scores, reverse=True)
@@ -126,10 +126,10 @@ def test_the_length_cap_is_each_utterances_own(spoken):
     bias.data[EOS] -= 100
     try:
         for beam_size in (1, 2):
-            found = run(model, states, lengths, DecodeSettings(beam_size=beam_size, max_generation_delta=5))
+            actual = run(model, states, lengths, DecodeSettings(beam_size=beam_size, max_generation_delta=5))
             wanted = [min(TINY.max_positions, int(length) + 5) - len(PROMPT) for length in lengths]
-            assert [len(hypotheses[0].ids) for hypotheses in found] == wanted
-            assert not any(hypotheses[0].ended for hypotheses in found)
+            assert [len(hypotheses[0].ids) for hypotheses in actual] == wanted
+            assert not any(hypotheses[0].ended for hypotheses in actual)
     finally:
         bias.data[EOS] += 100
 
@@ -140,10 +140,10 @@ def test_prompts_of_unequal_length(spoken):
         torch.tensor([[7, 4, 8], [7, 4, 0], [7, 4, 8], [7, 0, 0], [7, 4, 8]]),
         torch.tensor([3, 2, 3, 1, 3]),
     )
-    found = decode(model, states, lengths, prompts, sizes, EOS)
+    actual = decode(model, states, lengths, prompts, sizes, EOS)
     for row in range(5):
         alone = decode(model, states[[row]], lengths[[row]], prompts[[row], : sizes[row]], sizes[[row]], EOS)
-        assert alone[0][0].ids == found[row][0].ids
+        assert alone[0][0].ids == actual[row][0].ids
 
 
 def test_no_room_for_text_is_an_empty_text_in_a_batch_too(spoken):
@@ -152,11 +152,11 @@ def test_no_room_for_text_is_an_empty_text_in_a_batch_too(spoken):
     prompts, sizes = torch.full((5, 6), 7), torch.full((5,), 6)
     for beams in (1, 3):
         settings = DecodeSettings(beam_size=beams, n_best=beams, max_generation_delta=3)
-        found = decode(model, states, short, prompts, sizes, EOS, settings)
+        actual = decode(model, states, short, prompts, sizes, EOS, settings)
         for row in range(5):
             alone = decode(model, states[[row]], short[[row]], prompts[[row]], sizes[[row]], EOS, settings)
-            assert [one.ids for one in alone[0]] == [one.ids for one in found[row]]
-        assert found[0][0].ids == [] and not found[0][0].ended and len(found[1]) == beams
+            assert [hypothesis.ids for hypothesis in alone[0]] == [hypothesis.ids for hypothesis in actual[row]]
+        assert actual[0][0].ids == [] and not actual[0][0].ended and len(actual[1]) == beams
 
 
 def test_bad_requests_are_refused(spoken):
@@ -176,16 +176,16 @@ def test_bad_requests_are_refused(spoken):
 def test_beam_4_equals_nemos(name):
     root = SHARED / "reference" / name
     if not root.exists():
-        pytest.skip("the recorded outputs of NeMo are not at hand")
+        pytest.skip("the recorded outputs of NeMo are not available")
     model = read_nemo(root / "model.nemo").build()
     recorded = json.loads((root / "decode_single.json").read_text())
     expected = np.load(root / "expected.npz")
     states, lengths = model.encode(torch.tensor(expected["wave"]), torch.tensor(expected["wave_len"]))
     prompt = torch.tensor([recorded["prompt"]] * 3)
-    # NeMo goes one token past its limit, and that step may rank the beams anew.
+    # NeMo goes one token past its limit, and that step may rerank the beams.
     delta = recorded["max_generation_delta"] + 1
     for beams in (1, 4):
         settings = DecodeSettings(beam_size=beams, max_generation_delta=delta)
-        found = decode(model, states, lengths, prompt, torch.full((3,), prompt.shape[1]), EOS, settings)
-        for wanted, hypotheses in zip(recorded[f"beam{beams}"], found, strict=True):
+        actual = decode(model, states, lengths, prompt, torch.full((3,), prompt.shape[1]), EOS, settings)
+        for wanted, hypotheses in zip(recorded[f"beam{beams}"], actual, strict=True):
             assert hypotheses[0].ids == [token for token in wanted if token != EOS], beams

@@ -1,4 +1,4 @@
-"""What makes decoding fast changes no text: rare synchronization, steps of fixed shape, packed linear layers."""
+"""Optimizations of decoding change no text: rare synchronization, steps of fixed shape, packed linear layers."""
 
 import copy
 
@@ -50,7 +50,7 @@ def talker(config: ModelConfig = SMALL, bias: float = 1.0) -> Canary:
 
 @pytest.fixture(scope="module")
 def spoken():
-    """A model and the encoder states of seven utterances that differ much."""
+    """A model and the encoder states of seven utterances that differ widely."""
     torch.manual_seed(2)
     states = 3 * torch.randn(7, 13, SMALL.decoder_width)
     return talker(), states, torch.tensor([13, 8, 3, 10, 1, 12, 6])
@@ -66,7 +66,7 @@ def beam(model, group, settings, **options):
 
 
 def run(spoken, search, settings, rows=slice(None), **options):
-    """`search` of some rows; what it finds."""
+    """The results of `search` for these rows."""
     model, states, lengths = spoken[0], spoken[1][rows], spoken[2][rows].clamp_min(1)
     limits = (lengths + settings.max_generation_delta).clamp_max(model.config.max_positions) - len(PROMPT)
     prompt = torch.tensor([PROMPT] * len(lengths), device=states.device)
@@ -74,11 +74,11 @@ def run(spoken, search, settings, rows=slice(None), **options):
         return search(model, PromptGroup(states, lengths, prompt, limits), settings, **options)
 
 
-def assert_same(found, wanted):
-    assert [[one.ids for one in row] for row in found] == [[one.ids for one in row] for row in wanted]
-    for one, other in zip(sum(found, []), sum(wanted, []), strict=True):
-        assert one.ended == other.ended and one.score == pytest.approx(other.score, abs=1e-4)
-        assert one.token_log_probs == pytest.approx(other.token_log_probs, abs=1e-4)
+def assert_same(actual, wanted):
+    assert [[result.ids for result in row] for row in actual] == [[result.ids for result in row] for row in wanted]
+    for hypothesis, expected in zip(sum(actual, []), sum(wanted, []), strict=True):
+        assert hypothesis.ended == expected.ended and hypothesis.score == pytest.approx(expected.score, abs=1e-4)
+        assert hypothesis.token_log_probs == pytest.approx(expected.token_log_probs, abs=1e-4)
 
 
 @pytest.mark.parametrize("sync_interval", [3, 8, 64])
@@ -123,18 +123,18 @@ def test_nothing_is_read_between_two_synchronizations(spoken):
     bias = model.log_softmax.mlp["layer0"].bias
     bias.data[EOS] -= 100
     try:
-        one = slice(0, 1)
-        steps = len(run(spoken, greedy, LONG, one)[0][0].ids)
+        first_row = slice(0, 1)
+        steps = len(run(spoken, greedy, LONG, first_row)[0][0].ids)
         assert steps > 80
         for programs in (None, Programs(model, spoken[1])):
             often, seldom, never = (
-                num_reads(spoken, greedy, LONG, rows=one, sync_interval=every, programs=programs)
-                for every in (1, 8, 1000)
+                num_reads(spoken, greedy, LONG, rows=first_row, sync_interval=step, programs=programs)
+                for step in (1, 8, 1000)
             )
             assert often - never == steps - 1 and seldom - never == -(-steps // 8) - 1
             assert never < 6
         settings = DecodeSettings(beam_size=2, max_generation_delta=50)
-        often, seldom = (num_reads(spoken, beam, settings, rows=one, sync_interval=every) for every in (1, 8))
+        often, seldom = (num_reads(spoken, beam, settings, rows=first_row, sync_interval=step) for step in (1, 8))
         assert 0 < seldom < often / 4
     finally:
         bias.data[EOS] += 100
@@ -143,7 +143,7 @@ def test_nothing_is_read_between_two_synchronizations(spoken):
 @pytest.mark.parametrize("sync_interval", [1, 8])
 def test_steps_of_fixed_shape_give_the_same_texts(spoken, sync_interval):
     programs = Programs(spoken[0], spoken[1])
-    for rows in (slice(None), slice(2, 4), slice(None), slice(4, 5)):  # programs are used again
+    for rows in (slice(None), slice(2, 4), slice(None), slice(4, 5)):  # programs are reused
         wanted = run(spoken, greedy, LONG, rows)
         assert_same(run(spoken, greedy, LONG, rows, sync_interval=sync_interval, programs=programs), wanted)
     sizes = set(programs._held)
@@ -169,9 +169,9 @@ def test_programs_are_bounded_in_memory(spoken, monkeypatch):
             program = programs.get(rows, 60, 13)
             assert sum(programs.num_bytes(*key) for key in programs._held) <= graphs.MAX_BYTES
             assert programs.get(rows, 64, 64) is program and program.rows == graphs.size_class(rows)
-    own = program.cache[0]
+    layer_cache = program.cache[0]
     assert programs.num_bytes(4, 64, 64) == len(program.cache) * sum(
-        part.nbytes for part in (own.self_keys_values, own.cross_keys, own.cross_values)
+        part.nbytes for part in (layer_cache.self_keys_values, layer_cache.cross_keys, layer_cache.cross_values)
     )
     wanted = run(spoken, greedy, LONG)
     assert_same(run(spoken, greedy, LONG, programs=programs), wanted)  # too large: without programs
@@ -227,11 +227,11 @@ WIDE = ModelConfig(
 def test_linear_maps_are_linear_maps(shape, rows):
     torch.manual_seed(0)
     weight, bias, x = torch.randn(shape), torch.randn(shape[0]), torch.randn(rows, 2, shape[1])
-    for own in (bias, None):
-        wanted = F.linear(x, weight, own)
-        assert torch.allclose(affine(weight, own)(x), wanted, atol=1e-4)
+    for offset in (bias, None):
+        wanted = F.linear(x, weight, offset)
+        assert torch.allclose(affine(weight, offset)(x), wanted, atol=1e-4)
         errors = [
-            (PreparedLinear(weight, own, name)(x) - wanted).std() / wanted.std() for name in ("fp32", "bf16", "int8")
+            (PreparedLinear(weight, offset, name)(x) - wanted).std() / wanted.std() for name in ("fp32", "bf16", "int8")
         ]
         assert errors[0] < 1e-6 < 5e-4 < errors[1] < 5e-3 and 2e-3 < errors[2] < 2e-2
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -244,13 +244,13 @@ def test_a_prepared_model_gives_the_same_texts():
     audio, lengths = torch.randn(3, 24000), torch.tensor([24000, 16000, 9000])
     ids, sizes = torch.randint(4, 500, (3, 20)), torch.full((3,), 3)
 
-    def outputs(one):
+    def outputs(candidate):
         with torch.inference_mode():
-            states, frames = one.encode(audio, lengths)
-            found = decode(one, states, frames, torch.tensor([PROMPT] * 3), sizes, EOS)
-            return states, one.decode_logits(ids, states, frames).log_softmax(-1), found
+            states, frames = candidate.encode(audio, lengths)
+            hypotheses = decode(candidate, states, frames, torch.tensor([PROMPT] * 3), sizes, EOS)
+            return states, candidate.decode_logits(ids, states, frames).log_softmax(-1), hypotheses
 
-    states, log_probs, found = outputs(model)
+    states, log_probs, hypotheses = outputs(model)
     errors = {}
     for name in ("fp32", "bf16", "int8"):
         other = prepare_for_inference(copy.deepcopy(model), name, CPU)
@@ -260,19 +260,19 @@ def test_a_prepared_model_gives_the_same_texts():
         errors[name] = float((own_states - states).std() / states.std())
         assert (own_log_probs - log_probs).abs().mean() < (1e-4 if name == "fp32" else 0.5)
         if name == "fp32":
-            assert_same(own_found, found)
+            assert_same(prepared_results, hypotheses)
         # Steps with a cache go through the packed layers too, as the whole pass does.
-        text = [*PROMPT, *own_found[0][0].ids]
+        text = [*PROMPT, *prepared_results[0][0].ids]
         with torch.inference_mode():
-            frames = other.encode(audio, lengths)[1]
-            again = other.decode_logits(torch.tensor([text] * 3), own_states, frames).log_softmax(-1)[0]
-        told = [float(again[len(PROMPT) - 1 + i, token]) for i, token in enumerate(own_found[0][0].ids)]
-        assert own_found[0][0].token_log_probs == pytest.approx(told, abs=1e-3 if name == "fp32" else 0.5)
+            frames = prepared.encode(audio, lengths)[1]
+            again = prepared.decode_logits(torch.tensor([text] * 3), prepared_states, frames).log_softmax(-1)[0]
+        recomputed = [float(again[len(PROMPT) - 1 + i, token]) for i, token in enumerate(prepared_results[0][0].ids)]
+        assert prepared_results[0][0].token_log_probs == pytest.approx(recomputed, abs=1e-3 if name == "fp32" else 0.5)
     assert errors["fp32"] < 1e-5 and 1e-4 < errors["bf16"] < 0.03 and 1e-4 < errors["int8"] < 0.1
 
 
-def test_precisions_that_are_not_there():
-    with pytest.raises(DataError, match="no such precision; got fp8; allowed: fp32, bf16, int8"):
+def test_unknown_precisions_are_rejected():
+    with pytest.raises(DataError, match="unknown precision; got fp8; allowed: fp32, bf16, int8"):
         prepare_for_inference(talker(), "fp8", CPU)
     with pytest.raises(DataError, match="int8 weights need a CPU; got device cuda; to do: ask for bf16"):
         prepare_for_inference(talker(), "int8", torch.device("cuda"))

@@ -1,4 +1,4 @@
-"""Many recordings on Ray: batches by memory, rows in order, faults by row, going on after a kill."""
+"""Many recordings on Ray: batches by memory, rows in order, faults by row, resuming after a kill."""
 
 import json
 import os
@@ -95,7 +95,7 @@ def rows_of(path: Path) -> list[dict]:
 
 
 def manifest_of(corpus: Path) -> list[dict]:
-    """The test rows with audio beside the manifest."""
+    """The test rows with audio next to the manifest."""
     rows = rows_of(corpus / "test.jsonl")
     return [{**row, "audio_filepath": Path(row["audio_filepath"]).name} for row in rows]
 
@@ -120,13 +120,13 @@ def order_of(manifest: Path, checkpoint: Path, **options) -> TranscriptionSpec:
     st.integers(0, 50_000),
 )
 def test_every_utterance_is_in_one_batch_of_at_most_the_largest_size_and_padding(utterances, budget, padding):
-    durations, pieces = [one[0] for one in utterances], [one[1] for one in utterances]
+    durations, pieces = [item[0] for item in utterances], [item[1] for item in utterances]
     batches = sorted_batches(durations, pieces, lambda ms: max(1, budget // ms), padding)
-    assert sorted(place for batch in batches for place in batch) == list(range(len(utterances)))
+    assert sorted(index for batch in batches for index in batch) == list(range(len(utterances)))
     for batch in batches:
-        assert len(batch) == 1 or sum(pieces[place] for place in batch) <= max(1, budget // durations[batch[0]])
-        assert sum((durations[batch[0]] - durations[place]) * pieces[place] for place in batch) <= padding
-    flat = [durations[place] for batch in batches for place in batch]
+        assert len(batch) == 1 or sum(pieces[index] for index in batch) <= max(1, budget // durations[batch[0]])
+        assert sum((durations[batch[0]] - durations[index]) * pieces[index] for index in batch) <= padding
+    flat = [durations[index] for batch in batches for index in batch]
     assert flat == sorted(flat, reverse=True)
 
 
@@ -141,7 +141,7 @@ def test_predicted_memory_grows_with_duration_batch_and_beam():
         sizes = [peak(size, ms, 1) for size in (1, 2, 4, 8, 16)]
         beams = [peak(4, ms, beam) for beam in (1, 2, 4)]
         assert sizes == sorted(set(sizes)) and beams == sorted(set(beams))
-        # Close to affine: a line through two sizes says what a third takes.
+        # Close to affine: a line through two sizes predicts a third.
         assert sizes[2] + 3 * (sizes[3] - sizes[2]) == pytest.approx(sizes[4], rel=0.05)
     lengths = [peak(4, ms, 1) for ms in (500, 1000, 3000, 10_000, 20_000, 40_000)]
     assert lengths == sorted(set(lengths))
@@ -178,7 +178,7 @@ print(status("VmHWM") - before)
 def test_predicted_memory_is_that_of_a_process(case):
     layers, beams, size, duration_ms = case
     if not os.access("/proc/self/clear_refs", os.W_OK):
-        pytest.skip("this system does not tell a process' peak")
+        pytest.skip("this system does not report a process' peak memory")
     environment = {
         **os.environ,
         "PYTHONPATH": os.pathsep.join(map(str, (ROOT, ROOT / "tests", ROOT / "tests" / "decoding"))),
@@ -190,9 +190,9 @@ def test_predicted_memory_is_that_of_a_process(case):
     assert done.returncode == 0, done.stderr
     config = replace(MODEL, decoder_layers=layers, decoder_width=256, max_positions=256)
     tracer = DecodeTracer(config, DecodeSettings(beam_size=beams), device_type="cpu")
-    found = tracer.trace(size, duration_ms, tracer.most_tokens(duration_ms))
-    assert next(iter(found.by_module())) == ("encoder" if layers == 1 else "decoder")
-    assert found.peak_bytes - found.resident_bytes == pytest.approx(int(done.stdout), rel=0.1)
+    traced = tracer.trace(size, duration_ms, tracer.most_tokens(duration_ms))
+    assert next(iter(traced.by_module())) == ("encoder" if layers == 1 else "decoder")
+    assert traced.peak_bytes - traced.resident_bytes == pytest.approx(int(done.stdout), rel=0.1)
 
 
 def test_batches_stay_under_the_budget_and_are_larger_for_short_rows():
@@ -203,17 +203,17 @@ def test_batches_stay_under_the_budget_and_are_larger_for_short_rows():
     durations = np.exp(np.random.default_rng(1).uniform(np.log(300), np.log(90_000), 400)).astype(int).tolist()
     numbered = [(number, Request("a.wav", 0, 0, 0, ms, (1, 2))) for number, ms in enumerate(durations)]
     batches = make_batches(numbered, sizes, job, POOL)
-    assert sorted(one for batch in batches for one in batch.ids) == list(range(400))
+    assert sorted(number for batch in batches for number in batch.ids) == list(range(400))
     seen = []
     for batch in batches:
-        longest, _ = job.piece(max(durations[one] for one in batch.ids))
-        most = sum(job.piece(durations[one])[1] for one in batch.ids)
+        longest, _ = job.piece(max(durations[number] for number in batch.ids))
+        most = sum(job.piece(durations[number])[1] for number in batch.ids)
         assert most <= batch.limit or len(batch.ids) == 1
         peak = tracer.trace(min(most, batch.limit), longest, tracer.most_tokens(longest)).peak_bytes
         assert peak <= budget or batch.limit == 1
         seen.append((longest, len(batch.ids)))
     assert max(size for ms, size in seen if ms < 3000) > 5 * max(size for ms, size in seen if ms > 30_000)
-    # One more utterance would not have fitted, as a rule: the budget is used.
+    # One more utterance would not have fit, as a rule: the budget is used.
     near = upper_edge(5000)
     assert tracer.trace(sizes.largest(near) + 2, near, tracer.most_tokens(near)).peak_bytes > budget
 
@@ -269,11 +269,11 @@ def test_rows_of_other_formats_are_requests_for_the_same_audio(parts, corpus, fo
     }
     job = Job(load_parts, DecodeSettings(), 16_000, 0)
     audio = {}
-    for name, one in corpora.items():
-        found = list(read_requests(plan_chunks([one]), prompts_of(parts)))
-        assert [row.error for row in found] == [None] * 3, name
-        table = read_batch(Batch((0, 1, 2), tuple(row.request for row in found), 3), job)
-        audio[name] = (table["tensor_0"][0].as_py(), [row.request.prompt for row in found])
+    for name, source in corpora.items():
+        lines = list(read_requests(plan_chunks([source]), prompts_of(parts)))
+        assert [row.error for row in lines] == [None] * 3, name
+        table = read_batch(Batch((0, 1, 2), tuple(row.request for row in lines), 3), job)
+        audio[name] = (table["tensor_0"][0].as_py(), [row.request.prompt for row in lines])
         assert audio[name] == audio["plain"], name
 
 
@@ -292,8 +292,8 @@ def test_bad_rows_are_named_and_missing_durations_read(parts, corpus, folder):
         {**rows[1], "_skipme": True, "note": "x"},
     ]
     write(folder / "m.jsonl", *lines)
-    found = list(read_requests(plan_chunks([Corpus("c", str(folder / "m.jsonl"))]), prompts_of(parts)))
-    whys = [row.error and row.error.partition(":")[0].partition(";")[0] for row in found]
+    parsed = list(read_requests(plan_chunks([Corpus("c", str(folder / "m.jsonl"))]), prompts_of(parts)))
+    whys = [row.error and row.error.partition(":")[0].partition(";")[0] for row in parsed]
     assert whys == [
         None,
         "missing_field",
@@ -305,17 +305,17 @@ def test_bad_rows_are_named_and_missing_durations_read(parts, corpus, folder):
         None,
     ]
     seconds = soundfile.info(folder / rows[0]["audio_filepath"]).duration
-    assert found[0].request.duration_ms == pytest.approx(1000 * seconds, abs=1) and found[0].fields == rows[0]
-    assert found[2].fields == {"manifest": str(folder / "m.jsonl"), "line": 4}
-    assert found[7].fields["note"] == "x"
+    assert parsed[0].request.duration_ms == pytest.approx(1000 * seconds, abs=1) and parsed[0].fields == rows[0]
+    assert parsed[2].fields == {"manifest": str(folder / "m.jsonl"), "line": 4}
+    assert parsed[7].fields["note"] == "x"
 
 
 def test_parts_hold_all_rows_and_are_bounded():
     request = Request("a.wav", 0, 0, 0, 3_600_000, (1,))
     rows = [ManifestRow({"n": n}, request if n % 2 else None, "bad" if not n % 2 else None) for n in range(50)]
-    found = list(cut_parts(rows, 30))
-    assert [row.fields["n"] for part in found for row in part.rows] == list(range(50))
-    assert [part.first for part in found] == [0, 20, 40] and [part.waiting for part in found] == [10, 10, 5]
+    cut = list(cut_parts(rows, 30))
+    assert [row.fields["n"] for part in cut for row in part.rows] == list(range(50))
+    assert [part.first for part in cut] == [0, 20, 40] and [part.waiting for part in cut] == [10, 10, 5]
     assert [len(part.rows) for part in cut_parts(rows[:9:2], 2)] == [2, 2, 1]
 
 
@@ -347,7 +347,7 @@ def test_texts_are_those_of_single_recordings_in_input_order(parts, checkpoint, 
     rows.insert(3, {"audio_filepath": "long.wav", "lang": "de"})
     (folder / "broken.wav").write_bytes(b"RIFF no audio")
     rows.insert(5, {"audio_filepath": "broken.wav", "duration": 2.0, "lang": "en"})
-    (folder / "x.raw").write_bytes(bytes(3000))  # samples alone, which nobody can interpret
+    (folder / "x.raw").write_bytes(bytes(3000))  # raw samples, which can't be interpreted
     rows.insert(7, {"audio_filepath": "x.raw", "duration": 2.0, "lang": "en"})
     rows.insert(6, {"audio_filepath": "gone.flac", "duration": 2.0, "lang": "en"})
     rows.append({"duration": 1.0, "lang": "en"})
@@ -373,17 +373,17 @@ def test_texts_are_those_of_single_recordings_in_input_order(parts, checkpoint, 
     done = CliRunner().invoke(app, arguments, catch_exceptions=False)
     assert done.exit_code == 1, done.output
     summary = json.loads(next(line for line in done.output.splitlines() if line.startswith("{")))
-    found = rows_of(folder / "out.jsonl")
-    assert len(found) == len(rows) and not (folder / "out.jsonl.parts").exists()
+    lines = rows_of(folder / "out.jsonl")
+    assert len(lines) == len(rows) and not (folder / "out.jsonl.parts").exists()
     alone = {
         (language, pnc): Transcriber(parts, language=language, pnc=pnc is None, window_s=4.0, batch_size=1)
         for language in ("en", "de")
         for pnc in (None, "no")
     }
     texts, unreadable = set(), ("broken.wav", "gone.flac", "x.raw")
-    for asked, row in zip(rows, found, strict=True):
-        own = {name: value for name, value in asked.items() if name not in ("pred_text", "error")}
-        assert {name: row.get(name) for name in own} == own
+    for asked, row in zip(rows, lines, strict=True):
+        fields = {name: value for name, value in asked.items() if name not in ("pred_text", "error")}
+        assert {name: row.get(name) for name in fields} == fields
         audio = asked.get("audio_filepath", "")
         if audio in ("", *unreadable):
             assert "pred_text" not in row and row["error"]
@@ -397,22 +397,22 @@ def test_texts_are_those_of_single_recordings_in_input_order(parts, checkpoint, 
         assert (row["pred_text"], "error" in row) == (wanted.text, False)
         assert row["confidence"] == pytest.approx(wanted.confidence, abs=2e-4)
         texts.add(row["pred_text"])
-    assert len(texts) > 5, "the model's texts tell nothing"
-    assert found[3]["pred_text"] and soundfile.info(folder / "long.wav").duration > 8  # three windows or more
+    assert len(texts) > 5, "the model's texts are too uniform"
+    assert lines[3]["pred_text"] and soundfile.info(folder / "long.wav").duration > 8  # three windows or more
     assert (summary["rows"], summary["failed"], summary["parts"]) == (len(rows), 4, -(-len(rows) // 6))
     assert set(summary["part_seconds"]) == {"decode audio", *PARTS}
     assert all(value > 0 for value in summary["part_seconds"].values())
-    heard = sum(
+    audio_seconds = sum(
         soundfile.info(folder / row["audio_filepath"]).duration
         for row in rows
         if row not in (half,) and row.get("audio_filepath", "x.raw") not in unreadable
     )
     span = min(1.0, soundfile.info(folder / half["audio_filepath"]).duration - 0.5)
-    assert summary["audio_s"] == pytest.approx(heard + span, abs=0.1)
+    assert summary["audio_s"] == pytest.approx(audio_seconds + span, abs=0.1)
     assert summary["rtfx"] == pytest.approx(summary["audio_s"] / summary["seconds"], rel=0.01)
 
 
-def test_audio_is_decoded_beside_the_model(parts, checkpoint, corpus, folder, local_ray):
+def test_audio_is_decoded_in_separate_processes(parts, checkpoint, corpus, folder, local_ray):
     write(folder / "m.jsonl", *manifest_of(corpus))
     rows = list(read_requests(plan_chunks([Corpus("c", str(folder / "m.jsonl"))]), prompts_of(parts)))
     pool = find_pool(1, "auto", None)
@@ -420,9 +420,9 @@ def test_audio_is_decoded_beside_the_model(parts, checkpoint, corpus, folder, lo
     numbered = [(number, row.request) for number, row in enumerate(rows)]
     sizes = BatchSizes(DecodeTracer(parts.config, job.settings), pool.budget_bytes, max_size=3)
     batches = make_batches(numbered, sizes, job, pool)
-    found = list(recognize(batches, job, pool))
-    assert [[text["id"] for text in one.texts] for one in found] == [list(batch.ids) for batch in batches]
-    models, readers = ({one.processes[name] for one in found} for name in ("model", "reader"))
+    results = list(recognize(batches, job, pool))
+    assert [[text["id"] for text in line.texts] for line in results] == [list(batch.ids) for batch in batches]
+    models, readers = ({line.processes[name] for line in results} for name in ("model", "reader"))
     assert len(models) == 1 and not models & readers and os.getpid() not in models | readers
 
 
@@ -437,18 +437,18 @@ def test_a_worker_that_can_not_load_the_model_is_an_error_that_says_so(corpus, f
         list(recognize(batches, job, pool))
 
 
-def test_what_a_pool_can_not_have_is_refused(local_ray):
+def test_impossible_pools_are_rejected(local_ray):
     pool = find_pool(None, "cpu", None)
     assert pool.workers == 1 and not pool.cuda and pool.budget_bytes > 2**20
     assert pool.actor_cpus * pool.workers + pool.reader_cpus <= 2 and pool.actor_cpus != pool.reader_cpus
     assert find_pool(2, "cpu", None).budget_bytes == pytest.approx(pool.budget_bytes / 2, rel=0.01)
     with pytest.raises(ConfigError, match="no room for so many workers; got 50"):
         find_pool(50, "cpu", None)
-    with pytest.raises(ConfigError, match="no such device; got cuda"):
+    with pytest.raises(ConfigError, match="unavailable device; got cuda"):
         find_pool(1, "cuda", None)
 
 
-def test_a_killed_job_goes_on_and_a_changed_setting_does_all_again(checkpoint, corpus, tmp_path, local_ray):
+def test_a_killed_job_resumes_and_a_changed_setting_starts_over(checkpoint, corpus, tmp_path, local_ray):
     rows = []
     for number, row in enumerate(rows_of(corpus / "train.jsonl") * 2):
         name = f"{number:03d}.flac"
@@ -492,7 +492,7 @@ def test_a_killed_job_goes_on_and_a_changed_setting_does_all_again(checkpoint, c
     assert transcribe_manifests(other, QUIET).parts_from_before == 0
     assert (tmp_path / "other.jsonl").read_bytes() != (tmp_path / "whole.jsonl").read_bytes()
 
-    # Finished parts are not done again: their audio is no longer there to be read.
+    # Finished parts are not redone: their audio no longer exists.
     for part in done:
         for row in rows[part * 16 : part * 16 + 16]:
             os.unlink(tmp_path / row["audio_filepath"])
@@ -501,7 +501,7 @@ def test_a_killed_job_goes_on_and_a_changed_setting_does_all_again(checkpoint, c
     assert out.read_bytes() == (tmp_path / "whole.jsonl").read_bytes() and not folder.exists()
 
 
-def test_what_no_row_is_at_fault_for_ends_the_job_at_once(checkpoint, corpus, folder, local_ray):
+def test_an_error_not_caused_by_a_row_ends_the_job_at_once(checkpoint, corpus, folder, local_ray):
     with pytest.raises(ManifestError, match="no such file"):
         transcribe_manifests(order_of(folder / "gone.jsonl", checkpoint), QUIET)
     empty = write(folder / "empty.jsonl", b"", b"")
@@ -518,7 +518,7 @@ def test_what_no_row_is_at_fault_for_ends_the_job_at_once(checkpoint, corpus, fo
 
 
 @pytest.mark.parametrize(
-    ("arguments", "said"),
+    ("arguments", "message"),
     [
         ([], "not both"),
         (["a.wav", "--manifest", "m.jsonl"], "not both"),
@@ -530,6 +530,6 @@ def test_what_no_row_is_at_fault_for_ends_the_job_at_once(checkpoint, corpus, fo
         (["--manifest", "m.jsonl", "--output", "o", "--device-memory", "much"], "is not a size"),
     ],
 )
-def test_options_that_do_not_go_together_are_named(arguments, said):
+def test_options_that_do_not_go_together_are_named(arguments, message):
     done = CliRunner().invoke(app, ["transcribe", "-m", "x", *arguments], env={"COLUMNS": "200"})
-    assert done.exit_code == 2 and said in done.output
+    assert done.exit_code == 2 and message in done.output

@@ -17,10 +17,10 @@ RATE = 1000
 def test_windows_cover_the_recording_and_share_the_overlap(duration, window, part, seed):
     audio = np.random.default_rng(seed).standard_normal(int(duration * RATE)).astype(np.float32)
     overlap = max(window * part, 0.2)
-    found = windows(audio, RATE, window_s=window, overlap_s=overlap)
-    assert found[0][0] == 0 and found[-1][1] == len(audio)
-    assert all(end - start <= round(window * RATE) for start, end in found)
-    for (start, end), (later, last) in zip(found, found[1:], strict=False):
+    cut = windows(audio, RATE, window_s=window, overlap_s=overlap)
+    assert cut[0][0] == 0 and cut[-1][1] == len(audio)
+    assert all(end - start <= round(window * RATE) for start, end in cut)
+    for (start, end), (later, last) in zip(cut, cut[1:], strict=False):
         assert start < later and end < last
         assert overlap / 2 * RATE - 20 <= end - later <= overlap * 1.5 * RATE + 20
 
@@ -51,9 +51,9 @@ def speak(seed: int, seconds: float) -> list[TimedToken]:
     return tokens
 
 
-def heard(tokens, start, end, random, garbage):
+def window_tokens(tokens, start, end, random, garbage):
     """What a window decodes: whole words in it, estimated times, and nonsense for the words its edges cut."""
-    words, found = {}, []
+    words, tokens_found = {}, []
     number = -1
     for token in tokens:
         number += token.starts_word
@@ -64,10 +64,10 @@ def heard(tokens, start, end, random, garbage):
             continue
         shift = float(random.uniform(-0.15, 0.15))
         if first >= start and last <= end:
-            found += [token.later(shift) for token in word]
+            tokens_found += [token.later(shift) for token in word]
         elif garbage:
-            found.append(TimedToken(99, max(first, start), min(last, end), -2.0, True))
-    return found
+            tokens_found.append(TimedToken(99, max(first, start), min(last, end), -2.0, True))
+    return tokens_found
 
 
 @settings(max_examples=150, deadline=None)
@@ -75,17 +75,17 @@ def heard(tokens, start, end, random, garbage):
 def test_joining_neither_repeats_nor_loses_words(seed, garbage):
     random, spoken = np.random.default_rng(seed), speak(seed, 40)
     edges = [(0, 12), (9, 21), (18, 31), (28, 40)]
-    merged = heard(spoken, *edges[0], random, garbage)
+    merged = window_tokens(spoken, *edges[0], random, garbage)
     for (_, end), (start, stop) in zip(edges, edges[1:], strict=False):
-        merged = join(merged, heard(spoken, start, stop, random, garbage), start, end)
+        merged = join(merged, window_tokens(spoken, start, stop, random, garbage), start, end)
     assert [token.id for token in merged] == [token.id for token in spoken]
 
 
-def test_windows_with_nothing_in_common_change_over_in_the_middle():
+def test_windows_with_nothing_in_common_switch_in_the_middle():
     left = [TimedToken(1, 0, 1, 0, True), TimedToken(2, 4.2, 4.4, 0, True), TimedToken(3, 5.2, 5.6, 0, True)]
     right = [TimedToken(7, 4.1, 4.4, 0, True), TimedToken(8, 5.3, 5.5, 0, True), TimedToken(9, 8, 9, 0, True)]
     assert [token.id for token in join(left, right, 4, 6)] == [1, 2, 8, 9]
-    # A window that heard nothing, or ended early, takes nothing from the other one.
+    # A window that decoded nothing, or ended early, removes nothing from the other.
     assert join([], right, 4, 6) == right and join(left, [], 4, 6) == left
     assert [token.id for token in join(left[:1], right, 4, 6)] == [1, 7, 8, 9]
 

@@ -1,5 +1,4 @@
-"""References and hypotheses are compared in one form: what a model learnt by heart has no error, however a text is
-spelt in Unicode."""
+"""References and hypotheses are compared in one form: a memorized text has no error, in any Unicode spelling."""
 
 import io
 import unicodedata
@@ -50,35 +49,35 @@ def row(text: str) -> Row:
     return Row("/audio/1.wav", 0, 1200, " ".join(text.split()), "en", 5, (1, 2, 3))
 
 
-def results(one: CanaryTokenizer, text: str, hypothesis: str) -> list[dict]:
-    return [result_of(0, row(text), False, {"text": hypothesis}, one.normalize)]
+def results(made_by: CanaryTokenizer, text: str, hypothesis: str) -> list[dict]:
+    return [result_of(0, row(text), False, {"text": hypothesis}, made_by.normalize)]
 
 
 @pytest.mark.parametrize("rule", RULES)
 @settings(max_examples=150, deadline=None)
 @given(text=_TEXTS)
-def test_a_text_learnt_by_heart_has_no_error(rule, text):
-    one = tokenizer(rule)
-    found = results(one, text, one.decode(one.encode_text(row(text).text, "en")))
-    assert found[0]["hypothesis"] == found[0]["reference"]
-    body = score(texts_of(found)).to_dict()
+def test_a_memorized_text_has_no_error(rule, text):
+    made_by = tokenizer(rule)
+    lines = results(made_by, text, made_by.decode(made_by.encode_text(row(text).text, "en")))
+    assert lines[0]["hypothesis"] == lines[0]["reference"]
+    body = score(texts_of(lines)).to_dict()
     assert body["errors"] == 0 and body["wer"] in (0.0, None)
-    assert worst(texts_of(found)).without_error == 1
+    assert worst(texts_of(lines)).without_error == 1
 
 
 @pytest.mark.parametrize("rule", RULES)
 @settings(max_examples=150, deadline=None)
 @given(text=_TEXTS, hypothesis=_TEXTS)
 def test_the_error_rate_does_not_depend_on_how_a_text_is_composed(rule, text, hypothesis):
-    one = tokenizer(rule)
+    made_by = tokenizer(rule)
     forms = {
         (count.errors, count.reference_length)
         for form in ("NFC", "NFD")
-        for other in ("NFC", "NFD")
+        for second_form in ("NFC", "NFD")
         for count in [
             count_errors(
-                [one.normalize(unicodedata.normalize(form, text), "en")],
-                [one.normalize(unicodedata.normalize(other, hypothesis), "en")],
+                [made_by.normalize(unicodedata.normalize(form, text), "en")],
+                [made_by.normalize(unicodedata.normalize(second_form, hypothesis), "en")],
             )
         ]
     }
@@ -88,22 +87,22 @@ def test_the_error_rate_does_not_depend_on_how_a_text_is_composed(rule, text, hy
 @pytest.mark.parametrize("rule", RULES)
 @settings(max_examples=150, deadline=None)
 @given(text=_TEXTS)
-def test_what_is_in_that_form_stays_as_it_is(rule, text):
+def test_normalizing_twice_changes_nothing(rule, text):
     normal = tokenizer(rule).normalize(text, "en")
     assert tokenizer(rule).normalize(normal, "en") == normal == " ".join(normal.split())
 
 
 def test_case_and_words_are_not_touched_and_changed_references_are_counted():
-    one = tokenizer("nmt_nfkc")
-    plain = results(one, "Ab  C.", "Ab C.")
+    made_by = tokenizer("nmt_nfkc")
+    plain = results(made_by, "Ab  C.", "Ab C.")
     assert plain[0]["reference"] == plain[0]["text"] == "Ab C."
     text = unicodedata.normalize("NFD", "déjà")
-    changed = results(one, text, "déjà")
+    changed = results(made_by, text, "déjà")
     assert changed[0]["text"] == text and changed[0]["reference"] == "déjà" and changed[0]["wer"] == 0
     assert score(texts_of([*plain, *changed])).to_dict()["references_changed"] == 1
     assert score(texts_of([*plain, *changed])).to_dict()["wer"] == 0
 
 
-def test_an_unknown_language_has_no_form():
+def test_an_unknown_language_has_no_normalizer():
     with pytest.raises(TokenizerError, match="unknown language; got fr; allowed: en; to do"):
         tokenizer("identity").normalize("a", "fr")

@@ -1,5 +1,5 @@
-"""A score has items: what nothing was compared for has no rate, no best checkpoint and no end of training, and too many
-recordings that can't be read are an error."""
+"""A score has items: without comparisons there is no rate, no best checkpoint and no end of training, and too many
+unreadable recordings are an error."""
 
 import json
 import math
@@ -51,16 +51,16 @@ _ITEMS = st.lists(
 @settings(max_examples=150, deadline=None)
 @given(_ITEMS)
 def test_a_score_is_there_just_where_something_was_compared(items):
-    found = score_decoded(items)
-    heard = [one for one in items if not one.translated]
-    assert ("wer" in found) == any(one.reference for one in heard)
-    assert ("bleu" in found) == any(one.translated and one.reference for one in items)
-    assert ("error" in found) == ("wer" in found or "bleu" in found)
-    assert all(math.isfinite(value) for value in found.values())
-    for name, compared in (("wer", heard), ("bleu", [one for one in items if one.translated])):
+    scores = score_decoded(items)
+    transcribed = [item for item in items if not item.translated]
+    assert ("wer" in scores) == any(item.reference for item in transcribed)
+    assert ("bleu" in scores) == any(item.translated and item.reference for item in items)
+    assert ("error" in scores) == ("wer" in scores or "bleu" in scores)
+    assert all(math.isfinite(value) for value in scores.values())
+    for name, compared in (("wer", transcribed), ("bleu", [item for item in items if item.translated])):
         for language in ("en", "de"):
-            if f"{name}_{language}" in found:
-                assert any(one.reference for one in compared if one.language == language)
+            if f"{name}_{language}" in scores:
+                assert any(item.reference for item in compared if item.language == language)
 
 
 def test_nothing_has_no_score():
@@ -132,14 +132,14 @@ def validator(readable: int, unreadable: int, limit: float = 0.01) -> Validator:
 @settings(max_examples=60, deadline=None)
 @given(st.integers(0, 12), st.integers(0, 12), st.sampled_from([0.0, 0.01, 0.25, 0.5, 1.0]))
 def test_validation_counts_what_can_not_be_read_and_gives_up_above_the_limit(readable, unreadable, limit):
-    found = validator(readable, unreadable, limit)
+    scores = validator(readable, unreadable, limit)
     if readable and unreadable <= limit * (readable + unreadable):
-        metrics = found(torch.nn.Identity(), CPU)
+        metrics = scores(torch.nn.Identity(), CPU)
         assert metrics["val_unreadable"] == unreadable
         assert metrics["wer"] == metrics["error"] == 0.5 and metrics["val_loss"] == 2.0
         return
     with pytest.raises(GaveUp) as error:
-        found(torch.nn.Identity(), CPU)
+        scores(torch.nn.Identity(), CPU)
     assert error.value.remedy
     if unreadable:
         assert f"{unreadable} of {readable + unreadable} dev recordings" in str(error.value)
@@ -149,12 +149,12 @@ def test_validation_counts_what_can_not_be_read_and_gives_up_above_the_limit(rea
 @pytest.mark.parametrize("mine", [(4, 0), (0, 4), (0, 0)])
 def test_all_ranks_decide_alike(mine, monkeypatch):
     """A rank that can read its own rows, one that can't, and one without rows."""
-    others = validation._Share(
+    other_share = validation._Share(
         [Decoded("en", "dev", False, "a", "a")], 1.0, 1.0, 3, ["corpus dev: can't read audio /x"]
     )
 
     def gather(shares, share):
-        shares[:] = [share, others]
+        shares[:] = [share, other_share]
 
     monkeypatch.setattr(validation.dist, "is_initialized", lambda: True)
     monkeypatch.setattr(validation.dist, "get_world_size", lambda: 2)
@@ -164,7 +164,7 @@ def test_all_ranks_decide_alike(mine, monkeypatch):
 
 
 def test_the_loop_acts_on_scores_alone(tmp_path):
-    """Validations without a score neither are the best, nor end training by patience or at a WER."""
+    """Validations without a score are never the best, and don't end training by patience or at a WER."""
     looks = iter([{"val_unreadable": 0}, {"wer": 0.9, "error": 0.9}, {"bleu": 10.0, "error": 0.95}, {}])
     settings = replace(SETTINGS, max_steps=8, stop_at_wer=0.5)
     loop, logged = make_loop(
@@ -213,7 +213,7 @@ def test_a_trial_without_a_score_has_none():
     st.integers(0, 60),
     st.sampled_from([0.0, 0.1, 1.0]),
 )
-def test_bad_rows_are_told_with_the_first_of_each_reason_however_many_there_are(counts, usable, limit):
+def test_any_number_of_bad_rows_is_reported_with_the_first_of_each_reason(counts, usable, limit):
     rejected = RejectedRows(num_rows=usable + sum(counts.values()))
     for (corpus, reason), number in counts.items():
         for line in range(1, number + 1):
@@ -244,8 +244,8 @@ def test_an_error_about_rows_is_bounded():
 def test_an_empty_bucket_has_no_padding():
     lengths = LengthHistogram.from_lengths(np.array([500, 500, 4000]), np.array([5, 5, 5]))
     plan = make_plan(lengths, BucketSettings(2, 2, max_duration_ms=5000, tps_sigma=None), "", None)
-    found = [*zip(plan.counts, plan.duration_padding, strict=True), *zip(plan.counts, plan.token_padding, strict=True)]
-    assert all((padding is None) == (count == 0) for count, padding in found)
+    scores = [*zip(plan.counts, plan.duration_padding, strict=True), *zip(plan.counts, plan.token_padding, strict=True)]
+    assert all((padding is None) == (count == 0) for count, padding in scores)
 
 
 def test_a_schedule_without_a_step_has_no_simulation():

@@ -1,5 +1,5 @@
-"""Scores of test rows: counts add up, intervals are those of the plain bootstrap, pages of errors stay small and say
-what is wrong."""
+"""Scores of test rows: counts add up, intervals equal those of the plain bootstrap, pages of errors stay small and
+informative."""
 
 from __future__ import annotations
 
@@ -55,16 +55,16 @@ def spoken(number: int, seed: int = 0, error_rate: float = 0.2, **more: Any) -> 
     rng = np.random.default_rng(seed)
     rows = []
     for index in range(number):
-        said = [_WORDS[one] for one in rng.integers(len(_WORDS), size=int(rng.integers(1, 25)))]
-        heard: list[str] = []
-        for word in said:
+        spoken = [_WORDS[index] for index in rng.integers(len(_WORDS), size=int(rng.integers(1, 25)))]
+        transcribed: list[str] = []
+        for word in spoken:
             kind = rng.random() / error_rate
-            heard += [] if kind < 0.3 else [word, "uh"] if kind < 0.5 else ["other"] if kind < 1 else [word]
+            transcribed += [] if kind < 0.3 else [word, "uh"] if kind < 0.5 else ["other"] if kind < 1 else [word]
         lang = ("en", "en", "de", "es")[int(rng.integers(4))]
         milliseconds = int(rng.integers(500, 45_000))
         name = f"/speech/{index}.wav"
         rows.append(
-            result(" ".join(said), " ".join(heard), lang, duration_ms=milliseconds, audio_filepath=name, **more)
+            result(" ".join(spoken), " ".join(transcribed), lang, duration_ms=milliseconds, audio_filepath=name, **more)
         )
     return rows
 
@@ -88,10 +88,10 @@ _ROWS = st.lists(
 def test_counts_add_up_over_languages_and_durations(rows, name):
     body = score(texts_of(rows, name)).to_dict()
     readable = [row for row in rows if row["hypothesis"] is not None]
-    heard = [row for row in readable if not row["translated"]]
+    transcriptions = [row for row in readable if not row["translated"]]
     assert body["unreadable"] == len(rows) - len(readable)
-    assert body["utterances"] == len(heard)
-    assert sum(body["translations"].values()) == len(readable) - len(heard)
+    assert body["utterances"] == len(transcriptions)
+    assert sum(body["translations"].values()) == len(readable) - len(transcriptions)
     assert body["errors"] == body["substitutions"] + body["deletions"] + body["insertions"]
     for groups in (list(body["by_language"].values()), body["by_duration"]):
         for key in ("utterances", "words", "errors"):
@@ -116,12 +116,12 @@ def test_scores_are_what_jiwer_and_sacrebleu_make_of_the_texts():
     assert body["cer"] == pytest.approx(jiwer.cer(references, hypotheses))
     assert body["unreadable"] == 1 and "wer_normalized" not in body
     for language in ("en", "de", "es"):
-        some = [row for row in rows if row["lang"] == language]
-        pair = [row["text"] for row in some], [row["hypothesis"] for row in some]
+        in_language = [row for row in rows if row["lang"] == language]
+        pair = [row["text"] for row in in_language], [row["hypothesis"] for row in in_language]
         counts = count_errors(*pair)
-        found = body["by_language"][language]
-        assert (found["errors"], found["words"]) == (counts.errors, counts.reference_length)
-        assert found["cer"] == pytest.approx(jiwer.cer(*pair))
+        scores_of_language = body["by_language"][language]
+        assert (scores_of_language["errors"], scores_of_language["words"]) == (counts.errors, counts.reference_length)
+        assert scores_of_language["cer"] == pytest.approx(jiwer.cer(*pair))
         into = [row for row in translated if row["lang"] == language]
         decoded = [Decoded(language, "", True, row["text"], row["hypothesis"]) for row in into]
         assert body["bleu"][language] == pytest.approx(bleu(decoded))
@@ -155,7 +155,7 @@ def test_nothing_to_score_is_no_interval():
 
 
 @pytest.mark.parametrize(
-    ("language", "said", "heard"),
+    ("language", "reference", "hypothesis"),
     [
         ("en", "Mr. O'Brien's 20 dollars", "mister o brien's $20"),
         ("en-GB", "The colour, uh, won't fade.", "the color will not fade"),
@@ -165,11 +165,11 @@ def test_nothing_to_score_is_no_interval():
         ("zh", "今天天气很好。", "今天天气 很好"),
     ],
 )
-def test_what_whispers_evaluation_takes_for_the_same(language, said, heard):
+def test_what_whispers_evaluation_takes_for_the_same(language, reference, hypothesis):
     clean = normalizer("whisper", language)
-    assert clean(said) == clean(heard) != ""
-    assert normalizer("none", language)(said) == said
-    body = score(texts_of([result(said, heard, language)], "whisper")).to_dict()
+    assert clean(reference) == clean(hypothesis) != ""
+    assert normalizer("none", language)(reference) == reference
+    body = score(texts_of([result(reference, hypothesis, language)], "whisper")).to_dict()
     assert body["wer"] > 0 and body["wer_normalized"] == 0.0
 
 
@@ -194,7 +194,7 @@ def test_the_english_rules_are_those_of_transformers():
     rng = np.random.default_rng(0)
     pieces = [*_WORDS, "twenty", "one", "oh", "$5", "3.5%", "colour", "don't", "1,000", "Dr.", "um", "naïve", "[noise]"]
     for _ in range(200):
-        text = " ".join(pieces[one] for one in rng.integers(len(pieces), size=8))
+        text = " ".join(pieces[index] for index in rng.integers(len(pieces), size=8))
         assert ours(text) == theirs(text).strip()
     theirs, ours = english.BasicTextNormalizer(), normalizer("whisper", "de")
     assert ours("Größe, (leise) „Ähm“ 5 €") == theirs("Größe, (leise) „Ähm“ 5 €").strip()
@@ -215,13 +215,13 @@ def test_resampling_is_that_of_the_plain_bootstrap():
     few_distinct = np.stack([rng.binomial(lengths, 0.1), lengths], 1) // 5
     all_distinct = np.stack([np.arange(900), rng.permutation(900)], 1)
     mixed = np.concatenate([few_distinct, all_distinct])
-    for counts in (few_distinct, all_distinct, mixed, counts_of_one := mixed[:1]):
+    for counts in (few_distinct, all_distinct, mixed, single := mixed[:1]):
         ours, plain = resampled_sums(counts, resamples=4000), plain_bootstrap(counts, 4000, seed=9)
         assert ours.shape == plain.shape
         spread = plain.std(axis=0)
         assert np.all(np.abs(ours.mean(axis=0) - counts.sum(axis=0)) <= 5 * spread / np.sqrt(4000))
         np.testing.assert_allclose(np.cov(ours.T), np.cov(plain.T), rtol=0.12, atol=0.12 * spread.prod())
-    assert np.all(resampled_sums(counts_of_one) == counts_of_one)
+    assert np.all(resampled_sums(single) == single)
     # Each resample has as many utterances as there are.
     assert np.all(resampled_sums(np.c_[mixed, np.ones(len(mixed), int)])[:, 2] == len(mixed))
 
@@ -298,7 +298,7 @@ def test_the_worst_have_their_alignment_in_columns(tmp_path):
     page = page_of(rows, tmp_path)
     assert shown_columns(page) == [
         [("", "one", "one"), ("s", "two", "too"), ("", "three", "three"), ("", "four", "four"), ("i", "", "five")],
-        [("", "a", "a"), ("d", "b", ""), ("d", "c", ""), *(("", one, one) for one in "def")],
+        [("", "a", "a"), ("d", "b", ""), ("d", "c", ""), *(("", letter, letter) for letter in "def")],
     ]
     assert "/speech/x.wav" in page and "4.2 s" in page and "(WER 50.0 %)" in page
     assert "1 S" in page and "2 D" in page and "1 I" in page
@@ -311,7 +311,7 @@ def test_alignments_account_for_every_word_and_error():
     assert found.utterances == 200
     for item in [*found.most_errors, *found.highest_rates]:
         row = by_path[item.audio]
-        assert " ".join(said for _, said, _ in item.columns if said) == row["text"]
+        assert " ".join(word for _, word, _ in item.columns if word) == row["text"]
         assert " ".join(got for _, _, got in item.columns if got) == row["hypothesis"]
         kinds = Counter(kind for kind, _, _ in item.columns)
         assert (kinds["substitute"], kinds["delete"], kinds["insert"]) == (
@@ -330,9 +330,9 @@ def test_the_worst_are_those_with_most_errors_then_those_with_the_highest_rates(
         mine = [row for row in rows if row["lang"] == language]
         counts = {row["audio_filepath"]: count_errors([row["text"]], [row["hypothesis"]]) for row in mine}
         most = [item for item in found.most_errors if item.lang == language]
-        assert [item.errors for item in most] == sorted((one.errors for one in counts.values()), reverse=True)[:20]
-        rest = {path: one for path, one in counts.items() if path not in {item.audio for item in most}}
-        rates = sorted((one.rate for one in rest.values() if one.reference_length >= FEW_WORDS), reverse=True)
+        assert [item.errors for item in most] == sorted((count.errors for count in counts.values()), reverse=True)[:20]
+        rest = {path: count for path, count in counts.items() if path not in {item.audio for item in most}}
+        rates = sorted((count.rate for count in rest.values() if count.reference_length >= FEW_WORDS), reverse=True)
         assert [item.wer for item in found.highest_rates if item.lang == language] == rates[:20]
 
 
@@ -348,7 +348,7 @@ def test_confusions_are_counted_over_all_utterances_not_only_the_worst():
 def test_a_normalizer_leaves_only_real_errors_on_the_page(tmp_path):
     rows = [result("Mr. Smith won't pay $20.", "mister smith will not pay thirty dollars")]
     (columns,) = shown_columns(page_of(rows, tmp_path, "whisper"))
-    assert [one for one in columns if one[0]] == [("s", "$20", "$30")]
+    assert [column for column in columns if column[0]] == [("s", "$20", "$30")]
 
 
 def test_translations_are_shown_with_scores_and_without_alignment(tmp_path):
@@ -380,7 +380,7 @@ def test_languages_can_be_filtered_without_a_script(tmp_path):
     for number, language in labels.items():
         assert f'body:has(#l{number}:checked) [data-l]:not([data-l="{number}"])' in page
         articles = re.findall(rf'<article data-l="{number}">.*?</p>', page, re.DOTALL)
-        assert articles and all(f"<span>{language}</span>" in one for one in articles)
+        assert articles and all(f"<span>{language}</span>" in article for article in articles)
     assert "<fieldset" not in page_of([row for row in spoken(60) if row["lang"] == "en"], tmp_path)
 
 

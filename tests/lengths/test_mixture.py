@@ -1,4 +1,4 @@
-"""Corpora with weights: visits, shares, and the same rows whoever asks in whatever order."""
+"""Corpora with weights: visits, shares, and the same rows for any caller in any order."""
 
 from collections import Counter
 
@@ -34,9 +34,9 @@ def test_visits_are_even_after_any_number_of_epochs(rows, repeats, seed, epochs)
             assert (corpora == corpus).sum() == epochs * draws
             counts = [visits[number] for number in range(starts[corpus], starts[corpus + 1])]
             assert not counts or max(counts) - min(counts) <= 1
-        # Which row a position is does not depend on what else is asked.
-        some = np.random.default_rng(seed).permutation(positions)[:7]
-        assert mixture.numbers(bucket, np.sort(some), seed).tolist() == numbers[np.sort(some)].tolist()
+        # A position's row does not depend on the other positions in the call.
+        sample = np.random.default_rng(seed).permutation(positions)[:7]
+        assert mixture.numbers(bucket, np.sort(sample), seed).tolist() == numbers[np.sort(sample)].tolist()
 
 
 def test_equal_repeats_are_the_plain_schedule():
@@ -68,18 +68,18 @@ def test_shares_by_corpus_and_by_language():
     assert sampling_shares([75, 25], [1, 1]) == [0.75, 0.25]
     assert sampling_shares([75, 25], [1, 3]) == [0.5, 0.5]
     assert sampling_shares([90, 10, 0], [1, 1, 1], 2.0) == pytest.approx([0.75, 0.25, 0])
-    # Two corpora of one language share what the language gets.
+    # Two corpora of one language share the language's part.
     assert sampling_shares([60, 30, 10], [1, 1, 1], 2.0, ["en", "en", "de"]) == pytest.approx([0.5, 0.25, 0.25])
 
 
-def test_what_can_not_be_mixed_is_refused():
+def test_invalid_mixtures_are_rejected():
     with pytest.raises(PlanError, match="no rows"):
         Mixture(((0, 0),), (1.0, 1.0))
     with pytest.raises(PlanError, match="weight above 0"):
         Mixture(((0, 5),), (1.0, 0.0))
     with pytest.raises(PlanError, match="every corpus in every bucket"):
         Mixture(((1, 2), (3,)), (1.0, 1.0))
-    with pytest.raises(PlanError, match="from 0 on"):
+    with pytest.raises(PlanError, match="0 or more"):
         Mixture(((1,),), (-1.0,))
 
 

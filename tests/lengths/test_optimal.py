@@ -35,7 +35,7 @@ def row_cost(tokens, counts, duration: int, number: int) -> float:
 
 def best_of_all(histogram: LengthHistogram, num_cells: int) -> float:
     """Least cost by trying all grids."""
-    found = np.inf
+    best = np.inf
     for edges in subsets(sorted(set(histogram.cells.tolist())), num_cells):
         index = np.searchsorted(edges, histogram.cells)
         rows = [
@@ -54,8 +54,8 @@ def best_of_all(histogram: LengthHistogram, num_cells: int) -> float:
                         key = used + extra
                         merged[key] = min(merged.get(key, np.inf), total + value)
             spare = merged
-        found = min(found, *spare.values())
-    return found
+        best = min(best, *spare.values())
+    return best
 
 
 LENGTHS = st.lists(st.tuples(st.integers(1, 6), st.integers(1, 6), st.integers(1, 9)), min_size=1, max_size=9)
@@ -70,11 +70,11 @@ def histogram_of(rows) -> LengthHistogram:
 @given(LENGTHS, st.integers(1, 5))
 def test_the_grid_is_the_best_of_all_grids(rows, num_cells):
     histogram = histogram_of(rows)
-    found = optimal_rows(histogram, COST, num_cells)
-    assert sum(row.num_token_buckets for row in found) <= num_cells
-    index = np.searchsorted([row.max_duration_ms for row in found], histogram.cells)
+    actual = optimal_rows(histogram, COST, num_cells)
+    assert sum(row.num_token_buckets for row in actual) <= num_cells
+    index = np.searchsorted([row.max_duration_ms for row in actual], histogram.cells)
     total = 0.0
-    for number, row in enumerate(found):
+    for number, row in enumerate(actual):
         tokens, counts = histogram.tokens[index == number], histogram.counts[index == number]
         edges = optimal_token_edges(tokens, counts, row.max_duration_ms, COST, row.num_token_buckets)
         assert len(edges) <= row.num_token_buckets and edges[-1] == tokens.max()
@@ -87,7 +87,7 @@ def test_the_grid_is_the_best_of_all_grids(rows, num_cells):
 @given(LENGTHS, st.integers(1, 4), st.integers(1, 3))
 def test_equal_rows_are_the_best_of_their_kind(rows, num_rows, split):
     histogram = histogram_of(rows)
-    found = optimal_rows(histogram, COST, num_rows * split, num_rows=num_rows)
+    actual = optimal_rows(histogram, COST, num_rows * split, num_rows=num_rows)
     best = np.inf
     for edges in subsets(sorted(set(histogram.cells.tolist())), num_rows):
         index = np.searchsorted(edges, histogram.cells)
@@ -98,12 +98,12 @@ def test_equal_rows_are_the_best_of_their_kind(rows, num_rows, split):
                 for k, edge in enumerate(edges)
             ),
         )
-    index = np.searchsorted([row.max_duration_ms for row in found], histogram.cells)
+    index = np.searchsorted([row.max_duration_ms for row in actual], histogram.cells)
     total = sum(
         row_cost(histogram.tokens[index == k], histogram.counts[index == k], row.max_duration_ms, split)
-        for k, row in enumerate(found)
+        for k, row in enumerate(actual)
     )
-    assert len(found) <= num_rows and total == pytest.approx(best)
+    assert len(actual) <= num_rows and total == pytest.approx(best)
 
 
 def corpus(number: int, seed: int) -> LengthHistogram:
@@ -133,8 +133,8 @@ def test_optimal_pads_less_than_equal_mass_and_sharing_by_need_least():
 
 def test_candidates_spread_the_weight():
     values = np.arange(1, 1001)
-    found = candidates(values, np.ones(1000), 10)
-    assert found.tolist() == list(range(100, 1001, 100))
+    actual = candidates(values, np.ones(1000), 10)
+    assert actual.tolist() == list(range(100, 1001, 100))
     assert candidates(values[:5], np.ones(5), 10).tolist() == [1, 2, 3, 4, 5]
 
 

@@ -1,4 +1,4 @@
-"""Histogram, grid, plan and padding: counts add up and every utterance has one place or one reason."""
+"""Histogram, grid, plan and padding: counts add up and every utterance has one bucket or one reason."""
 
 from collections import Counter
 from fractions import Fraction
@@ -30,11 +30,11 @@ def histogram(pairs) -> LengthHistogram:
 
 @given(lengths, lengths, lengths)
 def test_histograms_add_in_any_order_and_grouping(a, b, c):
-    one, two, three = histogram(a), histogram(b), histogram(c)
-    assert one + two == two + one
-    assert (one + two) + three == one + (two + three)
-    assert one + LengthHistogram.empty() == one == LengthHistogram.empty() + one
-    assert one + two + three == histogram(a + b + c)
+    first, second, third = histogram(a), histogram(b), histogram(c)
+    assert first + second == second + first
+    assert (first + second) + third == first + (second + third)
+    assert first + LengthHistogram.empty() == first == LengthHistogram.empty() + first
+    assert first + second + third == histogram(a + b + c)
 
 
 @given(lengths, st.randoms(use_true_random=False), st.integers(1, 5))
@@ -121,8 +121,8 @@ def test_equal_mass_edges_cut_where_shares_of_the_total_are_reached():
     values = np.arange(1, 101)
     edges = equal_mass_edges(values, np.ones(100, int), 4)
     mass = [values[(values > low) & (values <= high)].sum() for low, high in zip([0, *edges[:-1]], edges, strict=True)]
-    # A bucket may overshoot its share by one value; what it took too much is missing in the last one.
-    assert edges.tolist() == [51, 72, 88, 100] and all(0 <= one - 5050 / 4 <= 100 for one in mass[:-1])
+    # A bucket may overshoot its share by one value; its excess is missing in the last bucket.
+    assert edges.tolist() == [51, 72, 88, 100] and all(0 <= edge - 5050 / 4 <= 100 for edge in mass[:-1])
     # A value that holds several shares repeats.
     assert equal_mass_edges(np.array([5, 9]), np.array([1000, 1]), 4).tolist() == [5, 5, 5, 9]
 
@@ -178,7 +178,7 @@ def test_fast_talkers_are_rejected_on_the_upper_side_only():
     assert plan.grid.buckets[0].max_tokens == 56
 
 
-def test_a_fixed_limit_holds_and_a_bucket_that_would_keep_nobody_is_named():
+def test_a_fixed_limit_applies_and_a_bucket_left_empty_is_named():
     pairs = [(1000, 20)] * 50 + [(10_000, 50)] * 50
     edges = {"num_duration_buckets": 2, "num_token_buckets": 1, "tps_sigma": None}
     made = histogram(pairs + [(900, 19)])
@@ -187,7 +187,7 @@ def test_a_fixed_limit_holds_and_a_bucket_that_would_keep_nobody_is_named():
     fast = histogram([(1000, 20)] * 100 + [(10_000, 50)] * 8)
     with pytest.raises(PlanError, match=r"bucket 0 \(≤ 1000 ms\) keeps no utterance.*got 20 .*allowed: 19;"):
         make_plan(fast, BucketSettings(**edges, max_tps=19), "id")
-    # Edges by need are for those that stay.
+    # Edges by need are for the kept utterances.
     plan = make_plan(fast, BucketSettings(**edges, max_tps=19, policy="optimal"), "id")
     assert plan.rejected == {"tps_outlier": 100} and plan.grid.buckets == (Bucket(10_000, 50),)
     with pytest.raises(PlanError, match="keeps no utterance"):
@@ -202,7 +202,7 @@ def test_one_limit_per_duration_bucket():
         make_plan(made, BucketSettings(2, 1, max_tps=(20.0,)), "id")
 
 
-def test_limits_that_mean_nothing_are_refused():
+def test_meaningless_limits_are_rejected():
     with pytest.raises(ValueError, match="max_tps must be above 0 and at most 1000000, got 0"):
         BucketSettings(max_tps=0)
     with pytest.raises(ValueError, match="max_tps has 3 numbers for 2 duration buckets"):
@@ -226,7 +226,7 @@ def test_2d_buckets_pad_less_than_random_batches():
     tokens = (durations / 1000 * rng.normal(4, 1, 20_000).clip(1)).astype(int) + 9
     made = LengthHistogram.from_lengths(durations, tokens)
     plan = make_plan(made, BucketSettings(), "id")
-    random, one, two = padding_by_scheme(made, plan, seed=1)
+    random, batch, two = padding_by_scheme(made, plan, seed=1)
     assert random.audio_padding > 0.4 > 0.1 > two.audio_padding
-    assert random.token_padding > one.token_padding > two.token_padding
-    assert padding_by_scheme(made, plan, seed=1) == [random, one, two]
+    assert random.token_padding > batch.token_padding > two.token_padding
+    assert padding_by_scheme(made, plan, seed=1) == [random, batch, two]

@@ -20,24 +20,24 @@ def test_permutation_is_a_bijection(size, key):
 
 
 def test_permutation_depends_on_its_key_and_works_for_a_billion_rows():
-    places = np.arange(1000)
-    assert (FeistelPermutation(1000, 1).many(places) != FeistelPermutation(1000, 2).many(places)).mean() > 0.9
+    positions = np.arange(1000)
+    assert (FeistelPermutation(1000, 1).many(positions) != FeistelPermutation(1000, 2).many(positions)).mean() > 0.9
     assert 0 <= FeistelPermutation(10**9, 5)(10**9 - 1) < 10**9
     with pytest.raises(IndexError):
         FeistelPermutation(10, 1)(10)
 
 
 @pytest.mark.parametrize("n", [2, 7, 50, 1000])
-def test_keys_give_every_order_alike(n):
-    tries, places = 4000, np.array([0, min(1, n - 1), n - 1])
-    found = np.array([FeistelPermutation(n, key).many(places) for key in range(tries)])
-    for column in found.T:
+def test_keys_give_every_order_equally_often(n):
+    tries, positions = 4000, np.array([0, min(1, n - 1), n - 1])
+    shuffled = np.array([FeistelPermutation(n, key).many(positions) for key in range(tries)])
+    for column in shuffled.T:
         counts = np.bincount(column, minlength=n)
         chi = ((counts - tries / n) ** 2 / (tries / n)).sum()
         assert chi < n - 1 + 5 * np.sqrt(2 * (n - 1)) + 10
-    first, second, _ = found.T
-    assert abs((first < second).mean() - 0.5) < 0.04  # neighbors' order is a coin
-    # Neighbouring keys, as of two epochs, share nothing.
+    first, second, _ = shuffled.T
+    assert abs((first < second).mean() - 0.5) < 0.04  # the order of neighbors is a coin toss
+    # Adjacent keys, as of two epochs, are independent.
     assert abs(np.corrcoef(first[1:], first[:-1])[0, 1]) < 0.08
 
 
@@ -65,7 +65,7 @@ def test_every_row_once_an_epoch_apart_from_a_small_remainder(counts, size, work
 
 @given(rows, st.integers(0, 40), st.integers(0, 100))
 @settings(max_examples=40)
-def test_resume_at_any_step_equals_going_on(counts, steps, seed):
+def test_resume_at_any_step_equals_an_uninterrupted_run(counts, steps, seed):
     schedule = BatchSchedule(seed, tuple(counts), tuple(range(2, 2 + len(counts))))
     state, plans = schedule.initial(), []
     states = [state]
@@ -108,7 +108,7 @@ def test_buckets_run_out_together():
     assert max(shares) - min(shares) < 0.06
 
 
-def test_schedule_refuses_what_does_not_fit():
+def test_schedule_rejects_mismatched_inputs():
     with pytest.raises(PlanError, match="no rows"):
         BatchSchedule(1, (0, 0), (1, 1))
     with pytest.raises(PlanError, match="differ in buckets"):

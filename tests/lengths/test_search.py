@@ -43,7 +43,7 @@ class Device:
         return self.base_factor * BASE + size * self.slope_factor * self.slope(bucket)
 
     def largest(self, bucket: int) -> int:
-        """The largest batch that fits, 0 where none does."""
+        """The largest batch that fits, 0 if none does."""
         return bisect.bisect_left(range(1, MAX_SIZE + 1), True, key=lambda size: not self.fits(bucket, size))
 
     def measure(self, bucket: int, size: int) -> Probe:
@@ -111,7 +111,7 @@ def test_a_contradiction_is_an_error():
         search.report(9, False)
 
 
-def test_what_is_implied_gives_way_to_a_probe():
+def test_a_probe_overrides_what_was_implied():
     search = BatchSizeSearch(10, 100)
     search.inform(largest_fit=12)  # a larger bucket takes more
     assert search.largest_fit == 12
@@ -153,12 +153,12 @@ def test_shared_brackets_save_probes_and_change_no_answer(device, rng, tolerance
             together += 1
         assert is_within(search.result, largest, tolerance)
         alone += len(search_batch_size(measure, BatchSizeSearch(start, MAX_SIZE, tolerance)).probes)
-    assert together <= alone + 3  # a narrower bracket is entered at another place at times
+    assert together <= alone + 3  # a narrower bracket is sometimes entered at another point
 
 
 @pytest.mark.parametrize("tells_peaks", [True, False])
 @pytest.mark.parametrize("factor", [0.85, 1.1])
-def test_what_a_device_takes_beside_the_prediction_is_learnt(factor, tells_peaks):
+def test_deviations_of_the_device_from_the_prediction_are_learned(factor, tells_peaks):
     device = Device(40_000.0, slope_factor=factor)
     shared = SharedBrackets(EDGES, [(BASE, Device.slope(bucket)) for bucket in range(NUM_BUCKETS)], 40_000.0, 0.0)
     for bucket in (1, 4):
@@ -199,7 +199,7 @@ def test_answers_fit_and_are_near_the_largest(device, tolerance):
     assert searches.done and searches.next() is None
     for bucket, answer in enumerate(answers):
         largest = device.largest(bucket)
-        # Where probes fail below the budget, what one bucket teaches another is not exact.
+        # If probes fail below the budget, conclusions from one bucket for another are not exact.
         assert is_within(answer.batch_size, largest, tolerance + (0.04 if device.reserved > 1 else 0.0))
         sizes = [probe.batch_size for probe in answer.probes]
         assert len(sizes) == len(set(sizes)) == searches.num_probes[bucket] <= 36  # at a tolerance of 0
@@ -214,7 +214,7 @@ def test_one_probe_ends_a_bucket_where_the_first_has_taught_the_deviation(factor
     searches = device.searches()
     answers = search_buckets(device.measure, searches)
     assert all(probe.fits for answer in answers for probe in answer.probes[1:])
-    # Where a batch is of a few utterances, one of them is more than the margin.
+    # If a batch has only a few utterances, one of them is more than the margin.
     large = [bucket for bucket in range(NUM_BUCKETS - 1) if device.largest(bucket) >= 40]
     assert all(searches.num_probes[bucket] <= 1 for bucket in large)
     assert searches.num_probes[-1] <= 3
@@ -262,7 +262,7 @@ def test_a_stopped_search_resumes_where_it_was(device, stop):
     assert all(resumed.result(bucket) == uninterrupted.result(bucket) for bucket in range(NUM_BUCKETS))
 
 
-def test_a_bucket_that_takes_not_even_one_is_known_first():
+def test_a_bucket_that_cannot_fit_even_one_is_known_first():
     device = Device(1200.0)
     searches = device.searches()
     bucket, size = searches.next()
@@ -271,7 +271,7 @@ def test_a_bucket_that_takes_not_even_one_is_known_first():
     assert searches.ended(5) and searches.result(5) is None and not searches.done
 
 
-def test_an_answer_stays_as_it_was_settled():
+def test_a_final_answer_never_changes():
     device = Device(90_000.0)
     searches = device.searches()
     while not searches.ended(5):
@@ -283,7 +283,7 @@ def test_an_answer_stays_as_it_was_settled():
 
 
 @pytest.mark.parametrize("peak", [1, 500, 10**12])
-def test_peaks_that_mean_nothing_do_no_harm(peak):
+def test_meaningless_peaks_do_no_harm(peak):
     device, searches = Device(50_000.0), Device(50_000.0).searches()
     for _ in range(200):
         if (ask := searches.next()) is None:

@@ -52,13 +52,13 @@ def parts() -> ModelParts:
     return ModelParts.of(Canary(config), tokenizer.models)
 
 
-def same(one: ModelParts, other: ModelParts) -> bool:
+def same(first: ModelParts, second: ModelParts) -> bool:
     return (
-        one.config == other.config
-        and one.tokenizers == other.tokenizers
-        and list(one.tokenizers) == list(other.tokenizers)
-        and one.state.keys() == other.state.keys()
-        and all(torch.equal(value, other.state[name]) for name, value in one.state.items())
+        first.config == second.config
+        and first.tokenizers == second.tokenizers
+        and list(first.tokenizers) == list(second.tokenizers)
+        and first.state.keys() == second.state.keys()
+        and all(torch.equal(value, second.state[name]) for name, value in first.state.items())
     )
 
 
@@ -84,12 +84,12 @@ def test_an_archive_may_be_compressed(parts, tmp_path):
 def test_nemos_own_archives(name, tmp_path):
     source = SHARED / "reference" / name / "model.nemo"
     if not source.exists():
-        pytest.skip("the archives that NeMo wrote are not at hand")
-    found = read_nemo(source)
-    assert found.config.prompt_format == json.loads((source.parent / "info.json").read_text())["prompt_format"]
+        pytest.skip("the archives that NeMo wrote are not available")
+    parts = read_nemo(source)
+    assert parts.config.prompt_format == json.loads((source.parent / "info.json").read_text())["prompt_format"]
     for target, format in ((tmp_path / "a.nemo", Format.nemo), (tmp_path / "b", Format.raytrain)):
-        save_model(found, target, format)
-        assert same(load_model(target), found)
+        save_model(parts, target, format)
+        assert same(load_model(target), parts)
 
 
 def members_of(path: Path) -> dict[str, bytes]:
@@ -137,7 +137,7 @@ def test_hostile_archives_are_refused(parts, tmp_path):
 
     for name in ("../victim", str(victim), "a/../../victim", "..\\victim"):
         pack(bad, {**good, name: b"x"})
-        refused("leads out")
+        refused("escapes its folder")
     for info in (
         special("l", tarfile.SYMTYPE, "/etc/passwd"),
         special(weights, tarfile.LNKTYPE, "/etc/passwd"),
@@ -193,7 +193,7 @@ def test_weights_that_lie_about_their_size_or_kind_are_refused(parts, tmp_path):
         (good.bool(), "plain tensor"),
         (good.to("meta"), "plain tensor"),
         (good.to(torch.complex64), "plain tensor"),
-        (good * float("nan"), "not finite"),
+        (good * float("nan"), "non-finite"),
     ):
         with pytest.raises(CheckpointError, match=match):
             replace(parts, state={**parts.state, name: value}).build()
@@ -206,7 +206,7 @@ def test_weights_that_lie_about_their_size_or_kind_are_refused(parts, tmp_path):
         read_nemo(tmp_path / "bad.nemo")
 
 
-def test_small_files_that_unfold_are_refused(parts, tmp_path):
+def test_small_files_that_decompress_to_large_ones_are_refused(parts, tmp_path):
     write_nemo(tmp_path / "good.nemo", parts)
     members, bad = members_of(tmp_path / "good.nemo"), tmp_path / "bad.nemo"
     levels = "".join(f"b{i}: &b{i} [{', '.join([f'*b{i - 1}'] * 10)}]\n" for i in range(1, 40))
@@ -224,7 +224,7 @@ def test_small_files_that_unfold_are_refused(parts, tmp_path):
         read_nemo(bad)
 
 
-def test_a_checkpoint_beside_another_tokenizer_is_refused(parts, tmp_path):
+def test_a_checkpoint_next_to_another_tokenizer_is_refused(parts, tmp_path):
     save_model(parts, tmp_path / "own", Format.raytrain)
     train_tokenizer({"en": ["five six seven"] * 9}, 24, tmp_path / "own" / "tokenizer")
     with pytest.raises(CheckpointError, match="another tokenizer"):
@@ -337,7 +337,7 @@ def test_commands_refuse_with_a_reason(parts, tmp_path):
         run(app, ["transcribe", "-m", str(tmp_path / "own"), "x.wav"], catch_exceptions=False)
     with pytest.raises(RaytrainError, match=r"unknown language.*fr"):
         run(app, ["transcribe", "-m", str(tmp_path / "own"), "--language", "fr", "x.wav"], catch_exceptions=False)
-    with pytest.raises(RaytrainError, match="no such precision; got fp8; allowed: fp32, bf16, int8"):
+    with pytest.raises(RaytrainError, match="unknown precision; got fp8; allowed: fp32, bf16, int8"):
         run(
             app,
             ["transcribe", "-m", str(tmp_path / "own"), "--language", "en", "--precision", "fp8", "x.wav"],

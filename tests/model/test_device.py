@@ -1,4 +1,4 @@
-"""The device of a worker: a processor, a GPU, or a GPU's branches on a processor."""
+"""The device of a worker: a CPU, a GPU, or the GPU branches on a CPU."""
 
 import pickle
 
@@ -12,11 +12,11 @@ from raytrain.model.device import CPU, EMULATED_GPU, Device, emulated_gpu, gpu_d
 without_cuda = pytest.mark.skipif(torch.cuda.is_available(), reason="torch can use a GPU here")
 
 
-def test_a_worker_without_a_gpu_computes_on_the_processor():
+def test_a_worker_without_a_gpu_computes_on_the_cpu():
     assert worker_device(False) is CPU and CPU.torch == torch.device("cpu") and not CPU.pins_memory
 
 
-def test_an_emulated_gpu_goes_a_gpus_way_on_the_processor(monkeypatch):
+def test_an_emulated_gpu_takes_the_gpu_branches_on_the_cpu(monkeypatch):
     monkeypatch.setenv(EMULATED_GPU, "NVIDIA H100: 80GB:85899345920")
     device = worker_device(True)
     assert device == Device("cuda", "cpu", "NVIDIA H100: 80GB", 80 << 30) == pickle.loads(pickle.dumps(device))
@@ -38,7 +38,7 @@ def test_a_gpu_that_torch_can_not_use_is_an_error_with_its_reason(monkeypatch):
         gpu_device()
 
 
-def test_a_slice_of_a_gpu_has_its_part_of_the_peak():
+def test_a_slice_of_a_gpu_has_its_share_of_the_peak():
     whole = peak_flops("NVIDIA H100 80GB HBM3")
     assert peak_flops("NVIDIA H100 80GB HBM3 MIG 3g.40gb") == pytest.approx(whole * 3 / 7)
     assert peak_flops("NVIDIA H100 80GB HBM3 MIG 1g.10gb") == pytest.approx(whole / 7)

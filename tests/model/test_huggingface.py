@@ -1,4 +1,4 @@
-"""Hugging Face folders: equal results in transformers, bit-equal ways back, and what they refuse."""
+"""Hugging Face folders: equal results in transformers, bit-equal round trips, and rejected models."""
 
 import json
 import sys
@@ -67,10 +67,10 @@ def largest_difference(parts: ModelParts, theirs) -> float:
     states, lengths = ours.encoder(mel, frames)
     mine = ours.decode_logits(ids, states, lengths).log_softmax(-1)
     valid = torch.arange(mel.shape[2]) < frames[:, None]
-    other = theirs(input_features=mel.transpose(1, 2), attention_mask=valid.long(), decoder_input_ids=ids)
+    output = theirs(input_features=mel.transpose(1, 2), attention_mask=valid.long(), decoder_input_ids=ids)
     in_time = torch.arange(states.shape[1]) < lengths[:, None]
-    encoder = (states - other.encoder_last_hidden_state)[in_time].abs().max()
-    return max(encoder.item(), (mine - other.logits.log_softmax(-1)).abs().max().item())
+    encoder = (states - output.encoder_last_hidden_state)[in_time].abs().max()
+    return max(encoder.item(), (mine - output.logits.log_softmax(-1)).abs().max().item())
 
 
 def edit(path: Path, **changes) -> None:
@@ -103,10 +103,10 @@ def test_transformers_computes_the_same(tmp_path, tokenizer):
     features = transformers.AutoFeatureExtractor.from_pretrained(tmp_path)
     audio = torch.randn(16000)
     mel, _ = parts.build().preprocessor(audio[None], torch.tensor([16000]))
-    found = features(audio.numpy(), sampling_rate=16000).input_features
-    torch.testing.assert_close(found.transpose(1, 2), mel, atol=1e-3, rtol=0)
+    mel_bins = features(audio.numpy(), sampling_rate=16000).input_features
+    torch.testing.assert_close(mel_bins.transpose(1, 2), mel, atol=1e-3, rtol=0)
 
-    # Saved there and read here: in a folder of its own, and over ours, whose settings and tokenizers then stay.
+    # Saved there and read here: in a new folder, and over ours, whose settings and tokenizers are then kept.
     theirs.save_pretrained(tmp_path / "saved", max_shard_size="100KB")
     again = read_huggingface(tmp_path / "saved")
     assert all(torch.equal(parts.state[name], again.state[name]) for name in parts.state) and not again.tokenizers
@@ -151,7 +151,9 @@ def test_all_that_cannot_be_written_is_named(tmp_path):
     parts = random_parts(replace(TINY, encoder_width=32))
     parts.state["log_softmax.mlp.layer0.weight"] = parts.state["log_softmax.mlp.layer0.weight"].half()
     parts.state["transf_decoder._embedding.position_embedding.pos_enc"][0] += 1
-    with pytest.raises(CheckpointError, match=r"no projection.*head's weight.*float16.*pos_enc.*plain name") as caught:
+    with pytest.raises(
+        CheckpointError, match=r"no projection.*head's weight.*float16.*pos_enc.*plain tokenizer name"
+    ) as caught:
         write_huggingface(replace(parts, tokenizers={"../en": b""}), tmp_path / "model")
     assert "32 differs from decoder_width 64" in str(caught.value) and not list(tmp_path.iterdir())
 
@@ -200,7 +202,7 @@ def test_other_weights_are_refused(tmp_path):
         read_huggingface(tmp_path)
 
 
-def test_a_full_folder_stays_as_it_is(tmp_path):
+def test_a_nonempty_folder_is_left_alone(tmp_path):
     (tmp_path / "config.json").write_text("mine")
     with pytest.raises(StorageError, match="new or empty"):
         write_huggingface(random_parts(), tmp_path)

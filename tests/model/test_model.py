@@ -1,4 +1,4 @@
-"""The model: shapes, sizes, gradients, meta tensors; and equality with NeMo where its outputs are at hand."""
+"""The model: shapes, sizes, gradients, meta tensors; and equality with NeMo where its outputs are available."""
 
 import json
 from dataclasses import replace
@@ -80,14 +80,14 @@ def test_the_loss_is_nemos_smoothed_cross_entropy_over_valid_labels():
     for prompts in (None, torch.tensor([3, 2])):
         loss = canary_loss(output, labels, torch.tensor([5, 3]), prompt_lengths=prompts, **plain)
         first = [0, 0] if prompts is None else [2, 1]
-        places = [(row, i) for row, size in ((0, 5), (1, 3)) for i in range(first[row], size)]
+        label_positions = [(row, i) for row, size in ((0, 5), (1, 3)) for i in range(first[row], size)]
         wanted = 0.0
-        for row, i in places:
-            own = log_probs[row, i]
-            wrong = own.sum() - own[labels[row, i]]
+        for row, i in label_positions:
+            row_log_probs = log_probs[row, i]
+            wrong = row_log_probs.sum() - row_log_probs[labels[row, i]]
             # 1 − ε on the label, ε spread over the others.
-            wanted -= (1 - smoothing) * own[labels[row, i]] + smoothing / (vocab - 1) * wrong
-        assert int(loss.num_tokens) == len(places)
+            wanted -= (1 - smoothing) * row_log_probs[labels[row, i]] + smoothing / (vocab - 1) * wrong
+        assert int(loss.num_tokens) == len(label_positions)
         torch.testing.assert_close(loss.total_sum, wanted)
 
 
@@ -175,8 +175,8 @@ def uncached_greedy(model, states, lengths, prompt, eos, delta):
 def greedy(model, states, lengths, prompt, delta):
     """Generated ids of each utterance after one prompt, with 3 as the end of text."""
     prompts, sizes = torch.tensor([prompt] * len(lengths)), torch.full((len(lengths),), len(prompt))
-    found = decode(model, states, lengths, prompts, sizes, 3, DecodeSettings(max_generation_delta=delta))
-    return [hypotheses[0].ids for hypotheses in found]
+    decoded = decode(model, states, lengths, prompts, sizes, 3, DecodeSettings(max_generation_delta=delta))
+    return [hypotheses[0].ids for hypotheses in decoded]
 
 
 def test_cached_decoding_equals_uncached_and_batch_equals_single():
@@ -189,17 +189,17 @@ def test_cached_decoding_equals_uncached_and_batch_equals_single():
     prompt = [7, 4, 8]
     with torch.no_grad():
         states, sizes = model.encode(audio, lengths)
-        found = greedy(model, states, sizes, prompt, 20)
+        decoded = greedy(model, states, sizes, prompt, 20)
         for row in range(4):
             wanted = uncached_greedy(model, states[row : row + 1], sizes[row : row + 1], prompt, 3, 20)
-            assert found[row] == wanted
-    assert len({tuple(ids) for ids in found}) > 1
+            assert decoded[row] == wanted
+    assert len({tuple(ids) for ids in decoded}) > 1
 
 
 def reference(name: str):
     root = SHARED / "reference" / name
     if not root.exists():
-        pytest.skip(f"the recorded outputs of NeMo are not at hand (looked for {root.name} in $RAYTRAIN_SHARED)")
+        pytest.skip(f"the recorded outputs of NeMo are not available (looked for {root.name} in $RAYTRAIN_SHARED)")
     model = read_nemo(root / "model.nemo").build()
     expected = {key: torch.tensor(value) for key, value in np.load(root / "expected.npz").items()}
     return model, expected, json.loads(Path(root / "decode_single.json").read_text())
@@ -213,7 +213,7 @@ def test_equal_to_nemo(name):
         states, lengths = model.encode(expected["wave"], expected["wave_len"])
         log_probs = model.decode_logits(expected["ids"], states, lengths).log_softmax(-1)
         assert torch.equal(frames, expected["mel_len"]) and torch.equal(lengths, expected["enc_len"])
-        found = greedy(model, states, lengths, decoded["prompt"], decoded["max_generation_delta"])
+        generated = greedy(model, states, lengths, decoded["prompt"], decoded["max_generation_delta"])
     for row in range(3):
         for value, key, size in (
             (mel[row].T, "mel", frames[row]),
@@ -223,5 +223,5 @@ def test_equal_to_nemo(name):
             wanted = expected[key][row].T if key == "mel" else expected[key][row]
             assert (value[:size] - wanted[:size]).abs().max() < 1e-4, key
         wanted = decoded["beam1"][row]
-        size = min(len(wanted), len(found[row]))
-        assert size and found[row][:size] == wanted[:size]
+        size = min(len(wanted), len(decoded[row]))
+        assert size and generated[row][:size] == wanted[:size]

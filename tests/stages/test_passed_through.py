@@ -164,7 +164,7 @@ def test_converting_replaces_a_file_only_when_asked(tmp_path):
     check_target(source, target, Format.nemo, overwrite=True)
     target.unlink()
     target.symlink_to(source)
-    with pytest.raises(StorageError, match="is the model that is read"):
+    with pytest.raises(StorageError, match="is the input model"):
         check_target(source, target, Format.nemo, overwrite=True)
     done = CliRunner().invoke(app, ["convert", str(source), str(target), "--overwrite"])
     assert isinstance(done.exception, StorageError)

@@ -329,7 +329,7 @@ def test_an_error_in_a_worker_reaches_the_user_readably(corpus, tmp_path):
     run(config, "statistics", "buckets", "assign", "oomptimize")
     shutil.rmtree(copy / "audio")
     with pytest.raises(
-        RaytrainError, match="of broken ones can be read; got .*flac; because .*no such file;.* to do: check data.root"
+        RaytrainError, match="can replace the broken ones; got .*flac; because .*no such file;.* to do: check data.root"
     ):
         run(config, "train")
 

@@ -1,4 +1,4 @@
-"""Artefacts: equal bytes for equal content, whole or absent files, and readable errors."""
+"""Artifacts: equal bytes for equal content, complete or absent files, and readable errors."""
 
 import os
 import pickle
@@ -41,7 +41,7 @@ def test_nan_is_refused():
 def test_a_full_disk_keeps_the_old_file_and_leaves_no_scraps(tmp_path):
     path = tmp_path / "a.bin"
     atomic_write_bytes(path, b"old")
-    # A file-size limit makes the kernel refuse the write, as a full disk does.
+    # A file-size limit makes the kernel refuse the write, like a full disk.
     old_limit, old_handler = (
         resource.getrlimit(resource.RLIMIT_FSIZE),
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN),
@@ -64,7 +64,7 @@ def test_a_folder_that_cannot_be_made(tmp_path):
 
 
 def test_errors_survive_pickle():
-    error = PlanError("bad", got=3, allowed="1, 2", why="of x", remedy="mend")
+    error = PlanError("bad", got=3, allowed="1, 2", why="of x", remedy="fix")
     copy = pickle.loads(pickle.dumps(error))
     assert type(copy) is PlanError and str(copy) == str(error)
     assert isinstance(copy, RaytrainError)

@@ -1,4 +1,4 @@
-"""Artefacts that change after they were written: noticed where they are read, and made anew by the next run."""
+"""Artifacts that change after they were written: detected when read, and made again by the next run."""
 
 import json
 import shutil
@@ -56,9 +56,9 @@ def contents(folder: Path) -> dict[str, str]:
     return {path.relative_to(folder).as_posix(): file_id(path) for path in folder.rglob("*") if path.is_file()}
 
 
-def flip(path: Path, place: float) -> None:
+def flip(path: Path, fraction: float) -> None:
     data = bytearray(path.read_bytes())
-    data[int(place * len(data))] ^= 1
+    data[int(fraction * len(data))] ^= 1
     path.write_bytes(data)
 
 
@@ -72,7 +72,7 @@ PLACES = st.floats(0, 1, exclude_max=True)
 @pytest.mark.parametrize("stage", STAGES[:4], ids=lambda stage: stage.name)
 @given(data=st.data())
 @OFTEN
-def test_an_output_with_another_byte_is_made_anew(base, run, tmp_path_factory, stage, data):
+def test_a_changed_output_is_made_again(base, run, tmp_path_factory, stage, data):
     config = copied(base, tmp_path_factory.mktemp("flipped"))
     before = contents(config.run_dir)
     names = [path.relative_to(config.run_dir) for name in stage.outputs for path in config.run_dir.glob(name)]
@@ -86,7 +86,7 @@ def test_an_output_with_another_byte_is_made_anew(base, run, tmp_path_factory, s
 
 @given(data=st.data())
 @OFTEN
-def test_a_changed_part_is_an_error_and_its_chunk_is_assigned_anew(base, run, tmp_path_factory, data):
+def test_a_changed_part_is_an_error_and_its_chunk_is_reassigned(base, run, tmp_path_factory, data):
     config = copied(base, tmp_path_factory.mktemp("damaged"))
     folder = config.run_dir / "assignment"
     before = contents(folder)
@@ -102,14 +102,14 @@ def test_a_changed_part_is_an_error_and_its_chunk_is_assigned_anew(base, run, tm
     elif how == "remove":
         path.unlink()
     else:
-        others = [one for one in path.parent.parent.rglob(f"*{path.suffix}") if file_id(one) != file_id(path)]
-        shutil.copy(data.draw(st.sampled_from(sorted(others))), path)
+        different = [part for part in path.parent.parent.rglob(f"*{path.suffix}") if file_id(part) != file_id(path)]
+        shutil.copy(data.draw(st.sampled_from(sorted(different))), path)
     with pytest.raises(DamagedPartError, match="changed after they were written.*run the same command again"):
         read_all(Assignment(folder))
     finished = {path.name: path.stat().st_mtime_ns for path in (folder / "parts").iterdir()}
     assert run(config) == ["assign"]
     assert contents(folder) == before and read_all(Assignment(folder)) == rows
-    # Chunks that were whole are left alone.
+    # Undamaged chunks are left alone.
     assert {name: (folder / "parts" / name).stat().st_mtime_ns for name in finished} == finished
     assert run(config) == []
 
@@ -145,8 +145,8 @@ DOCUMENT = st.fixed_dictionaries({}, optional={name: JSON for name in ("id", "bo
     | DOCUMENT.map(lambda value: json.dumps({"format": "x/1", **value}).encode())
     | st.sampled_from([b"[" * 100_000, b'{"format": "x/1", "id": 1, "body": ' + b"[" * 900 + b"]" * 900 + b"}"])
 )
-def test_what_is_no_artefact_is_a_readable_error(tmp_path_factory, data):
-    path = tmp_path_factory.mktemp("no") / "artefact.json"
+def test_an_invalid_artifact_is_a_readable_error(tmp_path_factory, data):
+    path = tmp_path_factory.mktemp("no") / "artifact.json"
     path.write_bytes(data)
     with pytest.raises(ArtifactError, match="to do: "):
         read_json(path, "x/1")
@@ -172,9 +172,9 @@ ROW = {
 @pytest.fixture
 def remote(s3, request, tmp_path, monkeypatch):
     """An assignment of one part at a URI, and a cache of this machine without it."""
-    place = f"{s3}/damage/{request.node.name}"
+    uri = f"{s3}/damage/{request.node.name}"
     monkeypatch.setenv("RAYTRAIN_CACHE", str(tmp_path / "writer"))
-    writer = RunStore(place)
+    writer = RunStore(uri)
     with PartsWriter(writer.local / "assignment", 0) as parts:
         parts.write(0, pa.Table.from_pylist([ROW], schema=ROW_SCHEMA))
     note = parts.note("all")
@@ -184,7 +184,7 @@ def remote(s3, request, tmp_path, monkeypatch):
     write_index(writer.local / "assignment", [note], [(10, 10)], 1, {"bucket_plan": "none"})
     writer.publish()
     monkeypatch.setenv("RAYTRAIN_CACHE", str(tmp_path / "reader"))
-    return RunStore(place)
+    return RunStore(uri)
 
 
 def open_at(store: RunStore) -> Assignment:
@@ -201,8 +201,8 @@ def test_a_damaged_copy_in_the_cache_is_brought_again(remote):
 
 
 def test_a_damaged_part_at_a_uri_voids_its_chunk(remote):
-    place = remote.location_of(f"assignment/{part_name(0, 0)}")
-    write_bytes(place, read_range(place, 0, 0)[:-1] + b"x")
+    uri = remote.location_of(f"assignment/{part_name(0, 0)}")
+    write_bytes(uri, read_range(uri, 0, 0)[:-1] + b"x")
     with pytest.raises(DamagedPartError, match="is damaged.*run the same command again"):
         open_at(remote).row(0, 0)
     assert remote.names("assignment/parts", "*.json") == set()
@@ -213,7 +213,7 @@ def test_a_damaged_part_at_a_uri_voids_its_chunk(remote):
 
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize("workers, max_failures", [("threads", 3), ("ray", 0)])
-def test_training_ends_at_once_and_the_next_run_mends_it(copy_of, workers, max_failures):
+def test_training_ends_at_once_and_the_next_run_repairs_it(copy_of, workers, max_failures):
     config = copy_of("damaged", train={"num_workers": 1, "max_failures": max_failures}, data={"workers": workers})
     rows = read_all(Assignment(config.run_dir / "assignment"))
     for path in config.run_dir.glob("assignment/bucket=*/*.arrow"):
@@ -221,7 +221,7 @@ def test_training_ends_at_once_and_the_next_run_mends_it(copy_of, workers, max_f
         tokens = pa.ipc.open_file(path).read_all()["tokens"].combine_chunks().values.to_numpy()[:8].tobytes()
         data[data.find(tokens) + 4 * 3 + 2] ^= 0x10  # a token and 2^20 more
         path.write_bytes(data)
-    # A worker's own error would have been met in each of four attempts; the second one comes back at a note.
+    # A worker's own error would recur in each of four attempts; the second attempt stops at a note.
     with pytest.raises(TrainingError, match="were changed after they were written.*run the same command again"):
         run_pipeline(config, Console(quiet=True), ("train",))
     assert run_pipeline(config, Console(quiet=True), ("assign",)) == ["assign"]

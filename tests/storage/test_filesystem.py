@@ -1,4 +1,4 @@
-"""Files by path and by URI: what a pattern stands for, ranges, compressed streams, and errors that can be read."""
+"""Files by path and by URI: patterns, ranges, compressed streams, and readable errors."""
 
 import gzip
 import uuid
@@ -22,7 +22,7 @@ from raytrain.storage.patterns import expand
 
 
 @pytest.fixture(params=["local", "file", "s3", "memory"])
-def place(request, tmp_path):
+def folder_and_write(request, tmp_path):
     """(a folder or URI, a function that writes a file into it)."""
     folder = {"local": str(tmp_path), "file": f"file://{tmp_path}", "memory": f"memory://box/{uuid.uuid4().hex}"}.get(
         request.param
@@ -41,8 +41,8 @@ def place(request, tmp_path):
     return folder, write
 
 
-def test_files_are_sized_listed_and_read_by_range(place):
-    folder, write = place
+def test_files_are_sized_listed_and_read_by_range(folder_and_write):
+    folder, write = folder_and_write
     for name in ("b c#%.bin", "a.bin", "a.txt"):
         write(name, b"0123456789")
     assert list_files(folder, "*.bin") == [f"{folder}/a.bin", f"{folder}/b c#%.bin"]
@@ -54,38 +54,38 @@ def test_files_are_sized_listed_and_read_by_range(place):
     assert fingerprint(f"{folder}/a.bin")[0] == 10
 
 
-def test_a_range_that_is_not_there_is_an_error(place):
-    folder, write = place
+def test_a_range_that_is_not_there_is_an_error(folder_and_write):
+    folder, write = folder_and_write
     write("a.bin", b"0123456789")
-    with pytest.raises(StorageReadError, match="a.bin is cut short; got 2 bytes from 8 on; allowed: 4"):
+    with pytest.raises(StorageReadError, match="a.bin is truncated; got 2 bytes starting at 8; allowed: 4"):
         read_range(f"{folder}/a.bin", 8, 4)
 
 
 @pytest.mark.parametrize("action", [file_size, open_stream, fingerprint, lambda path: read_range(path, 0, 1)])
-def test_a_missing_file_is_named(place, action):
-    folder, write = place
+def test_a_missing_file_is_named(folder_and_write, action):
+    folder, write = folder_and_write
     write("a.bin", b"0")
     with pytest.raises(StorageReadError, match="^can't read .*none.bin; because no such file or directory; to do"):
         action(f"{folder}/none.bin")
 
 
-def test_a_missing_file_among_many_is_named(place):
-    folder, write = place
+def test_a_missing_file_among_many_is_named(folder_and_write):
+    folder, write = folder_and_write
     write("a.bin", b"0")
     with pytest.raises(StorageReadError, match="none.bin; because no such file"):
         file_sizes([f"{folder}/a.bin", f"{folder}/none.bin"])
 
 
-def test_a_folder_is_no_file(place):
-    folder, write = place
+def test_a_folder_is_not_a_file(folder_and_write):
+    folder, write = folder_and_write
     write("a.bin", b"0")
     with pytest.raises(StorageReadError, match="because is a directory"):
         file_size(folder)
 
 
 @pytest.mark.parametrize("ending", ["", ".gz", ".zst", ".GZ"])
-def test_streams_are_decompressed_by_their_ending(place, ending):
-    folder, write = place
+def test_streams_are_decompressed_by_their_ending(folder_and_write, ending):
+    folder, write = folder_and_write
     text = b"one\ntwo\n" * 1000
     codec = {"gz": "gzip", "zst": "zstd"}.get(ending[1:].lower())
     write(f"m.jsonl{ending}", pa.compress(text, codec, asbytes=True) if codec else text)
@@ -114,7 +114,7 @@ def test_several_gzip_members_are_one_stream(tmp_path):
         ("plain", ["plain"]),
     ],
 )
-def test_a_pattern_stands_for_names(pattern, names):
+def test_a_pattern_expands_to_names(pattern, names):
     assert expand(pattern) == names
 
 
@@ -129,7 +129,7 @@ def test_braces_and_stars_go_together(tmp_path):
     "pattern", ["{0..1000000}", "{9999999999999..0}", "{0..999}{0..999}{0..999}", "{0..99999}{0..99999}{0..99999}"]
 )
 def test_a_pattern_for_too_many_files_is_refused_at_once(pattern):
-    with pytest.raises(StorageReadError, match="stands for too many files; allowed: 1000000"):
+    with pytest.raises(StorageReadError, match="matches too many files; allowed: 1000000"):
         expand(pattern)
 
 

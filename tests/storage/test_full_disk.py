@@ -1,4 +1,4 @@
-"""What the disk and MLflow's database refuse is told by its own reason, and training goes on where it can."""
+"""Failures of the disk and MLflow's database are reported with their reason, and training continues if it can."""
 
 import errno
 import logging
@@ -43,9 +43,9 @@ def test_a_full_disk_says_so_and_older_checkpoints_stay(tmp_path, monkeypatch, r
     monkeypatch.setattr(checkpoint, "_CheckedFile", FullDisk)
     with (
         pytest.raises(StorageError, match="no space left on device.*free space") as caught,
-        CheckpointWriter(folder) as one,
+        CheckpointWriter(folder) as writer,
     ):
-        one.save(2, PARTS, {}, None, wait=True)
+        writer.save(2, PARTS, {}, None, wait=True)
     assert "unexpected pos" not in str(caught.value)
     assert folder.newest().step == 1
     assert os.listdir(tmp_path) == ["step_00000001"]
@@ -62,7 +62,7 @@ def test_a_limit_of_the_system_says_so_too(tmp_path):
         signal.signal(signal.SIGXFSZ, handler)
 
 
-@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no device that is always full")
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no device /dev/full")
 def test_a_device_that_is_full_says_so():
     with pytest.raises(OSError, match="No space left on device"):
         checkpoint._save(PARTS["model"], Path("/dev/full"))
@@ -74,7 +74,7 @@ def test_what_is_saved_is_loaded(tmp_path):
 
 
 @pytest.mark.parametrize("content", [b"garbage " * 1000, b"SQLite format 3\0" + b"\xff" * 5000], ids=["text", "torn"])
-def test_a_damaged_database_is_told_as_that_at_once(tmp_path, caplog, content):
+def test_a_damaged_database_is_reported_at_once(tmp_path, caplog, content):
     (tmp_path / "mlflow.db").write_bytes(content)
     with caplog.at_level(logging.WARNING, logger="raytrain.tracking"):
         tracker = MlflowTracker.open(f"sqlite:///{tmp_path / 'mlflow.db'}", "e", "r", patience=60.0)
@@ -87,7 +87,7 @@ def test_a_damaged_database_is_told_as_that_at_once(tmp_path, caplog, content):
     assert tracker.run_id is None and (tmp_path / "mlflow.db").read_bytes() == content
 
 
-def test_after_a_database_was_moved_away_runs_begin_anew(tmp_path, monkeypatch):
+def test_runs_start_over_after_the_database_was_moved_away(tmp_path, monkeypatch):
     from mlflow.tracking import MlflowClient
 
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)

@@ -1,4 +1,4 @@
-"""What a killed command leaves behind is told from what is a run's."""
+"""Files that a killed command leaves behind are distinguished from a run's files."""
 
 from __future__ import annotations
 
@@ -26,15 +26,15 @@ NAMES = st.text(st.characters(exclude_characters="/\0", exclude_categories=["Cs"
 
 
 @given(NAMES)
-def test_every_unfinished_file_is_told_from_finished_ones(name):
+def test_unfinished_files_are_distinguished_from_finished_files(name):
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
         if len(os.fsencode(name)) < 200:
             with atomic_write(root / "deep" / name) as file:
                 file.write(b"half")
                 assert [leftover.bytes for leftover in temporaries(root, time.time() + 1)] == [0]
-            is_like_one = name.startswith(".")  # raytrain gives no artefact such a name
-            assert is_like_one or list(temporaries(root, time.time() + 1)) == []
+            looks_temporary = name.startswith(".")  # raytrain gives no artifact such a name
+            assert looks_temporary or list(temporaries(root, time.time() + 1)) == []
 
 
 RUN = (
@@ -79,7 +79,7 @@ def files(folder: Path) -> set[str]:
 
 @pytest.fixture
 def run(tmp_path, monkeypatch):
-    """A run folder with all that a run has and all that may be left over."""
+    """A run folder with everything that a run has and everything that may be left over."""
     monkeypatch.setenv("RAY_TMPDIR", str(tmp_path / "no sessions"))
     monkeypatch.setattr("raytrain.cluster.supervision.ray_folders", lambda: [tmp_path / "sessions"])
     folder = tmp_path / "runs" / "mine"
@@ -93,7 +93,7 @@ def run(tmp_path, monkeypatch):
     return folder
 
 
-def test_only_what_was_never_finished_goes(run):
+def test_only_unfinished_files_are_removed(run):
     assert len(list(temporaries(run, time.time()))) == len(LEFT)
     assert list(temporaries(run, time.time() - 100)) == []  # the owner writes them now
     remove_temporaries(run, time.time())
@@ -101,7 +101,7 @@ def test_only_what_was_never_finished_goes(run):
     assert files(run.parents[1] / "outside") == set(LEFT)
 
 
-def test_what_is_a_users_or_another_runs_stays(run):
+def test_files_of_users_and_other_runs_stay(run):
     kept = (".env.template", "notes/.vimrc.original", *(f"inside/{name}" for name in (*LEFT, *TRAININGS, "owner.json")))
     fill(run, kept)
     os.chmod(run / ".env.template", 0o644)
@@ -119,9 +119,9 @@ def test_trainings_of_a_run_at_a_uri(run, s3):
     from conftest import upload
 
     location = upload(run, f"{s3}/leftovers/mine")
-    found = list(trainings(location))
-    assert [(one.path, one.bytes) for one in found] == [(f"{location}/ray/train-17640", 8)]
-    found[0].remove()
+    leftovers = list(trainings(location))
+    assert [(entry.path, entry.bytes) for entry in leftovers] == [(f"{location}/ray/train-17640", 8)]
+    leftovers[0].remove()
     assert list(trainings(location)) == []
 
 
@@ -129,7 +129,7 @@ def clean(run: Path, *arguments: str):
     return CliRunner().invoke(app, ["clean", "-c", str(run.parents[1] / "mine.yaml"), *arguments])
 
 
-def test_clean_lists_and_removes_only_when_told(run):
+def test_clean_lists_and_removes_only_with_yes(run):
     before = files(run)
     listed = clean(run, "--json")
     assert listed.exit_code == 0 and files(run) == before
@@ -139,7 +139,9 @@ def test_clean_lists_and_removes_only_when_told(run):
     assert clean(run, "--yes").exit_code == 0
     assert files(run) - {"link"} == set(RUN)
     assert clean(run, "--yes", "--previous").exit_code == 0
-    assert not list(previous(run)) and files(run) - {"link"} == {one for one in RUN if not one.startswith("previous/")}
+    assert not list(previous(run)) and files(run) - {"link"} == {
+        name for name in RUN if not name.startswith("previous/")
+    }
 
 
 HOLD = """
@@ -163,5 +165,5 @@ def test_clean_leaves_a_run_with_an_owner_alone(run):
         process.kill()
         process.wait()
         process.stdout.close()
-    with owned(str(run)):  # whoever comes next clears up after it
+    with owned(str(run)):  # the next owner cleans up after it
         assert not list(temporaries(run, time.time() + 1))

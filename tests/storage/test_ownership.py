@@ -1,4 +1,4 @@
-"""A run folder has one owner at a time, whoever is killed, wherever it ran."""
+"""A run folder has one owner at a time, no matter which process is killed and where it ran."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def test_owner_is_named_and_gone_afterwards(tmp_path):
     assert describe_owner(str(tmp_path / "run")) is None
 
 
-def test_one_process_may_own_a_folder_within_itself_and_what_is_below(tmp_path):
+def test_ownership_nests_in_one_process_also_below_the_folder(tmp_path):
     link = tmp_path / "link"
     link.symlink_to(tmp_path / "run")
     with owned(str(tmp_path / "run")):
@@ -91,7 +91,7 @@ def test_one_process_may_own_a_folder_within_itself_and_what_is_below(tmp_path):
             assert read_record(str(tmp_path / "run-2")) is not None
 
 
-def test_living_owner_is_named_and_its_death_frees_the_folder(tmp_path):
+def test_live_owner_is_named_and_its_death_frees_the_folder(tmp_path):
     with holder(tmp_path) as first:
         assert first.stdout.readline() == "owns\n"
         with (
@@ -101,7 +101,7 @@ def test_living_owner_is_named_and_its_death_frees_the_folder(tmp_path):
             pass
         assert describe_owner(str(tmp_path))[1]
         first.kill()
-        # Not waited for: a dead process that nobody has taken notice of is dead all the same.
+        # Not waited for: a dead process that has not been reaped is still dead.
         lines: list[str] = []
         (tmp_path / "tokenizer").mkdir()
         for name in (".report.html.abcd1234", "tokenizer/.de.model.q_x81k2z"):
@@ -130,7 +130,7 @@ def test_displaced_owner_stops(tmp_path):
         assert read_record(str(tmp_path)) is None
 
 
-def test_displaced_owner_stops_also_where_the_new_one_has_ended(tmp_path):
+def test_displaced_owner_stops_even_if_the_new_owner_has_ended(tmp_path):
     with holder(tmp_path) as first:
         assert first.stdout.readline() == "owns\n"
         (tmp_path / OWNER_FILE).unlink()
@@ -139,11 +139,12 @@ def test_displaced_owner_stops_also_where_the_new_one_has_ended(tmp_path):
 
 @pytest.mark.parametrize("location", ["disk", "s3"])
 def test_lease_of_an_owner_elsewhere(location, tmp_path, short, request):
-    """Renewed, it is refused; old by the storage's clock, taken at once; else it is waited for."""
+    """A renewed lease is respected; one that has expired by the storage's clock is taken at once; else it is waited
+    for."""
     lines: list[str] = []
     if location == "s3":
         run = request.getfixturevalue("s3") + "/owner/run"
-        ownership.LEASE_SECONDS = 3.0  # clocks of object stores tell whole seconds
+        ownership.LEASE_SECONDS = 3.0  # clocks of object stores have whole seconds
         put = lambda: ownership.write_bytes(f"{run}/{OWNER_FILE}", record)  # noqa: E731
     else:
         run = str(tmp_path)
@@ -175,7 +176,7 @@ def test_lease_of_an_owner_elsewhere(location, tmp_path, short, request):
     assert read_record(run) is None
 
 
-def test_old_record_is_nobodys(tmp_path, short):
+def test_expired_record_has_no_owner(tmp_path, short):
     write_record(tmp_path, elsewhere(), age=1000)
     began = time.monotonic()
     with owned(str(tmp_path)):
@@ -191,16 +192,16 @@ def test_owner_renews_its_record(tmp_path, short):
 
 
 @pytest.mark.parametrize("damaged", [b"", b"7", b"{}", b'{"pid": "x"}', b"\xff\xfe{", b"[" * 5000])
-def test_damaged_record_is_an_owner_that_is_waited_for(damaged, tmp_path, short):
+def test_damaged_record_counts_as_an_owner_to_wait_for(damaged, tmp_path, short):
     (tmp_path / OWNER_FILE).write_bytes(damaged)
     assert read_owner(damaged) is None
     with owned(str(tmp_path)):
         assert read_record(str(tmp_path)).owner.pid == os.getpid()
 
 
-def test_of_many_that_come_at_once_one_owns(tmp_path):
+def test_of_many_concurrent_processes_one_owns(tmp_path):
     with contextlib.ExitStack() as stack:
-        write_record(tmp_path, replace(Owner.here(), pid=os.getppid(), start="1"))  # whose end all see
+        write_record(tmp_path, replace(Owner.here(), pid=os.getppid(), start="1"))  # whose end is visible to all
         all_of_them = [stack.enter_context(holder(tmp_path, 3)) for _ in range(4)]
         lines = [process.stdout.readline() for process in all_of_them]
     assert sorted(line[:5] for line in lines) == ["error", "error", "error", "owns\n"]
@@ -231,7 +232,7 @@ def test_full_disk_leaves_no_record(tmp_path, monkeypatch):
 
 # --- commands
 
-READING = {"config", "schedule", "ui", "status", "logs", "stop", "doctor", "clean"}  # `clean` removes what is nobody's
+READING = {"config", "schedule", "ui", "status", "logs", "stop", "doctor", "clean"}  # `clean` skips owned folders
 
 
 def test_every_command_that_writes_to_a_run_folder_can_take_it_over():
@@ -240,8 +241,8 @@ def test_every_command_that_writes_to_a_run_folder_can_take_it_over():
     from raytrain.cli.app import app
 
     commands = get_command(app).commands
-    with_config = {name for name, one in commands.items() if any(p.name == "config" for p in one.params)}
-    taking_over = {name for name, one in commands.items() if any(p.name == "take_over" for p in one.params)}
+    with_config = {name for name, command in commands.items() if any(p.name == "config" for p in command.params)}
+    taking_over = {name for name, command in commands.items() if any(p.name == "take_over" for p in command.params)}
     assert taking_over == (with_config - READING) | {"demo"}
 
 
@@ -258,7 +259,7 @@ def config(tmp_path):
     return check_config(values)
 
 
-def test_commands_leave_the_folder_of_a_living_owner_as_it_is(config):
+def test_commands_leave_the_folder_of_a_live_owner_alone(config):
     from raytrain.console import Console
     from raytrain.experiments.ablate import PredictOptions, predict_ablation, run_ablation
     from raytrain.experiments.depths import run_depths
@@ -287,7 +288,7 @@ def test_commands_leave_the_folder_of_a_living_owner_as_it_is(config):
         assert sorted(config.run_dir.rglob("*")) == before
 
 
-def test_status_and_doctor_tell_the_owner(config):
+def test_status_and_doctor_show_the_owner(config):
     from raytrain.operations.checks import OK, WARN, check_owner
 
     def check():
@@ -300,13 +301,13 @@ def test_status_and_doctor_tell_the_owner(config):
     assert check().status == OK and "gone" in check().seen
 
 
-def test_take_over_goes_along_with_a_job():
+def test_take_over_is_passed_on_with_a_job():
     from raytrain.operations.submission import entrypoint
 
     assert entrypoint(["train"], "python", take_over=True).endswith("--config config.yaml --take-over train")
 
 
-def test_status_tells_the_owner_also_where_there_are_no_jobs(config, tmp_path, monkeypatch):
+def test_status_shows_the_owner_also_without_jobs(config, tmp_path, monkeypatch):
     from conftest import free_port
     from typer.testing import CliRunner
 
@@ -319,12 +320,12 @@ def test_status_tells_the_owner_also_where_there_are_no_jobs(config, tmp_path, m
     path = tmp_path / "mine.yaml"
     path.write_text(f"name: mine\nrun: {{root: {tmp_path}}}\ndata: {{train: [a.jsonl]}}\n")
     with owned(config.run_location):
-        told = CliRunner().invoke(app, ["status", "--config", str(path)])
-        assert told.exit_code == 0 and f"process {os.getpid()}" in told.output
+        result = CliRunner().invoke(app, ["status", "--config", str(path)])
+        assert result.exit_code == 0 and f"process {os.getpid()}" in result.output
         assert CliRunner().invoke(app, ["status", "--address", nowhere]).exit_code == 1
 
 
-def test_what_is_no_file_is_no_record(tmp_path):
+def test_only_a_file_is_a_record(tmp_path):
     kinds = {
         "folder": lambda path: path.mkdir(),
         "nowhere": lambda path: path.symlink_to("nowhere"),

@@ -1,4 +1,4 @@
-"""Whatever JSON a file of state holds, its reader passes it over, makes it anew or says so in a readable error."""
+"""For any JSON in a state file, its reader skips it, makes it again or raises a readable error."""
 
 import contextlib
 import copy
@@ -85,7 +85,7 @@ QUICK = settings(
 
 @st.composite
 def spoiled(draw, document: Any) -> Any:
-    """A JSON value that is another one than `document` in one or two places."""
+    """A JSON value that differs from `document` in one or two positions."""
     document = copy.deepcopy(document)
     for _ in range(draw(st.integers(1, 2))):
         holder, key, node = None, None, document
@@ -102,14 +102,14 @@ def spoiled(draw, document: Any) -> Any:
 
 
 def forged(format: str, body: Any) -> bytes:
-    """An artefact whose id is right, as of one who wants it to be read."""
+    """An artifact with a correct id, as by an attacker."""
     document = {"format": format, "id": "", "parents": {"bucket_plan": "p"}, "body": body}
     with contextlib.suppress(ValueError):  # NaN has no id
         document["id"] = content_id({"format": format, "body": body})
     return json.dumps(document).encode()
 
 
-# --- what a run folder holds
+# --- files of a run folder
 
 
 def histogram() -> LengthHistogram:
@@ -170,13 +170,13 @@ def a_config(folder: Path):
 
 @dataclass
 class File:
-    """A file of state: what it holds when all is well, and what reads it. A file that `may_be_refused` may end in a
-    readable error, any other one is passed over."""
+    """A state file: its valid content, and its reader. A file that `may_be_refused` may raise a readable error, any
+    other is skipped."""
 
     name: str
     content: Any
     read: Callable[[Path], Any]
-    format: str = ""  # of an artefact
+    format: str = ""  # of an artifact
     may_be_refused: bool = False
 
     def data(self, value: Any) -> bytes:
@@ -220,8 +220,8 @@ def read_profiles(workspace: Workspace) -> Any:
 
 
 def read_assignment(folder: Path) -> Any:
-    found = Assignment(folder)
-    return found.rows_by_corpus, found.rows_per_bucket, found.edges
+    assignment = Assignment(folder)
+    return assignment.rows_by_corpus, assignment.rows_per_bucket, assignment.edges
 
 
 def read_files(folder: Path) -> Any:
@@ -321,10 +321,10 @@ def test_any_bytes_are_passed_over_or_refused_readably(tmp_path, file, data):
 
 
 def test_the_answers_of_a_job_survive(tmp_path):
-    """What was right before is right still: the checks refuse no good file."""
-    found = {file.name: file for file in FILES}
+    """The checks reject no valid file."""
+    by_name = {file.name: file for file in FILES}
     for name in ("batch_probes.json", "note.json", "mlflow_run.json", "stages.json"):
-        write(tmp_path, name, found[name].data(found[name].content))
+        write(tmp_path, name, by_name[name].data(by_name[name].content))
     assert read_answers(tmp_path / "batch_probes.json", JOB) == ANSWERS
     assert standing_note(tmp_path / "note.json", CHUNK, PLAN) == ChunkNote.from_dict(NOTE)
     assert standing_note(tmp_path / "note.json", replace(CHUNK, index=1), PLAN) is None
@@ -348,7 +348,7 @@ def two_checkpoints(tmp_path) -> CheckpointFolder:
 
 @QUICK
 @given(data=st.data())
-def test_a_checkpoint_whose_meta_is_no_meta_is_passed_over(two_checkpoints, data):
+def test_a_checkpoint_with_an_invalid_meta_is_skipped(two_checkpoints, data):
     path = two_checkpoints.folder / "step_00000002" / "meta.json"
     whole = path.read_bytes()
     try:
@@ -391,7 +391,7 @@ def test_the_older_checkpoint_takes_the_place_of_a_broken_one(two_checkpoints, c
     path.write_bytes(json.dumps({**json.loads(path.read_bytes()), **change}).encode())
     assert read_checkpoint(path.parent) is None
     assert two_checkpoints.newest().step == 1
-    with pytest.raises(CheckpointError, match="not a whole checkpoint"):
+    with pytest.raises(CheckpointError, match="not a complete checkpoint"):
         two_checkpoints.at(2)
 
 
@@ -403,7 +403,7 @@ def test_a_broken_note_of_the_best_checkpoint_means_the_newest(two_checkpoints, 
     assert two_checkpoints.mark_best(1, 0.5) and two_checkpoints.best().step == 1
 
 
-def test_a_schedule_goes_on_only_from_a_state_of_its_own_buckets():
+def test_a_schedule_resumes_only_from_a_state_of_its_buckets():
     schedule = BatchSchedule(1, (10, 10), (2, 2))
     assert schedule.restored({"epoch": 1, "positions": [3, 4]}) == ScheduleState(1, (3, 4))
     for values in ({"epoch": 1, "positions": [3]}, {"epoch": 0, "segments": []}):
@@ -431,13 +431,13 @@ def test_torn_marks_of_dead_workers_are_passed_over(tmp_path, texts, kills):
 
 @settings(QUICK, max_examples=60)
 @given(data=st.data())
-def test_a_part_whose_head_is_none_is_made_again(tmp_path, data):
+def test_a_part_with_an_invalid_header_is_made_again(tmp_path, data):
     parts = FinishedParts(tmp_path / "out.jsonl", "k")
     parts.write(0, "r", [b'{"a": 1}'], 0)
     head, _, body = parts._path(0).read_bytes().partition(b"\n")
     parts._path(0).write_bytes(json.dumps(data.draw(spoiled(json.loads(head)))).encode() + b"\n" + body)
-    found = parts.find(0, "r")
-    assert found is None or all(isinstance(number, int) for number in found)
+    read = parts.find(0, "r")
+    assert read is None or all(isinstance(number, int) for number in read)
 
 
 @pytest.fixture(scope="module")
@@ -462,12 +462,12 @@ def test_a_tokenizer_is_read_or_refused(tokenizer_folder, data):
 
 
 @settings(QUICK, max_examples=60)
-@given(place=st.integers(0, 2000), value=st.binary(min_size=1, max_size=8))
-def test_a_damaged_histogram_is_refused(tmp_path, place, value):
+@given(offset=st.integers(0, 2000), value=st.binary(min_size=1, max_size=8))
+def test_a_damaged_histogram_is_refused(tmp_path, offset, value):
     path = tmp_path / "histogram.parquet"
     write_histogram(path, histogram())
     data = bytearray(path.read_bytes())
-    data[place % len(data) : place % len(data) + len(value)] = value
+    data[offset % len(data) : offset % len(data) + len(value)] = value
     path.write_bytes(data)
     try:
         read_histogram(path)
@@ -477,7 +477,7 @@ def test_a_damaged_histogram_is_refused(tmp_path, place, value):
 
 @settings(QUICK, max_examples=40)
 @given(data=st.data())
-def test_the_report_is_written_whatever_the_run_folder_holds(tmp_path, data):
+def test_the_report_is_written_for_any_content_of_the_run_folder(tmp_path, data):
     bodies = {
         "statistics": {"utterances": 3, "hours": 1.0, **STATISTICS},
         "bucket_plan": {"plan": PLAN.to_body()},
@@ -532,7 +532,7 @@ def test_a_profile_needs_as_many_numbers_of_each_kind():
         replace(PROFILE, num_probes=(1,))
 
 
-def test_pipes_and_folders_are_no_state_and_nobody_waits(tmp_path):
+def test_pipes_and_folders_are_skipped_without_waiting(tmp_path):
     os.mkfifo(tmp_path / "pipe")
     (tmp_path / "folder").mkdir()
     for path in (tmp_path / "pipe", tmp_path / "folder"):

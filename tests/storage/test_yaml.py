@@ -1,4 +1,4 @@
-"""YAML is read as plain values or refused with a sentence, whatever is in the file, in little time and memory."""
+"""Any YAML file is read as plain values or rejected with a sentence, in little time and memory."""
 
 import os
 
@@ -33,8 +33,8 @@ def test_values_aliases_and_merges_are_read():
 @pytest.mark.parametrize(
     ("data", "why"),
     [
-        (b"b0: &b0 " + BOMB.encode(), "aliases stand for more than"),
-        (IN_A_SPACE.encode(), "aliases stand for more than"),
+        (b"b0: &b0 " + BOMB.encode(), "aliases expand to more than"),
+        (IN_A_SPACE.encode(), "aliases expand to more than"),
         (CHAIN.encode(), "nested more than"),
         (b"x: &r [1, *r]", "holds itself"),
         (b"a: " + b"[" * 20_000, "nested more than"),
@@ -44,8 +44,8 @@ def test_values_aliases_and_merges_are_read():
         (b"\xff\xfe\x00name: x\n", "not UTF-8"),
         (b"a: \x00", "not valid YAML"),
         (b"a: " + b"x" * (1 << 20), "larger than"),
-        (b"name: a\nname: b", "line 2: the key 'name' is there twice"),
-        (b'train: {seed: 1, "seed": 2}', "the key 'seed' is there twice"),
+        (b"name: a\nname: b", "line 2: the key 'name' appears twice"),
+        (b'train: {seed: 1, "seed": 2}', "the key 'seed' appears twice"),
         (b"a: !!python/object/apply:os.system ['true']", "not valid YAML"),
         (b"a: !!bool x", "not valid YAML"),
         (b"a: !!timestamp x", "not valid YAML"),
@@ -55,7 +55,7 @@ def test_values_aliases_and_merges_are_read():
         (b"0", "must hold sections"),
     ],
 )
-def test_a_configuration_that_is_no_sane_yaml_is_refused(tmp_path, data, why):
+def test_a_configuration_of_unsafe_yaml_is_rejected(tmp_path, data, why):
     path = tmp_path / "a.yaml"
     path.write_bytes(data)
     with pytest.raises(ConfigError, match=why) as caught:
@@ -133,7 +133,7 @@ def test_a_list_that_is_shared_is_redacted_once():
     assert clean == "https://***@host/x"
 
 
-def test_a_pipe_that_nobody_writes_to_is_not_waited_for(tmp_path):
+def test_a_pipe_without_a_writer_is_not_waited_for(tmp_path):
     os.mkfifo(tmp_path / "pipe")
     with pytest.raises(ConfigError, match="data: missing"):
         load_config(tmp_path / "pipe")
@@ -148,13 +148,13 @@ def test_a_pipe_that_nobody_writes_to_is_not_waited_for(tmp_path):
         (b"!!timestamp x", "does not fit its tag"),
     ],
 )
-def test_what_would_take_long_or_can_not_be_is_said_at_once(data, why):
+def test_expensive_or_impossible_values_are_rejected_at_once(data, why):
     with pytest.raises(ValueError, match=why):
         load_yaml(data)
 
 
 @pytest.mark.parametrize("value", ["no", "on", "1:30", "2024-01-01", "7"])
-def test_what_yaml_takes_for_something_else_is_to_be_quoted(tmp_path, value):
+def test_values_that_yaml_reads_as_another_type_must_be_quoted(tmp_path, value):
     path = tmp_path / "c.yaml"
     path.write_text(f"name: a\ndata: {{default_language: {value}, train: [a.jsonl]}}\n")
     with pytest.raises(ConfigError, match="default_language.*quote it"):

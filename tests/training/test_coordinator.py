@@ -1,4 +1,4 @@
-"""The coordinator of probes, and probers that do what it says; without Ray, on devices that follow a law."""
+"""The coordinator of probes, and probers that execute its tasks; without Ray, on simulated devices."""
 
 import json
 import threading
@@ -118,13 +118,13 @@ def test_several_probers_share_the_work_and_one_soaks():
     )
 
 
-def test_what_a_prober_had_when_it_died_is_handed_out_again():
+def test_the_task_of_a_dead_prober_is_handed_out_again():
     meter, asked = LawMeter(90_000.0), job(90_000.0)
     coordinator = ProbeCoordinator(asked)
     lost = coordinator.take("gpu 0")
-    other = coordinator.take("gpu 1")
-    assert lost.bucket != other.bucket
-    assert coordinator.take("gpu 0") == lost  # it was restarted, and asks as if for the first time
+    second = coordinator.take("gpu 1")
+    assert lost.bucket != second.bucket
+    assert coordinator.take("gpu 0") == lost  # it was restarted, and asks as a new prober
     threads = [threading.Thread(target=work, args=(coordinator, asked, meter, f"gpu {number}")) for number in (0, 1)]
     for thread in threads:
         thread.start()
@@ -172,5 +172,5 @@ def test_a_soak_that_fails_lowers_what_failed():
 def test_jobs_that_differ_have_other_ids():
     asked = job(90_000.0)
     assert asked.id == job(90_000.0).id
-    for other in (job(91_000.0), replace(asked, train=TrainSettings(shard=True)), replace(asked, seed=2)):
-        assert other.id != asked.id
+    for different in (job(91_000.0), replace(asked, train=TrainSettings(shard=True)), replace(asked, seed=2)):
+        assert different.id != asked.id

@@ -1,4 +1,4 @@
-"""A person is told that training waits for data: when, how often, and what to do about it."""
+"""Warnings that training waits for data: when, how often, and with which advice."""
 
 import io
 
@@ -20,7 +20,7 @@ def report_waits(waits: list[float], seconds: float = 10.0) -> list[int]:
     return [number for number, line in enumerate(lines) if monitor.check(line) is not None]
 
 
-def test_it_is_told_once_when_waiting_begins():
+def test_a_warning_comes_once_when_waiting_begins():
     assert report_waits([0.0] * 20) == report_waits([0.05] * 20) == []
     assert report_waits([0.06] * 20) == [2]
     assert report_waits([0.01] * 10 + [0.2] * 20) == [12]
@@ -31,7 +31,7 @@ def test_a_slow_start_or_a_slow_file_is_not_waiting():
     assert report_waits(([0.01] * 4 + [0.9]) * 10) == []
 
 
-def test_it_is_told_again_when_it_doubles_and_after_a_while():
+def test_the_warning_repeats_when_waiting_doubles_and_after_a_while():
     assert report_waits([0.06] * 10 + [0.10] * 10) == [2]
     assert report_waits([0.06] * 10 + [0.13] * 10) == [2, 12]
     seconds = REPEAT_SECONDS / 10
@@ -39,7 +39,7 @@ def test_it_is_told_again_when_it_doubles_and_after_a_while():
     assert report_waits([0.06] * 5 + [0.04] * 30 + [0.06] * 5, seconds) == [2, 37]
 
 
-def test_waiting_that_comes_and_goes_is_not_told_each_time():
+def test_intermittent_waiting_does_not_repeat_the_warning():
     assert len(report_waits(([0.06] * 5 + [0.04] * 5) * 5)) == 1
 
 
@@ -64,14 +64,14 @@ ADVICE = [
 
 
 @pytest.mark.parametrize(("data_path", "busy", "cpu", "reason", "remedies"), ADVICE)
-def test_advice_follows_from_what_keeps_batches_back(data_path, busy, cpu, reason, remedies):
+def test_advice_depends_on_the_bottleneck(data_path, busy, cpu, reason, remedies):
     text = advice(data_path, busy, cpu)
     everything = set.union(*(named for *_, named in ADVICE))
     assert reason in text.split(";")[0]
     assert {remedy for remedy in everything if remedy in text.split(";")[1]} == remedies
 
 
-def test_the_warning_reaches_the_terminal_and_lines_of_before_do_not(corpus, tmp_path):
+def test_the_warning_reaches_the_terminal_but_earlier_lines_do_not(corpus, tmp_path):
     config = tiny_config(corpus, tmp_path)
     console, shown = Console(), io.StringIO()
     console.rich = RichConsole(file=shown, width=400)

@@ -1,4 +1,4 @@
-"""Training that goes wrong and goes on: killed, hung and starved workers, steps that are no numbers, fewer workers."""
+"""Training that fails and resumes: killed, hung and starved workers, non-finite steps, fewer workers."""
 
 import contextlib
 import json
@@ -41,13 +41,13 @@ def run(config, *names: str) -> list[str]:
 
 @pytest.fixture
 def faulty(copy_of):
-    """`faulty(name, **train)`: the prepared run in a folder of its own, with the settings of all trainings here and
+    """`faulty(name, **train)`: the prepared run in a separate folder, with the settings of all trainings here and
     `train`."""
     return lambda name, **train: copy_of(name, train={**TRAIN, **train})
 
 
 def train_in_turn(*configs: Config) -> None:
-    """What stage `train` does for each of these runs, with the same worker processes for all: they start once."""
+    """Stage `train` for each of these runs, with the same worker processes for all: they start once."""
     jobs = []
     for config in configs:
         workspace = Workspace(config, config.run_dir)
@@ -70,14 +70,14 @@ def train_in_turn(*configs: Config) -> None:
 
 @pytest.fixture(scope="module")
 def trained(prepared, tmp_path_factory, s3) -> dict[str, Config]:
-    """Runs that nothing happened to, by name."""
+    """Uninterrupted runs by name."""
     root = tmp_path_factory.mktemp("trained")
 
     def run_of(folder: str, **train) -> Config:
         return copied(prepared, root / folder, train={**TRAIN, **train})
 
     longer = {"max_steps": 30, "learning_rate": 3e-4}
-    two = {
+    two_workers = {
         "undisturbed": run_of("undisturbed"),
         "two": run_of("two", **longer),
         "sharded": run_of("sharded", shard=True, max_steps=8),
@@ -85,18 +85,18 @@ def trained(prepared, tmp_path_factory, s3) -> dict[str, Config]:
         "sharded again": run_of("sharded", shard=True),
         "lost": run_of("lost", max_steps=8, keep_checkpoints=1, storage_path=f"{s3}/storage"),
     }
-    one = {
+    single_worker = {
         "one": run_of("one", num_workers=1, accumulate=2, **longer),
         "elastic": run_of("elastic", num_workers=[1, 2], max_steps=6),
     }
-    train_in_turn(*two.values())
-    train_in_turn(*one.values())
-    return two | one
+    train_in_turn(*two_workers.values())
+    train_in_turn(*single_worker.values())
+    return two_workers | single_worker
 
 
 @pytest.fixture(scope="module")
 def undisturbed(trained):
-    """Metrics of every step, and the last checkpoint, of a run that nothing happened to."""
+    """Metrics of every step, and the last checkpoint, of an uninterrupted run."""
     config = trained["undisturbed"]
     return steps_of(config), CheckpointFolder(config.run_dir / "checkpoints").newest()
 
@@ -110,8 +110,8 @@ def steps_of(config) -> dict[int, tuple[float, ...]]:
 
 @contextlib.contextmanager
 def signalling(config, choose, number: int = signal.SIGKILL):
-    """Send a signal to the worker process of a rank each time that `choose(rank, step, bucket, size)` is true of what
-    it is doing. Gives the list of what was hit."""
+    """Send a signal to the worker process of a rank each time that `choose(rank, step, bucket, size)` is true for its
+    activity. Returns the list of killed activities."""
     hit, stopped, seen = [], threading.Event(), set()
 
     def watch() -> None:
@@ -137,11 +137,11 @@ def signalling(config, choose, number: int = signal.SIGKILL):
 def test_losses_are_the_same_bit_for_bit_wherever_workers_were_killed(faulty, undisturbed):
     config = faulty("killed")
     # Just after a checkpoint, and in the last step.
-    places = {(0, 5), (1, 12)}
+    kill_points = {(0, 5), (1, 12)}
 
     def once(rank, step, bucket, size):
-        if (rank, step) in places:
-            places.remove((rank, step))
+        if (rank, step) in kill_points:
+            kill_points.remove((rank, step))
             return True
         return False
 
@@ -150,23 +150,26 @@ def test_losses_are_the_same_bit_for_bit_wherever_workers_were_killed(faulty, un
     assert [(rank, step) for rank, step, _, _ in hit] == [(0, 5), (1, 12)]
     steps, last = undisturbed
     assert steps_of(config) == steps
-    found = CheckpointFolder(config.run_dir / "checkpoints").newest()
-    assert found.step == last.step == 12
+    newest = CheckpointFolder(config.run_dir / "checkpoints").newest()
+    assert newest.step == last.step == 12
     for part in ("model", "average"):
-        ours, theirs = found.load(part), last.load(part)
+        ours, theirs = newest.load(part), last.load(part)
         assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
-    assert found.meta["schedule"] == last.meta["schedule"]
-    assert found.meta["audio_seconds"] == last.meta["audio_seconds"]
+    assert newest.meta["schedule"] == last.meta["schedule"]
+    assert newest.meta["audio_seconds"] == last.meta["audio_seconds"]
 
 
 def test_one_worker_that_accumulates_learns_what_two_workers_learn(trained):
-    one, two = trained["one"], trained["two"]
-    expected, learnt = steps_of(two), steps_of(one)
-    assert len(learnt) == 30
-    for step, values in learnt.items():
+    from_one_worker, from_two_workers = trained["one"], trained["two"]
+    expected, learned = steps_of(from_two_workers), steps_of(from_one_worker)
+    assert len(learned) == 30
+    for step, values in learned.items():
         assert values[:3] == pytest.approx(expected[step][:3], abs=1e-5), f"step {step}"
         assert values[4:] == expected[step][4:]
-    models = [CheckpointFolder(config.run_dir / "checkpoints").newest().load("model") for config in (one, two)]
+    models = [
+        CheckpointFolder(config.run_dir / "checkpoints").newest().load("model")
+        for config in (from_one_worker, from_two_workers)
+    ]
     norms = [name.removesuffix("batch_norm.running_mean") for name in models[0] if name.endswith("running_mean")]
     assert norms
     for name in norms:
@@ -182,7 +185,7 @@ def test_one_worker_that_accumulates_learns_what_two_workers_learn(trained):
         torch.testing.assert_close(ours[1], theirs[1], atol=1e-6, rtol=1e-4)
 
 
-def test_training_goes_on_with_fewer_workers(trained, undisturbed):
+def test_training_resumes_with_fewer_workers(trained, undisturbed):
     # One worker took both shares of the first steps, as where there was no room for two.
     config = trained["elastic"].model_copy(update={"train": replace(trained["elastic"].train, max_steps=12)})
     run(config, "train")
@@ -198,7 +201,7 @@ def test_a_bucket_that_takes_too_much_host_memory_gets_smaller_batches(faulty):
     config = faulty("starved", max_steps=8, checkpoint_every_steps=2)
     sizes = json.loads((config.run_dir / "batch_profile.json").read_bytes())["body"]["profiles"][0]["batch_sizes"]
 
-    # As where memory runs out: workers are killed in full batches of one bucket, and something says what for.
+    # As when memory runs out: workers are killed in full batches of one bucket, with a recorded reason.
     first: list[int] = []
 
     def too_large(rank, step, bucket, size):
@@ -231,26 +234,26 @@ def test_a_hung_worker_ends_training_with_a_clear_error(faulty):
     assert CheckpointFolder(config.run_dir / "checkpoints").newest().step == 4  # to resume from
 
 
-def test_steps_that_are_no_numbers_are_skipped_and_too_many_end_training(faulty):
+def test_nonfinite_steps_are_skipped_and_too_many_end_training(faulty):
     config = faulty("nan", learning_rate=100, weight_decay=100, max_skipped_steps=3, max_steps=40)
     started = time.monotonic()
     with pytest.raises(TrainingError, match="3 steps in a row were not finite.*max_skipped_steps.*bad_steps"):
         run(config, "train")
-    assert time.monotonic() - started < 60  # and is not tried again, which would end the same way
+    assert time.monotonic() - started < 60  # and is not retried, which would fail the same way
     notes = sorted((config.run_dir / "bad_steps").glob("*.json"))
     assert len(notes) >= 6  # of both ranks
     rows = json.loads(notes[0].read_bytes())["rows"]
     assert rows and all(os.path.exists(row["audio_path"]) for row in rows)
 
 
-def test_training_goes_on_from_copies_in_s3_where_the_run_folder_was_lost(trained, undisturbed, s3):
+def test_training_resumes_from_copies_in_s3_if_the_run_folder_is_lost(trained, undisturbed, s3):
     import pyarrow.fs
 
     config = trained["lost"].model_copy(update={"train": replace(trained["lost"].train, max_steps=12)})
     copies = f"{s3.removeprefix('s3://')}/storage/tiny/checkpoints"
     s3_files = pyarrow.fs.S3FileSystem(endpoint_override=os.environ["AWS_ENDPOINT_URL"])
     names = [info.base_name for info in s3_files.get_file_info(pyarrow.fs.FileSelector(copies))]
-    assert sorted(names) == ["best.json", "step_00000008"]  # of step 4 nothing is left
+    assert sorted(names) == ["best.json", "step_00000008"]  # nothing is left of step 4
     shutil.rmtree(config.run_dir / "checkpoints")
     run(config, "train")
     steps, last = undisturbed
@@ -259,7 +262,7 @@ def test_training_goes_on_from_copies_in_s3_where_the_run_folder_was_lost(traine
     assert all(torch.equal(newest.load("model")[name], value) for name, value in last.load("model").items())
 
 
-def test_a_sharded_run_learns_the_same_and_either_kind_goes_on_from_the_other(trained, undisturbed):
+def test_a_sharded_run_learns_the_same_and_either_kind_resumes_the_other(trained, undisturbed):
     config = trained["sharded"]
     steps, last = undisturbed
     found = steps_of(config)

@@ -1,4 +1,4 @@
-"""Traced memory of a training step: what counts, by whom, and the largest batch that fits by it."""
+"""Traced memory of a training step: what counts, by phase, and the largest batch that fits."""
 
 import json
 from dataclasses import replace
@@ -60,7 +60,7 @@ def test_what_stays_and_what_grows():
     assert trace(world_size=2).resident_bytes - memory.resident_bytes == pytest.approx(WEIGHTS, abs=512)
 
 
-def test_the_peak_is_told_by_phase_and_by_module():
+def test_the_peak_is_broken_down_by_phase_and_module():
     memory = StepTracer(replace(MODEL, encoder_layers=8), SETTINGS).trace(8, 4000, 20)
     phases, modules = memory.by_phase(), memory.by_module()
     assert sum(phases.values()) == sum(modules.values()) == memory.peak_bytes
@@ -151,7 +151,7 @@ def test_a_rank_of_a_sharded_model_holds_its_part():
     whole = of_rank(1)
     for world_size in (2, 4):
         part = of_rank(world_size)
-        # Weights and moments in parts; the filterbank and such on every rank.
+        # Sharded weights and moments; the filterbank and other buffers on every rank.
         assert part.resident_bytes == pytest.approx(whole.resident_bytes / world_size, rel=0.1)
         assert part.peak_bytes < whole.peak_bytes
         assert sum(part.by_phase().values()) == part.peak_bytes
@@ -194,11 +194,11 @@ def test_the_prediction_is_the_largest_batch_by_brute_force_for_every_budget():
         peaks = [tracer.trace(size, duration, tokens).peak_bytes for size in range(1, 12)]
         for low, high in zip(peaks, peaks[1:], strict=False):
             budget = (low + high) // 2
-            found = predict_batch_size(tracer, duration, tokens, budget, max_size=1000)
+            predicted = predict_batch_size(tracer, duration, tokens, budget, max_size=1000)
             wanted = sum(peak <= budget for peak in peaks)
-            # Between two traced sizes the line lies above the truth, hence one less at times.
-            assert wanted - 1 <= found.batch_size <= wanted
-            assert found.num_traces <= 6
+            # Between two traced sizes the line lies above the truth, hence sometimes one less.
+            assert wanted - 1 <= predicted.batch_size <= wanted
+            assert predicted.num_traces <= 6
         assert predict_batch_size(tracer, duration, tokens, peaks[0] - 1, 1000).batch_size is None
         assert predict_batch_size(tracer, duration, tokens, peaks[8], max_size=6).batch_size == 6
 
@@ -208,23 +208,23 @@ def test_most_predictions_are_exact_and_take_three_traces():
     exact, traces = 0, 0
     for wanted in range(9, 40, 3):
         budget = sum(tracer.trace(size, 3000, 30).peak_bytes for size in (wanted, wanted + 1)) // 2
-        found = predict_batch_size(tracer, 3000, 30, budget, max_size=1000)
-        exact += found.batch_size == wanted
-        traces += found.num_traces
-        assert abs(found.peak_bytes - tracer.trace(found.batch_size, 3000, 30).peak_bytes) < 0.001 * budget
+        predicted = predict_batch_size(tracer, 3000, 30, budget, max_size=1000)
+        exact += predicted.batch_size == wanted
+        traces += predicted.num_traces
+        assert abs(predicted.peak_bytes - tracer.trace(predicted.batch_size, 3000, 30).peak_bytes) < 0.001 * budget
     assert exact >= 9 and traces <= 11 * 4
 
 
-def test_neighbors_suggest_what_saves_traces():
+def test_estimates_from_neighbors_save_traces():
     tracer, neighbors = StepTracer(MODEL, SETTINGS, world_size=2), NeighborLines()
     assert neighbors.guess(1000, 12) is None
     budget = tracer.trace(60, 6000, 30).peak_bytes
     traces = []
     for duration in range(2000, 9000, 700):
         for tokens in (20, 50):
-            found = predict_batch_size(tracer, duration, tokens, budget, 1000, neighbors.guess(duration, tokens))
+            predicted = predict_batch_size(tracer, duration, tokens, budget, 1000, neighbors.guess(duration, tokens))
             alone = predict_batch_size(tracer, duration, tokens, budget, 1000)
-            assert 0.97 * alone.batch_size <= found.batch_size <= alone.batch_size * 1.02
-            neighbors.add(duration, tokens, found.line)
-            traces.append(found.num_traces)
+            assert 0.97 * alone.batch_size <= predicted.batch_size <= alone.batch_size * 1.02
+            neighbors.add(duration, tokens, predicted.line)
+            traces.append(predicted.num_traces)
     assert sum(traces[5:]) <= 1.6 * len(traces[5:])

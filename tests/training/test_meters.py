@@ -1,4 +1,4 @@
-"""Meters of real steps: with a budget on a processor, after failures, sharded over processes; and models to probe."""
+"""Meters of real steps: with a budget on a CPU, after failures, sharded over processes; and models to probe."""
 
 import sys
 import threading
@@ -48,10 +48,10 @@ def no_group():
         torch.distributed.destroy_process_group()
 
 
-# --- a processor as a device with a limit
+# --- a CPU as a device with a limit
 
 
-def test_a_budget_on_a_processor_is_the_resident_size_of_the_process():
+def test_a_budget_on_a_cpu_is_the_resident_size_of_the_process():
     budget, edges = 900 * MIB, (16_000, 40)
     tracer = StepTracer(SMALL, TrainSettings(), world_size=2, device_type="cpu")
     too_many = next(size for size in range(8, 1000, 8) if tracer.trace(size, *edges).peak_bytes > budget)
@@ -59,14 +59,14 @@ def test_a_budget_on_a_processor_is_the_resident_size_of_the_process():
         small, large = meter.measure(1, edges, 2), meter.measure(too_many, edges, 1)
         assert small.fits and small.peak_bytes < budget
         assert not large.fits and "of a budget of 0.88" in large.why
-        assert meter.measure(1, edges, 1).fits  # the process lives on
-        # What the start took, for the log.
+        assert meter.measure(1, edges, 1).fits  # the process survives
+        # The duration of the start, for the log.
         assert meter.num_starts == 1 and set(meter.seconds) == {"process", "context", "model", "first_step"}
         assert all(seconds >= 0 for seconds in meter.seconds.values()) and meter.seconds["process"] > 0.1
 
 
 @pytest.mark.parametrize(("kind", "dtype"), [("cuda", torch.bfloat16), (None, torch.float32)])
-def test_a_processor_computes_in_the_precision_of_the_kind_it_stands_for(kind, dtype):
+def test_a_cpu_computes_in_the_precision_of_the_device_it_emulates(kind, dtype):
     meter = StepMeter(SMALL, TrainSettings(num_workers=1), None, "cpu", kind=kind)
     seen = set()
     meter._bare.transf_decoder._decoder.layers[0].third_sub_layer.dense_in.register_forward_hook(
@@ -186,7 +186,7 @@ def breakable(rank: int, folder: str) -> StepMeter:
 
 
 @pytest.mark.timeout(240)
-def test_sharded_meters_probe_together_and_are_made_anew_after_a_failure(tmp_path):
+def test_sharded_meters_probe_together_and_are_recreated_after_a_failure(tmp_path):
     starts = [cloudpickle.dumps(partial(breakable, rank, str(tmp_path))) for rank in range(2)]
     meters = [IsolatedMeter(_called, start) for start in starts]
     probes: dict[tuple[int, int], Probe] = {}
@@ -204,7 +204,7 @@ def test_sharded_meters_probe_together_and_are_made_anew_after_a_failure(tmp_pat
     for rank in range(2):
         assert probes[rank, 2].fits, probes[rank, 2].why
         assert not probes[rank, 7].fits and probes[rank, 7].why == "CUDA out of memory"
-        assert not probes[rank, 3].fits and "make the meters of all ranks anew" in probes[rank, 3].why
+        assert not probes[rank, 3].fits and "recreate the meters of all ranks" in probes[rank, 3].why
 
 
 @pytest.mark.timeout(240)
@@ -225,7 +225,7 @@ def test_a_traced_rank_of_a_sharded_model_takes_what_its_process_takes():
     assert abs(row["error"]) < 0.02, row
 
 
-# --- what only a GPU can say
+# --- GPU only
 
 
 @pytest.mark.parametrize("layer", LAYERS, ids=lambda layer: layer.name)
@@ -241,14 +241,14 @@ def test_layers_whose_memory_is_measured_run_and_have_gradients(layer):
 
 
 def test_a_failed_probe_leaves_nothing(no_group):
-    found = left_over("cpu", SMALL)
-    assert found["failed"] and found["ddp_alive_beside_the_new"] == 0 and found["buckets_mib"] > 0
+    left = left_over("cpu", SMALL)
+    assert left["failed"] and left["ddp_alive_beside_the_new"] == 0 and left["buckets_mib"] > 0
 
 
 @pytest.mark.gpu
-def test_a_gpu_takes_what_the_traces_say(no_group):
+def test_a_gpu_takes_the_traced_memory(no_group):
     for layer in LAYERS:
         traced, measured = traced_layer(layer, 64, "cuda"), measured_layer(layer, 64, "cuda")
         assert measured["kept"] == pytest.approx(traced["kept"], rel=0.02), layer.name
-    found = left_over("cuda", SMALL)
-    assert found["failed"] and found["ddp_alive_beside_the_new"] == 0 and abs(found["left_over_mib"]) < 1
+    left = left_over("cuda", SMALL)
+    assert left["failed"] and left["ddp_alive_beside_the_new"] == 0 and abs(left["left_over_mib"]) < 1

@@ -107,11 +107,11 @@ def test_a_checkpoint_that_would_run_code_is_refused(tmp_path):
 
     folder = CheckpointFolder(tmp_path)
     save(folder, 1)
-    found = folder.newest()
-    torch.save({"w": Evil()}, found.folder / "model.pt")
+    checkpoint = folder.newest()
+    torch.save({"w": Evil()}, checkpoint.folder / "model.pt")
     assert folder.newest() is None  # its hash is not what was written
     with pytest.raises(CheckpointError, match="can't be read"):
-        found.load("model")
+        checkpoint.load("model")
     shutil.rmtree(tmp_path)
 
 

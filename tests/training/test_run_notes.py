@@ -1,4 +1,4 @@
-"""Notes that training leaves in the run folder are read as they were written, here and on another filesystem."""
+"""Notes that training leaves in the run folder are read back unchanged, here and on another filesystem."""
 
 import json
 import uuid
@@ -37,14 +37,14 @@ def test_the_error_that_training_gave_up_with_is_raised_by_the_driver(store, kin
     assert type(noted) is kind and str(noted) == str(error)
 
 
-def test_lowered_batches_are_listed_beside_those_of_the_profile(store):
+def test_lowered_batches_are_listed_next_to_those_of_the_profile(store):
     note_lowered(store, LoweredNote((9, 4), (10, 4), ["bucket 0 takes 9"]))
     assert json.loads(store.refresh(LOWERED).read_bytes()) == {
         "batch_sizes": [9, 4],
         "instead_of": [10, 4],
         "notes": ["bucket 0 takes 9"],
     }
-    store.discard(GAVE_UP)  # one that is not there is fine
+    store.discard(GAVE_UP)  # a missing note is not an error
 
 
 def test_fault_notes_of_one_machine_are_read_on_another(store, tmp_path, monkeypatch):

@@ -41,8 +41,8 @@ def test_a_step_whose_gradients_are_not_finite_changes_nothing(tmp_path):
     assert loop.run() == 6
     counted = [name for name, _ in Canary(MODEL).named_buffers() if name.endswith("num_batches_tracked")]
     names = list(loop.state.model.state_dict())
-    for place, (before, after) in enumerate(zip(kept[4], kept[5], strict=True)):
-        if place >= len(names) or names[place] not in counted:
+    for index, (before, after) in enumerate(zip(kept[4], kept[5], strict=True)):
+        if index >= len(names) or names[index] not in counted:
             assert torch.equal(before, after)
     assert any(not torch.equal(before, after) for before, after in zip(kept[5], kept[6], strict=True))
     assert [line["skipped_steps"] for line in logged] == [0, 1, 1]
@@ -61,7 +61,7 @@ def test_too_many_bad_steps_in_a_row_end_training_and_finite_ones_between_do_not
 
 
 class Greedy(torch.nn.Module):
-    """A model that needs more memory than there is for more than two utterances."""
+    """A model that runs out of memory for more than two utterances."""
 
     def __init__(self):
         super().__init__()
@@ -88,7 +88,7 @@ def test_a_step_that_does_not_fit_is_noted_and_named(tmp_path):
 
 
 def test_errors_on_another_dev_set_do_not_compare(tmp_path):
-    """A best checkpoint of a dev set that was wrong would stay the best for good, and patience end training."""
+    """A best checkpoint of a dev set that was wrong would stay the best forever, and patience would end training."""
     settings = replace(SETTINGS, max_steps=2, patience=2, keep_checkpoints=3)
 
     def go_on(validation: str, error: float) -> dict:
@@ -175,7 +175,7 @@ def test_a_training_step_reads_nothing_from_the_device(accumulate):
     assert syncs.found == []
     with Syncs() as syncs:
         float(torch.ones(1).sum())
-    assert syncs.found == ["_local_scalar_dense"]  # it does count
+    assert syncs.found == ["_local_scalar_dense"]  # the counter works
 
 
 def test_cosine_ends_at_the_least_rate():
@@ -192,13 +192,13 @@ def test_every_share_of_a_step_has_one_worker(world_size):
     assert max(map(len, parts)) - min(map(len, parts)) <= 1
 
 
-def test_checkpoints_are_written_beside_training_and_errors_come_with_the_next(tmp_path):
+def test_checkpoints_are_written_in_the_background_and_errors_come_with_the_next(tmp_path):
     weights = {"w": torch.zeros(4)}
     folder = CheckpointFolder(tmp_path / "checkpoints", keep=5)
     writer = CheckpointWriter(folder)
     with writer:
         writer.save(1, {"model": weights}, {}, None, wait=False)
-        weights["w"] += 1  # training goes on; what is written was copied before
+        weights["w"] += 1  # training continues; the checkpoint was copied before
         writer.save(2, {"model": weights}, {}, 0.5, wait=True)
     assert [float(folder.at(step).load("model")["w"][0]) for step in (1, 2)] == [0, 1]
     assert folder.best_note()["step"] == 2
@@ -215,13 +215,13 @@ def test_validation_scores_words_and_translations_apart():
         Decoded("de", "b", False, "eins zwei", "eins zwei"),
         Decoded("fr", "c", True, "un deux trois quatre cinq", "un deux trois quatre cinq"),
     ]
-    found = score_decoded(items)
-    assert found["wer"] == pytest.approx(1 / 8)
-    assert found["wer_en"] == pytest.approx(1 / 6) and found["wer_de"] == 0
-    assert found["wer_a"] == 0 and found["wer_b"] == pytest.approx(1 / 5)
-    assert found["bleu"] == pytest.approx(100)
-    assert found["error"] == pytest.approx(3 / 4 * 1 / 8)
-    assert "bleu_fr" not in found  # the only one
+    scores = score_decoded(items)
+    assert scores["wer"] == pytest.approx(1 / 8)
+    assert scores["wer_en"] == pytest.approx(1 / 6) and scores["wer_de"] == 0
+    assert scores["wer_a"] == 0 and scores["wer_b"] == pytest.approx(1 / 5)
+    assert scores["bleu"] == pytest.approx(100)
+    assert scores["error"] == pytest.approx(3 / 4 * 1 / 8)
+    assert "bleu_fr" not in scores  # the only one
     assert score_decoded(items[3:])["error"] == pytest.approx(0)
 
 
@@ -235,7 +235,7 @@ def test_a_kill_for_memory_lowers_the_bucket_it_happened_in(tmp_path):
 
     mark = notes.marking()
     mark.__enter__()(7, 2, 40)  # and then the process is gone
-    learn({machine: kills})  # nothing was killed for memory
+    learn({machine: kills})  # no process was killed for memory
     assert notes.lowered((50, 50, 50)) == (50, 50, 50)
     mark = notes.marking()
     mark.__enter__()(7, 2, 40)
@@ -250,7 +250,7 @@ def test_a_kill_for_memory_lowers_the_bucket_it_happened_in(tmp_path):
     assert not list(tmp_path.glob("doing-*"))
 
 
-def test_the_watchdog_ends_what_stands_still_and_nothing_else(tmp_path):
+def test_the_watchdog_ends_only_a_stalled_process(tmp_path):
     ended, notes = threading.Event(), FaultNotes(tmp_path, "profile", rank=1)
     with Watchdog(0.4, notes.note_stall, end=lambda code: ended.set()) as dog:
         for number in range(8):
@@ -314,7 +314,7 @@ def test_a_kill_for_memory_in_validation_or_saving_lowers_no_bucket(tmp_path):
     assert notes.validation_size(32) == 8 and notes.validation_size(4) == 4 and notes.reasons() == []
 
 
-def validator(fits: int, told: list[int]) -> tuple[Validator, Canary]:
+def validator(fits: int, reported_sizes: list[int]) -> tuple[Validator, Canary]:
     """A validator of five utterances, on a device that takes `fits` of them at a time."""
     torch.manual_seed(0)
     model, batch = Canary(MODEL).eval(), SpeechBatch.synthetic(5, 1200, 14, vocab=40, device="cpu")
@@ -332,19 +332,19 @@ def validator(fits: int, told: list[int]) -> tuple[Validator, Canary]:
         decode=lambda ids: " ".join(map(str, ids)),
         eos_id=3,
         search=DecodeSettings(max_generation_delta=3),
-        on_out_of_memory=told.append,
+        on_out_of_memory=reported_sizes.append,
     )
     return found, model
 
 
 @pytest.mark.parametrize(("fits", "failed"), [(5, []), (3, [5]), (1, [5, 3, 2])])
 def test_validation_that_does_not_fit_takes_smaller_batches(fits, failed):
-    told = []
+    reported_sizes = []
     whole, model = validator(5, [])
-    halved, same_model = validator(fits, told)
+    halved, same_model = validator(fits, reported_sizes)
     cpu = torch.device("cpu")
     wanted, metrics = whole(model, cpu), halved(same_model, cpu)
-    assert told == failed and metrics.keys() == wanted.keys()
+    assert reported_sizes == failed and metrics.keys() == wanted.keys()
     assert metrics["wer"] == wanted["wer"] and metrics["val_loss"] == pytest.approx(wanted["val_loss"], rel=1e-4)
 
 

@@ -6,14 +6,14 @@
     assignment/parts/00000.json                the note that chunk 0 is done, with the content ids of its files
     assignment/index.json                      rows for each bucket and chunk; the order of a bucket's rows
 
-Row i of a bucket is the i-th over its parts in chunk order, so the order is that of the corpora and depends neither on
-how they were cut nor on which machine wrote which part.
+Row i of a bucket is the i-th over its parts in chunk order, so rows keep the order of the corpora, no matter how they
+were split or which machine wrote which part.
 
-The index names each note by its id, and its `rows_id` covers the bytes of every part, and some of each tar that rows
-point into: what follows from the rows depends on that. A process checks a part against its note when it first opens it;
-where they differ it removes the note, so that `assign` makes the chunk again.
+The index lists each note's id, and its `rows_id` covers the bytes of every part, and some bytes of each tar that rows
+point into; artifacts derived from the rows depend on that id. A process checks a part against its note when it first
+opens it; if they differ, it removes the note, so that `assign` redoes the chunk.
 
-Files import corpora and sequences, storage, numpy and pyarrow; nothing here knows of batches. Open `reading` first.
+Imports corpora and sequences, storage, numpy and pyarrow; nothing here knows about batches. Open `reading` first.
 """
 
 from raytrain.data.assignment.index import INDEX_FORMAT, IndexBody, write_index

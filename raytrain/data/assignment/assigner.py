@@ -1,4 +1,4 @@
-"""`ChunkAssigner`: puts each row of a chunk into the bucket that the plan says, or into `rejected/` with its reason."""
+"""`ChunkAssigner`: puts each row of a chunk into its bucket in the plan, or into `rejected/` with a reason."""
 
 from __future__ import annotations
 
@@ -29,15 +29,15 @@ from raytrain.lengths.plan import BucketPlan
 from raytrain.storage.artifacts import atomic_write
 from raytrain.storage.run_store import DEFAULT_CACHE_BYTES, RunStore
 
-_FLUSH_AT = 32_768  # rows that wait before each bucket's are written: small batches make slow files
-_FLUSH_AUDIO_AT = 256  # rows whose audio is in memory together
+_FLUSH_AT = 32_768  # rows buffered before each bucket's are written: small batches make slow files
+_FLUSH_AUDIO_AT = 256  # rows whose audio is in memory at once
 BAD_AUDIO = "bad_audio"
 
 
 @dataclass(frozen=True)
 class AssignSettings:
-    """`sample_rate` is what audio is copied at, None where it is not copied; `cache_size` see `RunSection`; with
-    `check_audio` rows whose file is missing are rejected."""
+    """`sample_rate` is the rate of audio copies, None if audio is not copied; for `cache_size` see `RunSection`; with
+    `check_audio`, rows whose file is missing are rejected."""
 
     prompt_format: str
     by_words: bool = True
@@ -64,12 +64,12 @@ class _PlacedRows:
         )
 
     def sliced(self, start: int, size: int) -> _PlacedRows:
-        """At most `size` rows from `start` on."""
+        """At most `size` rows starting at `start`."""
         rows = slice(start, start + size)
         return _PlacedRows(self.buckets[rows], self.lines[rows], self.table.slice(start, size))
 
     def by_bucket(self) -> Iterator[tuple[int, pa.Table]]:
-        """The rows of each bucket, which stay in the corpus' order."""
+        """The rows of each bucket, in the corpus' order."""
         order = np.argsort(self.buckets, kind="stable")
         table, buckets = self.table.take(pa.array(order)), self.buckets[order]
         bounds = [0, *(np.flatnonzero(np.diff(buckets)) + 1).tolist(), len(buckets)]
@@ -85,7 +85,7 @@ class _RejectedFile:
         self._file, self._corpus, self._rejected = file, corpus, rejected
 
     def write(self, row: BadRow, **values: str | int) -> None:
-        """One row with what else is to be recorded of it."""
+        """Record one row with further fields."""
         self._rejected.add(self._corpus, row)
         line = {"reason": row.reason, "corpus": self._corpus, "file": row.file, "line": row.line, "detail": row.detail}
         self._file.write(orjson.dumps({**line, **values}) + b"\n")
@@ -105,11 +105,11 @@ class ChunkAssigner:
     ) -> None:
         self._chunk, self._encoder, self._plan, self._folder = chunk, encoder, plan, folder
         self._sample_rate, self._listing = sample_rate, listing
-        self._audio = AudioLocator(chunk, sampled=sample_rate is None)  # copies have ids of their own
+        self._audio = AudioLocator(chunk, sampled=sample_rate is None)  # copies have their own ids
         self._waiting: list[_PlacedRows] = []
 
     def run(self) -> ChunkNote:
-        """Write all; the chunk's note, see `PartsWriter.note`. To be called once."""
+        """Write all rows; returns the chunk's note (see `PartsWriter.note`). Call it once."""
         path, rejected = self._folder / _rejected_name(self._chunk), RejectedRows()
         with atomic_write(path) as file, PartsWriter(self._folder, self._chunk.index) as parts:
             self._assign(_RejectedFile(file, self._chunk.corpus, rejected), parts)
@@ -120,12 +120,12 @@ class ChunkAssigner:
         return parts.note(corpus, rejected.of_corpus(corpus), rejected.first_of_corpus(corpus), sources)
 
     def share(self, note: ChunkNote, store: RunStore) -> None:
-        """Put the chunk's files where the run folder is."""
+        """Upload the chunk's files to the run folder."""
         if not store.is_remote:
             return
         home = self._folder.name
         for name, identity in note.files.items():
-            store.put_part(f"{home}/{name}", identity, keep=not name.endswith(".tar"))  # which is read by ranges
+            store.put_part(f"{home}/{name}", identity, keep=not name.endswith(".tar"))  # tars are read by ranges
         if note.rejected:
             store.share(f"{home}/{_rejected_name(self._chunk)}")
 
@@ -162,12 +162,12 @@ class ChunkAssigner:
         if self._sample_rate is None and pc.any(pc.equal(table["audio_size"], PARQUET_ROW)).as_py():
             raise ManifestError(
                 f"corpus {self._chunk.corpus} holds audio inside Parquet",
-                why="training reads rows in any order, and Parquet gives them by whole groups only",
+                why="training reads rows in any order, but Parquet only reads whole row groups",
                 remedy="set assign.materialize to true, which copies the audio",
             )
 
     def _flush(self, rejected: _RejectedFile, parts: PartsWriter) -> None:
-        """Write the rows that wait."""
+        """Write the buffered rows."""
         if not self._waiting:
             return
         rows = _PlacedRows.concat(self._waiting)
@@ -204,7 +204,7 @@ def _rejected_name(chunk: Chunk) -> str:
 
 
 def _values_of(block: Block, encoded: EncodedBlock, table: pa.Table, index: int) -> dict[str, str | int]:
-    """What is recorded of a rejected row."""
+    """The record of a rejected row."""
     return {
         "audio_path": table["audio_path"][index].as_py(),
         "offset_ms": int(block.offset_ms[index]),
@@ -215,7 +215,7 @@ def _values_of(block: Block, encoded: EncodedBlock, table: pa.Table, index: int)
 
 
 def _with_audio(rows: pa.Table, path: str, starts: list[int], sizes: list[int]) -> pa.Table:
-    """The rows with the locations of their copies, which begin with the recording."""
+    """The rows with the locations of their copies, each of which starts with the recording."""
     for name, values in (
         ("audio_path", [path] * len(starts)),
         ("audio_start", starts),

@@ -1,4 +1,4 @@
-"""`index.json`: how many rows of each bucket each chunk has, which fixes the order of a bucket's rows."""
+"""`index.json`: the number of rows per bucket and chunk, which determines the order of a bucket's rows."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ INDEX_FORMAT = "raytrain.assignment/4"
 
 @dataclass(frozen=True)
 class IndexBody:
-    """What the assignment's `index.json` holds: rows by bucket and chunk, (corpus, number of chunks) in order, what was
-    rejected, and the ids of the chunks' notes; `rows_id` covers all rows of all buckets."""
+    """The content of the assignment's `index.json`: rows by bucket and chunk, (corpus, number of chunks) in order,
+    rejected rows, and the ids of the chunks' notes; `rows_id` covers all rows of all buckets."""
 
     buckets: list[list[int]]
     corpora: list[tuple[str, int]]
@@ -34,11 +34,11 @@ class IndexBody:
         if len(self.buckets) != len(self.grid) or {len(self.notes), *map(len, self.buckets)} != {chunks}:
             raise ValueError("its lists differ in length")
         if min([0, *(number for rows in self.buckets for number in rows), *(n for _, n in self.corpora)]) < 0:
-            raise ValueError("there are less than 0 rows")
+            raise ValueError("a number of rows is negative")
 
 
 class _BucketCounts:
-    """Rows by bucket and chunk, and the content ids of what holds them."""
+    """Rows by bucket and chunk, and the content ids of their files."""
 
     def __init__(self, notes: Sequence[ChunkNote], num_buckets: int) -> None:
         self.rows = [[0] * len(notes) for _ in range(num_buckets)]
@@ -52,7 +52,7 @@ class _BucketCounts:
         self.total = sum(map(sum, self.rows))
 
     def rows_id(self, grid: Sequence[tuple[int, int]]) -> str:
-        """Names all rows of all buckets by their content."""
+        """The content id of all rows of all buckets."""
         edges = [list(bucket) for bucket in grid]
         return content_id([edges, self.parts, self.sources] if self.sources else [edges, self.parts])
 
@@ -64,7 +64,7 @@ def write_index(
     num_rows: int,
     parents: Mapping[str, str],
 ) -> str:
-    """Write `index.json` of the notes of all chunks; `grid` has each bucket's (max_duration_ms, max_tokens).
+    """Write `index.json` from the notes of all chunks; `grid` has each bucket's (max_duration_ms, max_tokens).
 
     Raises `ArtifactError` unless each of `num_rows` rows is in one bucket or rejected.
     """

@@ -26,14 +26,14 @@ def audio_name(bucket: int, chunk: int) -> str:
 
 
 def note_name(chunk: int) -> str:
-    """Path of the note that a chunk is done, below the assignment folder."""
+    """Path of a finished chunk's note, below the assignment folder."""
     return f"parts/{chunk:05d}.json"
 
 
 @dataclass(frozen=True)
 class ChunkNote:
-    """What assign notes of a chunk: rows by bucket, rejections by reason with examples, content ids of the files by
-    name, and `TarIndex.sample_id` of the tars that it reads, which earlier notes lack."""
+    """A finished chunk's note: rows by bucket, rejections by reason with examples, content ids of the files by name,
+    and `TarIndex.sample_id` of the tars that it reads, which older notes lack."""
 
     chunk: int
     corpus: str
@@ -47,7 +47,7 @@ class ChunkNote:
         if not all(bucket.isascii() and bucket.isdecimal() for bucket in self.rows):
             raise ValueError("a bucket is not a number")
         if min([0, *self.rows.values(), *self.rejected.values()]) < 0:
-            raise ValueError("there are less than 0 rows")
+            raise ValueError("a number of rows is negative")
         if not self.rejected.keys() <= self.examples.keys():
             raise ValueError("a reason has no example")
         if not {part_name(int(bucket), self.chunk) for bucket in self.rows} <= self.files.keys():
@@ -55,7 +55,7 @@ class ChunkNote:
 
     @property
     def id(self) -> str:
-        """Its content id, by which the index names it."""
+        """Its content id, listed in the index."""
         return json_artifact(NOTE_FORMAT, self.to_dict())[0]
 
     def to_dict(self) -> dict[str, Any]:
@@ -86,7 +86,7 @@ def write_note(path: str | Path, note: ChunkNote) -> None:
 
 
 def read_note(path: Path) -> ChunkNote | None:
-    """A chunk's note, None where there is none or it is damaged."""
+    """A chunk's note, None if it is missing or damaged."""
     try:
         return ChunkNote.from_dict(read_json(path, NOTE_FORMAT, ChunkNote)["body"])
     except ArtifactError:

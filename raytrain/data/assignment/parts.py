@@ -22,8 +22,8 @@ from raytrain.storage.artifacts import HashingFile, atomic_write, content_id
 
 
 class PartsWriter:
-    """Writes one chunk's rows, bucket by bucket, as they come; all files appear when the `with` block ends well, after
-    which `note` says what they are."""
+    """Writes one chunk's rows by bucket as they arrive; all files appear when the `with` block ends without an error,
+    and then `note` describes them."""
 
     def __init__(self, folder: Path, chunk: int) -> None:
         self._folder, self._chunk = Path(folder), chunk
@@ -74,7 +74,7 @@ class PartsWriter:
         sources: Mapping[str, str] | None = None,
     ) -> ChunkNote:
         """The chunk's note: rows of each bucket, the files' content ids, rejections by reason with examples, and ids of
-        the `sources` that audio is read from where it is."""
+        the `sources` that audio is read from in place."""
         return ChunkNote(
             self._chunk,
             corpus,
@@ -91,17 +91,17 @@ class PartsWriter:
 
 
 class ChangedError(Exception):
-    """A file has another content than its id says."""
+    """A file's content does not match its id."""
 
 
 class MappedPart:
-    """One memory-mapped part. Single rows are read from Arrow's buffers: a batch takes one row here and one there, and
-    Arrow's own ways to a row cost ten times as much. Raises `ChangedError` where the content id is not `identity`."""
+    """One memory-mapped part. Single rows are read from Arrow's buffers: a batch takes scattered rows, and Arrow's own
+    row access costs ten times as much. Raises `ChangedError` if the content id is not `identity`."""
 
     def __init__(self, path: Path, identity: str | None) -> None:
         mapped = pa.memory_map(str(path))
         if identity is not None and content_id(memoryview(mapped.read_buffer())) != identity:
-            raise ChangedError(f"{path} has another content than its chunk's note says")
+            raise ChangedError(f"{path} does not match its chunk's note")
         reader = pa.ipc.open_file(mapped)
         self.batches = [reader.get_batch(number) for number in range(reader.num_record_batches)]
         self._ends = list(accumulate(batch.num_rows for batch in self.batches))
@@ -115,7 +115,7 @@ class MappedPart:
 
 
 def _views(batch: pa.RecordBatch) -> list[Callable[[int], Any]]:
-    """For each field of `Row` a function from a row's position to its value."""
+    """For each field of `Row`, a function from a row's position to its value."""
     return [_view(batch.column(name)) for name in Row._fields]
 
 

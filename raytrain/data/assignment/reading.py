@@ -26,13 +26,13 @@ _MAX_OPEN_PARTS = 2048  # a process may map 65530 files, and a billion rows have
 
 
 class DamagedPartError(ArtifactError):
-    """Assigned rows are not what was written; their chunk's note was removed, and `assign` makes the chunk again."""
+    """Assigned rows changed after they were written; their chunk's note was removed, and `assign` redoes the chunk."""
 
 
 class Assignment:
-    """Random access to the rows of every bucket; parts are opened and checked when first read, and the
-    least used ones closed. Safe to share between threads. `store` is the run folder that it belongs to, from which
-    parts are fetched where that is not on this machine."""
+    """Random access to the rows of every bucket; parts are opened and checked when first read, and the least recently
+    used are closed. Safe to share between threads. `store` is its run folder, from which parts are fetched if that is
+    not on this machine."""
 
     def __init__(self, folder: Path, store: RunStore | None = None) -> None:
         self.folder = Path(folder)
@@ -52,7 +52,7 @@ class Assignment:
         chunks = [number for _, number in body["corpora"]]
         bounds = [0, *accumulate(chunks)]
         self.corpora: tuple[str, ...] = tuple(name for name, _ in body["corpora"])
-        # Rows of each bucket by corpus: a corpus' chunks stand together.
+        # Rows of each bucket by corpus: a corpus' chunks are contiguous.
         self.rows_by_corpus: tuple[tuple[int, ...], ...] = tuple(
             tuple(sum(rows[start:end]) for start, end in zip(bounds, bounds[1:], strict=False)) for rows in counts
         )
@@ -60,8 +60,8 @@ class Assignment:
         self._lock = threading.Lock()
 
     def row(self, bucket: int, number: int) -> Row:
-        """Row `number` of a bucket. Raises `IndexError` out of range and `DamagedPartError` for a lost or changed
-        part."""
+        """Row `number` of a bucket. Raises `IndexError` if it is out of range and `DamagedPartError` for a lost or
+        changed part."""
         return self.rows(bucket, [number])[0]
 
     def rows(self, bucket: int, numbers: Sequence[int] | np.ndarray) -> list[Row]:
@@ -156,7 +156,7 @@ class Assignment:
         return self._ids[chunk][name]
 
     def _void(self, chunk: int) -> None:
-        with contextlib.suppress(OSError, RaytrainError):  # the error is reported in any case
+        with contextlib.suppress(OSError, RaytrainError):  # the original error is reported anyway
             if self._store:
                 self._store.discard(f"{self.folder.name}/{note_name(chunk)}")
             else:

@@ -1,4 +1,4 @@
-"""Rows as assignment and training have them: by columns in Arrow, and one by one."""
+"""The rows of assignment and training: by columns in Arrow, and one by one."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ ROW_SCHEMA = pa.schema(
 class Row(NamedTuple):
     """One utterance as training needs it; `tokens` is prompt + text + end of text.
 
-    Its audio is `audio_size` bytes of `audio_path` from `audio_start` on, the whole file if `audio_size` is 0.
+    Its audio is `audio_size` bytes of `audio_path` starting at `audio_start`, or the whole file if `audio_size` is 0.
     """
 
     audio_path: str
@@ -46,7 +46,7 @@ class Row(NamedTuple):
 
 
 def row_table(block: Block, encoded: EncodedBlock, locator: Locator) -> tuple[pa.Table, list[str | None]]:
-    """A block's rows by `ROW_SCHEMA`, and what is wrong with each row's audio, None if nothing."""
+    """A block's rows by `ROW_SCHEMA`, and the problem with each row's audio, None if there is none."""
     located = locator.locate(block.paths)
     languages = np.array([key.target_lang for key in block.prompts], object)[block.prompt_of]
     ends = np.concatenate(([0], np.cumsum(encoded.lengths))).astype(np.int32)

@@ -1,9 +1,9 @@
 """Recordings: any format of libsndfile, a span of it, mono, at the model's sample rate.
 
-Whatever opens a recording does it here, since a recording may be anything: a pipe that never answers, a few kilobytes
-that unfold to gigabytes, a header that lies. Only regular files are opened, headers are read before samples, and no
-more is decoded than the span that is asked for. Files import numpy and `storage` alone, but for `samples` (the
-decoders) and `embedded` (audio inside Parquet); open `reading` first.
+All code that opens recordings is here, since a recording may be anything: a pipe that never answers, a few kilobytes
+that decompress to gigabytes, a wrong header. Only regular files are opened, headers are read before samples, and only
+the requested span is decoded. Imports numpy and `storage` alone, except in `samples` (the decoders) and `embedded`
+(audio inside Parquet); open `reading` first.
 """
 
 from raytrain.data.audio.errors import AudioError

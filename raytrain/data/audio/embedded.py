@@ -12,12 +12,13 @@ import pyarrow.parquet
 from raytrain.storage.filesystem import open_file
 from raytrain.storage.locations import StorageReadError
 
-ROWS_WITH_AUDIO = 64  # read at a time
+ROWS_WITH_AUDIO = 64  # rows read at a time
 _BUFFER = 1 << 20  # a column is read in pieces of this size, so that a large row group needs little memory
 
 
 def read_audio_bytes(path: str, rows: Sequence[int]) -> dict[int, bytes]:
-    """Row (from 0 on) → its audio's bytes. No other audio is held. Raises `StorageReadError` where a row has none."""
+    """Row (0-based) → its audio's bytes. Only these rows' audio is kept in memory. Raises `StorageReadError` if a row
+    has none."""
     audio: dict[int, bytes] = {}
     with open_parquet(path) as file:
         leaf, first = audio_leaves(file.schema_arrow)[0], 0
@@ -47,7 +48,7 @@ def read_audio_bytes(path: str, rows: Sequence[int]) -> dict[int, bytes]:
 
 @contextmanager
 def open_parquet(path: str) -> Iterator[pyarrow.parquet.ParquetFile]:
-    """A Parquet file. Raises `StorageReadError` where it can't be opened, or read in the `with` block."""
+    """A Parquet file. Raises `StorageReadError` if it can't be opened, or read in the `with` block."""
     try:
         with open_file(path) as file:
             yield pyarrow.parquet.ParquetFile(file, buffer_size=_BUFFER)
@@ -60,7 +61,7 @@ def open_parquet(path: str) -> Iterator[pyarrow.parquet.ParquetFile]:
 
 
 def audio_leaves(schema: pa.Schema) -> tuple[str | None, str | None]:
-    """The columns of embedded audio and of its paths, as Parquet spells them; None where there is no such column."""
+    """The columns of embedded audio and of its paths, as Parquet spells them; None if there is no such column."""
     kind = schema.field("audio").type
     if pa.types.is_struct(kind):
         data, path = (f"audio.{name}" if kind.get_field_index(name) >= 0 else None for name in ("bytes", "path"))

@@ -16,16 +16,16 @@ class AudioError(DataError):
 
 
 def audio_error(path: str, error: Exception) -> AudioError:
-    """The error of a recording, whatever its decoder raised."""
+    """The error of a recording, for any exception of its decoder."""
     if isinstance(error, AudioError):
         return error
     if isinstance(error, StorageReadError):
         why: str | None = error.why or error.what
     elif isinstance(error, FileNotFoundError):
-        why = "there is no such file"
+        why = "no such file"
     else:
         why = getattr(error, "strerror", None) or _OBJECT.sub("its bytes", str(error)) or repr(error)
-    remedy = "check that the file is there and whole, or leave its row out"
+    remedy = "check that the file exists and is complete, or leave its row out"
     return AudioError(f"can't read audio {shown(path)}", why=why, remedy=remedy)
 
 
@@ -37,12 +37,12 @@ def no_audio(path: str, got: str) -> AudioError:
 def too_long(path: str) -> AudioError:
     """The error of a span of more than `MAX_HOURS`."""
     return AudioError(
-        f"audio {shown(path)} is too long to be read at once",
+        f"audio {shown(path)} is too long to read at once",
         allowed=f"{MAX_HOURS} hours of one span",
-        remedy="cut the recording, or name spans of it by offset and duration",
+        remedy="split the recording, or select spans of it by offset and duration",
     )
 
 
 def shown(path: str) -> str:
-    """A path in one readable line."""
+    """A path as one readable line."""
     return path if path.isprintable() else ascii(path)

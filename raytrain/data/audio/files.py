@@ -1,5 +1,4 @@
-"""Bytes of recordings: of regular files only, of ranges of files, and of objects in a store, which is asked again where
-it fails."""
+"""Bytes of recordings: of regular files only, of ranges of files, and of objects in a store, with retries."""
 
 from __future__ import annotations
 
@@ -13,15 +12,15 @@ from raytrain.storage.locations import StorageReadError, is_uri
 
 RETRY_SECONDS = (0.5, 1.0, 2.0, 4.0)
 PARQUET_ROW = -1  # as `size`: the audio is row `start` of a Parquet file
-MAX_FILE_BYTES = 4 << 30  # of what is read whole: a member of a tar, a file of an object store
+MAX_FILE_BYTES = 4 << 30  # for data read whole: a tar member, an object in a store
 FIRST_BYTES = 1 << 16  # five seconds of FLAC
 
 
 def open_regular(path: str) -> tuple[int, int]:
-    """Descriptor and size of a regular file that is not empty. A pipe's other end is not waited for."""
+    """Descriptor and size of a regular file that is not empty. Does not wait for a pipe's other end."""
     handle = os.open(path.removeprefix("file://"), os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC)
     status = os.fstat(handle)
-    if stat.S_ISREG(status.st_mode) and status.st_size:  # files of /proc have no size
+    if stat.S_ISREG(status.st_mode) and status.st_size:  # files in /proc have size 0
         return handle, status.st_size
     os.close(handle)
     if stat.S_ISREG(status.st_mode):
@@ -30,7 +29,7 @@ def open_regular(path: str) -> tuple[int, int]:
 
 
 def local_bytes(path: str, start: int, size: int) -> bytes:
-    """At most `size` bytes of a local file from `start` on."""
+    """At most `size` bytes of a local file starting at `start`."""
     handle, _ = open_regular(path)
     try:
         return os.pread(handle, size, start)
@@ -39,8 +38,8 @@ def local_bytes(path: str, start: int, size: int) -> bytes:
 
 
 def short_file_bytes(path: str, most_bytes: float) -> bytes:
-    """A local file's bytes, none where there are more than `most_bytes` or miniaudio does not know the format. Short
-    files are many: each is opened once and read at one go."""
+    """A local file's bytes, empty if there are more than `most_bytes` or miniaudio does not support the format. There
+    are many short files, so each is opened once and read in one call."""
     handle, length = open_regular(path)
     try:
         head = os.read(handle, FIRST_BYTES)
@@ -54,14 +53,14 @@ def short_file_bytes(path: str, most_bytes: float) -> bytes:
 
 
 def read_bytes(path: str, start: int, size: int) -> bytes:
-    """`size` bytes from `start` on, or all. A store that fails is asked again after 0.5, 1, 2 and 4 s, but not for a
-    file that is missing."""
+    """`size` bytes starting at `start`, or all. A failing store is retried after 0.5, 1, 2 and 4 s, unless the file is
+    missing."""
     if size > MAX_FILE_BYTES:
-        raise OSError(f"it has {size} bytes, and {MAX_FILE_BYTES} is the most that is read of a file at once")
+        raise OSError(f"it has {size} bytes, and at most {MAX_FILE_BYTES} are read at once")
     if size > 0 and not is_uri(path):
         data = local_bytes(path, start, size)
         if len(data) < size:
-            raise OSError(f"{path} is cut short: {len(data)} bytes from {start} on, not {size}")
+            raise OSError(f"{path} is truncated: {len(data)} bytes from {start} on, not {size}")
         return data
     for pause in (*RETRY_SECONDS, None):
         try:

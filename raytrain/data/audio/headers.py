@@ -1,4 +1,4 @@
-"""Headers of recordings: what a file says about itself, and its format by its first bytes."""
+"""Headers of recordings: a file's rate, channels and length, and its format by its first bytes."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ HEAD_BYTES = 64  # enough to recognize a format
 
 @dataclass(frozen=True)
 class AudioHeader:
-    """What a recording says about itself: `frames` samples of each of its `channels`, at `sample_rate` Hz."""
+    """What a recording's header says: `frames` samples of each of its `channels`, at `sample_rate` Hz."""
 
     frames: int
     sample_rate: int
@@ -21,7 +21,7 @@ class AudioHeader:
 
     @property
     def duration_ms(self) -> int:
-        """Whole milliseconds, rounded up as those of rows are."""
+        """Whole milliseconds, rounded up like those of rows."""
         return -(-self.frames * 1000 // self.sample_rate)
 
 
@@ -37,7 +37,7 @@ def format_of(head: bytes) -> str | None:
 
 
 def flac_header(head: bytes) -> AudioHeader | None:
-    """From a FLAC file's first 26 bytes; None where they don't say how long it is, as after writing to a pipe."""
+    """From a FLAC file's first 26 bytes; None if they don't give the length, as after writing to a pipe."""
     if len(head) < 26 or not head.startswith(b"fLaC") or head[4] & 0x7F:
         return None
     packed = int.from_bytes(head[18:26], "big")  # 20 bits rate, 3 channels, 5 bits of a sample, 36 frames
@@ -46,9 +46,9 @@ def flac_header(head: bytes) -> AudioHeader | None:
 
 
 def mp3_header(data: bytes) -> AudioHeader | None:
-    """Rate and channels of an MP3 file from its first frame, the number of frames being 0; None where there is junk."""
+    """Rate and channels of an MP3 file from its first frame, with 0 as the number of frames; None if there is junk."""
     tag = 0
-    if data.startswith(b"ID3") and len(data) >= 10:  # 7 bits in each byte of its size
+    if data.startswith(b"ID3") and len(data) >= 10:  # its size has 7 bits per byte
         tag = 10 + sum((byte & 0x7F) << shift for byte, shift in zip(data[6:10], (21, 14, 7, 0), strict=True))
     frame = data[tag : tag + 4]
     if len(frame) < 4 or frame[0] != 0xFF or frame[1] & 0xE6 != 0xE2 or frame[2] & 0x0C == 0x0C:
@@ -58,10 +58,10 @@ def mp3_header(data: bytes) -> AudioHeader | None:
 
 
 def checked(path: str, header: AudioHeader) -> AudioHeader:
-    """The header. Raises `AudioError` where its rate or channels are beyond the limits."""
+    """The header. Raises `AudioError` if its rate or channels are outside the limits."""
     if not MIN_SAMPLE_RATE <= header.sample_rate <= MAX_SAMPLE_RATE:
         raise AudioError(
-            f"audio {shown(path)} has a sample rate that is not one of speech",
+            f"audio {shown(path)} has an unusable sample rate",
             got=f"{header.sample_rate} Hz",
             allowed=f"{MIN_SAMPLE_RATE} to {MAX_SAMPLE_RATE} Hz",
             remedy="write the file again, or leave its row out",

@@ -1,7 +1,7 @@
 """`read_header` and `read_audio`: from a recording's location to its header or samples.
 
-Short FLAC, Vorbis and MP3 files go through miniaudio, whose decoders are 1.2 to 1.5 times as fast; what these do not
-take is libsndfile's. Whatever a decoder raises is an `AudioError` with the file's name.
+Short FLAC, Vorbis and MP3 files go through miniaudio, whose decoders are 1.2 to 1.5 times as fast; everything else goes
+through libsndfile. Every decoder exception becomes an `AudioError` with the file's name.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ from raytrain.storage.locations import is_uri
 if TYPE_CHECKING:
     from raytrain.data.audio.samples import Source
 
-_UNKNOWN = 1 << 62  # frames or more: libsndfile's value for a file that does not say how many
+_UNKNOWN = 1 << 62  # frames or more: libsndfile's value for a file of unknown length
 
 
 def read_header(path: str, *, start: int = 0, size: int = 0, data: bytes | None = None) -> AudioHeader:
-    """The header of a recording that `read_audio` would read from the same place. No more is read than that takes.
+    """The header of the recording that `read_audio` would read from the same location. Reads no more than necessary.
 
-    Raises `AudioError` where the recording can't be opened, is none, or has a rate or channels beyond the limits.
+    Raises `AudioError` if the recording can't be opened, is not audio, or has a rate or channels outside the limits.
     """
     try:
         if data is None and size:
@@ -57,9 +57,9 @@ def read_audio(
 ) -> np.ndarray:
     """Samples of one utterance: (num_samples,) float32 in [-1, 1], mono, at `sample_rate` Hz.
 
-    `path` is a file or URI; with `size` the recording is that many bytes of it from `start` on (a member of a tar).
-    Where its bytes are at hand already, they are `data`. Without `duration_ms` the span goes to the recording's end.
-    Raises `AudioError` where the file can't be opened or decoded, and where the span has no samples or is longer than
+    `path` is a file or URI; with `size` the recording is that many bytes of it starting at `start` (a tar member). If
+    its bytes are already in memory, pass them as `data`. Without `duration_ms` the span goes to the recording's end.
+    Raises `AudioError` if the file can't be opened or decoded, or if the span has no samples or is longer than
     `MAX_HOURS`.
     """
     from raytrain.data.audio import samples  # the decoders' libraries

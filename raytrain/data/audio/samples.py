@@ -1,6 +1,6 @@
-"""Samples of recordings, by miniaudio where it is faster and else by libsndfile, and resampling.
+"""Samples of recordings, decoded by miniaudio where that is faster and otherwise by libsndfile, and resampled.
 
-The decoders' libraries are imported with this module: `reading` imports it where it reads the first recording.
+This module imports the decoder libraries, so `reading` imports it only when it reads the first recording.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ from raytrain.data.audio.files import MAX_FILE_BYTES, open_regular, short_file_b
 from raytrain.data.audio.headers import HEAD_BYTES, AudioHeader, checked, flac_header, format_of, mp3_header
 
 Source = str | bytes | BinaryIO  # a local path, a recording's bytes, or an open file
-_BYTES_PER_SECOND = 200_000  # a file with more than this is not worth decoding whole for what is wanted of it
-_FRAMES_BEYOND = 2  # nor is one with more than so many times the wanted frames
-_BLOCK_SAMPLES = 1 << 22  # of all channels, decoded at a time
-_MOST_STREAMED = 1 << 28  # samples that are held at the file's own rate
+_BYTES_PER_SECOND = 200_000  # a file with more than this is not worth decoding whole
+_FRAMES_BEYOND = 2  # nor is a file with more than this many times the requested frames
+_BLOCK_SAMPLES = 1 << 22  # over all channels, decoded at a time
+_MOST_STREAMED = 1 << 28  # samples held at the file's own rate
 
 
 def _frames(duration_ms: int, rate: int) -> int:
@@ -38,8 +38,8 @@ def _mixed_down(samples: np.ndarray) -> np.ndarray:
 
 
 def short_file(path: str, data: bytes | None, offset_ms: int, duration_ms: int | None) -> tuple[np.ndarray, int] | None:
-    """(frames,) float32 and the sample rate of a file's first `duration_ms`; None where libsndfile has to read it:
-    another format, a span that starts later, a file that holds much more than is wanted, or a broken file."""
+    """(frames,) float32 and the sample rate of a file's first `duration_ms`; None if libsndfile has to read it: another
+    format, a span that starts later, a file that holds much more than requested, or a broken file."""
     if offset_ms:
         return None
     most_bytes = math.inf if duration_ms is None else max(1, duration_ms / 1000) * _BYTES_PER_SECOND
@@ -67,7 +67,7 @@ def short_file(path: str, data: bytes | None, offset_ms: int, duration_ms: int |
 
 
 def _streamed(path: str, data: bytes, kind: str, duration_ms: int | None) -> tuple[np.ndarray, int] | None:
-    """`short_file` where no header bounds what there is to decode: piece by piece, and no more than is wanted."""
+    """`short_file` if no header gives the length: decodes block by block, and no more than requested."""
     if kind == "mp3":
         header, expected = mp3_header(data), 0
     else:
@@ -93,10 +93,10 @@ def _streamed(path: str, data: bytes, kind: str, duration_ms: int | None) -> tup
 def span(
     path: str, data: bytes | None, offset_ms: int, duration_ms: int | None, sample_rate: int
 ) -> tuple[np.ndarray, int]:
-    """(frames,) float32 of a span and their sample rate, by libsndfile: the file's own rate, or `sample_rate` where the
-    span is long, since it is then mixed down and resampled block by block."""
-    if data is None and offset_ms:  # without, `short_file` was first
-        os.close(open_regular(path)[0])  # libsndfile would wait for a pipe
+    """(frames,) float32 of a span and their sample rate, by libsndfile: the file's own rate, or `sample_rate` if the
+    span is long: then it is mixed down and resampled block by block."""
+    if data is None and offset_ms:  # otherwise `short_file` came first
+        os.close(open_regular(path)[0])  # libsndfile would block on a pipe
     with sound_file(path if data is None else data) as file:
         header = checked(path, AudioHeader(file.frames, file.samplerate, file.channels))
         rate, first = header.sample_rate, offset_ms * header.sample_rate // 1000
@@ -104,7 +104,7 @@ def span(
             raise no_audio(path, f"offset {offset_ms} ms of {header.duration_ms} ms")
         if first:
             file.seek(first)
-        # Reading past the end gives what is there.
+        # Reading past the end returns what is left.
         left = header.frames - first if duration_ms is None else min(_frames(duration_ms, rate), header.frames - first)
         size = max(1, _BLOCK_SAMPLES // header.channels)
         if left <= size:
@@ -120,7 +120,7 @@ def _resampled_blocks(
     """The next `left` frames of a file at `sample_rate`, decoded `size` at a time."""
     rate = header.sample_rate
     stream = soxr.ResampleStream(rate, sample_rate, 1, dtype="float32")
-    # Memory is taken as it is filled, so a header that lies costs nothing.
+    # Memory is allocated as it is filled, so a wrong header costs nothing.
     mono, end = np.empty(_frames(left * 1000, sample_rate) // rate + sample_rate, np.float32), 0
     while left > 0:
         block = file.read(min(size, left), dtype="float32", always_2d=True)
@@ -137,7 +137,7 @@ def resampled(samples: np.ndarray, rate: int, sample_rate: int) -> np.ndarray:
 
 
 def count_frames(path: str, source: Source) -> int:
-    """Frames of a file that does not say how many it has, by decoding it."""
+    """Frames of a file whose header lacks the length, counted by decoding it."""
     if not isinstance(source, str | bytes):
         source.seek(0)
         source = source.read(MAX_FILE_BYTES)

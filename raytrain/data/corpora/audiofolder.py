@@ -1,8 +1,7 @@
 """Hugging Face's audio folder: recordings, and a `metadata.jsonl` or `metadata.csv` that names them.
 
 A row has `file_name` and its text in `transcription`, `text` or `sentence`; other fields have NeMo's names (`offset`,
-`source_lang`, …), and `language` counts where the corpus has none of its own. Without a `duration` it is read from the
-audio's header.
+`source_lang`, …), and `language` applies if the corpus sets none. A missing `duration` is read from the audio's header.
 """
 
 from __future__ import annotations
@@ -31,7 +30,7 @@ def make_chunks(corpus: Corpus, paths: Sequence[str], chunk_bytes: int) -> Itera
     for path in paths:
         file = _metadata(corpus, path) if is_folder(path) else path
         if _is_csv(file):
-            file_size(file)  # a missing one fails here, not on a worker
+            file_size(file)  # a missing file fails here, not on a worker
             yield Chunk(file, 0, lines.WHOLE, audio=corpus.audio if isinstance(corpus.audio, str) else "", first_line=1)
         else:
             yield from lines.make_chunks(corpus, [file], chunk_bytes)
@@ -69,7 +68,7 @@ def _renamed(row: Fields, has_language: bool) -> Fields:
 
 
 def _unmeasured(chunk: Chunk, row: RawRow) -> str | None:
-    """The audio of a row that names no duration."""
+    """The audio of a row without a duration."""
     if not isinstance(row, dict) or row.get("duration") is not None:
         return None
     path = row["audio_filepath"]
@@ -77,7 +76,7 @@ def _unmeasured(chunk: Chunk, row: RawRow) -> str | None:
 
 
 def _read_csv(chunk: Chunk, convert: Callable[[Fields], Fields]) -> Iterator[tuple[int, list[RawRow]]]:
-    """One row for each line of the file, so that they count; None for the heading and where a row continues."""
+    """One row per line of the file, so that line numbers are right; None for the heading and where a row continues."""
     rows: list[RawRow] = []
     position = last = 0
     try:
@@ -104,10 +103,10 @@ def _read_csv(chunk: Chunk, convert: Callable[[Fields], Fields]) -> Iterator[tup
 def _csv_row(heading: list[str], values: list[str], convert: Callable[[Fields], Fields]) -> RawRow:
     if len(values) != len(heading):
         return "bad_json", f"{len(values)} values, where the heading has {len(heading)}"
-    # CSV has texts alone, and empty ones for nothing.
+    # CSV has only strings, and empty ones for missing values.
     row: Fields = {name: value for name, value in zip(heading, values, strict=True) if value}
     for name in ("duration", "offset"):
-        with suppress(KeyError, ValueError):  # `RowParser` says what is wrong with it
+        with suppress(KeyError, ValueError):  # `RowParser` reports the problem
             row[name] = float(row[name])
     row["_skipme"] = row.get("_skipme", "").lower() in ("true", "yes", "1")
     return convert(row)

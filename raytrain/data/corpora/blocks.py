@@ -1,4 +1,4 @@
-"""Blocks: usable rows of a chunk by columns, a few thousand together, and the bad rows among them."""
+"""Blocks: usable rows of a chunk by columns, a few thousand at a time, and the bad rows among them."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ Key = TypeVar("Key", bound=Hashable)
 class Block:
     """Usable rows of a chunk by columns, and the unusable ones among them.
 
-    `numbers`: (N,) lines in the file; `paths`: N names of the audio as the rows give them; `texts`: N texts as they
-    stand; `duration_ms`, `offset_ms`: (N,) int64; row i has the prompt `prompts[prompt_of[i]]`. `num_lines` counts all,
+    `numbers`: (N,) lines in the file; `paths`: N audio names as the rows give them; `texts`: N unmodified texts;
+    `duration_ms`, `offset_ms`: (N,) int64; row i has the prompt `prompts[prompt_of[i]]`. `num_lines` counts all lines,
     blank ones too.
     """
 
@@ -40,7 +40,7 @@ class Block:
         return len(self.texts)
 
     def select(self, kept: np.ndarray) -> Block:
-        """The rows where the (N,) mask is true; `bad` as it is."""
+        """The rows where the (N,) mask is true; `bad` is unchanged."""
         if kept.all():
             return self
         index = np.flatnonzero(kept)
@@ -86,7 +86,7 @@ def locate_audio(chunk: Chunk, paths: Sequence[str]) -> tuple[list[str], list[st
     files = [path if path[0] == "/" or is_uri(path) else _below(folder, path) for path in paths]
     if chunk.format != "parquet":
         return files, [""] * len(paths)
-    # A number is a row that holds its audio.
+    # A number is a row of embedded audio.
     members = [path if path.isdecimal() else "" for path in paths]
     return [chunk.path if member else file for file, member in zip(files, members, strict=True)], members
 

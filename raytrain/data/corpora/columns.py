@@ -1,6 +1,6 @@
-"""Rows by columns, for the rows that are as most rows are: what needs no check of each row by itself.
+"""A fast path that checks ordinary rows by columns, without visiting each row.
 
-`RowParser.block` asks `Columns` first, and checks row by row where these say None. Both must come to the same result.
+`RowParser.block` tries `Columns` first, and checks row by row if it returns None. Both must give the same result.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import numpy as np
 
 from raytrain.data.corpora.types import Fields, RawRow
 
-# About thirty years; what lies beyond is a fault, and would not fit an int64 of milliseconds.
+# About thirty years; anything beyond is an error, and would not fit an int64 of milliseconds.
 MAX_SECONDS = 1e9
 CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff\u2028\u2029]")  # in a path
 FILLERS = "\u034f\u115f\u1160\u2800\u3164\uffa0"  # invisible, though Unicode calls them printable
@@ -24,8 +24,8 @@ _VISIBLE = re.compile(rf"(?![{FILLERS}])[\w!-/:-@\[-`{{-~]")  # in almost any te
 
 @dataclass(frozen=True)
 class Columns:
-    """Rows that all have a path, a text and a duration of the right types. `names` are all fields that rows have;
-    `is_uniform` where all have the same."""
+    """Rows that all have a path, a text and a duration of the right types. `names` are all fields that occur;
+    `is_uniform` if all rows have the same fields."""
 
     rows: Sequence[Fields]
     names: frozenset[str]
@@ -37,7 +37,7 @@ class Columns:
 
     @classmethod
     def of(cls, rows: Sequence[RawRow]) -> Columns | None:
-        """None where a row lacks a field, or holds a value of another type, or a path or text that is unusual."""
+        """None if a row lacks a field, or has a value of another type or an unusual path or text."""
         if not rows or not _are_objects(rows):
             return None
         try:
@@ -56,10 +56,10 @@ class Columns:
         return cls(rows, names, len(shapes) == 1, paths, texts, seconds, starts)
 
     def times_ms(self) -> tuple[np.ndarray, np.ndarray] | None:
-        """Durations and offsets, (N,) int64 each; None where one is beyond the limits."""
+        """Durations and offsets, (N,) int64 each; None if one is outside the limits."""
         try:
             duration, start = np.array(self.seconds, np.float64), np.array(self.starts, np.float64)
-        except OverflowError:  # a whole number beyond all floats
+        except OverflowError:  # an integer beyond the float range
             return None
         if not (0 < duration.min() <= duration.max() <= MAX_SECONDS and 0 <= start.min() <= start.max() <= MAX_SECONDS):
             return None
@@ -69,9 +69,9 @@ class Columns:
         return duration_ms, offset_ms if "offset" in self.names else np.zeros(len(self.rows), np.int64)
 
     def distinct(self, names: Sequence[str]) -> tuple[list[Fields], np.ndarray]:
-        """The different combinations of values that rows have in these fields, and the (N,) index of each row's.
+        """The distinct combinations of values in these fields, and the (N,) index of each row's combination.
 
-        Raises `TypeError` where a value is a list or an object.
+        Raises `TypeError` if a value is a list or an object.
         """
         if self.is_uniform and len(names) > 1:
             values = list(map(itemgetter(*names), self.rows))
@@ -84,7 +84,7 @@ class Columns:
         return combinations, np.fromiter(map(index.__getitem__, values), np.intp, len(values))
 
     def values(self, name: str) -> set[Any]:
-        """The different values of a field. Raises `TypeError` where one is a list or an object."""
+        """The distinct values of a field. Raises `TypeError` if one is a list or an object."""
         return {row.get(name) for row in self.rows} if name in self.names else set()
 
 
@@ -106,14 +106,14 @@ def _are_plain_paths(paths: list[str]) -> bool:
 
 
 def _are_plain_texts(texts: list[str]) -> bool:
-    """Whether all texts are usable, without a check of each one."""
+    """Whether all texts are usable, checked in one pass."""
     if not all(texts) or not all(map(str.strip, texts)):
         return False
     joined = "".join(texts)
     if _is_printable(joined) and (joined.isascii() or not any(filler in joined for filler in FILLERS)):
         return True
     try:
-        joined.encode()  # a tenth of the search's time
+        joined.encode()  # takes a tenth of the search's time
     except UnicodeEncodeError:
         return False
     return "\0" not in joined and all(map(_VISIBLE.search, texts))

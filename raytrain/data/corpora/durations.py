@@ -1,4 +1,4 @@
-"""Durations from the headers of audio, for rows that name none."""
+"""Durations from audio headers, for rows without one."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _READERS = 8
 
 
 def add_durations(rows: Sequence[RawRow], sources: Sequence[str | bytes | None]) -> list[RawRow]:
-    """The rows, those with a source (a path, URI or the audio itself) with what it lasts from their offset on.
+    """The rows; those with a source (a path, URI or the audio itself) get its duration from their offset on.
 
     A row whose audio can't be opened becomes (`bad_audio`, detail).
     """
@@ -31,7 +31,7 @@ def add_durations(rows: Sequence[RawRow], sources: Sequence[str | bytes | None])
 
 
 def _seconds(source: str | bytes | None) -> float | str:
-    """What a recording lasts, or why that can't be read."""
+    """A recording's duration, or why it can't be read."""
     try:
         header = read_header(source) if isinstance(source, str) else read_header("the row's own audio", data=source)
     except AudioError as error:

@@ -1,9 +1,9 @@
 """Lhotse cuts as JSONL, without making Lhotse's objects.
 
-A cut's text is that of its supervisions in order of their start, joined by a space. The fields of a NeMo row
-(`source_lang`, `pnc`, …) are taken from the cut's `custom`, where NeMo looks for them, or else from the `custom` of the
-first supervision that has them. A supervision's `language` is the source language where no field names one, and else,
-being that of the text, the target language where no field names that.
+A cut's text is that of its supervisions in order of start, joined by spaces. The fields of a NeMo row (`source_lang`,
+`pnc`, …) are taken from the cut's `custom`, as in NeMo, or else from the `custom` of the first supervision that has
+them. A supervision's `language` is the source language if no field gives one; otherwise, since it is the text's
+language, it is the target language if no field gives that.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ def read(chunk: Chunk) -> Iterator[tuple[int, list[RawRow]]]:
 
 
 def cut_row(cut: Fields, *, in_tar: bool = False) -> Fields | Problem:
-    """A cut as a NeMo row, or (reason, detail); with `in_tar` its audio is named by the cut's id."""
+    """A cut as a NeMo row, or (reason, detail); with `in_tar`, its audio is named after the cut's id."""
     try:
         source = _source(cut, in_tar)
         if isinstance(source, str):
@@ -32,7 +32,7 @@ def cut_row(cut: Fields, *, in_tar: bool = False) -> Fields | Problem:
         audio = cut["id"] if in_tar else source["source"]
         span = {"audio_filepath": audio, "duration": cut["duration"], "offset": cut.get("start")}
         return {"id": cut.get("id"), **span, **_supervised(cut)}
-    except Exception as error:  # a cut may hold anything anywhere
+    except Exception as error:  # any field of a cut may hold anything
         return "bad_json", f"not a cut as Lhotse writes it: {type(error).__name__}: {str(error)[:200]}"
 
 
@@ -40,7 +40,7 @@ def _source(cut: Fields, in_tar: bool) -> Fields | str:
     """The source of a cut's audio, or why it can't be used."""
     kind = cut.get("type", "MonoCut")
     if kind not in ("MonoCut", "MultiCut"):
-        return f"a {kind} is no span of one recording"
+        return f"a {kind} is not a span of one recording"
     recording = cut.get("recording")
     if not recording:
         return "the cut has no recording"
@@ -49,15 +49,15 @@ def _source(cut: Fields, in_tar: bool) -> Fields | str:
     if len(sources) > 1:
         sources = [source for source in sources if wanted[0] in source["channels"]]
     if len(sources) != 1 or sources[0]["channels"] != wanted or len(wanted) != 1:
-        return f"channel {channel} of a recording with several: make it mono first"
+        return f"channel {channel} of a recording with several: convert it to mono first"
     source: Fields = sources[0]
     if in_tar:
         return source
-    # Audio is resampled to the model's rate in any case.
+    # Audio is resampled to the model's rate anyway.
     names = [transform["name"] for transform in recording.get("transforms") or ()]
     changes = [name for name in names if name != "Resample"]
     if changes:
-        return f"the recording is to be changed when it is read ({', '.join(changes)}): write it to a file first"
+        return f"the recording has transforms to apply when it is read ({', '.join(changes)}): write it to a file first"
     if source["type"] not in ("file", "url"):
         return f"the recording's source is of type {source['type']!r}, not 'file' or 'url'"
     return source

@@ -1,7 +1,7 @@
 """Lhotse Shar: folders with `cuts.000000.jsonl.gz` and the audio of its cuts in `recording.000000.tar`, and so on.
 
-The tar holds what the cut spans, as `<cut id>.flac` or with another ending, which the cuts don't say: members are
-named by the cut's id (see `tarred.TarIndex`). Further fields, such as features, are not read.
+The tar holds the cut's span, as `<cut id>.flac` or with another extension, which the cuts don't state: members are
+named after the cut's id (see `tarred.TarIndex`). Further fields, such as features, are not read.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ _CUTS = re.compile(r"(?:^|/)cuts(\.[^/]*)?\.jsonl(\.\w+)?$")
 
 
 def make_chunks(corpus: Corpus, paths: Sequence[str], chunk_bytes: int) -> Iterator[Chunk]:
-    """One chunk for each shard of the folders (or files of cuts). Raises `ManifestError` where a tar is missing, or
-    would be that of two shards."""
+    """One chunk for each shard of the folders (or files of cuts). Raises `ManifestError` if a tar is missing, or two
+    shards would share one."""
     named = [path for path in paths if _CUTS.search(path)]
-    file_sizes(named)  # a missing one fails here, not on a worker
+    file_sizes(named)  # a missing file fails here, not on a worker
     tars = _Tars(corpus)
     for path in paths:
         shards = [path] if path in named else [cuts for cuts in list_files(path, "cuts*.jsonl*") if _CUTS.search(cuts)]
@@ -39,7 +39,7 @@ def make_chunks(corpus: Corpus, paths: Sequence[str], chunk_bytes: int) -> Itera
 
 
 class _Tars:
-    """The tars beside a corpus' cuts, or in its folder `audio`, each the audio of one shard."""
+    """The tars next to a corpus' cuts, or in its folder `audio`, each with the audio of one shard."""
 
     def __init__(self, corpus: Corpus) -> None:
         self._corpus = corpus
@@ -47,7 +47,7 @@ class _Tars:
         self._shard_of: dict[str, str] = {}
 
     def of(self, shard: str) -> str:
-        """The tar of a file of cuts. Raises `ManifestError` where there is none, or another shard has it."""
+        """The tar of a file of cuts. Raises `ManifestError` if there is none, or another shard has it."""
         audio = self._corpus.audio
         folder = (audio if isinstance(audio, str) else parent(shard)).rstrip("/")
         if folder not in self._listed:
@@ -64,7 +64,7 @@ class _Tars:
             raise ManifestError(
                 f"corpus {self._corpus.name}: two shards have the same tar",
                 got=f"{self._shard_of[tar]} and {shard}, both with {tar}",
-                remedy="list each shard once, and make corpora of their own of folders whose tars lie elsewhere",
+                remedy="list each shard once, and make folders whose tars are elsewhere separate corpora",
             )
         self._shard_of[tar] = shard
         return tar

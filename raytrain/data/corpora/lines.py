@@ -1,7 +1,7 @@
-"""Lines of JSONL files in byte ranges, so that many workers share one file: NeMo's manifests, and what other formats
-with a row on each line build on.
+"""Lines of JSONL files in byte ranges, so that many workers share one file: NeMo's manifests, and a base for other
+formats with a row per line.
 
-A line belongs to the range in which its first byte lies. Compressed files can't be cut and are one range.
+A line belongs to the range that contains its first byte. Compressed files can't be split and are one range.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from raytrain.data.corpora.types import Chunk, Corpus, Fields, RawRow
 from raytrain.storage.filesystem import compression, file_sizes, open_file, open_stream
 from raytrain.storage.locations import StorageReadError
 
-WHOLE = -1  # `end` of a chunk whose size in lines' bytes is not known
+WHOLE = -1  # `end` of a chunk whose uncompressed size is unknown
 _BLOCK = 1 << 20
 _LONGEST = 64 << 20
 _MARK = b"\xef\xbb\xbf"
@@ -34,9 +34,9 @@ def make_chunks(corpus: Corpus, paths: Sequence[str], chunk_bytes: int) -> Itera
 
 
 def read(chunk: Chunk, convert: Callable[[Fields], RawRow] | None = None) -> Iterator[tuple[int, list[RawRow]]]:
-    """Batches of a chunk's lines as (position of the first in the chunk from 0 on, rows).
+    """Batches of a chunk's lines as (0-based position of the first in the chunk, rows).
 
-    Each line is a JSON object; `convert` gives it NeMo's names if it has others.
+    Each line is a JSON object; `convert` renames its fields to NeMo's.
     """
     position = 0
     for lines in _blocks(chunk):
@@ -58,8 +58,8 @@ def _load(line: bytes) -> RawRow:
 
 
 def spelled_numbers(chunk: Chunk) -> Iterator[Fields]:
-    """For each line of a chunk the fields with a number that would be written otherwise than it stands there (more than
-    64 bits, 1.50), such that `orjson.dumps` writes it as it stands."""
+    """For each line of a chunk, the fields with a number that would be reformatted on output (more than 64 bits, 1.50),
+    such that `orjson.dumps` writes it as in the file."""
     for lines in _blocks(chunk):
         yield from map(_spelled, lines)
 
@@ -95,7 +95,7 @@ def _has_fragment(value: object) -> bool:
 
 
 def first_line(chunk: Chunk) -> int:
-    """Number of the first line that begins in the chunk, 1-based, by reading all that stands before it."""
+    """Number of the first line that begins in the chunk, 1-based, by reading everything before it."""
     number, left = 1, chunk.start
     with open_file(chunk.path) as file:
         last = b""

@@ -1,9 +1,9 @@
 """Parquet files with audio and text in columns, as Hugging Face's `datasets` writes them.
 
-`audio` is a struct of `bytes` and `path`, bytes alone, or a path. The text is in the first of `text`, `sentence`,
-`transcription`, `normalized_text` that there is; other columns have NeMo's names (`offset`, `source_lang`, …), and
-`language` counts where the corpus has none of its own. Without a column `duration` it is read from the audio's header.
-Audio is read for no other reason.
+`audio` is a struct of `bytes` and `path`, bytes alone, or a path. The text is in the first existing column of `text`,
+`sentence`, `transcription`, `normalized_text`; other columns have NeMo's names (`offset`, `source_lang`, …), and
+`language` applies if the corpus sets none. Without a column `duration` it is read from the audio's header. Audio is
+read for no other reason.
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ def _spans(path: str, chunk_bytes: int) -> list[tuple[int, int]]:
 
 
 def _nulls(group: RowGroupMetaData, leaf: str) -> int | None:
-    """Rows without a value, None where the file doesn't say."""
+    """Number of rows without a value, None if the file doesn't record it."""
     for index in range(group.num_columns):
         column = group.column(index)
         if column.path_in_schema == leaf and column.statistics and column.statistics.has_null_count:
@@ -88,14 +88,14 @@ def _nulls(group: RowGroupMetaData, leaf: str) -> int | None:
 
 
 def _group_rows(file: ParquetFile, index: int, first: int, chunk: Chunk) -> Iterator[tuple[int, list[RawRow]]]:
-    """(first row, rows) of batches of a row group, whose own first row is `first`."""
+    """(first row, rows) of batches of a row group whose first row is `first`."""
     names = _field_columns(file.schema_arrow, chunk)
     num_rows = file.metadata.row_group(index).num_rows
     data_leaf, path_leaf = audio_leaves(file.schema_arrow)
     nulls = _nulls(file.metadata.row_group(index), data_leaf) if data_leaf else num_rows
     is_measured = "duration" not in names
     if not is_measured and nulls in (0, num_rows):
-        data_leaf = None  # whether a row holds its audio is clear without it
+        data_leaf = None  # embedded audio is detected without it
     if nulls == 0:
         path_leaf = None
     columns = [*names.values(), *filter(None, (data_leaf, path_leaf))]
@@ -124,7 +124,7 @@ def _field_columns(schema: pa.Schema, chunk: Chunk) -> dict[str, str]:
 
 
 def _path(path: object) -> object:
-    # A bare number would name a row; see `blocks.locate_audio`.
+    # A bare number would mean a row; see `blocks.locate_audio`.
     return f"./{path}" if isinstance(path, str) and path.isdecimal() else path
 
 

@@ -1,6 +1,6 @@
-"""Reading corpora: `plan_chunks` cuts their files into chunks, and `read_blocks` reads one of them.
+"""Reading corpora: `plan_chunks` splits their files into chunks, and `read_blocks` reads one chunk.
 
-Rows come in the order of the file, and none is dropped silently: what can't be used is a `BadRow`.
+Rows come in file order, and none is dropped silently: an unusable row becomes a `BadRow`.
 
 | format | what | a chunk |
 |---|---|---|
@@ -36,8 +36,8 @@ DEFAULT_CHUNK_BYTES = 16 << 20
 @dataclass(frozen=True)
 class _Reader:
     """Reads one format. `make_chunks(corpus, paths, chunk_bytes)` gives chunks without index and languages,
-    `read(chunk)` (position of the first row in the chunk, rows), a few thousand at a time, and `first_line(chunk)` the
-    number of a chunk's first line where the chunk doesn't say it."""
+    `read(chunk)` gives (position of the first row in the chunk, rows), a few thousand at a time, and
+    `first_line(chunk)` the number of a chunk's first line if the chunk doesn't have it."""
 
     make_chunks: Callable[[Corpus, Sequence[str], int], Iterator[Chunk]]
     read: Callable[[Chunk], Iterator[tuple[int, list[RawRow]]]]
@@ -90,7 +90,7 @@ def read_blocks(chunk: Chunk) -> Iterator[Block]:
     for position, rows in _READERS[chunk.format].read(chunk):
         block = parser.block(np.arange(first + position, first + position + len(rows)), rows)
         if block.bad and not first:
-            # Reading all that stands before the chunk is for the few files that hold bad rows.
+            # Only the few files with bad rows pay for reading everything before the chunk.
             first = _READERS[chunk.format].first_line(chunk)
             block.bad = [row._replace(line=row.line + first) for row in block.bad]
             block.numbers = block.numbers + first
@@ -118,7 +118,7 @@ def read_chunk(chunk: Chunk) -> Iterator[Utterance | BadRow]:
 
 
 def find_format(corpus: Corpus, paths: Sequence[str]) -> str:
-    """The format that the first file or folder of a corpus has. Raises `ManifestError` where none fits."""
+    """The format of a corpus' first file or folder. Raises `ManifestError` if none fits."""
     first = paths[0]
     tars = (corpus.audio,) if isinstance(corpus.audio, str) else corpus.audio or ()
     if tars and all(bare_name(tar).endswith(".tar") for tar in tars):

@@ -62,8 +62,8 @@ class Example(NamedTuple):
 
 @dataclass
 class RejectedRows:
-    """`counts` and `examples` are by (corpus, reason); `num_rows` counts the usable rows too. `judged_by` says what
-    stands for all rows where not each of them was checked."""
+    """`counts` and `examples` are by (corpus, reason); `num_rows` counts the usable rows too. `judged_by` describes the
+    sample if not every row was checked."""
 
     counts: Counter[Group] = field(default_factory=Counter)
     examples: dict[Group, list[Example]] = field(default_factory=dict)
@@ -78,7 +78,7 @@ class RejectedRows:
             examples.append(Example(row, chunk))
 
     def extend(self, corpus: str, reason: str, rows: int, first: Iterable[ExampleRow]) -> None:
-        """Count `rows` rows that come after those counted so far, of which the `first` are known."""
+        """Count `rows` rows that come after those counted so far; `first` are their examples."""
         self.counts[corpus, reason] += rows
         added = [Example(BadRow(row.file, row.line, reason, row.detail)) for row in first]
         self.examples[corpus, reason] = [*self.examples.get((corpus, reason), []), *added][:NUM_EXAMPLES]
@@ -92,8 +92,8 @@ class RejectedRows:
             self.examples[group] = sorted(both, key=lambda example: (example.chunk, example.row.line))[:NUM_EXAMPLES]
 
     def number_lines(self, first_lines: Sequence[int]) -> None:
-        """Turn the examples' lines, counted from 1 in each chunk, into lines of their files; chunk i begins with line
-        `first_lines[i]`."""
+        """Convert the examples' line numbers from 1-based in each chunk to lines of their files; chunk i begins with
+        line `first_lines[i]`."""
         for examples in self.examples.values():
             examples[:] = [
                 Example(row._replace(line=row.line + first_lines[chunk] - 1), chunk) for row, chunk in examples
@@ -145,7 +145,7 @@ class RejectedRows:
 
     @property
     def bad(self) -> int:
-        """Rows that are left out, but not on purpose."""
+        """Number of rows that are left out unintentionally."""
         return sum(number for (_, reason), number in self.counts.items() if reason not in _NOT_BAD)
 
     def too_many(self, limit: float) -> bool:

@@ -1,8 +1,7 @@
 """Rows of a corpus, given as mappings with NeMo's field names, checked and turned into utterances.
 
-Readers of other formats rename their fields to NeMo's, so that what a row may say is decided here alone.
-`RowParser.parse` decides it for one row; `RowParser.block` for thousands at a time, several times faster and with the
-same result.
+Readers of other formats rename their fields to NeMo's, so that all validation is here. `RowParser.parse` validates one
+row; `RowParser.block` for thousands at a time, several times faster and with the same result.
 """
 
 from __future__ import annotations
@@ -45,10 +44,10 @@ _SLOTS = {
     "timestamp": "timestamp",
     "diarize": "diarize",
 }
-# All fields that decide a row's prompt, or that it is left out.
+# All fields that determine a row's prompt, or whether it is left out.
 PROMPT_FIELDS = ("_skipme", "source_lang", "lang", "target_lang", "pnc", *_SLOTS)
 _MAX_DETAIL = 500
-_NO_TEXT = re.compile(r"[\x00\ud800-\udfff]")  # what UTF-8 or a tokenizer can't hold
+_NO_TEXT = re.compile(r"[\x00\ud800-\udfff]")  # characters that UTF-8 or a tokenizer can't represent
 
 
 class RowParser:
@@ -58,13 +57,13 @@ class RowParser:
         self._chunk = chunk
 
     def parse(self, row: RawRow) -> Utterance | Problem:
-        """An utterance, or (reason, detail) of what is wrong with the row."""
+        """An utterance, or the row's problem as (reason, detail)."""
         if isinstance(row, tuple):
             return row
         key = self._check(row)
         if not isinstance(key, PromptKey):
             return key
-        assert isinstance(row, dict)  # nothing else has a prompt
+        assert isinstance(row, dict)  # other types were rejected above
         return next(self._checked_block([0], [row], [key]).utterances())
 
     def block(self, numbers: Sequence[int] | np.ndarray, rows: Sequence[RawRow]) -> Block:
@@ -76,7 +75,7 @@ class RowParser:
         return block
 
     def _plain_block(self, numbers: Sequence[int] | np.ndarray, rows: Sequence[RawRow]) -> Block | None:
-        """`block` for rows that are as most rows are; None where one is not."""
+        """`block` for ordinary rows; None if one is not."""
         columns = Columns.of(rows)
         times = columns.times_ms() if columns is not None else None
         if columns is None or times is None:
@@ -147,7 +146,7 @@ class RowParser:
         )
 
     def _check(self, row: object) -> PromptKey | Problem:
-        """What a row must be to be usable; all checks but those of its prompt are here."""
+        """The requirements on a usable row; all checks except those of its prompt are here."""
         if not isinstance(row, dict):
             return "bad_json", f"a row must be an object; got {type(row).__name__}"
         if row.get("_skipme"):
@@ -195,10 +194,10 @@ def _is_visible(character: str) -> bool:
 
 
 def _shown(value: object) -> str:
-    """A value in a short line, whatever it is."""
+    """Any value as one short line."""
     try:
         return repr(value) if isinstance(value, str) and len(value) < 80 else reprlib.repr(value)
-    except Exception:  # a number of too many digits
+    except Exception:  # a number with too many digits
         return f"a {type(value).__name__}"
 
 

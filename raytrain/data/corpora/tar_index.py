@@ -1,4 +1,4 @@
-"""Where the members of a tar lie, so that each can be read by its range of bytes."""
+"""The location of each tar member, so that it can be read by its byte range."""
 
 from __future__ import annotations
 
@@ -12,24 +12,24 @@ from typing import BinaryIO
 from raytrain.storage.filesystem import open_file
 from raytrain.storage.locations import StorageReadError, is_uri
 
-_SUFFIX = re.compile(r"-sub\d+(?=(\.\w+)?$)")  # NeMo's, of several rows that are spans of one member
-_NO_AUDIO = (".json", ".nodata", ".nometa")  # what Lhotse puts beside its audio
+_SUFFIX = re.compile(r"-sub\d+(?=(\.\w+)?$)")  # NeMo's, for several rows that are spans of one member
+_NO_AUDIO = (".json", ".nodata", ".nometa")  # files that Lhotse puts next to its audio
 _BUFFER = 4 << 20
 _SAMPLED_BYTES = 4096
 
 
 def _middle(file: BinaryIO, member: tarfile.TarInfo) -> bytes:
-    """Bytes of a member that are audio: those at its ends may be a header, a tag or silence."""
+    """Sampled bytes of a member that are audio: its ends may be a header, a tag or silence."""
     size = min(member.size, _SAMPLED_BYTES)
     file.seek(member.offset_data + (member.size - size) // 2)
     return file.read(size)
 
 
 class TarIndex:
-    """Where each member's bytes lie in an uncompressed tar, by its headers. Raises `StorageReadError`.
+    """The byte range of each member of an uncompressed tar, from its headers. Raises `StorageReadError`.
 
-    With `sampled`, its `sample_id` covers names, sizes and some bytes of each member: a tar whose audio was exchanged
-    has a different id, which its members' positions do not show, and one that was only copied has the same.
+    With `sampled`, its `sample_id` covers names, sizes and some bytes of each member: a tar whose audio was replaced
+    has a different id, even with the same member positions, and a copy has the same id.
     """
 
     def __init__(self, path: str, *, sampled: bool = False) -> None:
@@ -38,7 +38,7 @@ class TarIndex:
         self._stems: dict[str, tuple[int, int]] = {}
         try:
             with open_file(path) as file:
-                # A request for each header would cost more than to read what lies between them.
+                # A request per header would cost more than reading everything in between.
                 buffered = io.BufferedReader(file, _BUFFER) if is_uri(path) else file
                 with tarfile.open(fileobj=buffered, mode="r:") as tar:
                     for member in tar:
@@ -49,7 +49,7 @@ class TarIndex:
                                 digest.update(_middle(buffered, member))
         except (tarfile.TarError, OSError) as error:
             raise StorageReadError(
-                f"{path} is no tar that can be read by range",
+                f"{path} is not a tar that can be read by range",
                 why=str(error),
                 remedy="unpack it, or make an uncompressed tar",
             ) from error
@@ -62,6 +62,6 @@ class TarIndex:
             self._stems[stem] = span
 
     def find(self, member: str) -> tuple[int, int] | None:
-        """(start, size) of a member in bytes, or None. A name without its ending will do (Lhotse Shar)."""
+        """(start, size) of a member in bytes, or None. A name without its extension also matches (Lhotse Shar)."""
         member = member.removeprefix("./")
         return self._spans.get(member) or self._stems.get(member) or self._spans.get(_SUFFIX.sub("", member))

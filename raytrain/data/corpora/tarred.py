@@ -1,7 +1,7 @@
 """NeMo's tarred sets: `manifest_0.json` names the members of `audio_0.tar`, and so on.
 
-Members may have the same names in every tar, so a manifest that meets another's tar would go unnoticed: they are paired
-by the numbers in their names, and rows that name another shard (`shard_id`) are refused.
+Members may have the same names in every tar, so a manifest paired with the wrong tar would go unnoticed: they are
+paired by the numbers in their names, and rows with another `shard_id` are rejected.
 
 Several rows may be spans of one member; NeMo then calls them `name-sub1.wav`, `name-sub2.wav` where the tar holds
 `name.wav` (see `tar_index.TarIndex`).
@@ -26,11 +26,11 @@ _WORD = re.compile(r"[^\W_]+")
 
 
 def make_chunks(corpus: Corpus, paths: Sequence[str], chunk_bytes: int) -> Iterator[Chunk]:
-    """One chunk for each manifest and its tar. Raises `ManifestError` where it is unclear which belong together."""
+    """One chunk for each manifest and its tar. Raises `ManifestError` if the pairing is ambiguous."""
     patterns = (corpus.audio,) if isinstance(corpus.audio, str) else corpus.audio or ()
     tars = [tar for pattern in patterns for tar in expand(pattern)]
     if len(tars) == len(paths):
-        file_sizes([*paths, *tars])  # a missing one fails here, not on a worker
+        file_sizes([*paths, *tars])  # a missing file fails here, not on a worker
     for path, tar, shard in pair_shards(paths, tars, f"corpus {corpus.name}"):
         yield Chunk(path, 0, WHOLE, audio=tar, first_line=1, shard=shard)
 
@@ -40,10 +40,10 @@ def pair_shards(
 ) -> list[tuple[str, str, int | None]]:
     """(manifest, tar, shard number) of each manifest, in their order.
 
-    Where all names have a shard number, those of the same number belong together, and where several have, those whose
-    paths have most words in common. Names without go together by their words (`en.json`, `en.tar`) or, where these do
-    not decide, in order, and the shard's number is None. Raises `ManifestError` that names files where numbers differ
-    or several pairs are possible.
+    If all names have a shard number, files with the same number belong together; if several share a number, those whose
+    paths have the most words in common do. Names without numbers are paired by their words (`en.json`, `en.tar`) or, if
+    these do not decide, in order, and the shard's number is None. Raises `ManifestError` that names the files if
+    numbers differ or several pairings are possible.
     """
     ids, tar_ids = shard_numbers(manifests), shard_numbers(tars)
     lonely = _lonely(manifests, ids, tars, tar_ids) if ids is not None and tar_ids is not None else ""
@@ -72,9 +72,8 @@ def pair_shards(
 
 
 def _matched(manifests: Sequence[tuple[str, int]], tars: Sequence[tuple[str, int]], what: str) -> list[str]:
-    """The tar of each (manifest, number): of those with its number the one with which it has most words in common.
-
-    Raises `ManifestError` where that is not one for each.
+    """The tar of each (manifest, number): among the tars with that number, the one that has the most words in common.
+    Raises `ManifestError` if the pairing is not one to one.
     """
     tars_of: dict[int, list[tuple[str, Counter[str]]]] = {}
     for tar, number in tars:
@@ -93,8 +92,8 @@ def _matched(manifests: Sequence[tuple[str, int]], tars: Sequence[tuple[str, int
 
 
 def shard_numbers(paths: Sequence[str]) -> list[int] | None:
-    """The shard number in each file's name, None where there is none: the last number in which they differ, or if there
-    is none, the number at the names' ends (`audio_3.tar`, `audio-3-of-8.tar`)."""
+    """The shard number in each file's name, None if there is none: the last number in which the names differ, or else
+    the number at their ends (`audio_3.tar`, `audio-3-of-8.tar`)."""
     stems = [_TOTAL.sub("", _stem(path)) for path in paths]
     numbers = [re.findall(r"[0-9]+", stem) for stem in stems]
     if not all(numbers):
@@ -109,7 +108,7 @@ def shard_numbers(paths: Sequence[str]) -> list[int] | None:
 
 
 def _words(path: str) -> Counter[str]:
-    """A path's words and numbers, these without leading zeros."""
+    """A path's words and numbers, the numbers without leading zeros."""
     return Counter(str(int(word)) if word.isdecimal() else word for word in _WORD.findall(path))
 
 
@@ -131,5 +130,5 @@ def _ambiguous(what: str, got: str) -> ManifestError:
         f"{what}: it is unclear which manifest belongs to which tar",
         got=got,
         allowed="each number once, or paths that tell the files of a number apart (en/manifest_0.json, en/audio_0.tar)",
-        remedy="make several corpora of it, one for each set of numbers",
+        remedy="split it into several corpora, one for each set of numbers",
     )

@@ -1,5 +1,5 @@
-"""What a corpus consists of: `Corpus` (an entry of the configuration's `data.train`), the `Chunk`s that workers read on
-their own, and the rows of a chunk: `Utterance`s, and `BadRow`s that can't be used."""
+"""The types of a corpus: `Corpus` (an entry of the configuration's `data.train`), the `Chunk`s that workers read
+independently, and the rows of a chunk: `Utterance`s, and unusable `BadRow`s."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class Corpus:
 
     __pydantic_config__ = {"extra": "forbid"}
 
-    name: Annotated[str, Setting("The corpus' name, which no other corpus of the split has.")]
+    name: Annotated[str, Setting("The corpus' name, unique in its split.")]
     path: Annotated[
         str | tuple[str, ...],
         Setting("Its files: local paths, relative to data.root, or URIs, with {0..7}, _OP_0..7_CL_ or * for several."),
@@ -38,8 +38,8 @@ class Corpus:
             "manifest's."
         ),
     ] = None
-    language: Annotated[str | None, Setting("The spoken language of rows that name none.")] = None
-    target_language: Annotated[str | None, Setting("The language of the text of rows that name none.")] = None
+    language: Annotated[str | None, Setting("The spoken language of rows that don't give one.")] = None
+    target_language: Annotated[str | None, Setting("The language of the text of rows that don't give one.")] = None
     weight: Annotated[float, Range(0, 10**9, above=True), Setting("Multiplies the corpus' share in training.")] = 1.0
 
     def __post_init__(self) -> None:
@@ -70,8 +70,8 @@ class Chunk:
     """A part of a corpus that one worker reads; `index` numbers the chunks of a split.
 
     `start` and `end` are bytes of a manifest or rows of a Parquet file. `audio` is the tar that holds the audio, or the
-    folder of relative audio paths. `first_line` is the number of the first line that begins in the chunk, 0 if it is
-    not known. `shard` is the tar's number, None if its name has none.
+    folder of relative audio paths. `first_line` is the number of the first line that begins in the chunk, 0 if unknown.
+    `shard` is the tar's number, None if its name has none.
     """
 
     path: str
@@ -91,9 +91,9 @@ class Utterance(NamedTuple):
     """A usable row. Times in whole milliseconds, the duration rounded up.
 
     `audio_path` is absolute or a URI. `member` is the name of the audio inside a tar, or its row in a Parquet file;
-    empty where `audio_path` is the recording itself. `slots` are the further prompt slots that the row names, as
-    (slot, value in the row). The prompt's format decides which of them count, and only those are checked:
-    `timestamp` may be something else in a corpus made for `canary`.
+    empty where `audio_path` is the recording itself. `slots` are further prompt slots of the row, as (slot, value in
+    the row). Only the slots of the prompt's format are used and checked: `timestamp` may mean something else in a
+    corpus made for `canary`.
     """
 
     audio_path: str
@@ -108,13 +108,13 @@ class Utterance(NamedTuple):
 
     @property
     def prompt_key(self) -> PromptKey:
-        """What decides its prompt."""
+        """The fields that determine its prompt."""
         return PromptKey(self.source_lang, self.target_lang, self.pnc, self.slots)
 
 
 class BadRow(NamedTuple):
-    """A row that can't be used: where it stands (1-based line, or row of a Parquet file), why (one of
-    `raytrain.data.corpora.rows.REASONS`), and what was found."""
+    """An unusable row: its position (1-based line, or row of a Parquet file), the reason (one of
+    `raytrain.data.corpora.rows.REASONS`), and a detail."""
 
     file: str
     line: int

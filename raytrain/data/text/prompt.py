@@ -26,7 +26,7 @@ def prompt_ids(
     slots: Mapping[str, Any] | None = None,
 ) -> list[int]:
     """Ids of a prompt. `slots` sets further slots of the format by name, None for the default; see
-    `raytrain.data.text.slots`. A language is one that the tokenizer has a text model of.
+    `raytrain.data.text.slots`. The tokenizer must have a text model for each language.
 
     Raises `TokenizerError` for an unknown format, slot, value or language, listing what is allowed.
     """
@@ -47,7 +47,7 @@ def prompt_ids(
 
 
 def _check_slots(slots: Mapping[str, Any], prompt_format: str) -> tuple[str, ...]:
-    """The slots that a format has. Raises `TokenizerError` where `slots` has further ones."""
+    """The slots of a format. Raises `TokenizerError` if `slots` has others."""
     names = check_format(prompt_format)
     unknown = set(slots) - set(names)
     if unknown:
@@ -61,7 +61,7 @@ def _check_slots(slots: Mapping[str, Any], prompt_format: str) -> tuple[str, ...
 
 
 def _check_language(tokenizer: CanaryTokenizer, language: str, token: str) -> None:
-    # Not any special token will do: <|pnc|> is a special token too.
+    # Not every special token is a language: <|pnc|> is a special token too.
     if token[2:-2] not in tokenizer.languages:
         raise TokenizerError(
             "unknown language",
@@ -79,7 +79,7 @@ def prompt_languages(tokenizer: CanaryTokenizer, ids: Sequence[int], prompt_form
 
 
 def key_prompt(tokenizer: CanaryTokenizer, key: PromptKey, prompt_format: str) -> list[int]:
-    """The prompt of a row; slots that the format does not have are left out. Raises `TokenizerError`."""
+    """The prompt of a row; slots that the format lacks are left out. Raises `TokenizerError`."""
     names = check_format(prompt_format)
     slots = {name: value for name, value in key.slots if name in names}
     return prompt_ids(

@@ -1,4 +1,4 @@
-"""Prompt slots: their names, defaults, and the special token that a value stands for.
+"""Prompt slots: their names, defaults, and the special token for each value.
 
     slot_token("pnc", "yes")        # '<|pnc|>'
     slot_token("emotion", "happy")  # '<|emo:happy|>'
@@ -48,7 +48,8 @@ _TASKS = {
 
 
 class PromptKey(NamedTuple):
-    """What of a row decides its prompt: languages, punctuation and case, and further slots as (slot, value)."""
+    """The fields of a row that determine its prompt: languages, punctuation and case, and further slots as (slot,
+    value)."""
 
     source_lang: str
     target_lang: str
@@ -71,7 +72,7 @@ def check_format(prompt_format: str) -> tuple[str, ...]:
 def slot_token(slot: str, value: object) -> str:
     """The special token of a slot's value (context: the text). Raises `TokenizerError` that lists what is allowed."""
     if isinstance(value, dict | list | tuple) or (isinstance(value, int) and abs(value) > sys.maxsize):
-        raise TokenizerError(  # without the value, which may be too deep or too long to be shown
+        raise TokenizerError(  # without the value, which may be too deep or too long to show
             f"the prompt slot {slot} is a text", got=type(value).__name__, allowed="a text", remedy="correct the row"
         )
     if slot == "decodercontext":
@@ -129,7 +130,7 @@ def _task_token(text: str, value: object) -> str:
 def _spelled(value: object) -> str:
     """A value as text, without the marks of a special token."""
     if isinstance(value, float) and value.is_integer():
-        value = int(value)  # equal values mean the same
+        value = int(value)  # 1.0 means the same as 1
     return str(value).strip().removeprefix("<|").removesuffix("|>")
 
 

@@ -1,7 +1,7 @@
 """Aggregate tokenizer: one SentencePiece model per language behind one model of special tokens.
 
-Ids are concatenated in order, specials first: id = sub-id + offset of its language. Ids of specials are read
-from the special model, never assumed. On disk a tokenizer is a folder of `.model` files and `tokenizer.json`.
+Ids are concatenated in order, specials first: id = sub-id + offset of its language. Ids of special tokens are read from
+the special model, never assumed. On disk a tokenizer is a folder of `.model` files and `tokenizer.json`.
 
     tokenizer = CanaryTokenizer.load(Path("runs/demo/tokenizer"))
     tokenizer.decode(tokenizer.encode_text("three seven", "en"))     # 'three seven'
@@ -29,7 +29,7 @@ from raytrain.storage.artifacts import atomic_write_bytes, read_json, write_json
 FORMAT = "raytrain.tokenizer/1"
 SPECIALS = "spl_tokens"
 EOS, BOS, PAD, NOSPEECH = "<|endoftext|>", "<|startoftranscript|>", "<pad>", "<|nospeech|>"
-# A language names a file and a special token; manifests may hold anything.
+# A language becomes a file name and a special token, and manifests may hold anything.
 _LANGUAGE = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
 _MOST_ROUNDS = 16
 _SENTENCE_BYTES = 4192  # SentencePiece's limit of a sentence
@@ -50,7 +50,7 @@ _SPECIALS_OF = {
         "<|nodiarize|>",
     ),
 }
-# Not in NeMo's published models; they come last so that all other ids are NeMo's.
+# Not in NeMo's published models; they come last so that all other ids match NeMo's.
 _FURTHER = {"canary": (), "canary2": ("<|emo:happy|>", "<|emo:sad|>", "<|emo:angry|>")}
 _train_sentencepiece = partial(
     sentencepiece.SentencePieceTrainer.train,
@@ -62,13 +62,13 @@ _train_sentencepiece = partial(
     hard_vocab_limit=False,
     minloglevel=2,
 )
-# A language's token is <|name|>, so a language called pnc would be taken for a slot's value.
+# A language's token is <|name|>, so a language called pnc would be mistaken for a slot's value.
 _TAKEN = {SPECIALS, *(token[2:-2] for tokens in _SPECIALS_OF.values() for token in tokens if token.startswith("<|"))}
 
 
 @dataclass(frozen=True)
 class TokenizerBody:
-    """What `tokenizer.json` holds."""
+    """The content of `tokenizer.json`."""
 
     languages: list[str]
     vocab_size: int
@@ -120,7 +120,7 @@ class CanaryTokenizer:
         return {processor.id_to_piece(i): i for i in range(processor.get_piece_size())}
 
     def special(self, token: str) -> int:
-        """Id of a special token. Raises `TokenizerError` that lists what there is."""
+        """Id of a special token. Raises `TokenizerError` that lists the special tokens."""
         number = self._special_ids.get(token)
         if number is None:
             raise TokenizerError(
@@ -133,7 +133,7 @@ class CanaryTokenizer:
 
     @cached_property
     def pad_id(self) -> int:
-        """Id that fills short rows."""
+        """Id that pads short rows."""
         return self.special(PAD)
 
     @cached_property
@@ -163,14 +163,14 @@ class CanaryTokenizer:
         return processor
 
     def normalize(self, text: str, language: str) -> str:
-        """A text as this tokenizer would write it with all pieces: through its language's normalizer and NFC, with
-        single spaces. What was decoded stays as it is, so references and hypotheses compare.
+        """A text normalized as this tokenizer would write it: through its language's normalizer and NFC, with single
+        spaces. Decoded text is unchanged by it, so references and hypotheses are comparable.
 
         Raises `TokenizerError` for an unknown language.
         """
         processor = self._processor(language)
         text = " ".join(text.split())
-        # What one rule makes, another may change (ﬁ with an accent): a hypothesis has been through once, a reference
+        # One rule's output may be changed by another (ﬁ with an accent): a hypothesis has been normalized, a reference
         # never. A tokenizer's rules may also go around in circles.
         for _ in range(_MOST_ROUNDS):
             before, text = text, " ".join(processor.normalize(text).replace("▁", " ").split())
@@ -183,7 +183,7 @@ class CanaryTokenizer:
         return TextEncoder(self._processors[language], self._offsets[language], by_words=by_words)
 
     def starts_word(self, number: int) -> bool:
-        """Whether an id's piece begins with white space."""
+        """Whether an id's piece begins with whitespace."""
         name = list(self._offsets)[bisect_right(list(self._offsets.values()), number) - 1]
         piece = number - self._offsets[name]
         return number < self.vocab_size and self._processors[name].id_to_piece(piece).startswith("▁")
@@ -216,12 +216,12 @@ class CanaryTokenizer:
 
     @classmethod
     def load(cls, folder: Path) -> CanaryTokenizer:
-        """Read a folder written by `save`. Raises `ArtifactError` where it is missing or damaged."""
+        """Read a folder written by `save`. Raises `ArtifactError` if it is missing or damaged."""
         body = read_json(Path(folder) / "tokenizer.json", FORMAT, TokenizerBody)["body"]
         try:
             names = (SPECIALS, *_check_languages(body["languages"]))
             models = {name: (Path(folder) / f"{name}.model").read_bytes() for name in names}
-            if _models_id(models) != body["tokenizer_id"]:  # before SentencePiece has to make sense of it
+            if _models_id(models) != body["tokenizer_id"]:  # before SentencePiece parses it
                 raise ArtifactError(f"tokenizer {folder} was changed after it was written", remedy="rerun statistics")
             return cls(models)
         except (OSError, RuntimeError) as error:
@@ -247,8 +247,8 @@ def train_tokenizer(
 ) -> CanaryTokenizer:
     """One SentencePiece model of at most `vocab_size` pieces per language, and the format's special tokens.
 
-    A corpus of few words supports fewer pieces; then the model has as many as there are. Raises `TokenizerError`
-    for a language that is not a plain name.
+    A corpus of few words supports fewer pieces; then the model is smaller. Raises `TokenizerError` for a language that
+    is not a plain name.
     """
     languages = sorted(_check_languages(texts))
     models = {SPECIALS: train_specials(languages, prompt_format)}
@@ -280,14 +280,14 @@ def train_specials(languages: Iterable[str], prompt_format: str = "canary2") -> 
 
 
 def is_language(name: str) -> bool:
-    """Whether a text may name a language: a plain name that no special token has."""
+    """Whether a text may name a language: a plain name that is not a special token's."""
     return bool(_LANGUAGE.fullmatch(name)) and name not in _TAKEN
 
 
 def _check_languages(languages: Iterable[str]) -> list[str]:
     """The languages as a list.
 
-    Raises `TokenizerError` where a name could lead out of the tokenizer's folder or is another special token's.
+    Raises `TokenizerError` if a name could escape the tokenizer's folder or is another special token's.
     """
     names = list(languages)
     bad = [name for name in names if not is_language(name)]
@@ -311,7 +311,7 @@ def _train(texts: list[str], vocab_size: int, model_type: str) -> bytes:
                 model_writer=writer,
                 model_type=model_type,
                 vocab_size=size,
-                max_sentence_length=max(_SENTENCE_BYTES, longest + 1),  # longer ones would be left out unmentioned
+                max_sentence_length=max(_SENTENCE_BYTES, longest + 1),  # longer sentences would be dropped silently
                 num_threads=1,  # threads would make the result depend on the machine
             )
         except RuntimeError as error:

@@ -1,7 +1,7 @@
 """Token ids of many texts by one SentencePiece model, each word encoded once.
 
-Speech corpora repeat their words, and encoding is what counting spends its time on. Word by word is exact where no
-piece crosses a space and where words do not touch each other otherwise: see `words_are_independent`.
+Speech corpora repeat their words, and counting spends its time on encoding. Encoding word by word is exact if no piece
+crosses a space and words do not affect each other otherwise: see `words_are_independent`.
 """
 
 from __future__ import annotations
@@ -16,22 +16,22 @@ from sentencepiece import SentencePieceProcessor
 from raytrain.errors import TokenizerError
 
 _MAX_WORDS = 500_000
-_UNKNOWN = 32  # a count holds the number of ids in its lower bits, and how many of them are unknown above
-_LONGEST_WORD = 64  # a text without spaces is not worth remembering
+_UNKNOWN = 32  # a count packs the number of ids into its lower bits, and the number of unknown ids above
+_LONGEST_WORD = 64  # a text without spaces is not worth caching
 _SLOT_BITS = 18
-_SLICE = 256  # texts looked up together: their arrays stay in the cache, and off the page fault handler's path
+_SLICE = 256  # texts looked up together: their arrays fit into the CPU cache and avoid page faults
 _MIX_LOW, _MIX_HIGH = np.uint64(0x9E3779B97F4A7C15), np.uint64(0xC2B2AE3D27D4EB4F)
-# The first n bytes of eight, n from 0 to 8, as they lie in a little-endian word.
+# Masks of the first n bytes of eight, n from 0 to 8, in a little-endian word.
 _FIRST_BYTES = np.array([(1 << 8 * n) - 1 for n in range(9)], np.uint64)
 
 
 def words_are_independent(processor: SentencePieceProcessor) -> bool:
-    """Whether the ids of a text are the ids of its words, one after the other.
+    """Whether the ids of a text are the concatenated ids of its words.
 
-    So it is where (1) spaces are single and each word begins with ▁; (2) no piece has ▁ further in, so no merge spans
-    two words; (3) ▁ itself is a piece, as SentencePiece joins neighboring unknown pieces; (4) all scores are whole
-    numbers, as BPE's ranks are: a unigram model's sums of log-probabilities are rounded, and may tip a tie differently
-    elsewhere in the text.
+    This holds if (1) spaces are single and each word begins with ▁; (2) no piece has ▁ after its first character, so no
+    merge spans two words; (3) ▁ itself is a piece, as SentencePiece joins neighboring unknown pieces; (4) all scores
+    are whole numbers, as BPE's ranks are: a unigram model's sums of log-probabilities are rounded, and may break a tie
+    differently elsewhere in the text.
     """
     pieces = range(processor.get_piece_size())
     return (
@@ -46,7 +46,7 @@ Value = TypeVar("Value")
 
 
 class _Memory(dict[str, Value]):
-    """Values of words, made when a word is first looked up."""
+    """Cached values of words, computed on first use."""
 
     def __init__(self, make: Callable[[str], Value]) -> None:
         super().__init__()
@@ -62,10 +62,11 @@ class _Memory(dict[str, Value]):
 
 
 class _CountTable:
-    """Packed counts (see `_UNKNOWN`) of short words, looked up for a whole block at a time; they add up as they are.
+    """Packed counts (see `_UNKNOWN`) of short words, looked up for a whole block at a time; packed counts can be added
+    directly.
 
-    A word of up to 16 bytes is two integers, its own key, so a hit is exact. A slot belongs to the first word that
-    falls into it, which is most likely a frequent one; all further words are looked up one by one.
+    A word of up to 16 bytes is two integers and serves as its own key, so a hit is exact. A slot belongs to the first
+    word that hashes to it, most likely a frequent one; colliding words are looked up one by one.
     """
 
     def __init__(self, count: Callable[[str], int]) -> None:
@@ -74,7 +75,7 @@ class _CountTable:
         self._counts = np.zeros(1 << _SLOT_BITS, np.int64)
 
     def count(self, texts: Sequence[str]) -> np.ndarray | None:
-        """Packed counts of each text, (N,) int64; None for texts with unusual white space."""
+        """Packed counts of each text, (N,) int64; None for texts with unusual whitespace."""
         data = "\n".join(texts).encode()
         padded = np.frombuffer(data + bytes(16), np.uint8)
         text = padded[: len(data)]
@@ -98,7 +99,7 @@ class _CountTable:
 
 
 def _has_unusual_space(text: np.ndarray) -> bool:
-    """Whether UTF-8 holds NUL, or white space (as `str.split` sees it) besides space and line feed."""
+    """Whether UTF-8 contains NUL, or whitespace (by `str.split`) other than space and line feed."""
     if ((text < 32) & (text != 10)).any():
         return True
     for lead, second_and_third in _UNUSUAL_SPACES.items():
@@ -111,7 +112,7 @@ def _has_unusual_space(text: np.ndarray) -> bool:
 
 
 def _unusual_spaces() -> dict[int, dict[int, list[int]]]:
-    """UTF-8 of white space beyond ASCII: first byte → second byte → third bytes, none for two bytes in all."""
+    """UTF-8 of non-ASCII whitespace: first byte → second byte → third bytes, none for two bytes in all."""
     spaces: dict[int, dict[int, list[int]]] = {}
     for number in range(128, 0x10000):
         if chr(number).isspace():
@@ -124,10 +125,10 @@ _UNUSUAL_SPACES = _unusual_spaces()
 
 
 class TextEncoder:
-    """Counts and ids of texts by one model; `offset` is added to every id. White space counts as single spaces.
+    """Counts and ids of texts by one model; `offset` is added to every id. Runs of whitespace count as single spaces.
 
-    With `by_words`, words are remembered where that is exact, and one text of every call is encoded as a whole to check
-    it: a difference raises `TokenizerError`.
+    With `by_words`, words are cached if that is exact, and one text of every call is encoded as a whole as a check: a
+    difference raises `TokenizerError`.
     """
 
     def __init__(self, processor: SentencePieceProcessor, offset: int = 0, *, by_words: bool = True) -> None:
@@ -144,7 +145,7 @@ class TextEncoder:
         return self.count_unknown(texts)[0]
 
     def count_unknown(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
-        """Number of ids of each text, and how many of them stand for what the model can't write, (N,) int64 each."""
+        """Number of ids of each text, and how many of them are unknown, (N,) int64 each."""
         if not self.by_words:
             packed = np.array([self._packed(ids) for ids in self._whole(texts)], np.int64)
         elif not texts:
@@ -158,7 +159,7 @@ class TextEncoder:
         return counts, unknown
 
     def unwritable(self, text: str) -> Counter[str]:
-        """Characters of a text that the model can't write, as its normalizer leaves them, and how often they occur."""
+        """Characters of a normalized text that the model can't encode, with their counts."""
         characters: Counter[str] = Counter()
         for part in text.split() if self.by_words else (" ".join(text.split()),):
             characters.update(self._unwritable[part])

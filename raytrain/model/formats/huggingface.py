@@ -1,11 +1,11 @@
-"""Hugging Face folders: what `transformers.CanaryForConditionalGeneration` loads and saves.
+"""Hugging Face folders, as `transformers.CanaryForConditionalGeneration` loads and saves them.
 
     write_huggingface(parts, Path("canary-hf"))
     parts = read_huggingface(Path("canary-hf"))       # bit-equal
 
-Hugging Face has neither aggregate tokenizers nor our training settings, so `raytrain.json`, `raytrain.safetensors`
-and `tokenizer/<name>.model` hold them beside its own files. Both give the same results in evaluation; in training
-Hugging Face's model has fewer dropouts. Weights are read from safetensors only.
+Hugging Face has neither aggregate tokenizers nor our training settings, so `raytrain.json`, `raytrain.safetensors` and
+`tokenizer/<name>.model` hold them next to its own files. Both give the same results in evaluation; in training, Hugging
+Face's model has fewer dropouts. Weights are read from safetensors only.
 """
 
 from __future__ import annotations
@@ -43,8 +43,8 @@ Settings = TypeVar("Settings", ModelConfig, SpecAugmentSettings)
 def write_huggingface(parts: ModelParts, folder: Path) -> None:
     """Write a folder for `from_pretrained` and `read_huggingface`; it appears whole or not at all.
 
-    Raises `CheckpointError` that names everything about the model that Hugging Face's can't hold, and `StorageError`
-    where the folder isn't empty or can't be written.
+    Raises `CheckpointError` that lists everything in the model that Hugging Face's can't represent, and `StorageError`
+    if the folder isn't empty or can't be written.
     """
     import_safetensors()
     skeleton = _skeleton(parts.config)
@@ -64,11 +64,11 @@ def write_huggingface(parts: ModelParts, folder: Path) -> None:
 
 
 def read_huggingface(folder: Path) -> ModelParts:
-    """Settings, weights (float32) and tokenizer of a folder that we or `save_pretrained` wrote.
+    """Settings, weights (float32) and tokenizer of a folder that was written by us or by `save_pretrained`.
 
     Without `raytrain.json` the tokenizers are an empty dict, dropout is the encoder's and the other training settings
-    and the prompt format are `ModelConfig`'s defaults. Raises `CheckpointError` that names everything about the model
-    that ours can't compute.
+    and the prompt format are `ModelConfig`'s defaults. Raises `CheckpointError` that lists everything in the model that
+    ours can't compute.
     """
     folder = Path(folder).absolute()
     config = model_config_of(load_json(folder / "config.json"), load_features(folder), folder)
@@ -87,8 +87,8 @@ def read_huggingface(folder: Path) -> ModelParts:
 def _translated(
     config: ModelConfig, weights: dict[str, Tensor], constants: dict[str, Tensor], folder: Path
 ) -> dict[str, Tensor]:
-    """Our state from Hugging Face's weights and our constants, which are taken out of both. Raises `CheckpointError`
-    where they don't fit the settings."""
+    """Our state from Hugging Face's weights and our constants, which are removed from both. Raises `CheckpointError` if
+    they don't fit the settings."""
     if (embedding := weights.get("model.decoder.embed_tokens.weight")) is not None:
         weights.setdefault("proj_out.weight", embedding)
     state, missing = {}, []
@@ -125,7 +125,7 @@ def _skeleton(config: ModelConfig) -> dict[str, Tensor]:
 
 
 def _check_exportable(parts: ModelParts, skeleton: dict[str, Tensor]) -> TokenIds:
-    """Raises `CheckpointError` that names all problems; returns the ids of the tokens that generation needs."""
+    """Raises `CheckpointError` that lists all problems; returns the ids of the tokens that generation needs."""
     config, problems = parts.config, []
     if config.encoder_width != config.decoder_width:
         problems.append(
@@ -138,7 +138,7 @@ def _check_exportable(parts: ModelParts, skeleton: dict[str, Tensor]) -> TokenId
         problems.append(str(error))
     problems += _state_problems(parts.state, skeleton)
     problems += [
-        f"{name!r} is no plain name of a tokenizer" for name in parts.tokenizers if not PLAIN_NAME.fullmatch(name)
+        f"{name!r} is not a plain tokenizer name" for name in parts.tokenizers if not PLAIN_NAME.fullmatch(name)
     ]
     ids: TokenIds = {}
     try:
@@ -147,7 +147,7 @@ def _check_exportable(parts: ModelParts, skeleton: dict[str, Tensor]) -> TokenId
         problems.append(f"the special tokens can't be read: {error}")
     if problems:
         raise CheckpointError(
-            "Hugging Face's Canary can't hold this model",
+            "Hugging Face's Canary can't represent this model",
             why="; ".join(problems),
             remedy="convert it to raytrain or nemo instead (--to)",
         )
@@ -168,7 +168,7 @@ def _state_problems(state: dict[str, Tensor], skeleton: dict[str, Tensor]) -> li
 
 
 def _token_ids(config: ModelConfig, tokenizers: dict[str, bytes]) -> TokenIds:
-    """Ids by their name in config.json, None for a token that the tokenizer lacks."""
+    """Ids by name in config.json, None for a token that the tokenizer lacks."""
     start = "<|startoftranscript|>"
     tokens = {"pad": "<pad>", "eos": "<|endoftext|>", "bos": start, "decoder_start": start}
     if config.prompt_format == "canary2":
@@ -192,8 +192,8 @@ def _texts(parts: ModelParts, ids: TokenIds) -> dict[str, bytes]:
 
 
 def _read_extra(folder: Path, theirs: ModelConfig) -> tuple[ModelConfig, dict[str, bytes]]:
-    """Settings and tokenizers of `raytrain.json`; `theirs` are the settings of config.json. Raises `CheckpointError`
-    where it is damaged or belongs to another config.json."""
+    """Settings and tokenizers of `raytrain.json`; `theirs` are the settings of config.json. Raises `CheckpointError` if
+    it is damaged or belongs to another config.json."""
     path = folder / "raytrain.json"
     content = load_json(path)
     try:
@@ -226,7 +226,8 @@ def _read_extra(folder: Path, theirs: ModelConfig) -> tuple[ModelConfig, dict[st
 
 
 def _typed(cls: type[Settings], values: dict[str, Any]) -> Settings:
-    """A settings object from JSON. Raises `TypeError` where a key is unknown or a value has not its default's type."""
+    """A settings object from JSON. Raises `TypeError` if a key is unknown or a value does not have its default's
+    type."""
     default = cls()
     for name, kind in ((field.name, type(getattr(default, field.name))) for field in fields(cls)):
         if name in values and type(values[name]) is not kind and (kind, type(values[name])) != (float, int):

@@ -1,7 +1,7 @@
 """Hugging Face's settings of a Canary (`config.json`, `preprocessor_config.json`) to `ModelConfig` and back.
 
-Hugging Face's model has one architecture with a few numbers, as ours; settings that ask for anything else are refused
-with every difference named, since the weights would load and give other results.
+Hugging Face's model has one architecture with a few numbers, like ours; settings that ask for anything else are
+rejected with a list of differences, since the weights would load and give wrong results.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from raytrain.errors import CheckpointError
 from raytrain.model.config import ModelConfig
 from raytrain.model.formats.settings_reader import SettingsReader
 
-# What Hugging Face leaves open and we don't.
+# Settings that Hugging Face has and our model fixes.
 _FIXED: dict[str, object] = {
     "model_type": "canary",
     "tie_word_embeddings": True,
@@ -42,7 +42,7 @@ _FIXED_FEATURES: dict[str, object] = {
     "padding_value": 0.0,
     "padding_side": "right",
 }
-# Our setting → theirs and the largest that is believed: settings are read before any weight shows them wrong.
+# Our setting → theirs and the largest accepted value: settings are read before any weight could contradict them.
 _SIZES = {
     "encoder_layers": ("encoder_config.num_hidden_layers", 512),
     "encoder_width": ("encoder_config.hidden_size", 1 << 16),
@@ -56,7 +56,7 @@ _SIZES = {
     "max_positions": ("decoder_config.max_position_embeddings", 1 << 14),
     "vocab_size": ("vocab_size", 1 << 24),
 }
-# Fields of `ModelConfig` that Hugging Face's settings have too; dropout isn't one, since fine-tuning may change it.
+# Fields of `ModelConfig` that Hugging Face's settings have too; except dropout, since fine-tuning may change it.
 SHARED_FIELDS = (*_SIZES, "sample_rate", "encoder_ff_factor", "decoder_ff_factor")
 
 
@@ -95,8 +95,8 @@ def preprocessor_json(config: ModelConfig) -> dict[str, object]:
 
 
 def model_config_of(tree: Mapping[str, object], features: Mapping[str, object], folder: Path) -> ModelConfig:
-    """The `ModelConfig` of `config.json` and the feature extractor's settings, which may be empty; what Hugging Face
-    has no setting for is at its default. Raises `CheckpointError` that names all problems."""
+    """The `ModelConfig` of `config.json` and the feature extractor's settings, which may be empty; fields without a
+    Hugging Face setting have their defaults. Raises `CheckpointError` that lists all problems."""
     read, extractor = SettingsReader(tree), SettingsReader(features)
     extractor.problems = read.problems  # in one list, in the order of reading
     values: dict[str, Any] = {name: read.number(theirs, limit) for name, (theirs, limit) in _SIZES.items()}
@@ -110,7 +110,7 @@ def model_config_of(tree: Mapping[str, object], features: Mapping[str, object], 
         inner = read.number(f"{side}_config.intermediate_size", 1 << 22)
         values[f"{side}_ff_factor"], rest = divmod(inner, values[f"{side}_width"])
         if rest:
-            read.problems.append(f"{side}_config.intermediate_size {inner} is no multiple of the width")
+            read.problems.append(f"{side}_config.intermediate_size {inner} is not a multiple of the width")
     values["dropout"] = _dropout(read)
     config = ModelConfig()
     try:
@@ -122,19 +122,19 @@ def model_config_of(tree: Mapping[str, object], features: Mapping[str, object], 
 
 
 def _check_agreement(read: SettingsReader, values: Mapping[str, int]) -> None:
-    """Settings that repeat others must say the same."""
+    """Redundant settings must agree."""
     width, heads, vocab_size = values["decoder_width"], values["decoder_heads"], values["vocab_size"]
     for name, expected in {"num_key_value_heads": heads, "head_dim": width // heads}.items():
         if read.get(f"decoder_config.{name}") is not None:
             read.expect(f"decoder_config.{name}", read.get(f"decoder_config.{name}"), expected)
     read.expect("decoder_config.vocab_size", read.get("decoder_config.vocab_size"), vocab_size)
     if vocab_size % 8:
-        read.problems.append(f"vocab_size {vocab_size} is no multiple of 8, to which our embedding is padded")
+        read.problems.append(f"vocab_size {vocab_size} is not a multiple of 8, to which our embedding is padded")
     read.expect("encoder_config.hidden_size", values["encoder_width"], width)
 
 
 def _dropout(read: SettingsReader) -> float:
-    """The encoder's dropout, with which its other dropouts must agree."""
+    """The encoder's dropout, which all other dropouts must match."""
     dropout = read.get("encoder_config.dropout")
     if type(dropout) not in (int, float):
         read.problems.append(f"encoder_config.dropout is {dropout!r} instead of a number")
@@ -151,7 +151,7 @@ def _refuse(problems: list[str], folder: Path) -> None:
     raise CheckpointError(
         f"{folder} holds a model that ours can't compute",
         got="; ".join(problems),
-        why="its weights would load and give other results",
+        why="its weights would load and give wrong results",
         remedy="dropouts act in training only: make those of config.json equal or 0"
         if training_only
         else "use a model with the architecture of the published Canary models",

@@ -1,4 +1,4 @@
-"""The files of a Hugging Face folder: JSON objects and safetensors, read with limits of trust and written at once."""
+"""The files of a Hugging Face folder: JSON objects and safetensors, read as untrusted input and written atomically."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _COPY_AGAIN = "copy the file again from where the model was saved"
 
 
 def import_safetensors() -> ModuleType:
-    """The library, which no other format needs. Raises `CheckpointError` where it is not installed."""
+    """The library, which only this format needs. Raises `CheckpointError` if it is not installed."""
     try:
         import safetensors.torch
     except ImportError as error:
@@ -74,19 +74,19 @@ def load_weights(folder: Path) -> dict[str, Tensor]:
     names = [name for name in shards if isinstance(name, str) and re.fullmatch(r"[\w-][\w.-]*\.safetensors", name)]
     if len(names) < len(shards):
         raise CheckpointError(
-            f"{index} names files outside of its folder",
+            f"{index} names files outside its folder",
             got=sorted(map(repr, shards))[:3],
-            remedy="load models only from where you trust; save this one again with save_pretrained",
+            remedy="load models only from sources that you trust; save this one again with save_pretrained",
         )
     return {name: value for shard in sorted(names) for name, value in load_tensors(folder / shard).items()}
 
 
 def write_folder(folder: Path, files: Mapping[str, bytes], tensors: Mapping[str, dict[str, Tensor]]) -> None:
-    """Write a folder with a subfolder `tokenizer`; it appears whole or not at all. Raises `StorageError` where the
+    """Write a folder with a subfolder `tokenizer`; it appears complete or not at all. Raises `StorageError` if the
     folder isn't empty or can't be written."""
     safetensors = import_safetensors()
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise StorageError(f"{folder} exists", allowed="a new or empty folder", remedy="name another or remove it")
+        raise StorageError(f"{folder} exists", allowed="a new or empty folder", remedy="choose another, or remove it")
     scratch = folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:8]}")
     try:
         (scratch / "tokenizer").mkdir(parents=True)
@@ -94,7 +94,7 @@ def write_folder(folder: Path, files: Mapping[str, bytes], tensors: Mapping[str,
             (scratch / name).write_bytes(data)
         for name, state in tensors.items():
             safetensors.torch.save_file(state, scratch / name, metadata={"format": "pt"})
-            # safetensors lets only the owner read its files.
+            # safetensors makes its files readable only by the owner.
             (scratch / name).chmod((scratch / "config.json").stat().st_mode)
         os.replace(scratch, folder)
     except (OSError, safetensors.SafetensorError) as error:

@@ -1,7 +1,7 @@
 """Names of weights in Hugging Face's Canary, and the order of its decoder's dimensions.
 
-Its position table has all sines before all cosines where ours takes turns. Layer norms and linear maps work in any
-order of the residual stream's dimensions, so reordering the weights that touch it makes the two equal.
+Its position table has all sines before all cosines where ours alternates. Layer norms and linear maps work in any order
+of the residual stream's dimensions, so reordering the weights that touch it makes the two models equivalent.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ _DECODER = {
 
 
 def translate(name: str) -> tuple[str, int | None]:
-    """Their name of one of our weights, and the axis along which the decoder's residual stream lies."""
+    """Their name for one of our weights, and its axis that is the decoder's residual stream."""
     module, _, leaf = name.rpartition(".")
     side = ""
     if module.startswith("encoder.layers."):
@@ -70,12 +70,12 @@ def translate(name: str) -> tuple[str, int | None]:
 def sines_first(width: int) -> Tensor:
     """Our dimension for each of theirs: their position table has all sines, then all cosines; ours alternates.
 
-    The table is no weight there. But norms and linear maps don't care for the order of the residual stream's
+    The table is not a weight there. But norms and linear maps don't depend on the order of the residual stream's
     dimensions, so reordering the weights around it is exact.
     """
     return torch.cat((torch.arange(0, width, 2), torch.arange(1, width, 2)))
 
 
 def reordered(value: Tensor, order: Tensor, axis: int | None) -> Tensor:
-    # A copy in any case: safetensors refuses shared memory, and what it loads may be a view of the file.
+    # Always copy: safetensors rejects shared memory, and loaded tensors may be views of the file.
     return value.clone(memory_format=torch.contiguous_format) if axis is None else value.index_select(axis, order)

@@ -37,7 +37,7 @@ _MAX_MEMBERS, _MAX_YAML, _MAX_TOKENIZER = 10_000, 4 << 20, 64 << 20
 _BLOCK = 4 << 20
 _SAVE_AGAIN = "save the model again with NeMo's save_to"
 _MAX_HEADER = 1 << 20
-# What the standard library's readers raise for archives that were damaged or made to do harm.
+# Exceptions of the standard library's readers for damaged or malicious archives.
 _DAMAGED = (
     OSError,
     EOFError,
@@ -55,8 +55,8 @@ Members = dict[str, tarfile.TarInfo]
 def read_nemo(path: Path, *, max_bytes: int = MAX_BYTES) -> ModelParts:
     """Settings, weights (float32) and tokenizer of an archive.
 
-    Raises `CheckpointError` where it can't be read, is larger than `max_bytes` (unpacked), is not to be trusted,
-    or holds a model that is not a Canary as published; the message names every difference.
+    Raises `CheckpointError` if it can't be read, is larger than `max_bytes` (unpacked), is unsafe, or holds a model
+    that differs from the published Canary; the message lists every difference.
     """
     path = Path(path)
     try:
@@ -79,7 +79,7 @@ def read_nemo(path: Path, *, max_bytes: int = MAX_BYTES) -> ModelParts:
 
 
 class _Member(tarfile.TarInfo):
-    """A member whose extended headers are of a believable size; tarfile reads them whole."""
+    """A member whose extended headers have a plausible size, since tarfile reads them whole."""
 
     def _proc_member(self, archive: tarfile.TarFile) -> tarfile.TarInfo:
         headers = (
@@ -96,7 +96,7 @@ class _Member(tarfile.TarInfo):
 
 @contextlib.contextmanager
 def _open(path: Path, max_bytes: int) -> Iterator[tarfile.TarFile]:
-    """The tar; a gzip is unpacked into a nameless file first, and no further than the limit."""
+    """The tar; a gzip is first unpacked into an anonymous file, up to the limit."""
     with open(path, "rb") as file, tempfile.TemporaryFile() as unpacked:
         plain: BinaryIO = file
         if file.read(2) == b"\x1f\x8b":
@@ -123,7 +123,7 @@ def _too_large(path: Path, limit: int) -> CheckpointError:
     return CheckpointError(
         f"{path} is too large",
         allowed=f"at most {limit} bytes unpacked",
-        remedy="raise the limit for a model you trust",
+        remedy="raise the limit for a model that you trust",
     )
 
 
@@ -137,9 +137,9 @@ def _members(archive: tarfile.TarFile, path: Path, max_bytes: int) -> Members:
         name = PurePosixPath(member.name)
         if name.is_absolute() or ".." in name.parts or "\\" in member.name:
             raise CheckpointError(
-                f"{path} holds a file that leads out of its folder",
+                f"{path} holds a file that escapes its folder",
                 got=reprlib.repr(member.name),
-                remedy="don't unpack it; download the model from where you trust",
+                remedy="don't unpack it; download the model from a source that you trust",
             )
         if member.isdir():
             continue
@@ -168,14 +168,14 @@ def _read(archive: tarfile.TarFile, members: Members, name: str, limit: int, pat
         raise CheckpointError(
             f"{path} lacks {name}",
             got=", ".join(sorted(members)[:8]) or "an empty archive",
-            remedy="name a .nemo archive of an EncDecMultiTaskModel, and download it again if it should be one",
+            remedy="name a .nemo archive of an EncDecMultiTaskModel, and download it again if it is supposed to be one",
         )
     if member.size > limit:
         raise CheckpointError(
             f"{name} in {path} is too large",
             got=member.size,
             allowed=f"at most {limit} bytes",
-            remedy="download the archive again; a model's own file is never so large",
+            remedy="download the archive again; a genuine model's file is never that large",
         )
     return _open_member(archive, member).read()
 
@@ -256,7 +256,7 @@ def _pieces(name: str, proto: bytes, path: Path | str) -> list[Piece]:
 
 
 def _weights(archive: tarfile.TarFile, members: Members, path: Path) -> dict[str, torch.Tensor]:
-    """The weights as they were saved, under NeMo's names."""
+    """The weights as saved, under NeMo's names."""
     member = members.get("model_weights.ckpt")
     if member is None:
         raise CheckpointError(
@@ -269,10 +269,10 @@ def _weights(archive: tarfile.TarFile, members: Members, path: Path) -> dict[str
     try:
         state = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:
-        # What torch says here advises to load without protection.
+        # Torch's own message advises loading without protection.
         raise CheckpointError(
             f"the weights of {path} can't be loaded",
-            why="the file is damaged or holds something else than tensors",
+            why="the file is damaged or holds something other than tensors",
             remedy="download the archive again; if it holds more than tensors, save it again with NeMo's save_to",
         ) from error
     if not isinstance(state, dict) or not all(
@@ -291,7 +291,7 @@ def _check_stored(file: IO[bytes], path: Path) -> None:
         if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries.infolist()):
             raise CheckpointError(
                 f"the weights of {path} are compressed",
-                why="torch never compresses; they could be a bomb",
+                why="torch never compresses; it could be a decompression bomb",
                 remedy=_SAVE_AGAIN,
             )
     file.seek(0)
@@ -300,7 +300,7 @@ def _check_stored(file: IO[bytes], path: Path) -> None:
 def write_nemo(path: Path, parts: ModelParts) -> None:
     """Write an archive that NeMo's `EncDecMultiTaskModel.restore_from` and `read_nemo` load bit-equal.
 
-    It appears at `path` whole or not at all. Raises `StorageError` where it can't be written.
+    It appears at `path` complete or not at all. Raises `StorageError` if it can't be written.
     """
     import yaml
 
@@ -313,7 +313,7 @@ def write_nemo(path: Path, parts: ModelParts) -> None:
             "tokenizer and model differ",
             got=f"{size} ids",
             allowed=f"{parts.config.vocab_size} ids",
-            remedy="convert from the run folder that has both, without other files put into it",
+            remedy="convert from the run folder that has both, without files from elsewhere",
         )
     files: dict[str, bytes] = {}
     langs = {name: _add_tokenizer(files, name, proto) for name, proto in parts.tokenizers.items()}
@@ -330,7 +330,7 @@ def write_nemo(path: Path, parts: ModelParts) -> None:
 
 
 def _add_tokenizer(files: dict[str, bytes], name: str, proto: bytes) -> dict[str, str]:
-    """Add a SentencePiece model with the two listings that NeMo expects beside it; returns its configuration."""
+    """Add a SentencePiece model with the two listings that NeMo expects next to it; returns its configuration."""
     pieces = _pieces(name, proto, "this model")
     listing = "".join(f"{piece.text}\t{piece.score:g}\n" for piece in pieces).encode()
     words = "".join(f"{piece.text}\n" for piece in pieces).encode()

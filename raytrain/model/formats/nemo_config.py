@@ -1,7 +1,7 @@
 """NeMo's model configuration to `ModelConfig` and back.
 
-A Canary as published has one architecture with a few numbers; a configuration that asks for anything else is
-refused with every difference named, since its weights would load and give other results.
+The published Canary has one architecture with a few parameters; a configuration that asks for anything else is rejected
+with a list of differences, since its weights would load and give wrong results.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ _FIXED: dict[str, tuple[tuple[object, ...], object]] = {
 }
 _MAX_LAYERS, _MAX_WIDTH = 512, 65_536
 _DECODER = "transf_decoder.config_dict"
-# Our setting → NeMo's and the largest that is believed.
+# Our setting → NeMo's and the largest accepted value.
 _SIZES = {
     "encoder_layers": ("encoder.n_layers", _MAX_LAYERS),
     "encoder_width": ("encoder.d_model", _MAX_WIDTH),
@@ -76,7 +76,7 @@ _SIZES = {
 
 
 def model_config_of(raw: Mapping[str, object], *, vocab_size: int, source: str) -> ModelConfig:
-    """The `ModelConfig` of a NeMo configuration. Raises `CheckpointError` that names all differences."""
+    """The `ModelConfig` of a NeMo configuration. Raises `CheckpointError` that lists all differences."""
     read = SettingsReader(raw)
     for dotted, (allowed, default) in _FIXED.items():
         read.expect(dotted, read.get(dotted, default), *allowed)
@@ -103,9 +103,9 @@ def model_config_of(raw: Mapping[str, object], *, vocab_size: int, source: str) 
         read.problems.append(str(error))
     if read.problems:
         raise CheckpointError(
-            f"{source} is not a Canary that this model computes",
+            f"{source} is not a Canary that raytrain supports",
             got="; ".join(read.problems),
-            why="its weights would load and give other results",
+            why="its weights would load and give wrong results",
             remedy="use a Canary of FastConformer and Transformer whose settings are those of the published models",
         )
     return config
@@ -115,12 +115,12 @@ def _decoder_ff_factor(read: SettingsReader, width: int) -> int:
     inner = read.number(f"{_DECODER}.inner_size", 64 * _MAX_WIDTH)
     factor, rest = divmod(inner, width)
     if rest or not factor:
-        read.problems.append(f"{_DECODER}.inner_size {inner} is no multiple of hidden_size {width}")
+        read.problems.append(f"{_DECODER}.inner_size {inner} is not a multiple of hidden_size {width}")
     return max(factor, 1)
 
 
 def _check_agreement(read: SettingsReader, mel_bins: int, vocab_size: int) -> None:
-    """Settings that repeat others, or follow from the tokenizer, must say the same."""
+    """Settings that repeat others, or follow from the tokenizer, must agree."""
     if read.get("encoder.feat_in", mel_bins) != mel_bins:
         read.problems.append(
             f"encoder.feat_in {reprlib.repr(read.get('encoder.feat_in'))} differs from preprocessor.features"
@@ -131,7 +131,7 @@ def _check_agreement(read: SettingsReader, mel_bins: int, vocab_size: int) -> No
 
 
 def nemo_config_of(config: ModelConfig, langs: dict[str, dict[str, str]]) -> dict[str, Any]:
-    """A whole NeMo configuration; `langs` are the tokenizer entries by language, special tokens first."""
+    """A complete NeMo configuration; `langs` are the tokenizer entries by language, special tokens first."""
     if config.sample_rate != 16000:
         raise CheckpointError(
             "NeMo's features have another shape at this sample rate",

@@ -1,4 +1,4 @@
-"""The configuration of a NeMo Canary as a table, in which `_setting` stands where a field of `ModelConfig` goes."""
+"""The configuration of a NeMo Canary as a template, in which `_setting` marks a field of `ModelConfig`."""
 
 from __future__ import annotations
 
@@ -162,7 +162,7 @@ NEMO_CONFIG: Mapping[str, Any] = {
 
 
 def filled(table: Mapping[str, Any], config: ModelConfig) -> dict[str, Any]:
-    """The table with what its functions make of a configuration."""
+    """The template with its functions applied to a configuration."""
     return {name: _value(entry, config) for name, entry in table.items()}
 
 

@@ -1,4 +1,4 @@
-"""A model apart from where it came from: what `.nemo`, Hugging Face folders and our checkpoints all hold.
+"""A model independent of its source: the common content of `.nemo` files, Hugging Face folders and our checkpoints.
 
 parts = read_nemo(Path("canary.nemo"))
 parts.config.decoder_layers, list(parts.tokenizers)      # 4, ['spl_tokens', 'en', 'de']
@@ -52,19 +52,18 @@ class ModelParts:
 
 
 def state_shapes(config: ModelConfig) -> dict[str, Tensor]:
-    """The state of such a model on meta: names, shapes and dtypes without numbers."""
+    """The state of such a model on meta: names, shapes and dtypes without values."""
     with torch.device("meta"):
         return exported_state(Canary(replace(config, ctc_head=False)))
 
 
 def float32_state(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The state with its floats as float32: files of half-precision models load as what the model computes in."""
+    """The state with its floats as float32: half-precision files load in the precision that the model computes in."""
     return {name: value.float() if value.is_floating_point() else value for name, value in state.items()}
 
 
 def check_state(config: ModelConfig, state: dict[str, Tensor]) -> None:
-    """Raises `CheckpointError` that names missing, unknown and wrongly shaped weights, non-finite ones, and an untied
-    head."""
+    """Raises `CheckpointError` that lists missing, unknown, misshapen and non-finite weights, and an untied head."""
     _check_shapes(state_shapes(config), state)
     _check_finite(state)
     if not torch.equal(state[HEAD], state[EMBEDDING]):
@@ -93,12 +92,12 @@ def _check_shapes(expected: dict[str, Tensor], state: dict[str, Tensor]) -> None
             "the weights do not fit the model's settings",
             got="; ".join(problems),
             why=f"{len(missing)} names are missing and {len(unknown)} unknown",
-            remedy="take weights and settings from one model; if they are, download or save it again",
+            remedy="take weights and settings from the same model; if they are, download or save it again",
         )
 
 
 def _is_plain(value: Tensor, expected: Tensor) -> bool:
-    """Dense, with its own memory for each number (no expanded view), and a float where a float belongs."""
+    """Dense, not an expanded view, and floating-point if a float is expected."""
     return (
         value.layout is torch.strided
         and not value.is_meta
@@ -113,7 +112,7 @@ def _check_finite(state: dict[str, Tensor]) -> None:
     broken = [name for name, value in state.items() if value.is_floating_point() and not value.isfinite().all()]
     if broken:
         raise CheckpointError(
-            "the weights have numbers that are not finite",
+            "the weights have non-finite values",
             got=", ".join(broken[:3]),
             why="training went wrong before they were saved, or the file is damaged",
             remedy="name an earlier checkpoint, or download the model again",

@@ -1,4 +1,4 @@
-"""What a serialized SentencePiece model holds, and the names that tokenizers may have in a model file."""
+"""The content of a serialized SentencePiece model, and the names that tokenizers may have in a model file."""
 
 from __future__ import annotations
 

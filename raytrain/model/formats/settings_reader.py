@@ -1,8 +1,8 @@
-"""Reads the settings of a file from elsewhere by dotted path, and collects everything that is wrong with them.
+"""Reads the settings of a foreign file by dotted path, and collects all problems.
 
 read = SettingsReader({"encoder": {"n_layers": 17}})
 read.number("encoder.n_layers", limit=512)          # 17
-read.number("encoder.d_model", limit=65_536)        # 1, and read.problems says why
+read.number("encoder.d_model", limit=65_536)        # 1, and read.problems has the reason
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ _MAX_COUNT = 10_000
 
 
 class SettingsReader:
-    """Values that are wrong are noted in `problems`, and something harmless is returned in their stead."""
+    """Invalid values are recorded in `problems`, and a harmless default is returned instead."""
 
     def __init__(self, raw: Mapping[str, object]) -> None:
         self.raw = raw
         self.problems: list[str] = []
 
     def get(self, dotted: str, default: object = None) -> Any:
-        """The value at a path like `encoder.n_layers`, `default` where there is none."""
+        """The value at a path like `encoder.n_layers`, `default` if there is none."""
         node: Any = self.raw
         for part in dotted.split("."):
             if not isinstance(node, dict) or part not in node:
@@ -31,12 +31,12 @@ class SettingsReader:
         return node
 
     def expect(self, name: str, value: object, *allowed: object) -> None:
-        """Note a problem unless the value is allowed."""
+        """Record a problem unless the value is allowed."""
         if value not in allowed:
             self.problems.append(f"{name} is {reprlib.repr(value)} instead of {allowed[0]!r}")
 
     def number(self, dotted: str, limit: int, default: object = None) -> int:
-        """A whole number in 1 … limit; hostile sizes would take all memory before any weight is read."""
+        """A whole number in 1 … limit; malicious sizes would take all memory before any weight is read."""
         return self._whole(dotted, self.get(dotted, default), 1, limit, 1)
 
     def count(self, dotted: str, default: int) -> int:

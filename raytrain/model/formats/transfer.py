@@ -1,4 +1,4 @@
-"""Start a model from another model's weights: fine-tuning, also with another tokenizer or other languages.
+"""Start a model from another model's weights: fine-tuning, possibly with another tokenizer or other languages.
 
 Everything but the vocabulary must have the same shape. Rows of the embedding (and of the head, which is tied to it,
 with its bias) are kept for the pieces that stay: the same piece of the same language, the same special token.
@@ -19,7 +19,7 @@ from raytrain.model.formats.sentencepieces import read_pieces
 
 _BIAS = "log_softmax.mlp.layer0.bias"
 _ROWS = (EMBEDDING, HEAD, _BIAS)
-# The model fills these itself; the position table may have another length.
+# The model computes these itself; the position table may have another length.
 _CONSTANTS = ("preprocessor.", "transf_decoder._embedding.position_embedding.", "ctc_head.")
 _FREE = {
     "vocab_size",
@@ -43,7 +43,7 @@ class Transfer(NamedTuple):
 def initialize_from(model: Canary, tokenizers: dict[str, bytes], parts: ModelParts) -> Transfer:
     """Copy the weights of `parts` into `model`, whose tokenizer is `tokenizers` (see `ModelParts`).
 
-    Raises `CheckpointError` that names every setting in which the two differ.
+    Raises `CheckpointError` that lists every setting that differs.
     """
     mine, theirs = asdict(model.config), asdict(parts.config)
     different = [name for name in mine if name not in _FREE and mine[name] != theirs[name]]
@@ -63,7 +63,7 @@ def initialize_from(model: Canary, tokenizers: dict[str, bytes], parts: ModelPar
         state[name][targets] = parts.state[name][sources].to(state[name])
     number, old = model.config.vocab_size, parts.config.vocab_size
     rest = model.config.padded_vocab_size - number
-    if rest == parts.config.padded_vocab_size - old:  # rows that stand for no piece have been trained too
+    if rest == parts.config.padded_vocab_size - old:  # padding rows have been trained too
         for name in _ROWS:
             state[name][number:] = parts.state[name][old:].to(state[name])
     return Transfer(len(targets), number - len(targets))

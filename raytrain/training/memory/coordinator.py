@@ -1,7 +1,8 @@
-"""Who probes what: the work of finding all batch sizes of a device, handed out to as many processes as there are GPUs.
+"""Coordinates probing: the work of finding all batch sizes of a device, distributed over one process per GPU.
 
-A coordinator holds the searches and says what to do next; a prober holds a meter and does it. Searching comes first,
-then timing of smaller batches, each bucket as soon as its search has ended, and last the soak, by whoever asks first.
+A coordinator holds the searches and hands out tasks; a prober holds a meter and executes them. Searching comes first,
+then timing of smaller batches, for each bucket as soon as its search has ended, and last the soak, by the first prober
+that asks.
 
     coordinator = ProbeCoordinator(job)
     run_prober("gpu 0", coordinator.take, coordinator.tell, meter)
@@ -27,7 +28,7 @@ WAIT_SECONDS = 0.2
 @dataclass(frozen=True)
 class ProbeJob:
     """What to find batch sizes for. `needs` are the predicted bytes of each bucket's step as (base, per utterance),
-    `times` whether smaller batches are timed, `throughput` whether the smallest that is as fast is the answer."""
+    `times` whether smaller batches are timed, `throughput` whether the smallest batch that is as fast is the answer."""
 
     model: ModelConfig
     train: TrainSettings
@@ -45,7 +46,7 @@ class ProbeJob:
 
     @property
     def id(self) -> str:
-        """Names the job: outcomes of an equal one can be taken over."""
+        """Identifies the job: outcomes of an equal job can be reused."""
         return content_id(asdict(self))
 
 
@@ -62,8 +63,8 @@ class Task:
 
 @dataclass(frozen=True)
 class Answer:
-    """What a task came to: its probes in order, for timing the smallest batch that is as fast, for the soak the sizes
-    that passed and each bucket's measured peak in bytes. `seconds` it took, `step_seconds` of them in steps."""
+    """A task's outcome: its probes in order, for timing the smallest batch that is as fast, for the soak the sizes that
+    passed and each bucket's measured peak in bytes. `seconds` it took, `step_seconds` of them in steps."""
 
     task: Task
     probes: tuple[Probe, ...] = ()
@@ -85,16 +86,16 @@ class BucketOutcome:
     smallest_as_fast: int | None = None
 
     def seconds_at(self, size: int) -> float | None:
-        """The fastest step of this size, None where it was not timed."""
+        """The fastest step of this size, None if it was not timed."""
         times = [probe.step_seconds for probe in (*self.probes, *self.timed) if probe.batch_size == size]
         return min((round(seconds, 4) for seconds in times if seconds is not None), default=None)
 
 
 @dataclass(frozen=True)
 class ProbeOutcome:
-    """The end of a job: batch sizes after the soak, measured peak bytes by bucket, what each bucket's probes were, and
-    seconds by part (those of several processes add up, and overlap), and how often processes were started. `failed` is
-    the bucket where not even one utterance fits, and why."""
+    """The end of a job: batch sizes after the soak, measured peak bytes by bucket, each bucket's probes, seconds by
+    part (summed over processes, which overlap), and how often processes were started. `failed` is the bucket in which
+    not even one utterance fits, and why."""
 
     batch_sizes: tuple[int, ...]
     peaks: dict[int, int]
@@ -126,7 +127,7 @@ class ProbeCoordinator:
     # --- for probers
 
     def take(self, prober: str) -> Task:
-        """The next task of a prober, which has none any more: what it had before it died is handed out again."""
+        """The next task of a prober, which is idle now: a task that it had before it died is handed out again."""
         lost = self._in_flight.pop(prober, None)
         if lost is not None:
             self._give_back(lost)
@@ -146,7 +147,7 @@ class ProbeCoordinator:
         self._soak_step = step
 
     def started(self, seconds: dict[str, float]) -> None:
-        """A prober's process runs; what the parts of its start took."""
+        """A prober's process has started; the seconds of each part of its start."""
         self._count("start", time.monotonic() - self._created)
         self._created = time.monotonic()
         for part, spent in seconds.items():
@@ -159,7 +160,7 @@ class ProbeCoordinator:
     # --- for the driver
 
     def progress(self) -> tuple[str, int, int]:
-        """(what is being done, how much of it is done, of how much)."""
+        """(current activity, amount done, total amount)."""
         number = len(self._job.edges)
         done = sum(self._searches.ended(bucket) for bucket in range(number))
         if done < number:
@@ -175,7 +176,7 @@ class ProbeCoordinator:
         return news
 
     def outcome(self) -> ProbeOutcome | None:
-        """The end, None before it is there."""
+        """The final result, None while work remains."""
         if self._failed is not None:
             return ProbeOutcome((), {}, tuple(self._buckets), self._seconds, self._num_starts, self._failed)
         if self._soaked is None:
@@ -183,7 +184,7 @@ class ProbeCoordinator:
         soaked = self._soaked
         return ProbeOutcome(soaked.sizes, soaked.peaks, tuple(self._buckets), self._seconds, self._num_starts)
 
-    # --- inside
+    # --- internals
 
     def _next_task(self) -> Task:
         if self._failed is not None or self._soaked is not None:
@@ -196,7 +197,7 @@ class ProbeCoordinator:
         if ready:
             return self._timing(ready[0])
         if "soak" in in_flight:
-            return Task("end")  # the soak is one process's, and nothing comes after it
+            return Task("end")  # only one process runs the soak, and nothing comes after it
         if in_flight or self._untimed:
             return Task("wait")
         return Task("soak", sizes=tuple(self._size(bucket) for bucket in self._buckets))
@@ -240,7 +241,7 @@ class ProbeCoordinator:
                     self._failed = (number, self._why_none_fits(number, bucket))
 
     def _why_none_fits(self, number: int, bucket: int) -> str | None:
-        """The reason that a probe of one utterance gave, of this bucket or of the smaller one that implied it."""
+        """The reason from a failed probe of one utterance, of this bucket or of the smaller one that implied it."""
         probes = (*self._buckets[number].probes, *self._buckets[bucket].probes)
         return next((probe.why for probe in probes if probe.batch_size == 1 and not probe.fits), None)
 
@@ -256,7 +257,7 @@ def run_prober(
     job: ProbeJob,
     soaked: Callable[[int], None] = lambda step: None,
 ) -> None:
-    """Do a coordinator's tasks until it says that there are none. Raises what the meter raises."""
+    """Execute a coordinator's tasks until there are none left. Raises what the meter raises."""
     while (task := take(prober)).kind != "end":
         if task.kind == "wait":
             time.sleep(WAIT_SECONDS)
@@ -302,7 +303,7 @@ def _soak(task: Task, meter: Meter, job: ProbeJob, soaked: Callable[[int], None]
 
 
 def _take_in(step: SoakStep, sizes: list[int], peaks: dict[int, int], passed: int) -> int:
-    """Note one soaked step; returns how many have passed in a row."""
+    """Record one soaked step; returns how many have passed in a row."""
     if step.lowered_to is not None:
         sizes[step.bucket] = step.lowered_to
         peaks.pop(step.bucket, None)
@@ -321,7 +322,7 @@ _WORK: dict[str, _Work] = {
 
 
 def _step_seconds(probes: Sequence[Probe], steps: int) -> float:
-    """What steps took at least: each probe tells its fastest."""
+    """A lower bound on the time of steps: each probe reports its fastest step."""
     return sum(steps * (probe.step_seconds or 0.0) for probe in probes)
 
 
@@ -332,7 +333,7 @@ def answers_to_json(answers: Sequence[Answer]) -> list[dict[str, Any]]:
 
 @dataclass(frozen=True)
 class AnswerNote:
-    """An answer as a file keeps it, with peaks as (bucket, bytes)."""
+    """An answer as stored in a file, with peaks as (bucket, bytes)."""
 
     task: Task
     probes: list[Probe]
@@ -345,7 +346,7 @@ class AnswerNote:
 
     def __post_init__(self) -> None:
         if self.task.kind not in _WORK:
-            raise ValueError("it answers no task")
+            raise ValueError("it does not answer a task")
 
 
 def answers_from_json(values: Sequence[Mapping[str, Any]]) -> list[Answer]:

@@ -1,7 +1,7 @@
 """Predict the memory of decoding a batch without the device, as `memory.tracer` does for a training step.
 
-The encoder runs on `meta` tensors, then the steps of the search that take most: the prompt's, the last one with a full
-cache of keys and values for every beam, and the copy of that cache when ended utterances leave the batch.
+The encoder runs on `meta` tensors, then the search's most expensive steps: the prompt's, the last one with a full cache
+of keys and values for every beam, and the copy of that cache when ended utterances leave the batch.
 
     sizes = BatchSizes(DecodeTracer(model_config, settings), budget_bytes=60 << 30)
     sizes.largest(12_000)      # utterances of 12 s that fit together
@@ -31,7 +31,7 @@ _aten = torch.ops.aten
 
 
 class _EvaluationLike(DeviceLike):
-    """`DeviceLike` without gradients: a processor too then has a kernel for attention that keeps no scores."""
+    """`DeviceLike` without gradients: then a CPU also has an attention kernel that keeps no scores."""
 
     def __init__(self, device_type: str) -> None:
         super().__init__(device_type, False, lambda: None)
@@ -47,7 +47,7 @@ class _EvaluationLike(DeviceLike):
 
 
 class DecodeTracer:
-    """Traces encoding and search of one model as a `device_type` (cuda or cpu) would run them in float32."""
+    """Traces encoding and search of a model as a `device_type` (cuda or cpu) would run them in float32."""
 
     def __init__(self, config: ModelConfig, settings: DecodeSettings, *, device_type: str = "cuda") -> None:
         self._config, self._settings, self._device_type = config, settings, device_type
@@ -62,7 +62,7 @@ class DecodeTracer:
 
     @torch.no_grad()
     def trace(self, batch_size: int, max_duration_ms: int, max_tokens: int) -> StepMemory:
-        """Bytes while `batch_size` utterances of `max_duration_ms` become texts that fill `max_tokens` positions."""
+        """Bytes to decode `batch_size` utterances of `max_duration_ms` into texts that fill `max_tokens` positions."""
         meter = self._meter
         meter.reset()
         batch = meta_batch(self._config, batch_size, max_duration_ms, min(_PROMPT_TOKENS, max_tokens - 1))
@@ -85,7 +85,7 @@ class DecodeTracer:
         meter.area = "decoder"
         size, prompt = len(batch), batch.tokens
         rows = torch.arange(size)
-        selected = states[rows]  # the search has the rows of one prompt length to itself
+        selected = states[rows]  # the search copies the rows of one prompt length
         decoder, mask = model.transf_decoder, model.cross_mask(selected, lengths)
         cache = decoder.make_cache(selected, max_tokens)
         scores = self._scores(decoder.extend(prompt, cache, 0, mask))
@@ -110,7 +110,7 @@ class DecodeTracer:
 class BatchSizes:
     """The largest batch by duration that fits `budget_bytes`, at most `max_size`.
 
-    Durations share a prediction up to the next edge, 15 % apart, so that a corpus takes about twenty of them.
+    Durations share a prediction up to the next edge, 15 % apart, so that a corpus takes about twenty traces.
     """
 
     def __init__(self, tracer: DecodeTracer, budget_bytes: int, max_size: int = 256) -> None:
@@ -119,8 +119,7 @@ class BatchSizes:
         self._neighbors = NeighborLines()
 
     def prediction(self, duration_ms: int) -> Prediction:
-        """The largest batch at the edge that `duration_ms` counts under; its `batch_size` is None where not even one
-        utterance fits."""
+        """The largest batch at the edge of `duration_ms`; its `batch_size` is None if not even one utterance fits."""
         edge = upper_edge(duration_ms)
         if edge not in self._predictions:
             tokens = self._tracer.most_tokens(edge)
@@ -131,12 +130,12 @@ class BatchSizes:
         return self._predictions[edge]
 
     def largest(self, duration_ms: int) -> int:
-        """Utterances of `duration_ms` to decode together, at least 1: the device decides about a single one."""
+        """Utterances of `duration_ms` to decode together, at least 1: the device decides whether a single one fits."""
         return self.prediction(duration_ms).batch_size or 1
 
 
 def upper_edge(duration_ms: int) -> int:
-    """The shortest edge of at least `duration_ms`; that of an edge is the edge."""
+    """The shortest edge of at least `duration_ms`; an edge maps to itself."""
     step = max(0, math.floor(math.log(max(duration_ms, 1) / _FIRST_EDGE_MS, _RATIO)) - 1)
     while (edge := math.ceil(_FIRST_EDGE_MS * _RATIO**step)) < duration_ms:
         step += 1

@@ -1,7 +1,7 @@
-"""A meter in a process of its own: what kills that process is an answer, not a crash.
+"""A meter in a separate process: if a batch kills that process, that is an answer, not a crash.
 
 A CUDA error leaves a process unusable, and the host's out-of-memory killer ends it. The parent then counts the batch as
-one that does not fit, and starts another process for the next.
+one that does not fit, and starts a new process for the next.
 
     meter = IsolatedMeter(StepMeter, model_config, settings, budget_bytes)
     meter.measure(64, (4000, 40), num_steps=3).fits
@@ -26,17 +26,17 @@ from raytrain.training.memory.meter import Edges, Meter, Probe
 
 
 def make_step_meter(*arguments: Any) -> Meter:
-    """A `StepMeter` for `IsolatedMeter` to make: to name it imports no torch, which takes seconds."""
+    """A factory of `StepMeter` for `IsolatedMeter`, which avoids importing torch here, since that takes seconds."""
     from raytrain.training.memory.step_meter import StepMeter
 
     return StepMeter(*arguments)
 
 
 class IsolatedMeter:
-    """Makes `make(*arguments)` in a new process, which must be importable there, and passes questions to it.
+    """Makes `make(*arguments)` in a new process, which must be importable there, and forwards calls to it.
 
     `num_starts` counts processes. `seconds` says how long each part of the last start took: `process` is Python with
-    its imports, PyTorch's above all; the rest is what the meter says itself (`StepMeter.seconds`).
+    its imports, mainly PyTorch's; the rest is reported by the meter (`StepMeter.seconds`).
     """
 
     def __init__(self, make: Callable[..., Meter], *arguments: Any, environment: dict[str, str] | None = None) -> None:
@@ -47,19 +47,19 @@ class IsolatedMeter:
         self.seconds: dict[str, float] = {}
 
     def start(self) -> None:
-        """Start the process, unless it runs: `measure` does so too. Raises as `measure` does."""
+        """Start the process unless it is running; `measure` does so too. Raises as `measure` does."""
         if self._process is None:
             self._open()
 
     def measure(self, batch_size: int, edges: Edges, num_steps: int, *, fresh: bool = True) -> Probe:
-        """See `Meter`. Raises `ProfileError` where the process can't even start, and what `make` raises."""
+        """See `Meter`. Raises `ProfileError` if the process can't even start, and what `make` raises."""
         process = self._process or self._open()
         try:
             answer = process.ask(pickle.dumps((batch_size, edges, num_steps, fresh)))
         except (EOFError, OSError):
             return Probe(batch_size, False, why=self._cause_of_death(process))
         if isinstance(answer, Exception):
-            # The device is in an unknown state after anything but a plain lack of memory.
+            # The device is in an unknown state after anything but a plain out-of-memory error.
             self.close()
             return Probe(batch_size, False, why=f"{type(answer).__name__}: {first_line(answer)[:200]}")
         return answer
@@ -89,9 +89,9 @@ class IsolatedMeter:
             answer = process.ask(self._start)
         except (EOFError, OSError):
             raise ProfileError(
-                "the process that probes batch sizes ended at its start",
+                "the process that probes batch sizes exited during startup",
                 why=self._cause_of_death(process),
-                remedy="see that nothing else uses this GPU and the node's memory; `raytrain doctor` looks at both",
+                remedy="make sure that nothing else uses this GPU and the node's memory; `raytrain doctor` checks both",
             ) from None
         if isinstance(answer, Exception):
             self.close()
@@ -105,7 +105,7 @@ class IsolatedMeter:
         self.close()
         message = last_line(process.messages())
         name = signal.Signals(-code).name if code < 0 else f"exit code {code}"
-        killer = ", perhaps by the host for lack of memory" if code == -signal.SIGKILL else ""
+        killer = ", perhaps by the host's out-of-memory killer" if code == -signal.SIGKILL else ""
         return f"its process ended with {name}{killer}" + (f": {message[:200]}" if message else "")
 
 
@@ -144,7 +144,7 @@ class _MeterProcess:
         self._process.kill()
         self._process.wait()
         for pipe in (self._questions, self._answers):
-            with contextlib.suppress(OSError):  # what it did not read is lost with it
+            with contextlib.suppress(OSError):  # unread input is lost with it
                 pipe.close()
 
     def messages(self) -> str:
@@ -171,10 +171,10 @@ def _read(pipe: IO[bytes]) -> Any:
 
 def _serve() -> None:
     questions, answers = sys.stdin.buffer, os.fdopen(os.dup(1), "wb")
-    os.dup2(2, 1)  # what libraries print must not get among the answers
+    os.dup2(2, 1)  # library output must not mix with the answers
     try:
         with open("/proc/self/oom_score_adj", "w") as file:
-            file.write("1000")  # where the host runs out of memory, this process goes first
+            file.write("1000")  # if the host runs out of memory, this process is killed first
     except OSError:
         pass
     try:

@@ -1,7 +1,7 @@
 """Live bytes of a step on `meta` tensors, and the operators that a device would run.
 
 Meta tensors have shapes and no data. `LiveBytes` notes when each storage is made and when it is freed; `DeviceLike`
-makes the step take the operators that CUDA or a processor takes, since what backward keeps depends on them.
+makes the step use the operators that CUDA or a CPU uses, since they determine what backward keeps.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ Options = dict[str, Any]  # of an operator
 
 @dataclass(frozen=True, slots=True)
 class _Layout:
-    """What it takes to make a tensor's like."""
+    """The layout of a tensor, from which an equal tensor can be made."""
 
     shape: tuple[int, ...]
     stride: tuple[int, ...]
@@ -44,7 +44,7 @@ Layouts: TypeAlias = "_Layout | None | tuple[Layouts, ...]"
 
 
 def rounded(num_bytes: int) -> int:
-    """What a storage of `num_bytes` takes, in units of 512 bytes."""
+    """The size of a storage of `num_bytes`, rounded up to 512 bytes."""
     return -(-num_bytes // _BLOCK_BYTES) * _BLOCK_BYTES
 
 
@@ -53,20 +53,20 @@ def cuda_block(num_bytes: int) -> int:
 
     Above 10 MiB it takes segments in units of 2 MiB and splits a block only where more than 1 MiB would remain
     (c10/cuda/CUDACachingAllocator: `kMinLargeAlloc`, `kRoundLarge`, `kSmallSize`). Remainders below 2 MiB are about
-    equally likely, so half of the blocks keep theirs, of half a MiB on average. The mean, and not what each size would
-    keep, leaves a step's bytes affine in the batch size. Most weights fill their segments, and have no remainder.
+    equally likely, so half of the blocks keep theirs, of half a MiB on average. Using the mean, not each size's
+    remainder, keeps a step's bytes affine in the batch size. Most weights fill their segments and have no remainder.
     """
     has_gap = num_bytes > _LARGE_BYTES and num_bytes % _SEGMENT_BYTES
     return rounded(num_bytes) + (_GAP_BYTES if has_gap else 0)
 
 
 class LiveBytes(TorchDispatchMode):
-    """While active, counts the bytes of all storages that operators made and nobody freed yet.
+    """While active, counts the bytes of all storages that operators allocated and that are still alive.
 
-    `phase` and `area` (a module's path) name what is running; at the highest point `at_peak` holds the live bytes by
-    the phase and area that made them. Results of operators that only compute are remembered by the shapes of what they
-    were given, where `remember` is on: a model of equal layers asks the same question many times, and working out a
-    shape costs more than all else here. `block` says what a storage of so many bytes takes from the device.
+    `phase` and `area` (a module's path) say what is running; `at_peak` holds the live bytes at the peak by the phase
+    and area that allocated them. With `remember`, results of purely computing operators are cached by the shapes of
+    their arguments: a model of equal layers repeats the same calls, and shape inference is the most expensive part
+    here. `block` gives the device bytes for a storage of so many bytes.
     """
 
     def __init__(self, remember: bool = True, block: Callable[[int], int] = rounded) -> None:
@@ -83,7 +83,7 @@ class LiveBytes(TorchDispatchMode):
         self._layouts: dict[tuple[Hashable, ...], Layouts] = {}
 
     def reset(self) -> None:
-        """Forget all that is live, but not what operators make of which shapes."""
+        """Forget all live storages, but not the cached shapes of operators."""
         self.live = self.peak = 0
         self.phase, self.area = "activations", "loss"
         self.at_peak, self._at_new_peak = {}, False
@@ -91,8 +91,8 @@ class LiveBytes(TorchDispatchMode):
             notes.clear()
 
     def watch(self, tensor: Tensor, phase: str | None = None, area: str | None = None) -> None:
-        """Count a tensor's storage until it is freed; one that is watched already counts once, as it did before unless
-        `phase` says otherwise."""
+        """Count a tensor's storage until it is freed; a storage that is already watched counts once, under its old
+        phase unless `phase` is given."""
         storage = tensor.untyped_storage()
         key = storage._cdata
         watched = self._storages.get(key)
@@ -113,7 +113,7 @@ class LiveBytes(TorchDispatchMode):
 
     def _forget(self, key: int, _: weakref.ref[UntypedStorage]) -> None:
         if self._at_new_peak:
-            # The highest point so far ends here.
+            # The peak so far ends here.
             self.at_peak, self._at_new_peak = dict(self._by_origin), False
         size, origin = self._storages.pop(key)
         self._watchers.pop(key, None)
@@ -151,8 +151,8 @@ _KINDS: dict[OpOverload, str] = {}
 
 
 def _kind_of(func: OpOverload) -> str:
-    """What an operator does with memory: `shares` (a view, or in place), `makes` new tensors, one or a fixed number of
-    them, or `makes several` in a list."""
+    """An operator's use of memory: `shares` (a view, or in place), `makes` new tensors, one or a fixed number of them,
+    or `makes several` in a list."""
     schema = func._schema
     if any(argument.alias_info is not None for argument in (*schema.arguments, *schema.returns)):
         kind = "shares"
@@ -186,13 +186,13 @@ def _like(layouts: Layouts) -> Results:
 
 
 class DeviceLike(TorchFunctionMode):
-    """Makes `meta` tensors take the way that a device's would: bf16 autocast, and on CUDA attention by the
+    """Makes `meta` tensors take the same path as a device's: bf16 autocast, and on CUDA attention by the
     memory-efficient kernel, which takes a bias that has a gradient, and dropout by the fused kernel, which keeps a mask
     of one byte per element (elsewhere dropout multiplies by a mask of the input's type).
 
     Autocast knows no `meta` device. Its rule for CUDA is short: matrix products, convolutions and attention take bf16,
     with one bf16 copy of each float32 weight for the whole forward pass; normalizations, softmax and losses take
-    float32; all others take what comes.
+    float32; all others take their inputs' type.
     """
 
     _LOWER = (
@@ -215,12 +215,12 @@ class DeviceLike(TorchFunctionMode):
         self._copies: dict[int, Tensor] = {}
 
     def block_begins(self, *_: Any) -> None:
-        """In backward a block is computed again, under its own autocast; there modes are off by default."""
+        """In backward a block is recomputed, under its own autocast; there modes are off by default."""
         if self._in_backward:
             self.__enter__()
 
     def block_ends(self, *_: Any) -> None:
-        """The end of what `block_begins` began."""
+        """The end of the block that `block_begins` started."""
         if self._in_backward:
             self.__exit__(None, None, None)
 

@@ -1,7 +1,7 @@
-"""What a probe of a batch size says, and what to make of many: nothing here needs torch, nor a device.
+"""The result of probing a batch size, and algorithms on many probes: nothing here needs torch or a device.
 
-A meter runs training steps of one batch size at a bucket's upper edges and says what it took. `search_batch_size`,
-`smallest_as_fast` and `soak` ask it; they hold for any meter, also for one in another process (`IsolatedMeter`).
+A meter runs training steps of one batch size at a bucket's upper edges and measures them. `search_batch_size`,
+`smallest_as_fast` and `soak` use it; they work with any meter, including one in another process (`IsolatedMeter`).
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ Edges = tuple[int, int]  # max_duration_ms, max_tokens
 
 @dataclass(frozen=True)
 class Probe:
-    """The outcome of one batch size: peak bytes where the device tells them, seconds of the fastest step, and why it
+    """The outcome of one batch size: peak bytes if the device reports them, seconds of the fastest step, and why it
     does not fit."""
 
     batch_size: int
@@ -34,13 +34,13 @@ class Meter(Protocol):
     """Runs training steps on a device with a memory budget."""
 
     def measure(self, batch_size: int, edges: Edges, num_steps: int, *, fresh: bool = True) -> Probe:
-        """`num_steps` steps of a batch at a bucket's upper edges; `fresh` gives the allocator's cache back before."""
+        """`num_steps` steps of a batch at a bucket's upper edges; `fresh` empties the allocator's cache first."""
         ...
 
 
 def joint_probe(probes: Sequence[Probe]) -> Probe:
-    """What ranks that ran the same steps together say: the batch fits if it fits all; the highest peak, and the seconds
-    of the slowest."""
+    """The combined result of ranks that ran the same steps together: the batch fits if it fits on all; the highest
+    peak, and the seconds of the slowest."""
     failed = next((probe for probe in probes if not probe.fits), None)
     if failed is not None:
         return failed
@@ -51,8 +51,8 @@ def joint_probe(probes: Sequence[Probe]) -> Probe:
 
 @dataclass(frozen=True)
 class ProbeGroup:
-    """A group of processes that probe together: this process's `rank` of `world_size`, and where they meet,
-    `tcp://host:port` of the first one or another `init_method` of `torch.distributed`."""
+    """A group of processes that probe together: this process's `rank` of `world_size`, and their rendezvous,
+    `tcp://host:port` of the first or another `init_method` of `torch.distributed`."""
 
     rank: int
     world_size: int
@@ -60,7 +60,7 @@ class ProbeGroup:
     timeout_s: float = 600.0
 
     def join(self, device_type: str) -> None:
-        """Meet the rest, with NCCL on GPUs and gloo on processors, unless this process has a group already."""
+        """Join the group, with NCCL on GPUs and gloo on CPUs, unless this process already has one."""
         import torch.distributed as dist
 
         from raytrain.training.parallel import backend_of
@@ -78,7 +78,7 @@ class ProbeGroup:
 
 @dataclass(frozen=True)
 class BucketSize:
-    """The answer for one bucket: the largest batch that fits, None where not even 1 does; its probe, None where other
+    """The answer for one bucket: the largest batch that fits, None if not even 1 does; its probe, None if other
     buckets' probes implied it; and all probes that were run, in order."""
 
     batch_size: int | None
@@ -118,7 +118,7 @@ _AS_FAST = 1.03  # seconds per utterance within this factor are equal; timings r
 def smallest_as_fast(measure: Callable[[int], Probe], best: Probe) -> tuple[Probe, list[Probe]]:
     """The smallest halving of `best` whose step is as fast per utterance as any, and the probes that this took.
 
-    Halves while that costs at most 3 %; a larger batch can be slower too, hence the fastest so far is what counts.
+    Halves while that costs at most 3 % against the fastest so far, since a larger batch can be slower too.
     """
     probes = [best]
     while (size := probes[-1].batch_size // 2) >= 1:
@@ -146,8 +146,8 @@ class SoakStep:
 def soak(meter: Meter, edges: Sequence[Edges], sizes: Sequence[int], num_steps: int, seed: int) -> Iterator[SoakStep]:
     """At least `num_steps` shuffled steps over all buckets at their sizes, as training mixes them; yields each.
 
-    The allocator's cache is left as it is from step to step. A bucket that fails is lowered by a twentieth, at least
-    by 1, and the soak starts again, until one passes.
+    The allocator's cache is kept from step to step. A bucket that fails is lowered by a twentieth, at least by 1, and
+    the soak starts again, until one passes.
     """
     rng, current = random.Random(seed), list(sizes)
     while True:

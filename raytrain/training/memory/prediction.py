@@ -4,8 +4,8 @@
     predict_batch_size(tracer, max_duration_ms=4000, max_tokens=40, budget_bytes=60 << 30, max_size=4096).batch_size
 
 A step's peak is the highest of several moments (the end of forward, the update, …), each affine in the batch size, so
-it is convex: a line through two sizes lies below it beyond them, hence the answer is at most what the line says; and
-above it between them, hence what the line says there is safe.
+it is convex: outside of two sizes, the line through them lies below the peak, so the line's answer is an upper bound;
+between them it lies above, so the line's answer is safe.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from raytrain.training.memory.surface import MemoryLine
 from raytrain.training.memory.tracer import StepMemory
 
 _FIRST_SIZE = 8
-_CLOSE = 0.02  # where two lines through traced sizes differ by less, another trace teaches nothing
+_CLOSE = 0.02  # where two lines through traced sizes differ by less, another trace adds nothing
 
 
 class Tracer(Protocol):
-    """Tells the memory of a batch without a device."""
+    """Predicts the memory of a batch without a device."""
 
     def trace(self, batch_size: int, max_duration_ms: int, max_tokens: int) -> StepMemory:
         """Bytes of `batch_size` utterances at a bucket's upper edges."""
@@ -29,8 +29,8 @@ class Tracer(Protocol):
 
 @dataclass(frozen=True)
 class Prediction:
-    """The largest batch that fits a budget by the tracer, None where not even 1 does; `peak_bytes` at that size (or at
-    1), the `line` near it, the step of the largest size traced, that size, and how many traces it took."""
+    """The largest batch that fits a budget by the tracer, None if not even 1 does; `peak_bytes` at that size (or at 1),
+    the `line` near it, the step of the largest size traced, that size, and how many traces it took."""
 
     batch_size: int | None
     peak_bytes: int
@@ -66,7 +66,8 @@ class _TracedSizes:
         return sorted(size for size, step in self._steps.items() if step.peak_bytes > self._budget)
 
     def line(self, sizes: list[int]) -> MemoryLine:
-        """Through the two of `sizes` next to the answer, or from where a step without utterances should be."""
+        """The line through the two of `sizes` nearest to the answer, or from the estimate for a step without
+        utterances."""
         if len(sizes) > 1:
             small, large = sizes[:2]
             return MemoryLine.through(small, self._steps[small].peak_bytes, large, self._steps[large].peak_bytes)
@@ -107,7 +108,7 @@ def predict_batch_size(
     max_size: int,
     guess: MemoryLine | None = None,
 ) -> Prediction:
-    """The largest batch of one bucket that fits `budget_bytes`; `guess` is what a neighboring bucket suggests."""
+    """The largest batch of one bucket that fits `budget_bytes`; `guess` comes from a neighboring bucket."""
     sizes = _TracedSizes(tracer, (max_duration_ms, max_tokens), budget_bytes, max_size, guess)
     sizes.trace_first()
     while (prediction := sizes.predict()) is None:

@@ -1,7 +1,7 @@
-"""What one rank holds of a traced model beside activations: weights, gradients, AdamW's moments and buffers for
+"""The memory of one rank of a traced model besides activations: weights, gradients, AdamW's moments and buffers for
 communication, as the plain model, DDP or FSDP2 have them.
 
-The model is on `meta`. A rank also stands for the optimizer in the traced step: fused AdamW needs nothing beside its
+The model is on `meta`. A rank also acts as the optimizer in the traced step: fused AdamW needs nothing besides its
 states. Source of the order of events: torch/distributed/fsdp/_fully_shard (`FSDPParamGroup`, `foreach_all_gather`,
 `foreach_reduce`) and torch/csrc/distributed/c10d/reducer.cpp.
 """
@@ -22,7 +22,7 @@ from raytrain.training.parallel import blocks_of
 
 
 def area_of(name: str) -> str:
-    """A module's or parameter's name without what comes after the second part: encoder.layers, log_softmax.mlp, …"""
+    """The first two parts of a module's or parameter's name: encoder.layers, log_softmax.mlp, …"""
     return ".".join(part for part in name.split(".")[:2] if part not in ("weight", "bias"))
 
 
@@ -51,7 +51,7 @@ class WholeRank:
             offset += parameter.numel()
 
     def watch(self) -> None:
-        """Count what stays between steps."""
+        """Count the bytes that stay between steps."""
         for name, tensor in (*self._model.named_parameters(), *self._model.named_buffers()):
             self._meter.watch(tensor, "parameters", area_of(name))
         _watch_optimizer(self._meter, self._moments, self._average)
@@ -81,7 +81,7 @@ def _watch_optimizer(meter: LiveBytes, moments: Iterable[Tensor], average: Itera
 
 
 class _Unit:
-    """A module that FSDP2 gathers as one: `module`, and what it has on this rank at the moment.
+    """A module that FSDP2 gathers as a unit: `module`, and its current memory on this rank.
 
     `buffer` is an all-gather's output, `gathered` the whole weights copied from it, `gradients` this rank's part after
     the reduce-scatter. Dimension 0 of a parameter is padded to a multiple of the ranks.
@@ -104,7 +104,7 @@ def _shard_size(parameter: Tensor, world_size: int) -> int:
 
 
 class _AfterBackward(torch.autograd.Function):
-    """Identity that calls `after` once a module's backward pass has come to its inputs."""
+    """Identity that calls `after` once a module's backward pass has reached its inputs."""
 
     @staticmethod
     def forward(ctx: Any, after: Callable[[], None], *inputs: Tensor) -> tuple[Tensor, ...]:
@@ -118,14 +118,14 @@ class _AfterBackward(torch.autograd.Function):
 
 
 class ShardedRank:
-    """The first of `world_size` ranks of a model that `sharded.shard` spreads; it has the most where parts differ.
+    """The first of `world_size` ranks of a model sharded by `sharded.shard`; it has the most if parts are unequal.
 
-    The traced model's parameters count nothing: they stand for whole weights, whose storage FSDP2 frees between
-    uses. What counts is this rank's parts of weights, moments and averages; and while a block is in use, its gathered
-    weights and the all-gather's buffer, which in forward lives until the next block is gathered. In backward the block
-    before is gathered ahead. A block's whole gradients are copied to the reduce-scatter's input, which lives until the
-    next block's; this rank's part of the result stays until the update. Weights outside of the blocks stay gathered
-    from the start of forward to the end of backward. In micro-batches before the last gradients stay whole.
+    The traced model's parameters are not counted: they represent whole weights, whose storage FSDP2 frees between uses.
+    What counts is this rank's parts of weights, moments and averages; and while a block is in use, its gathered weights
+    and the all-gather's buffer, which in forward lives until the next block is gathered. In backward the block before
+    is gathered ahead. A block's whole gradients are copied to the reduce-scatter's input, which lives until the next
+    block's; this rank's part of the result stays until the update. Weights outside of the blocks stay gathered from the
+    start of forward to the end of backward. In micro-batches before the last gradients stay whole.
 
     gloo copies what it reduces and gathers; NCCL does neither.
     """
@@ -160,7 +160,7 @@ class ShardedRank:
         model.set_requires_gradient_sync = self._set_sync  # type: ignore[assignment]
 
     def watch(self) -> None:
-        """Count what stays between steps."""
+        """Count the bytes that stay between steps."""
         for area, tensor in self._weights:
             self._meter.watch(tensor, "parameters", area)
         for name, buffer in self._model.named_buffers():
@@ -168,7 +168,7 @@ class ShardedRank:
         _watch_optimizer(self._meter, self._moments, self._average)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """As the optimizer's; a step that was broken off leaves nothing behind either."""
+        """As the optimizer's; an aborted step leaves nothing behind either."""
         for parameter in self._model.parameters():
             parameter.grad = None
         for unit in self._units:
@@ -196,7 +196,7 @@ class ShardedRank:
     # --- weights
 
     def _gather(self, unit: _Unit) -> None:
-        """Start a unit's all-gather, unless its weights are there or on their way."""
+        """Start a unit's all-gather, unless its weights are gathered or being gathered."""
         if unit.buffer is None and not unit.gathered:
             size = sum(unit.padded_sizes)
             unit.buffer = self._make(size, "parameters", "all-gather")

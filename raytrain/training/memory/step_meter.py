@@ -1,7 +1,7 @@
-"""Does a batch fit? Real steps on this process's device, and what to make of their outcomes.
+"""Does a batch fit? Real steps on this process's device.
 
-A meter runs training steps of one batch size at a bucket's upper edges and says what it took. `search_batch_size`,
-`smallest_as_fast` and `soak` ask it; they hold for any meter, also for one in another process (`IsolatedMeter`).
+A meter runs training steps of one batch size at a bucket's upper edges and measures them. `search_batch_size`,
+`smallest_as_fast` and `soak` use it; they work with any meter, including one in another process (`IsolatedMeter`).
 """
 
 from __future__ import annotations
@@ -29,12 +29,13 @@ class StepMeter:
     """Meter of this process: the step of training on synthetic batches, on `cuda` or `cpu`.
 
     With several workers in training the model is wrapped as training wraps it: in DDP, in a group of this process alone
-    or in `group`; or sharded, which needs a `group` of several meters that are asked the same at the same time. A
-    failed step leaves a sharded model in pieces and the other ranks waiting, so all of them must then be made anew.
+    or in `group`; or sharded, which needs a `group` of several meters that get the same calls at the same time. A
+    failed step leaves a sharded model in an inconsistent state and the other ranks waiting, so all of them must be
+    recreated.
 
-    A GPU process may take `budget_bytes`. A processor has no such limit, so there a step does not fit if the process's
-    resident size went above it. `kind` is the device type to compute as (precision), `device` where it is done.
-    `seconds` says how long each part of the start took.
+    A GPU process may take `budget_bytes`. A CPU has no such limit, so there a step does not fit if the process's
+    resident size exceeded it. `kind` is the device type to compute as (precision), `device` where it is done. `seconds`
+    says how long each part of the start took.
     """
 
     def __init__(
@@ -91,14 +92,14 @@ class StepMeter:
         """Real steps; see `Meter`. Raises `ProfileError` after a failed step of a sharded model."""
         if self._broken is not None:
             raise ProfileError(
-                "a failed step left the sharded model in pieces",
+                "a failed step left the sharded model in an inconsistent state",
                 why=self._broken,
-                remedy="make the meters of all ranks anew",
+                remedy="recreate the meters of all ranks",
             )
         if fresh:
             self._empty()
         _reset_peak(self._device)
-        # Memory is given back only after the except block has ended, when no traceback holds the failed step's tensors.
+        # Memory is freed only after the except block, when no traceback holds the failed step's tensors.
         try:
             seconds = min(self._run(batch_size, edges) for _ in range(num_steps))
             return self._within_budget(Probe(batch_size, True, _peak_bytes(self._device), seconds))
@@ -108,7 +109,7 @@ class StepMeter:
         return Probe(batch_size, False, why=why)
 
     def _within_budget(self, probe: Probe) -> Probe:
-        """The probe, or on a processor that it does not fit."""
+        """The probe; on a CPU, it may not fit its budget."""
         peak, budget = probe.peak_bytes, self._budget
         if self._device.type == "cuda" or budget is None or peak is None or peak <= budget:
             return probe
@@ -117,14 +118,14 @@ class StepMeter:
         )
 
     def _recover(self, why: str) -> None:
-        """Leave nothing of a step that was broken off: a DDP whose backward pass was refuses the next step."""
+        """Clean up after an aborted step: DDP refuses the next step after an aborted backward pass."""
         self._optimizer.zero_grad(set_to_none=True)
         if is_sharded(self._settings, self._world_size):
             self._broken = why
             return
-        self._model = self._bare  # the old DDP's buckets go before the new one's come
+        self._model = self._bare  # free the old DDP's buckets before the new DDP allocates its own
         # The first DDP of a process imports modules in its constructor, whose frames hold it in a cycle: without a
-        # collection its buckets, as large as the weights, would stay.
+        # collection its buckets, as large as the weights, would leak.
         gc.collect()
         self._empty()
         self._wrap()
@@ -161,8 +162,8 @@ class StepMeter:
 
 
 def probe_model(config: ModelConfig, device: torch.device | str) -> Canary:
-    """A Canary on `device` whose weights mean nothing but compute as trained ones do: nothing overflows, and none are
-    zeros, which GPUs multiply faster.
+    """A Canary on `device` whose weights are meaningless but compute like trained weights: nothing overflows, and none
+    are zeros, which GPUs multiply faster.
 
     Drawing 0.9 billion numbers takes a processor 17 s, longer than the probes. Here matrices repeat 2¹⁶ normal numbers
     of standard deviation 0.02, biases are 0, and normalizations and computed tables are as in a new model.
@@ -195,7 +196,7 @@ def _repeat(numbers: torch.Tensor, target: torch.Tensor) -> None:
 
 
 def _wait_for_memory(device: torch.device, needed_bytes: int, seconds: float = 30.0) -> None:
-    """A process that ended a moment ago may still hold memory, and would make batches fail that fit."""
+    """A process that has just ended may still hold memory, and would make batches fail that fit."""
     until = time.monotonic() + seconds
     while torch.cuda.mem_get_info(device)[0] < needed_bytes and time.monotonic() < until:
         time.sleep(0.5)
@@ -206,7 +207,7 @@ def _reset_peak(device: torch.device) -> None:
         torch.cuda.reset_peak_memory_stats(device)
     else:
         with contextlib.suppress(OSError), open("/proc/self/clear_refs", "w") as file:
-            file.write("5")  # Linux: the peak of the resident size starts anew
+            file.write("5")  # Linux: resets the peak of the resident size
 
 
 def _peak_bytes(device: torch.device) -> int | None:

@@ -52,8 +52,8 @@ class SlopePolynomial:
 
     @classmethod
     def through(cls, edges: Sequence[tuple[int, int]], lines: Sequence[MemoryLine], powers: Powers) -> SlopePolynomial:
-        """Fitted to the slopes of at least as many shapes (ms, tokens) as there are terms. Relative errors count, since
-        the largest size that fits goes with 1 / slope."""
+        """Fitted to the slopes of at least as many shapes (ms, tokens) as there are terms. It minimizes relative
+        errors, since the largest size that fits is proportional to 1 / slope."""
         slopes = np.array([line.slope_bytes for line in lines])
         durations, tokens = np.array(edges, np.float64).T
         terms = _terms(durations, tokens, powers)
@@ -80,7 +80,7 @@ def _power(values: np.ndarray, exponent: int) -> np.ndarray:
 @dataclass(frozen=True)
 class MemorySurface:
     """Peak bytes: `base_bytes` and, for each utterance, its `slope`. `error` is the largest relative error in a traced
-    shape's bytes per utterance; calls add it, so that they rather say too much."""
+    shape's bytes per utterance; calls add it, to err on the high side."""
 
     base_bytes: float
     slope: SlopePolynomial
@@ -102,18 +102,18 @@ class MemorySurface:
 
 @dataclass
 class NeighborLines:
-    """The lines of buckets that are predicted already, and what they suggest for the next."""
+    """The lines of buckets predicted so far, and an estimate for the next."""
 
     edges: list[tuple[int, int]] = field(default_factory=list)
     lines: list[MemoryLine] = field(default_factory=list)
 
     def add(self, max_duration_ms: int, max_tokens: int, line: MemoryLine) -> None:
-        """Take in a bucket's line."""
+        """Add a bucket's line."""
         self.edges.append((max_duration_ms, max_tokens))
         self.lines.append(line)
 
     def guess(self, max_duration_ms: int, max_tokens: int) -> MemoryLine | None:
-        """The line to expect for a bucket; None before the first is there."""
+        """The expected line for a bucket; None before the first line."""
         if not self.lines:
             return None
         latest = self.lines[-1]

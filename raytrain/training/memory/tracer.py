@@ -1,7 +1,7 @@
 """Predict the memory of a training step without the device: trace it on `meta` tensors.
 
-Meta tensors have shapes and no data. Run the real step on them and note when each storage is made and when it is freed,
-and the highest sum of live bytes is the step's peak.
+Meta tensors have shapes and no data. Run the real step on them and record when each storage is allocated and freed: the
+highest sum of live bytes is the step's peak.
 
     tracer = StepTracer(model_config, settings, precision="bf16", world_size=8)
     tracer.trace(batch_size=16, max_duration_ms=4000, max_tokens=40).peak_bytes
@@ -28,16 +28,15 @@ from raytrain.training.parallel import is_sharded, micro_batches
 from raytrain.training.settings import TrainSettings
 from raytrain.training.step import train_step
 
-TRACER_VERSION = 2  # raised where predictions change: sizes by an older tracer are predicted again
+TRACER_VERSION = 2  # raised where predictions change: sizes from an older tracer are predicted again
 
 
 @dataclass(frozen=True)
 class StepMemory:
-    """Bytes of one step: what stays between steps (parameters, optimizer, reducer), the highest point, and what was
-    live there.
+    """Bytes of one step: persistent (parameters, optimizer, reducer), at the peak, and by origin at the peak.
 
     `at_peak` is bytes by (phase, area): parameters, gradients and optimizer; activations, which forward made and
-    backward needs; and temporary, what backward makes on its way. The area is the module, as far as one made it.
+    backward needs; and temporary, which backward allocates. The area is the module that allocated them, if any.
     """
 
     resident_bytes: int
@@ -146,7 +145,8 @@ class StepTracer:
 
 @contextmanager
 def without_gc() -> Iterator[None]:
-    """Thousands of objects come and go in a trace, without cycles; looking for cycles takes a fifth of its time."""
+    """A trace creates and frees thousands of objects, without cycles; garbage collection would take a fifth of its
+    time."""
     collects = gc.isenabled()
     gc.disable()
     try:
@@ -158,7 +158,7 @@ def without_gc() -> Iterator[None]:
 
 @contextmanager
 def _autocast_hooks(model: Canary, device_like: DeviceLike) -> Iterator[None]:
-    """Tell `device_like` where the forward pass ends, and where a block begins and ends that is computed again."""
+    """Tell `device_like` where the forward pass ends, and where a recomputed block begins and ends."""
     hooks = [model.register_forward_hook(device_like.end_autocast)]
     for block in model.encoder.layers:
         hooks.append(block.register_forward_pre_hook(device_like.block_begins))
@@ -173,7 +173,7 @@ def _autocast_hooks(model: Canary, device_like: DeviceLike) -> Iterator[None]:
 
 @contextmanager
 def _named_areas(model: Canary, meter: LiveBytes) -> Iterator[None]:
-    """Name the modules of the first two levels while they run."""
+    """Record which module of the first two levels is running."""
     handles: list[RemovableHandle] = []
     before: list[str] = []
 
@@ -185,7 +185,7 @@ def _named_areas(model: Canary, meter: LiveBytes) -> Iterator[None]:
         meter.area = before.pop()
 
     for name, module in model.named_modules():
-        # A list of layers is never called itself.
+        # A module list is never called itself.
         if name and (name.count(".") < 2 or name.split(".")[2].isdigit() and name.count(".") == 2):
             handles.append(module.register_forward_pre_hook(partial(enter, area_of(name))))
             handles.append(module.register_forward_hook(leave, always_call=True))
