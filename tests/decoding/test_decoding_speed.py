@@ -253,12 +253,12 @@ def test_a_prepared_model_gives_the_same_texts():
     states, log_probs, hypotheses = outputs(model)
     errors = {}
     for name in ("fp32", "bf16", "int8"):
-        other = prepare_for_inference(copy.deepcopy(model), name, CPU)
-        num_trainable, num_before = (sum(map(torch.numel, network.parameters())) for network in (other, model))
+        prepared = prepare_for_inference(copy.deepcopy(model), name, CPU)
+        num_trainable, num_before = (sum(map(torch.numel, network.parameters())) for network in (prepared, model))
         assert num_trainable < 0.1 * num_before
-        own_states, own_log_probs, own_found = outputs(other)
-        errors[name] = float((own_states - states).std() / states.std())
-        assert (own_log_probs - log_probs).abs().mean() < (1e-4 if name == "fp32" else 0.5)
+        prepared_states, prepared_log_probs, prepared_results = outputs(prepared)
+        errors[name] = float((prepared_states - states).std() / states.std())
+        assert (prepared_log_probs - log_probs).abs().mean() < (1e-4 if name == "fp32" else 0.5)
         if name == "fp32":
             assert_same(prepared_results, hypotheses)
         # Steps with a cache go through the packed layers too, as the whole pass does.
