@@ -1,7 +1,7 @@
 """Draw docs/rooms.svg, the rooms of the package and their imports: `python docs/make_rooms.py`.
 
-A room stands above all that it imports; an arrow points from a room to a room that it uses. Arrows that follow from
-others (a room that is also used by a room between) are left out.
+A room is drawn above all rooms it imports; an arrow points from a room to a room it uses. Arrows implied by others
+(through a room in between) are omitted.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def imports_of(path: Path) -> set[str]:
 
 
 def read_graph() -> tuple[dict[str, set[str]], dict[str, int]]:
-    """For each folder of the package the folders that it imports, and its lines of code."""
+    """For each folder of the package, the folders it imports and its lines of code."""
     rooms = sorted(path.name for path in PACKAGE.iterdir() if path.is_dir() and list(path.glob("*.py")))
     graph, lines = {}, {}
     for room in rooms:
@@ -59,7 +59,7 @@ def levels_of(graph: dict[str, set[str]]) -> dict[str, int]:
 
 
 def reduced(graph: dict[str, set[str]]) -> Iterable[tuple[str, str]]:
-    """Arrows that do not follow from others."""
+    """Arrows that are not implied by others."""
 
     def reach(room: str) -> set[str]:
         return {room} | {target for child in graph[room] for target in reach(child)}

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from raytrain.lengths.simulate import Simulation
 
 Table = tuple[Sequence[str], Sequence[Sequence[str]]]
-_SMALLEST_SHARE = 0.002  # of memory, that has a line of its own
+_SMALLEST_SHARE = 0.002  # of memory, to get its own line
 
 
 def policies(rows: Sequence[PolicyRow]) -> Table:
@@ -33,7 +33,7 @@ def policies(rows: Sequence[PolicyRow]) -> Table:
 
 
 def planned_sizes(rows: Sequence[Mapping[str, Any]]) -> Table:
-    """Batch sizes that were planned for a GPU, by bucket."""
+    """Batch sizes planned for a GPU, by bucket."""
     columns = ("bucket", "≤ seconds", "≤ tokens", "batch size", "seconds of audio", "peak GiB")
     cells = [
         (
@@ -50,7 +50,7 @@ def planned_sizes(rows: Sequence[Mapping[str, Any]]) -> Table:
 
 
 def live_memory(row: Mapping[str, Any]) -> Iterator[Table]:
-    """What is live at the peak of a bucket's step, by phase and by module."""
+    """The live memory at the peak of a bucket's step, by phase and by module."""
     for key in ("mib_by_phase", "mib_by_module"):
         total = sum(row[key].values())
         parts = [(name, size) for name, size in row[key].items() if size > _SMALLEST_SHARE * total]
@@ -59,8 +59,8 @@ def live_memory(row: Mapping[str, Any]) -> Iterator[Table]:
 
 
 def corpora(rows: Sequence[Mapping[str, Any]], simulation: Simulation | None) -> Table:
-    """How often an epoch goes through each corpus, and its share of the audio where steps were simulated."""
-    columns = ("corpus", "rows", "times an epoch", *(("share of audio",) if simulation else ()))
+    """How often an epoch repeats each corpus, and its share of the audio if steps were simulated."""
+    columns = ("corpus", "rows", "repeats per epoch", *(("share of audio",) if simulation else ()))
     shares = [(f"{share:.1%}",) for share in simulation.audio_share] if simulation else [()] * len(rows)
     cells = [
         (row["corpus"], str(row["rows"]), f"{row['repeats']:.2f}", *share)
@@ -70,15 +70,15 @@ def corpora(rows: Sequence[Mapping[str, Any]], simulation: Simulation | None) ->
 
 
 def simulated(steps: Simulation) -> Table:
-    """What simulated steps look like."""
+    """Statistics of simulated steps."""
     cells = [
         ("steps", f"{steps.steps} of {steps.world_size} workers, {steps.epochs:.2f} epochs"),
         ("mean batch", f"{steps.mean_batch:.1f} utterances per worker"),
         ("padding", f"audio {steps.audio_padding:.1%}, tokens {steps.token_padding:.1%}"),
         ("workers in one bucket", f"{steps.bucket_agreement:.0%} of steps"),
         ("slowest worker", f"{steps.slowest_rank - 1:.1%} more padded audio than the mean"),
-        ("left of the epoch", f"{steps.remainder} rows"),
-        ("row numbers of a batch", f"{steps.seconds_per_batch * 1e6:.0f} µs"),
+        ("rows left in the epoch", f"{steps.remainder}"),
+        ("time to draw a batch", f"{steps.seconds_per_batch * 1e6:.0f} µs"),
     ]
     return ("simulated", ""), cells
 
@@ -89,7 +89,7 @@ def tune_trials(trials: Sequence[TuneTrial], names: Sequence[str]) -> Table:
     cells = [
         (
             "none" if trial.error is None else f"{trial.error:.2%}",
-            f"{trial.steps}{' (ended early)' if trial.stopped_early else ''}",
+            f"{trial.steps}{' (stopped early)' if trial.stopped_early else ''}",
             *(_short(trial.settings.get(name)) for name in names),
         )
         for trial in trials

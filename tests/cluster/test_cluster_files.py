@@ -204,7 +204,7 @@ def test_slurm_script_makes_a_cluster_of_two_nodes_and_ends_it(corpus, tmp_path)
     assert failed <= {"shared memory", "temp folder", "cache folder", "open files"}  # these are the machine's
     assert len(report["nodes"]) == 2 and sum(one["is_head"] for one in report["nodes"]) == 1
     by_name = {one["name"]: one for one in report["checks"]}
-    assert by_name["Jobs API"]["seen"].endswith("asks for the token") and by_name["authentication"]["status"] == "ok"
+    assert by_name["Jobs API"]["seen"].endswith("requires the token") and by_name["authentication"]["status"] == "ok"
     assert all(node["storage"]["sees_driver"] and node["memory_monitor"] == "0" for node in report["nodes"])
     assert by_name["MLflow"]["status"] == "warn"  # a file, and two nodes
     assert not left

@@ -134,7 +134,7 @@ def test_the_doctor_counts_room_where_training_runs(results):
 
 def test_more_workers_than_gpus_is_an_error_at_once(results):
     assert results["too many"]["code"] == 1
-    assert "more training workers than the cluster has room for (1 CPU, 1 GPU each); got 5" in said(results, "too many")
+    assert "does not have room for that many training workers (1 CPU, 1 GPU each); got 5" in said(results, "too many")
 
 
 def test_gpus_that_torch_can_not_use_are_named_with_the_reason(results):

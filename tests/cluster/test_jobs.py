@@ -47,7 +47,7 @@ def test_a_submitted_stage_leaves_its_artefact_and_no_secret(head, written, tmp_
     from ray.job_submission import JobSubmissionClient
 
     arguments = ["submit", "statistics", "--config", str(written), "--address", head, "--python", sys.executable]
-    # RAY_ADDRESS would win over the address in Ray's own client.
+    # RAY_ADDRESS would override the address in Ray's own client.
     set_by_others = tuple(name for name in os.environ if name.startswith(("AWS_", "RAYTRAIN_")))
     done = call(
         *arguments,
@@ -150,13 +150,13 @@ def test_without_the_token_the_server_refuses_and_the_error_says_so(head, tmp_pa
 
 def test_an_unknown_job_is_named(head):
     done = call("logs", "nobody", "--address", head)
-    assert done.returncode == 1 and "knows no job nobody" in done.stderr and "Traceback" not in done.stderr
+    assert done.returncode == 1 and "has no job nobody" in done.stderr and "Traceback" not in done.stderr
 
 
 def test_no_server_and_no_jobs_server_are_told_apart():
     with pytest.raises(ClusterError, match="no Jobs server answers at http://127.0.0.1:1;"):
         Jobs("http://127.0.0.1:1")
-    with serving(b"<html>hello</html>") as (address, _), pytest.raises(ClusterError, match="is no Jobs server"):
+    with serving(b"<html>hello</html>") as (address, _), pytest.raises(ClusterError, match="is not a Jobs server"):
         Jobs(address)
     with pytest.raises(ClusterError, match="begins with http"):
         Jobs("ray://127.0.0.1:10001")
@@ -169,7 +169,7 @@ def test_a_server_that_asks_for_no_token_gets_none_and_is_warned_of(monkeypatch)
     with serving(json.dumps({"ray_version": "2.60.0"}).encode()) as (address, headers):
         Jobs(address, said.append)
     assert headers and all("Authorization" not in one for one in headers)
-    assert len(said) == 1 and "run code there" in said[0]
+    assert len(said) == 1 and "can run code as its user" in said[0]
 
 
 class serving:

@@ -63,7 +63,7 @@ def test_nobody_there():
 def test_somebody_else_there():
     with socket.create_server(("127.0.0.1", 0)) as silent:
         said = refusal(f"127.0.0.1:{silent.getsockname()[1]}")
-        assert "is no Ray cluster" in said and "did not answer within 1 s" in said
+        assert "is not a Ray cluster" in said and "did not answer within 1 s" in said
     server = HTTPServer(("127.0.0.1", 0), BaseHTTPRequestHandler)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     said = refusal(f"127.0.0.1:{server.server_address[1]}")
@@ -75,8 +75,8 @@ def test_somebody_else_there():
 def test_tokens_on_one_side_only():
     with cluster(None) as address:
         reach.check_cluster(address, None)
-        assert "asks for no token, but there is one here" in refusal(address, TOKEN)
+        assert "does not use a token, but this machine has one" in refusal(address, TOKEN)
     with cluster(TOKEN) as address:
         reach.check_cluster(address, TOKEN)
-        assert "asks for its token; got none" in refusal(address)
+        assert "requires its token; got none" in refusal(address)
         assert "got another token" in refusal(address, "00" * 32)

@@ -444,7 +444,7 @@ def test_what_a_pool_can_not_have_is_refused(local_ray):
     assert find_pool(2, "cpu", None).budget_bytes == pytest.approx(pool.budget_bytes / 2, rel=0.01)
     with pytest.raises(ConfigError, match="no room for so many workers; got 50"):
         find_pool(50, "cpu", None)
-    with pytest.raises(ConfigError, match="no such device; got cuda"):
+    with pytest.raises(ConfigError, match="the device is unavailable; got cuda"):
         find_pool(1, "cuda", None)
 
 
@@ -522,11 +522,11 @@ def test_what_no_row_is_at_fault_for_ends_the_job_at_once(checkpoint, corpus, fo
     [
         ([], "not both"),
         (["a.wav", "--manifest", "m.jsonl"], "not both"),
-        (["a.wav", "--output", "o.jsonl"], "goes with --manifest"),
+        (["a.wav", "--output", "o.jsonl"], "requires --manifest"),
         (["a.wav", "--device-memory", "1GiB"], "--device-memory"),
         (["--manifest", "m.jsonl"], "--output"),
         (["--manifest", "m.jsonl", "--output", "o", "--n-best", "2", "--beam-size", "2"], "--n-best"),
-        (["--manifest", "m.jsonl", "--output", "o", "--audio", "a", "--audio", "b"], "2 for 1 manifests"),
+        (["--manifest", "m.jsonl", "--output", "o", "--audio", "a", "--audio", "b"], "2 times for 1 manifests"),
         (["--manifest", "m.jsonl", "--output", "o", "--device-memory", "much"], "is not a size"),
     ],
 )

@@ -258,7 +258,7 @@ def test_decoder_depths_are_counted_trained_and_timed(corpus, tmp_path, local_ra
 
 
 def test_what_an_ablation_needs_is_said(corpus, tmp_path):
-    with pytest.raises(ConfigError, match="must be different ones of R, A, B, C, D, D\\+, got R, E"):
+    with pytest.raises(ConfigError, match="must be distinct values of R, A, B, C, D, D\\+, got R, E"):
         check_config(tiny_values(corpus, tmp_path, ablate={"schemes": ["R", "E"]}))
     values = tiny_values(corpus, tmp_path)
     values["data"]["dev"] = []

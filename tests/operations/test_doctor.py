@@ -169,7 +169,7 @@ def test_nodes_that_do_not_answer_or_are_not_there():
         ("Version mismatch: The cluster was started with Ray: 2.59", "same Python"),
         ("Token authentication is enabled but no authentication token was found", "RAY_AUTH_TOKEN"),
         ("Failed to connect to Ray cluster at 10.0.0.1:6379", "RAY_AUTH_TOKEN"),  # without the token
-        ("nobody answers at a:6379", "ray start"),
+        ("nothing answers at a:6379", "ray start"),
     ],
 )
 def test_a_ray_that_lets_nobody_in(why, remedy):
@@ -292,4 +292,4 @@ def test_a_node_that_breaks_is_a_finding(local_ray, monkeypatch):
 
 def test_an_address_where_nobody_is():
     report = examine(None, ClusterSection(address="127.0.0.1:9"))
-    assert not report.ok and "nobody answers" in by_name(report)["Ray"].seen
+    assert not report.ok and "nothing answers" in by_name(report)["Ray"].seen

@@ -312,7 +312,7 @@ def test_a_schedule_is_described_and_simulated(finished):
     assert found["audio_share"] == [1.0] and found["corpora"][0]["repeats"] == 1.0
     assert 0 < found["audio_padding"] < 0.5 and found["slowest_rank"] >= 1
     shown = CliRunner().invoke(app, [*arguments, "--simulate", "--steps", "5"], env={"COLUMNS": "100"}).stdout
-    assert "times an epoch" in shown and "workers in one bucket" in shown
+    assert "repeats per epoch" in shown and "workers in one bucket" in shown
     assert "simulated" not in CliRunner().invoke(app, arguments).stdout
 
 
