@@ -1,4 +1,4 @@
-"""A cluster that can't be joined is told of in time, with the reason: no host, no listener, no Ray, no token."""
+"""A cluster that can't be joined is reported quickly, with the reason: no host, no listener, no Ray, no token."""
 
 import contextlib
 import socket
@@ -62,14 +62,14 @@ def test_nobody_there():
 
 def test_somebody_else_there():
     with socket.create_server(("127.0.0.1", 0)) as silent:
-        said = refusal(f"127.0.0.1:{silent.getsockname()[1]}")
-        assert "is not a Ray cluster" in said and "did not answer within 1 s" in said
+        message = refusal(f"127.0.0.1:{silent.getsockname()[1]}")
+        assert "is not a Ray cluster" in message and "did not answer within 1 s" in message
     server = HTTPServer(("127.0.0.1", 0), BaseHTTPRequestHandler)
     threading.Thread(target=server.serve_forever, daemon=True).start()
-    said = refusal(f"127.0.0.1:{server.server_address[1]}")
+    message = refusal(f"127.0.0.1:{server.server_address[1]}")
     server.shutdown()
     server.server_close()
-    assert "does not speak Ray's protocol" in said and "8265 is the port of the Jobs server" in said
+    assert "does not speak Ray's protocol" in message and "8265 is the port of the Jobs server" in message
 
 
 def test_tokens_on_one_side_only():
