@@ -55,7 +55,7 @@ def refusal(address: str, token: str | None = None) -> str:
 
 def test_nobody_there():
     assert "refused" in refusal(f"127.0.0.1:{free_port()}")
-    assert "host.invalid is not known" in refusal("host.invalid:6379")
+    assert "the host host.invalid is unknown" in refusal("host.invalid:6379")
     for address in ("host", "127.0.0.1:99999", "ray://127.0.0.1:10001", ":6379", "a b:1"):
         assert "cluster" in refusal(address)
 

@@ -30,7 +30,7 @@ def test_a_range_takes_what_there_is(wanted, room, workers):
     ("wanted", "room"), [(2, Room(1, 1, 1)), ((2, 4), Room(1, 1, 1)), (9, Room(0, 0, 8)), (1, Room(0, 0, 0))]
 )
 def test_too_little_room_is_an_error_before_anything_waits(wanted, room):
-    with pytest.raises(TrainingError, match=rf"more training workers.*\({EACH} each\).*lower train.num_workers"):
+    with pytest.raises(TrainingError, match=rf"that many training workers.*\({EACH} each\).*lower train.num_workers"):
         choose_workers(wanted, room, EACH)
 
 

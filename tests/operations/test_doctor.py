@@ -156,7 +156,7 @@ def test_manifests_and_mlflow_of_several_nodes():
 def test_room_for_the_workers():
     assert status(checks.check_room(8, 8, "1 CPU, 1 GPU")) == [OK]
     (check,) = checks.check_room(8, 4, "1 CPU, 1 GPU")
-    assert check.status == WARN and check.seen == "4 of the 8 workers of training fit (1 CPU, 1 GPU each)"
+    assert check.status == WARN and check.seen == "4 of 8 training workers fit (1 CPU, 1 GPU each)"
 
 
 def test_nodes_that_do_not_answer_or_are_not_there():
