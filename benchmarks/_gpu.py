@@ -1,5 +1,5 @@
-"""What the parts of `benchmarks.gpu` share: waiting for the device, the matrix product's rate, the peak of memory, the
-operations of a training step, and a profile of one call."""
+"""What the parts of `benchmarks.gpu` share: device synchronization, the matmul rate, peak memory, the FLOPs of a
+training step, and a profile of one call."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _NUM_PRODUCTS = 20
 
 
 def nvidia_smi(*fields: str) -> list[str] | None:
-    """Fields of the first GPU as `nvidia-smi --query-gpu` names them; None where there is no such program or answer."""
+    """Fields of the first GPU, named as in `nvidia-smi --query-gpu`; None if the program is missing or fails."""
     command = ["nvidia-smi", f"--query-gpu={','.join(fields)}", "--format=csv,noheader,nounits"]
     try:
         lines = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True).stdout.splitlines()
@@ -32,25 +32,25 @@ def nvidia_smi(*fields: str) -> list[str] | None:
 
 
 def significant(value: float, digits: int = 5) -> float:
-    """`value` with that many digits, so that small and large figures keep the same share of themselves."""
+    """`value` rounded to that many significant digits."""
     return float(f"{value:.{digits}g}")
 
 
 def wait_for(device: str) -> None:
-    """Until the device has done all that it was given."""
+    """Wait until the device is idle."""
     if device == "cuda":
         torch.cuda.synchronize()
 
 
 def release_memory(device: str) -> None:
-    """Give back what nothing refers to any more."""
+    """Release unreferenced memory."""
     gc.collect()
     if device == "cuda":
         torch.cuda.empty_cache()
 
 
 def seconds_per_call(work: Callable[[], object], device: str, seconds: float, least: int = 3) -> float:
-    """Mean seconds of calls that follow each other without waiting, as the steps of training do, after two to warm up.
+    """Mean seconds of back-to-back calls without synchronization, as in training, after two warm-up calls.
 
     At least `least` calls, and about `seconds` of them.
     """
@@ -69,9 +69,10 @@ def seconds_per_call(work: Callable[[], object], device: str, seconds: float, le
 
 @torch.no_grad()
 def matrix_product_tflops(device: str, size: int) -> float:
-    """10¹² operations per second that bf16 products of two `size` × `size` matrices reach: the best of three rounds.
+    """TFLOP/s of bf16 products of two `size` × `size` matrices: the best of three rounds.
 
-    What a card does depends on its clock, power and temperature, so a share is quoted of a rate of the same minute.
+    A GPU's speed depends on its clock, power and temperature, so utilization is quoted relative to a rate measured in
+    the same minute.
     """
     left, right, product = (torch.randn(size, size, device=device).bfloat16() for _ in range(3))
     torch.mm(left, right, out=product)
@@ -87,7 +88,7 @@ def matrix_product_tflops(device: str, size: int) -> float:
 
 
 def matrix_size(tiny: bool) -> int:
-    """Rows of the matrices whose product is the reference."""
+    """Size of the matrices for the reference product."""
     return 256 if tiny else 8192
 
 
@@ -99,13 +100,13 @@ def step_flops(config: ModelConfig, shape: Shape) -> float:
 
 
 def reset_peak(device: str) -> None:
-    """Start a new peak of this process's GPU memory."""
+    """Reset the peak of this process's GPU memory."""
     if device == "cuda":
         torch.cuda.reset_peak_memory_stats()
 
 
 def peak_gib(device: str) -> dict[str, float]:
-    """The peak of what tensors took and of what the allocator held, nothing on a CPU."""
+    """The peaks of allocated and of reserved memory; empty on a CPU."""
     if device != "cuda":
         return {}
     return {
@@ -115,9 +116,9 @@ def peak_gib(device: str) -> dict[str, float]:
 
 
 def profiled(work: Callable[[], object], device: str, number: int = 10) -> dict[str, Any]:
-    """One call under the profiler: milliseconds of the device in all, and the `number` costliest operators and kernels.
+    """One call under the profiler: total milliseconds on the device, and the `number` costliest operators and kernels.
 
-    Each row is name, calls, milliseconds and share of the time, of what it does itself. On a CPU operators are all.
+    Each row has name, calls, self time in milliseconds and its share. On a CPU there are only operators.
     """
     activities = [torch.profiler.ProfilerActivity.CPU]
     if device == "cuda":

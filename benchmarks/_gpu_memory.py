@@ -1,7 +1,7 @@
-"""What only a device can say about memory: what each kind of layer keeps and takes beside its trace, what libraries
-take for themselves, and what a failed probe leaves behind.
+"""Memory questions that only a device can answer: what each kind of layer keeps and needs compared with its trace, what
+libraries allocate, and what a failed probe leaves behind.
 
-    memory_questions("cuda")     # seconds; on "cpu" only the traced side, for a look at the form
+    memory_questions("cuda")     # seconds; on "cpu" only the traced side, to see the format
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _WIDTH, _HEADS, _INNER, _DROPOUT = 1024, 8, 4096, 0.1
 
 @dataclass(frozen=True)
 class Layer:
-    """`make` gives a module or a function and its inputs, of which floating ones get gradients."""
+    """`make` returns a module or a function and its inputs; floating-point inputs get gradients."""
 
     name: str
     make: Callable[[int], tuple[Callable[..., Tensor], tuple[Tensor, ...]]]
@@ -104,7 +104,7 @@ def _inputs(layer: Layer, batch: int, device: str) -> tuple[Callable[..., Tensor
 
 
 def traced_layer(layer: Layer, batch: int, device_type: str) -> dict[str, int]:
-    """Bytes that a layer keeps after forward, and the peaks of forward and backward above what was there before."""
+    """Bytes that a layer keeps after forward, and the peaks of forward and backward above the initial level."""
     meter = LiveBytes()
     device_like = DeviceLike(device_type, True, lambda: None)
     run, inputs = _inputs(layer, batch, "meta")
@@ -119,7 +119,7 @@ def traced_layer(layer: Layer, batch: int, device_type: str) -> dict[str, int]:
 
 
 def measured_layer(layer: Layer, batch: int, device: str) -> dict[str, int] | None:
-    """The same on a GPU; None on a processor, which does not tell. It runs twice, so that workspaces are there."""
+    """The same on a GPU; None on a CPU, which can't report it. It runs twice, so that workspaces already exist."""
     if torch.device(device).type != "cuda":
         return None
     for _ in range(2):
@@ -151,8 +151,8 @@ def layers(device: str, batch: int = 64) -> list[dict[str, Any]]:
 
 
 def workspaces(device: str) -> dict[str, float | None]:
-    """MiB that PyTorch counts as allocated after matrix products and convolutions whose tensors are gone, in forward
-    and in the backward pass's thread: what cuBLAS and cuDNN keep."""
+    """MiB that PyTorch still counts as allocated after the tensors of matrix products and convolutions are freed, in
+    forward and in the backward thread: the workspaces of cuBLAS and cuDNN."""
     if torch.device(device).type != "cuda":
         return {"cublas_mib": None, "cublas_with_backward_mib": None}
     found, before = {}, torch.cuda.memory_allocated(device)
@@ -174,8 +174,8 @@ class _OutOfMemory:
 
 
 def left_over(device: str, model: ModelConfig | None = None) -> dict[str, Any]:
-    """What a probe that failed leaves: MiB allocated beyond those before it, beside the size of DDP's buckets; and
-    whether its DDP is still there. All is well where both are about 0."""
+    """What a failed probe leaves behind: additional MiB allocated, next to the size of DDP's buckets, and whether its
+    DDP object is still alive. Both should be about 0."""
     model = model or ModelConfig(encoder_layers=4, decoder_layers=1)
     is_new = not dist.is_initialized()
     meter = StepMeter(model, TrainSettings(num_workers=2), None, device)
@@ -199,5 +199,5 @@ def left_over(device: str, model: ModelConfig | None = None) -> dict[str, Any]:
 
 def memory_questions(device: str, batch: int = 64) -> dict[str, Any]:
     """All of the above."""
-    # Workspaces first: they are made once per process.
+    # Workspaces first: they are allocated once per process.
     return {"workspaces": workspaces(device), "layers": layers(device, batch), "left_over": left_over(device)}

@@ -1,4 +1,4 @@
-"""Parts of `benchmarks.gpu` that need torch, numpy and sentencepiece alone: the card, predicted and measured memory,
+"""Parts of `benchmarks.gpu` that need only torch, numpy and sentencepiece: the GPU, predicted and measured memory,
 training steps, and RTFx."""
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from raytrain.training.settings import TrainSettings
 from raytrain.training.step import resolve_precision
 
 MODELS = ("canary-1b-flash", "canary-1b", "canary-180m-flash")
-# The longest bucket with many and with fewer tokens, and two of the sizes that most of a corpus has.
+# The longest bucket with many and with fewer tokens, and two sizes typical of a corpus.
 CELLS: tuple[Edges, ...] = ((40000, 233), (22090, 146), (17060, 65), (4000, 30))
 TINY_CELLS: tuple[Edges, ...] = ((4000, 30), (1000, 12))
 SHAPES: tuple[Shape, ...] = ((64, 20.0, 90), (16, 40.0, 220), (256, 5.0, 30))
@@ -75,7 +75,7 @@ def card(bench: Bench) -> None:
 
 
 def memory(bench: Bench) -> None:
-    """Predicted beside measured peaks of cells of each model, at the largest batch that the prediction gives."""
+    """Predicted and measured peaks of each model's cells, at the largest predicted batch."""
     for name in ("canary-tiny",) if bench.tiny else MODELS:
         config, settings = config_of(name), TrainSettings(num_workers=2)
         budget, precision = _budget(bench), resolve_precision(settings.precision, bench.device)
@@ -85,7 +85,7 @@ def memory(bench: Bench) -> None:
         meter = StepMeter(config, settings, budget if bench.on_cuda else None, bench.device)
         for cell, prediction in zip(edges, predictions, strict=True):
             figures = measure_cell(meter, cell, prediction)
-            if not bench.on_cuda and "measured_gib" in figures:  # that of the process, with all that is in it
+            if not bench.on_cuda and "measured_gib" in figures:  # it is that of the whole process
                 figures["process_gib"] = figures.pop("measured_gib")
                 del figures["error"]
             bench.report(f"{name} {cell[0]} ms {cell[1]} tokens", figures)
@@ -94,7 +94,7 @@ def memory(bench: Bench) -> None:
 
 
 def _budget(bench: Bench) -> int:
-    """Bytes that a step may take."""
+    """Bytes that a step may use."""
     if not bench.on_cuda:
         return GIB
     return int(torch.cuda.get_device_properties(0).total_memory * MEMORY_FRACTION)
@@ -109,7 +109,8 @@ def _predictions(tracer: StepTracer, cells: tuple[Edges, ...], budget: int, max_
 
 
 def measure_cell(meter: Meter, cell: Edges, prediction: Prediction, tries: int = 4) -> dict[str, Any]:
-    """Probe the predicted batch, a twentieth less while it does not fit; predicted and measured peak at what fits.
+    """Probe the predicted batch, reduced by 5 % until it fits; returns the predicted and measured peak of the batch
+    that fits.
 
     `predicted_shares` are those of the largest batch that was traced.
     """
@@ -137,8 +138,9 @@ def measure_cell(meter: Meter, cell: Edges, prediction: Prediction, tries: int =
 
 
 def memory_questions(bench: Bench) -> None:
-    """What the tracer can't know: what libraries keep, what each kind of layer takes, what a failed probe leaves."""
-    bench.report("workspaces", _gpu_memory.workspaces(bench.device))  # first: they are made once per process
+    """What the tracer can't know: what libraries keep, what each kind of layer needs, what a failed probe leaves
+    behind."""
+    bench.report("workspaces", _gpu_memory.workspaces(bench.device))  # first: they are allocated once per process
     for row in _gpu_memory.layers(bench.device, 1 if bench.tiny else 64):
         bench.report(row.pop("layer"), row)
     model = config_of("canary-tiny") if bench.tiny else None
@@ -149,7 +151,7 @@ def memory_questions(bench: Bench) -> None:
 
 
 def step(bench: Bench) -> None:
-    """Training steps of canary-1b-flash: seconds, operations per second beside the reference, memory, profiles."""
+    """Training steps of canary-1b-flash: seconds, FLOP/s relative to the reference, memory, profiles."""
     config = config_of("canary-tiny" if bench.tiny else "canary-1b-flash")
     shapes = TINY_SHAPES if bench.tiny else SHAPES
     model = random_model(config, bench.device).to(bench.device).train()
@@ -172,13 +174,13 @@ def _named(shape: Shape) -> str:
 
 
 def measure_step(bench: Bench, model: nn.Module, config: ModelConfig, shape: Shape) -> dict[str, Any]:
-    """Figures of one shape; the batch is halved until it fits the card."""
+    """Figures of one shape; the batch is halved until it fits on the GPU."""
     batch, seconds, tokens = shape
     rate = matrix_product_tflops(bench.device, matrix_size(bench.tiny))
     while batch >= 1:
         release_memory(bench.device)
         reset_peak(bench.device)
-        # Memory is given back only after the except block, when no traceback holds the failed step's tensors.
+        # Memory is released only after the except block, when no traceback holds the failed step's tensors.
         try:
             work = stepper(model, (batch, seconds, tokens), bench.device)
             taken = seconds_per_call(work, bench.device, 0.3 if bench.tiny else 3.0)

@@ -27,9 +27,10 @@ ROOT = Path(__file__).parents[1]
 
 
 def gpu_tests(bench: Bench) -> None:
-    """Outcomes of the tests that need a GPU, counted as they end, and the names of those that fail.
+    """Outcomes of the tests that need a GPU, counted as they finish, and the names of failed tests.
 
-    Without pydantic tests/conftest.py can't be imported, and is left out: tests that use its fixtures are errors then.
+    Without pydantic, tests/conftest.py can't be imported and is skipped; tests that use its fixtures then fail with
+    errors.
     """
     need_modules(["pytest"])
     if not bench.on_cuda:
@@ -59,7 +60,7 @@ _REASON = re.compile(r"^(FAILED|ERROR|SKIPPED) (.*)$")
 
 
 def outcomes(lines: Iterator[str]) -> Iterator[dict[str, Any]]:
-    """What pytest's verbose output says so far, after each of its lines that says something."""
+    """The outcomes so far, after each relevant line of pytest's verbose output."""
     counts: Counter[str] = Counter()
     reasons: dict[str, list[str]] = {"failed": [], "error": [], "skipped": []}
     for line in lines:
@@ -122,7 +123,7 @@ TINY_SETTINGS = (
     "train.log_every_steps=1",
     "evaluate.beam_size=2",
 )
-_RAY_LOG = re.compile(r"^(\(\w+ pid=\d+\)|\[\d{4}-\d\d-\d\d )")  # what Ray's own parts print
+_RAY_LOG = re.compile(r"^(\(\w+ pid=\d+\)|\[\d{4}-\d\d-\d\d )")  # lines printed by Ray
 _STAGE = re.compile(r"^✓ (\w+) .*\((\d+\.\d) s\)\s*$")
 
 
@@ -146,11 +147,11 @@ def pipeline(bench: Bench) -> None:
 
 
 def _run_stages(bench: Bench, folder: Path, settings: tuple[str, ...]) -> int:
-    """The exit code; the seconds of each stage are told as it ends, and the other lines when all have."""
+    """Returns the exit code; reports each stage's seconds as it ends, and the other lines at the end."""
     command = [sys.executable, "-m", "raytrain", "run", "--config", str(ROOT / "raytrain/demo/demo.yaml")]
     for setting in settings:
         command += ["--set", setting]
-    # A Ray of its own, whatever cluster this shell knows.
+    # Use a separate local Ray, even if this shell is configured for a cluster.
     environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"} | {"COLUMNS": "400"}
     seconds: dict[str, float] = {}
     lines: list[str] = []
@@ -168,7 +169,7 @@ def _run_stages(bench: Bench, folder: Path, settings: tuple[str, ...]) -> int:
 
 
 def report_run(bench: Bench, run_dir: Path) -> None:
-    """What the run's artefacts say of batch sizes, training and evaluation, as far as they are there."""
+    """Batch sizes, training and evaluation from the run's artifacts, as far as they exist."""
     profile = _body(run_dir / "batch_profile.json")
     if profile:
         bench.report("oomptimize", oomptimize_figures(profile))
@@ -183,7 +184,7 @@ def _body(path: Path) -> dict[str, Any]:
 
 
 def oomptimize_figures(body: dict[str, Any]) -> dict[str, Any]:
-    """The first profile's columns, and what else the stage wrote beside its profiles, such as where its time went."""
+    """The first profile's columns, and what else the stage wrote, such as where its time went."""
     profile = body["profiles"][0]
     columns = ("batch_sizes", "num_probes", "predicted_gib", "measured_gib", "step_seconds")
     figures = {name: profile[name] for name in columns if profile.get(name) is not None}
@@ -193,7 +194,7 @@ def oomptimize_figures(body: dict[str, Any]) -> dict[str, Any]:
 
 
 def training_figures(lines: list[dict[str, Any]]) -> dict[str, Any]:
-    """Medians over the log lines, without the first, in which everything starts up."""
+    """Medians over the log lines, except the first, which includes startup."""
     rows = [line for line in lines if "data_wait" in line]
     figures: dict[str, Any] = {"steps": max((line["step"] for line in lines), default=0)}
     if rows:

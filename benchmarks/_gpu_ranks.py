@@ -1,4 +1,4 @@
-"""The part of `benchmarks.gpu` that trains on two ranks: a DDP step by NCCL on two cards, by gloo on a processor."""
+"""The part of `benchmarks.gpu` that trains on two ranks: a DDP step with NCCL on two GPUs, or with gloo on a CPU."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ NUM_RANKS = 2
 
 
 def ddp(bench: Bench) -> None:
-    """A training step on two ranks beside the same step on one: seconds, the all-reduce alone, whether ranks agree."""
+    """A training step on two ranks and on one: seconds, the all-reduce alone, whether ranks agree."""
     if bench.on_cuda and torch.cuda.device_count() < NUM_RANKS:
-        raise Skipped(f"needs {NUM_RANKS} GPUs, there is {torch.cuda.device_count()}")
+        raise Skipped(f"needs {NUM_RANKS} GPUs, found {torch.cuda.device_count()}")
     name, shape = ("canary-tiny", (2, 1.0, 12)) if bench.tiny else ("canary-1b-flash", (16, 20.0, 90))
     for rank, figures in enumerate(run_ranks(bench.device, name, shape)):
         bench.report(f"rank {rank}", figures)
@@ -44,13 +44,13 @@ def _rank(rank: int, folder: str, device: str, name: str, shape: Shape) -> None:
         torch.cuda.set_device(rank)
     else:
         torch.set_num_threads(1)
-    # Each rank draws other weights; DDP gives all of them those of the first.
+    # Each rank draws different weights; DDP broadcasts those of the first.
     model = random_model(config_of(name), device, seed=rank).to(device).train()
     backend = backend_of(device)
     alone = _step_seconds(model, shape, device)
     dist.init_process_group(backend, init_method=f"file://{folder}/store", rank=rank, world_size=NUM_RANKS)
-    place = torch.device("cuda", rank) if device == "cuda" else torch.device("cpu")
-    wrapped = parallel_model(model, TrainSettings(), NUM_RANKS, place)
+    rank_device = torch.device("cuda", rank) if device == "cuda" else torch.device("cpu")
+    wrapped = parallel_model(model, TrainSettings(), NUM_RANKS, rank_device)
     together = _step_seconds(wrapped, shape, device)
     figures = {
         "backend": backend,
@@ -62,17 +62,17 @@ def _rank(rank: int, folder: str, device: str, name: str, shape: Shape) -> None:
     }
     (Path(folder) / f"{rank}.json").write_text(json.dumps(figures))
     dist.barrier()
-    # No tidying up: at times a gloo thread that wants the interpreter's lock and the end of DDP wait for each other.
+    # No cleanup: DDP's teardown sometimes deadlocks with a gloo thread that waits for the GIL.
     os._exit(0)
 
 
 def _step_seconds(model: nn.Module, shape: Shape, device: str) -> float:
-    """Of a number of steps that does not depend on their time: a rank that took more of them would wait for ever."""
+    """Seconds for a fixed number of steps: a rank that took more steps than the others would wait forever."""
     return seconds_per_call(stepper(model, shape, device), device, seconds=0.0, least=5)
 
 
 def _reduction(model: nn.Module, device: str) -> dict[str, float]:
-    """The gradients' all-reduce alone, in float32, and the bytes per second that a link carries meanwhile."""
+    """The gradients' all-reduce alone, in float32, and the resulting bytes per second on a link."""
     gradients = torch.zeros(sum(parameter.numel() for parameter in model.parameters()), device=device)
     dist.all_reduce(gradients)
     wait_for(device)
@@ -85,7 +85,7 @@ def _reduction(model: nn.Module, device: str) -> dict[str, float]:
 
 
 def _agree(model: nn.Module) -> bool:
-    """Whether all ranks have the same weights, to the bit."""
+    """Whether all ranks have bit-identical weights."""
     sums = torch.stack([parameter.detach().double().sum() for parameter in model.parameters()])
     gathered = [torch.empty_like(sums) for _ in range(NUM_RANKS)]
     dist.all_gather(gathered, sums)

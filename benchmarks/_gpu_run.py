@@ -1,8 +1,8 @@
-"""One part of `benchmarks.gpu` in a process of its own, which may hang or die without taking anything along.
+"""One part of `benchmarks.gpu` in a separate process, which may hang or die without affecting the others.
 
 The parent starts `python -m benchmarks._gpu_run PART …` with a file that gets a line of JSON for each report, reads it
-while the process works, and ends the process and all that it started at its limit. What was reported until then counts.
-This module imports nothing beyond the standard library: what a part needs is its own affair.
+while the process works, and ends the process and all its children at the time limit. Everything reported until then
+counts. This module imports only the standard library; each part imports what it needs.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[1]
-GRACE_SECONDS = 3.0  # between asking a process to end and ending it
+GRACE_SECONDS = 3.0  # between asking a process to end and killing it
 _POLL_SECONDS = 0.2
 _SKIPPED, _FAILED = 77, 78
 _REPORTS, _MESSAGES = "reports.jsonl", "messages.txt"
@@ -33,9 +33,10 @@ _REPORTS, _MESSAGES = "reports.jsonl", "messages.txt"
 
 @dataclass(frozen=True)
 class Bench:
-    """What a part is given: the device, whether to take tiny shapes, the seconds it may take, and where its figures go.
+    """What a part receives: the device, whether to use tiny shapes, its time limit in seconds, and where to report
+    figures.
 
-    `report(name, figures)` may be called as often as there is something new; the last figures of a name count.
+    `report(name, figures)` may be called repeatedly; the last figures for a name count.
     """
 
     device: str
@@ -54,11 +55,11 @@ class Skipped(Exception):
 
 
 class PartFailed(Exception):
-    """A part ran to its end, and what it saw is a failure."""
+    """A part ran to completion and found a failure."""
 
 
 def need_modules(names: Iterable[str]) -> None:
-    """Raises `Skipped` that names the modules which are not installed."""
+    """Raises a `Skipped` that names the missing modules."""
     missing = [name for name in names if importlib.util.find_spec(name) is None]
     if missing:
         raise Skipped(f"not installed here: {', '.join(missing)}")
@@ -66,7 +67,7 @@ def need_modules(names: Iterable[str]) -> None:
 
 @dataclass(frozen=True)
 class Part:
-    """`function` is `module:name`, called with a `Bench`; `weight` is its part of the time."""
+    """`function` is `module:name`, called with a `Bench`; `weight` is its share of the time."""
 
     name: str
     function: str
@@ -76,7 +77,8 @@ class Part:
 
 @dataclass
 class Outcome:
-    """`status` is running, done, skipped, failed, stopped (at its limit) or interrupted; `why` where it is not done."""
+    """`status` is running, done, skipped, failed, stopped (at its limit) or interrupted; `why` says why if it is not
+    done."""
 
     status: str
     why: str | None
@@ -97,9 +99,9 @@ class Outcome:
 
 
 def limit_of(weight: float, later: Sequence[float], seconds_left: float) -> float:
-    """The part's share, by weight, of what is left for it and the later ones, less the time that ending each may take.
+    """The part's share, by weight, of the remaining time, less the time that ending each part may take.
 
-    So a part that ends early leaves its time to the later ones, and none can take theirs.
+    A part that ends early thus leaves its time to later parts, and no part can use up theirs.
     """
     usable = seconds_left - GRACE_SECONDS * (1 + len(later))
     return max(0.0, usable * weight / (weight + sum(later)))
@@ -108,12 +110,12 @@ def limit_of(weight: float, later: Sequence[float], seconds_left: float) -> floa
 def run_part(
     part: Part, device: str, tiny: bool, limit: float, on_report: Callable[[Outcome], None] = lambda outcome: None
 ) -> Outcome:
-    """Run a part for at most `limit` seconds; `on_report` is told of each new figure.
+    """Run a part for at most `limit` seconds; `on_report` is called with each new figure.
 
     A `KeyboardInterrupt` ends the part too, and gives `interrupted`.
     """
     outcome, start = Outcome("running", None, 0.0, limit, {}), time.monotonic()
-    # Short, since Ray's sockets are below it; and removed with all that a killed part leaves.
+    # A short path, since Ray's sockets are below it; removed with everything that a killed part leaves.
     folder = Path(tempfile.mkdtemp(prefix="rt-gpu-"))
     try:
         process = _start(part, device, tiny, limit, folder)
@@ -134,7 +136,7 @@ def run_part(
 def _start(part: Part, device: str, tiny: bool, limit: float, folder: Path) -> subprocess.Popen:
     path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH", "")]))
     environment = {**os.environ, "PYTHONPATH": path, "TMPDIR": str(folder), "PYTHONUNBUFFERED": "1"}
-    if device == "cpu":  # toy sizes gain nothing from threads, which wait for each other where the machine is busy
+    if device == "cpu":  # toy sizes don't benefit from threads, which wait for each other on a busy machine
         environment["OMP_NUM_THREADS"] = "1"
     command = [sys.executable, "-m", __name__, part.function, "--device", device, "--seconds", f"{limit:.1f}"]
     command += ["--reports", str(folder / _REPORTS), *(["--tiny"] if tiny else [])]
@@ -146,7 +148,7 @@ def _start(part: Part, device: str, tiny: bool, limit: float, folder: Path) -> s
             stdin=subprocess.DEVNULL,
             stdout=messages,
             stderr=messages,
-            start_new_session=True,  # Ctrl-C is for the parent, which ends it
+            start_new_session=True,  # Ctrl-C goes to the parent, which ends it
         )
 
 
@@ -169,7 +171,7 @@ def _follow(process: subprocess.Popen, reports: Path, deadline: float) -> Iterat
 
 
 def _verdict(code: int | None, limit: float, messages: Path) -> tuple[str, str | None]:
-    """Status and reason by the exit code, None where the process is still there."""
+    """Status and reason from the exit code; None if the process is still running."""
     if code is None:
         return "stopped", f"not ended after {limit:.0f} s; what it had reported until then counts"
     if code == 0:
@@ -183,8 +185,8 @@ def _verdict(code: int | None, limit: float, messages: Path) -> tuple[str, str |
 
 
 def end_all(folder: Path) -> None:
-    """End every process that was started with `folder` for its temporary files: a part's own and all that came of it,
-    in whatever group they are."""
+    """End every process that was started with `folder` as its TMPDIR: a part's process and all its descendants, in any
+    process group."""
     for number in (signal.SIGTERM, signal.SIGKILL):
         until = time.monotonic() + GRACE_SECONDS / 2
         while (processes := processes_of(folder)) and time.monotonic() < until:
@@ -195,17 +197,17 @@ def end_all(folder: Path) -> None:
 
 
 def processes_of(folder: Path) -> list[int]:
-    """Ids of the processes in whose environment `folder` is the place for temporary files."""
+    """Ids of the processes whose environment sets TMPDIR to `folder`."""
     mark, processes = f"TMPDIR={folder}\0".encode(), []
     for path in Path("/proc").glob("[0-9]*/environ"):
-        with contextlib.suppress(OSError):  # ended meanwhile, or somebody else's
+        with contextlib.suppress(OSError):  # it just ended, or belongs to another user
             if mark in path.read_bytes() + b"\0":
                 processes.append(int(path.parent.name))
     return processes
 
 
 def main() -> None:
-    """Run a part here; skipped and failed ones say why in their last line."""
+    """Run a part in this process; skipped and failed parts say why in their last line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("function", help="module:name")
     parser.add_argument("--device", required=True, choices=("cpu", "cuda"))
@@ -228,6 +230,6 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    from benchmarks import _gpu_run  # whose exceptions the parts raise; this module's are others
+    from benchmarks import _gpu_run  # the parts raise its exceptions; those of `__main__` are different classes
 
     _gpu_run.main()

@@ -1,4 +1,4 @@
-"""The result of `benchmarks.gpu` for a person: which parts ran, and a line for each thing that was measured."""
+"""The result of `benchmarks.gpu` as tables: which parts ran, and a line per measurement."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ Rows = list[tuple[str, ...]]
 
 
 def part_rows(document: dict[str, Any]) -> Rows:
-    """Part, how it ended, seconds, and why where it did not just end."""
+    """Part, status, seconds, and the reason if it did not simply finish."""
     return [
         (name, part["status"], f"{part['seconds']:.0f} s", part.get("why", ""))
         for name, part in document["parts"].items()
@@ -17,7 +17,7 @@ def part_rows(document: dict[str, Any]) -> Rows:
 
 
 def figure_rows(document: dict[str, Any]) -> Rows:
-    """Part, what was measured, and its figures; the rows of a list (kernels, tests) follow one by one."""
+    """Part, measurement, and its figures; rows of a list (kernels, tests) follow one per line."""
     rows: Rows = []
     for name, part in document["parts"].items():
         for title, figures in part["results"].items():
@@ -49,7 +49,7 @@ def _joined(figures: Any) -> str:
 
 
 def print_tables(document: dict[str, Any]) -> None:
-    """To standard output, by rich where it is installed."""
+    """Print to standard output, with rich if it is installed."""
     machine = document["machine"]
     print(f"\n{machine.get('gpu', machine['processor'])}, torch {machine.get('torch')}, commit {document['commit']}")
     _print(("part", "measured", "figures"), figure_rows(document))

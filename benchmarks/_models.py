@@ -1,6 +1,6 @@
 """Random models of the shipped shapes, with a tokenizer of the published size, for benchmarks that need no data.
 
-Imports with torch, numpy and sentencepiece alone, which is what a GPU machine without a package registry has.
+Needs only torch, numpy and sentencepiece, which is what a GPU machine without a package registry has.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ def config_of(name: str) -> ModelConfig:
 
 
 def random_model(config: ModelConfig, device: str | torch.device, *, seed: int = 0) -> Canary:
-    """A model whose weights are drawn where it will be: a processor takes 17 s for 0.9 billion of them."""
+    """A model with weights initialized directly on the device: a CPU takes 17 s for 0.9 billion of them."""
     torch.manual_seed(seed)
     with torch.device(device):
         return Canary(config)
@@ -96,7 +96,7 @@ def _train(lines: list[str], size: int, symbols: list[str]) -> bytes:
 
 @cache
 def tokenizers(num_specials: int, languages: int, pieces: int) -> dict[str, bytes]:
-    """Models whose sizes add up to num_specials + languages·pieces; the texts are random words."""
+    """SentencePiece models whose sizes add up to num_specials + languages·pieces, trained on random words."""
     rng = random.Random(1)
     words = ["".join(rng.choices("abcdefghijklmnoprstuvw", k=rng.randint(2, 9))) for _ in range(3000)]
     lines = [" ".join(rng.choices(words, k=12)) for _ in range(2000)]
@@ -106,8 +106,8 @@ def tokenizers(num_specials: int, languages: int, pieces: int) -> dict[str, byte
     symbols = [f"<|{name}|>" for name in (*slots.split(), *names)] + ["<pad>"]
     symbols += [f"<|spltoken{i}|>" for i in range(num_specials - len(symbols) - 2)]
     specials = _train([" ".join(symbols[:5])], num_specials, symbols)
-    one = _train(lines, pieces, [])
-    return {"spl_tokens": specials, **{name: one for name in names}}
+    per_language = _train(lines, pieces, [])
+    return {"spl_tokens": specials, **{name: per_language for name in names}}
 
 
 def random_parts(
@@ -115,8 +115,8 @@ def random_parts(
 ) -> ModelParts:
     """A model of `configs/<name>.yaml` with random weights on `device`.
 
-    With `never_ends` the end of text has no probability: every utterance is decoded up to its length cap, so
-    that models are compared at equal output length.
+    With `never_ends` the end of text has probability zero: every utterance is decoded up to its length cap, so that
+    models are compared at equal output length.
     """
     config = config_of(name)
     languages = 4 if config.vocab_size >= 4096 else 1

@@ -1,6 +1,6 @@
 """Talks to `peer_nemo.py` in NeMo's own environment, and times both sides in turn.
 
-Machines are noisy: one run of ours, one of theirs, and so on, and the ratio of the medians.
+Machines are noisy, so runs alternate between ours and theirs, and the ratio of the medians counts.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ class Peer:
         self._process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
         )
-        # Its versions; it has loaded then, and takes no more time from us.
+        # It sends its versions once it has loaded, and no longer competes for the CPU.
         self.versions = self._answer()
 
     def __enter__(self) -> Peer:
@@ -51,16 +51,16 @@ def in_turn(ours: Callable[[], object], theirs: Callable[[], float], rounds: int
 
     Before each timed run the same side runs once untimed: the other one has emptied its caches.
     """
-    own, other = [], []
+    our_seconds, peer_seconds = [], []
     for _ in range(rounds):
-        # The other side's threads spin for a while after their work.
+        # The other side's threads keep spinning for a while after their work.
         time.sleep(_PAUSE)
         ours()
         start = time.perf_counter()
         ours()
-        own.append(time.perf_counter() - start)
+        our_seconds.append(time.perf_counter() - start)
         time.sleep(_PAUSE)
         theirs()
-        other.append(theirs())
-    mine, peer = statistics.median(own), statistics.median(other)
+        peer_seconds.append(theirs())
+    mine, peer = statistics.median(our_seconds), statistics.median(peer_seconds)
     return {"ours_ms": round(1000 * mine, 1), "nemo_ms": round(1000 * peer, 1), "times_faster": round(peer / mine, 2)}

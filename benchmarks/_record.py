@@ -15,9 +15,9 @@ RESULTS = Path(__file__).parent / "results"
 
 
 def machine(device: str = "cpu", gpu: str | None = None) -> dict[str, Any]:
-    """Processor, cores, GPU where one was used, Python and library versions.
+    """Processor, cores, GPU if one was used, Python and library versions.
 
-    Asking torch for the GPU's name takes some of its memory for as long as this process lives; `gpu` saves that.
+    Asking torch for the GPU's name occupies some of its memory while this process lives; passing `gpu` avoids that.
     """
     names = ("numpy", "torch", "ray")
     return {
@@ -30,7 +30,7 @@ def machine(device: str = "cpu", gpu: str | None = None) -> dict[str, Any]:
 
 
 def _version(name: str) -> str | None:
-    """None where it is not installed: a GPU machine may have torch and numpy alone."""
+    """None if it is not installed: a GPU machine may have only torch and numpy."""
     try:
         return version(name)
     except PackageNotFoundError:
@@ -38,7 +38,7 @@ def _version(name: str) -> str | None:
 
 
 def _processor() -> str:
-    """The processor's name where Linux tells it, else its architecture."""
+    """The processor's name if Linux reports it, else its architecture."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
@@ -53,7 +53,7 @@ def _gpu() -> str:
 
 
 def command() -> str:
-    """How this process was started, without the folders of paths, which name somebody's machine."""
+    """This process's command line, with paths reduced to file names, since folders would identify a machine."""
     arguments = [Path(word).name if "/" in word else word for word in sys.argv[1:]]
     return " ".join(["python", "-m", f"benchmarks.{Path(sys.argv[0]).stem}", *arguments])
 
@@ -64,7 +64,7 @@ def result_path(theme: str, device: str) -> Path:
 
 
 def write_document(path: Path, document: dict[str, Any]) -> None:
-    """Replace the file at once: a reader or a killed writer never leaves half of one."""
+    """Replace the file atomically, so that there is never a partial file."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.{os.getpid()}")
     partial.write_text(json.dumps(document, indent=1) + "\n")
@@ -72,7 +72,8 @@ def write_document(path: Path, document: dict[str, Any]) -> None:
 
 
 def record(theme: str, result: dict[str, Any], *, as_json: bool, device: str = "cpu") -> Path:
-    """Print the result and write it to its `result_path`, which comes back; as JSON, its figures stand at the top."""
+    """Print the result and write it to its `result_path`, which is returned; as JSON, its figures are at the top
+    level."""
     document = {"theme": theme, "command": command(), "machine": machine(device), "result": result}
     path = result_path(theme, device)
     write_document(path, document)

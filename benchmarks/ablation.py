@@ -3,7 +3,7 @@
 python -m benchmarks.ablation --manifest manifest.jsonl --json              # canary-1b and canary-1b-flash on 80 GiB
 python -m benchmarks.ablation --config configs/digits-ablation.yaml --json  # RAYTRAIN_DATA_ROOT names the corpora
 
-An ablation that is there already (RAYTRAIN_RUN_ROOT) is not trained again.
+A finished ablation (in RAYTRAIN_RUN_ROOT) is not trained again.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def predicted(manifest: Path, vocabulary: int) -> dict[str, Any]:
 
 
 def trained(path: Path) -> dict[str, Any]:
-    """What `raytrain ablate` finds, without the single steps."""
+    """The result of `raytrain ablate`, without individual steps."""
     ablation = run_ablation(load_config(path), Console())
     times = {trial.scheme: trial.seconds_to_target for trial in ablation.best_trials()}
     body = asdict(ablation)

@@ -3,13 +3,13 @@
     python -m benchmarks.cluster                                   # 20 million lines; docs/scale.md speaks of it
     python -m benchmarks.cluster --lines 200000 --nodes 1 2 --json
 
-Each node is a Ray node with one CPU on this machine; the head, where the driver is, has none. Where the machine has
-fewer cores than nodes and the driver, they share them, which the result says (`share_cores`). Each number of nodes has
-a driver and a cluster of its own, whose workers have started (`start_seconds`) before the first stage begins.
+Each node is a Ray node with one CPU on this machine; the head, where the driver is, has none. If the machine has fewer
+cores than nodes plus the driver, they share them, and the result says so (`share_cores`). Each number of nodes has its
+own driver and cluster, whose workers are started (`start_seconds`) before the first stage begins.
 
-The manifest and the assignments lie in a folder inside --folder (the system's for temporary files by default), which
-needs about 600 bytes for each line. It is removed at the end and when the benchmark is stopped, unless --keep says that
-the same command is to go on with the numbers of nodes that are not done.
+The manifest and the assignments are in a folder inside --folder (by default the system's temporary folder), which needs
+about 600 bytes per line. It is removed at the end and when the benchmark is stopped, unless --keep is given; the same
+command then resumes with the remaining numbers of nodes.
 """
 
 from __future__ import annotations
@@ -37,13 +37,13 @@ from raytrain.data.text.tokenizer import SPECIALS, CanaryTokenizer, train_specia
 from raytrain.storage.artifacts import file_id
 
 STAGES = ("statistics", "buckets", "assign")
-_BLOCK = 200_000  # lines that are drawn together
+_BLOCK = 200_000  # lines that are generated together
 _SAME = ("statistics.json", "bucket_plan.json", "histogram.parquet")
 _BILLION = 1_000_000_000
 
 
 def prepare(folder: Path, lines: int) -> None:
-    """Write the manifest and a tokenizer for it, unless they are there."""
+    """Write the manifest and a tokenizer for it, unless they exist."""
     if (folder / "ready").exists():
         return
     _, model = make_manifest(folder, lines, _BLOCK)
@@ -72,8 +72,8 @@ def make_config(folder: Path, nodes: int, chunk_bytes: int | None = None) -> Con
 
 
 def run_stages(config: Config, nodes: int) -> dict[str, Any]:
-    """Seconds of each stage, the driver's peak in MiB, and what identifies the results. To be called in a process of
-    its own, which becomes the driver."""
+    """Seconds of each stage, the driver's peak in MiB, and ids of the results. Call it in a separate process, which
+    becomes the driver."""
     os.environ.setdefault("RAY_TRAIN_V2_ENABLED", "1")
     from ray.cluster_utils import Cluster
 
@@ -121,7 +121,7 @@ def folder_id(folder: Path) -> str:
 
 
 def run_apart(folder: Path, nodes: int, chunk_bytes: int | None) -> dict[str, Any]:
-    """`run_stages` in a process of its own; what it wrote but its results is removed."""
+    """Run `run_stages` in a separate process; everything it wrote except its results is removed."""
     done = folder / f"nodes-{nodes}.done.json"
     if not done.exists():
         config = make_config(folder, nodes, chunk_bytes)
@@ -139,9 +139,9 @@ def run_apart(folder: Path, nodes: int, chunk_bytes: int | None) -> dict[str, An
 
 
 def _end(process: subprocess.Popen) -> None:
-    """Ask a driver to stop, and its cluster with it."""
+    """Ask a driver to stop together with its cluster."""
     if process.poll() is None:
-        process.send_signal(signal.SIGINT)  # Ray answers the usual one with a trace of its own
+        process.send_signal(signal.SIGINT)  # Ray responds to SIGTERM with a stack trace
         try:
             process.wait(timeout=60)
         except subprocess.TimeoutExpired:
@@ -150,14 +150,14 @@ def _end(process: subprocess.Popen) -> None:
 
 
 def _run_one(folder: Path, nodes: int, chunk_bytes: int | None) -> None:
-    found = run_stages(make_config(folder, nodes, chunk_bytes), nodes)
+    figures = run_stages(make_config(folder, nodes, chunk_bytes), nodes)
     half = folder / f"nodes-{nodes}.half"
-    half.write_text(json.dumps(found))
+    half.write_text(json.dumps(figures))
     half.rename(folder / f"nodes-{nodes}.done.json")
 
 
 def measure(folder: Path, lines: int, nodes: list[int], chunk_bytes: int | None = None) -> dict[str, Any]:
-    """All of it, as the result has it."""
+    """Run the whole benchmark; returns the result."""
     prepare(folder, lines)
     runs = {number: run_apart(folder, number, chunk_bytes) for number in nodes}
     ids = [run["ids"] for run in runs.values()]
@@ -165,8 +165,8 @@ def measure(folder: Path, lines: int, nodes: list[int], chunk_bytes: int | None 
     return {
         "lines": lines,
         "manifest_gib": round((folder / "manifest.jsonl").stat().st_size / 2**30, 3),
-        "same_results": all(one == ids[0] for one in ids),
-        "ids": ids[0] if all(one == ids[0] for one in ids) else ids,
+        "same_results": all(run_ids == ids[0] for run_ids in ids),
+        "ids": ids[0] if all(run_ids == ids[0] for run_ids in ids) else ids,
         "rows": [run["rows"] for run in runs.values()],
         "rejected": [run["rejected"] for run in runs.values()],
         "nodes": {
@@ -193,7 +193,7 @@ def _billion(seconds: dict[str, float], lines: int, cores: int) -> dict[str, flo
 
 
 def _predicted() -> dict[str, Any] | None:
-    """What the newest result of `benchmarks.scale` says of a billion rows."""
+    """The figures for a billion rows in the newest result of `benchmarks.scale`."""
     sheets = sorted(RESULTS.glob("scale_cpu_*.json"))
     if not sheets:
         return None
@@ -210,10 +210,10 @@ def main() -> None:
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.add_argument("--run", nargs=3, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    # `kill` ends a run as Ctrl-C does: folders and clusters go on the way out.
+    # `kill` ends a run like Ctrl-C: folders and clusters are removed on exit.
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     if arguments.run:
-        signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs begin by ignoring it
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it by default
         folder, nodes, chunk_bytes = arguments.run
         try:
             _run_one(Path(folder), int(nodes), int(chunk_bytes) or None)

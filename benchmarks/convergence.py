@@ -1,8 +1,8 @@
-"""Word error rate by training time of a whole run, and on its test manifests at the end.
+"""Word error rate over the training time of a whole run, and on its test manifests at the end.
 
 python -m benchmarks.convergence --config configs/digits.yaml --json      # RAYTRAIN_DATA_ROOT names the corpora
 
-A run that is there already (RAYTRAIN_RUN_ROOT) is not trained again.
+A finished run (in RAYTRAIN_RUN_ROOT) is not trained again.
 """
 
 from __future__ import annotations
@@ -37,16 +37,16 @@ def curve(config: Config) -> dict[str, Any]:
         "test_utterances": scores["utterances"],
         "validation": [
             {
-                "step": one["step"],
-                "minutes": round(one["time_s"] / 60, 2),
-                "wer": round(one["wer"], 5),
-                "val_loss": round(one["val_loss"], 4),
+                "step": entry["step"],
+                "minutes": round(entry["time_s"] / 60, 2),
+                "wer": round(entry["wer"], 5),
+                "val_loss": round(entry["val_loss"], 4),
             }
-            for one in checks
+            for entry in checks
         ],
         "training": [
-            {"step": one["step"], "loss": round(one["loss"], 4), "lr": round(one["lr"], 7)}
-            for one in steps[:: len(steps) // 60 + 1]
+            {"step": entry["step"], "loss": round(entry["loss"], 4), "lr": round(entry["lr"], 7)}
+            for entry in steps[:: len(steps) // 60 + 1]
         ],
     }
 
@@ -59,8 +59,8 @@ def draw(result: dict[str, Any], path: Path) -> None:
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(figsize=(6.4, 3.4), layout="constrained")
-    minutes = [one["minutes"] for one in result["validation"]]
-    axes.plot(minutes, [100 * one["wer"] for one in result["validation"]], marker="o", color="#2f6db5")
+    minutes = [entry["minutes"] for entry in result["validation"]]
+    axes.plot(minutes, [100 * entry["wer"] for entry in result["validation"]], marker="o", color="#2f6db5")
     axes.axhline(100 * result["test_wer"], color="#d9762b", ls="--", label=f"test WER {result['test_wer']:.1%}")
     axes.set(xlabel="training (minutes)", ylabel="validation WER (%)", ylim=(0, None))
     axes.legend(frameon=False)

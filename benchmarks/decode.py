@@ -3,9 +3,9 @@
     python -m benchmarks.decode --models canary-1b canary-1b-flash --batches 1 4 --beams 1 4
     python -m benchmarks.decode --models canary-tiny --nemo-python nemo-venv/bin/python
 
-Weights are random and the end of text has no probability: every utterance gets the same number of tokens in every
-model. `rtfx` counts encoder and decoder, `decoder_ms` the search alone. NeMo decodes the same weights, with its
-greedy strategy and with beam 1, the two taking turns with ours; the faster of its two counts.
+Weights are random and the end of text has probability zero: every utterance gets the same number of tokens in every
+model. `rtfx` covers encoder and decoder, `decoder_ms` only the search. NeMo decodes with the same weights, with its
+greedy strategy and with beam 1, alternating with ours; the faster of its two counts.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class Decoding:
         self.eos, self.device, seconds = tokenizer.eos_id, arguments.device, arguments.seconds
         device = self.device
         self.prompt = prompt_ids(tokenizer, "en", "en", prompt_format=parts.config.prompt_format)
-        # The cap counts the prompt, whose length differs between the formats; the texts shall be equally long.
+        # The cap includes the prompt, whose length differs between formats; the texts should be equally long.
         self.delta = arguments.delta + len(self.prompt)
         self.settings = DecodeSettings(beam_size=beam, max_generation_delta=self.delta)
         self.model = parts.build().to(device) if model is None else model
@@ -56,9 +56,9 @@ class Decoding:
 
     @torch.inference_mode()
     def search(self) -> list[int]:
-        found = decode(self.model, *self.states, self.prompts, self.sizes, self.eos, self.settings)
+        hypotheses = decode(self.model, *self.states, self.prompts, self.sizes, self.eos, self.settings)
         self._wait()
-        return [len(hypotheses[0].ids) for hypotheses in found]
+        return [len(beam[0].ids) for beam in hypotheses]
 
     def _wait(self) -> None:
         if self.device == "cuda":
@@ -81,7 +81,7 @@ def measure(parts: ModelParts, batch: int, beam: int, arguments: Any, peer: Peer
     run.encode()
     tokens = run.search()
     encoder, decoder = timed(run.encode, arguments.rounds), timed(run.search, arguments.rounds)
-    found = {
+    row = {
         "tokens": tokens[0],
         "encoder_ms": round(1000 * encoder, 1),
         "decoder_ms": round(1000 * decoder, 1),
@@ -99,11 +99,11 @@ def measure(parts: ModelParts, batch: int, beam: int, arguments: Any, peer: Peer
                 prompt=run.prompt,
             )
             compared = in_turn(run.search, lambda: peer.ask(do="run")["seconds"], arguments.rounds)
-            found[f"nemo_{strategy}"] = {"tokens": answer["result"][0], **compared}
-        found["times_faster_than_nemo"] = min(
-            value["times_faster"] for key, value in found.items() if key.startswith("nemo_")
+            row[f"nemo_{strategy}"] = {"tokens": answer["result"][0], **compared}
+        row["times_faster_than_nemo"] = min(
+            value["times_faster"] for key, value in row.items() if key.startswith("nemo_")
         )
-    return found
+    return row
 
 
 def main() -> None:
@@ -120,7 +120,7 @@ def main() -> None:
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     arguments = parser.parse_args()
     if arguments.nemo_python:
-        arguments.device = "cpu"  # where the other side runs
+        arguments.device = "cpu"  # NeMo runs on the CPU
     torch.set_num_threads(arguments.threads)
     result: dict[str, Any] = {"threads": arguments.threads, "seconds": arguments.seconds}
     for name in arguments.models:

@@ -1,14 +1,13 @@
-"""All that raytrain wants to know of a GPU, in the minutes that a person has one.
+"""Everything raytrain measures on a GPU, within a limited number of minutes.
 
-    python -m benchmarks.gpu --minutes 8
-    python -m benchmarks.gpu --only step,rtfx --minutes 3
-    python -m benchmarks.gpu --device cpu --tiny         # the same parts at toy size, where there is no GPU
+    python -m benchmarks.gpu --minutes 8 python -m benchmarks.gpu --only step,rtfx --minutes 3 python -m benchmarks.gpu
+    --device cpu --tiny         # the same parts at toy size, without a GPU
 
-Parts run in the order of their worth, each in a process of its own with its own time limit: one that hangs or ends in a
-CUDA error takes no other along, and one that ends early leaves its time to the later ones. The result file is written
-anew with each figure, so a run that is stopped keeps what it has. A part that lacks something (Ray, a second GPU) is
-skipped and says so. Needs torch, numpy and sentencepiece; the pipeline needs all of raytrain. It ends with 1 where a
-part failed.
+Parts run in order of importance, each in a separate process with its own time limit: one that hangs or ends in a CUDA
+error does not affect the others, and one that ends early leaves its time to the later ones. The result file is
+rewritten with each figure, so a stopped run keeps what it has. A part that lacks something (Ray, a second GPU) is
+skipped and says so. Needs torch, numpy and sentencepiece; the pipeline part needs all of raytrain. The exit code is 1
+if a part failed.
 """
 
 from __future__ import annotations
@@ -33,23 +32,24 @@ from benchmarks._gpu_run import Outcome, Part, limit_of, run_part
 from benchmarks._gpu_table import print_tables
 from benchmarks._record import command, machine, result_path, write_document
 
-# Weights: the seconds that each may need on a large GPU, with the start of its process.
+# Weights: the seconds that each may need on a large GPU, including its process's startup.
 PARTS = (
-    Part("card", "benchmarks._gpu_parts:card", 30, "the card, its driver, and a bf16 matrix product"),
+    Part("card", "benchmarks._gpu_parts:card", 30, "the GPU, its driver, and a bf16 matrix product"),
     Part("tests", "benchmarks._gpu_pipeline:gpu_tests", 75, "tests marked gpu"),
     Part("pipeline", "benchmarks._gpu_pipeline:pipeline", 135, "the pipeline on the demo's corpus, with real probes"),
-    Part("memory", "benchmarks._gpu_parts:memory", 90, "predicted beside measured peaks"),
-    Part("memory_questions", "benchmarks._gpu_parts:memory_questions", 20, "what the tracer asks of a card"),
+    Part("memory", "benchmarks._gpu_parts:memory", 90, "predicted and measured peaks"),
+    Part("memory_questions", "benchmarks._gpu_parts:memory_questions", 20, "what the tracer can't know"),
     Part("step", "benchmarks._gpu_parts:step", 55, "training steps and their costliest kernels"),
     Part("rtfx", "benchmarks._gpu_parts:rtfx", 50, "RTFx of encoder and decoder"),
     Part("ddp", "benchmarks._gpu_ranks:ddp", 20, "a training step on two ranks"),
 )
-_LEAST_SECONDS = 5.0  # less is not worth a process's start
+_LEAST_SECONDS = 5.0  # less is not worth starting a process
 _RESERVE_SECONDS = 5.0  # imports before the first part, tables after the last
 
 
 def chosen(names: str | None) -> tuple[Part, ...]:
-    """The parts of a comma-separated list, in their own order; all without one. Raises `ValueError` for others."""
+    """The parts in a comma-separated list, in canonical order; all if it is empty. Raises `ValueError` for unknown
+    parts."""
     if names is None:
         return PARTS
     wanted = [name.strip() for name in names.split(",")]
@@ -61,7 +61,7 @@ def chosen(names: str | None) -> tuple[Part, ...]:
 
 @dataclass(frozen=True)
 class Run:
-    """Parts to run on a device, and the document that is kept at `path` meanwhile."""
+    """Parts to run on a device, and the document that is kept up to date at `path`."""
 
     parts: tuple[Part, ...]
     device: str
@@ -70,7 +70,7 @@ class Run:
     document: dict[str, Any]
 
     def run(self, seconds: float) -> None:
-        """Run all parts, within `seconds` whatever they do."""
+        """Run all parts within `seconds`, even if they hang."""
         deadline = time.monotonic() + seconds
         for number, part in enumerate(self.parts):
             left = deadline - time.monotonic()
@@ -94,7 +94,7 @@ class Run:
 
 
 def new_document(device: str, tiny: bool) -> dict[str, Any]:
-    """What is known before the first part: where this runs, which code, and how it was started."""
+    """What is known before the first part: the machine, the code version, and the command line."""
     gpu = (nvidia_smi("name") or ["unknown"])[0] if device == "cuda" else None
     started = datetime.datetime.now().astimezone().isoformat(timespec="seconds")
     return {
@@ -110,14 +110,14 @@ def new_document(device: str, tiny: bool) -> dict[str, Any]:
 
 
 def default_path(document: dict[str, Any]) -> Path:
-    """`results/gpu_<card>_<date>.json`, by the GPU's name without its vendor's."""
+    """`results/gpu_<card>_<date>.json`, with the GPU's name without the vendor."""
     name = document["machine"].get("gpu", document["device"])
     words = re.findall(r"[a-z0-9]+", name.lower().replace("nvidia", ""))
     return result_path("gpu_tiny" if document["tiny"] else "gpu", "-".join(words) or document["device"])
 
 
 def _commit() -> str | None:
-    """The checkout's commit, with a plus where files differ from it; None where there is no git."""
+    """The checkout's commit, with a plus if files differ from it; None without git."""
     try:
         options = {"cwd": Path(__file__).parent, "capture_output": True, "text": True, "timeout": 20, "check": True}
         commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], **options).stdout.strip()
@@ -130,23 +130,25 @@ def _commit() -> str | None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--minutes", type=float, default=8.0, help="for all parts together")
-    parser.add_argument("--only", help=f"some of {','.join(part.name for part in PARTS)}")
+    parser.add_argument("--only", help=f"comma-separated parts of {','.join(part.name for part in PARTS)}")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--tiny", action="store_true", help="canary-tiny and small batches, to see that all parts run")
+    parser.add_argument(
+        "--tiny", action="store_true", help="canary-tiny and small batches, to check that all parts run"
+    )
     parser.add_argument("--output", type=Path, help="the result file, instead of one in benchmarks/results")
     parser.add_argument("--json", action="store_true", help="print the result file instead of tables")
     arguments = parser.parse_args()
     if arguments.device == "cuda" and not torch.cuda.is_available():
         parser.error("torch sees no GPU here; --device cpu --tiny runs the same parts at toy size")
     if arguments.device == "cpu" and not arguments.tiny:
-        parser.error("a processor takes hours for these shapes; add --tiny")
+        parser.error("a CPU takes hours for these shapes; add --tiny")
     try:
         parts = chosen(arguments.only)
     except ValueError as error:
         parser.error(str(error))
     document = new_document(arguments.device, arguments.tiny)
     run = Run(parts, arguments.device, arguments.tiny, arguments.output or default_path(document), document)
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # `timeout` sends it; what was measured is shown
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # `timeout` sends it; measurements so far are shown
     run.run(60 * arguments.minutes - _RESERVE_SECONDS)
     if arguments.json:
         print(json.dumps(document))

@@ -15,7 +15,7 @@ CAPACITIES = ("1024", "64", "16")
 
 
 def measure(steps: int) -> list[int]:
-    """MiB resident after every 30 steps; runs in a process of its own, since the cache belongs to the process."""
+    """MiB resident after every 30 steps; runs in a separate process, since the cache is per process."""
     import psutil
     import torch
 

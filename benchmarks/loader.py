@@ -1,11 +1,11 @@
 """Audio-seconds per second of our loader and of lhotse's K2SpeechRecognitionDataset in a DataLoader, by format.
 
 Both read the same generated recordings in the same batches (buckets of 30 s to 120 s of audio each), decode, and pad;
-ours with threads, lhotse's with worker processes, the two taking turns.
+ours with threads, lhotse's with worker processes, alternating.
 
 With --short: utterances of one second in batches of 512 through schedule, rows, files, decoder and batch, per second of
-a CPU's time, with what each part takes; `codec` is decoding from memory into one array and nothing else. Of each the
-least of several rounds, since other work on a machine only adds.
+a CPU's time, with what each part takes; `codec` is just decoding from memory into one array. The minimum of several
+rounds counts, since other work on the machine only adds time.
 
 python -m benchmarks.loader --json
 python -m benchmarks.loader --short --json
@@ -57,7 +57,7 @@ def write_sounds(
     """Paths and durations in ms of recordings of band-limited noise, which compresses about as speech does; all of
     `length_ms`, or of 0.8 to 20 s."""
     rng = np.random.default_rng(1)
-    found = []
+    recordings = []
     folder.mkdir()
     for number in range(rows):
         duration_ms = int(np.clip(rng.lognormal(8.6, 0.6), 800, 20000)) if number % 3 else int(rng.uniform(4000, 20000))
@@ -66,16 +66,16 @@ def write_sounds(
         sound = np.convolve(noise, np.hanning(24), "same") * np.abs(np.sin(np.arange(len(noise)) / 4000)) * 0.02
         path = folder / f"{number:05d}.{container}"
         soundfile.write(path, sound, RATE, subtype=subtype, format=container.upper())
-        found.append((str(path), duration_ms))
-    return found
+        recordings.append((str(path), duration_ms))
+    return recordings
 
 
 def write_assignment(folder: Path, sounds: list[tuple[str, int]]) -> Assignment:
     """The recordings in three buckets."""
-    place = np.searchsorted(EDGES_MS, [duration for _, duration in sounds])
+    bucket_of = np.searchsorted(EDGES_MS, [duration for _, duration in sounds])
     with PartsWriter(folder, 0) as writer:
         for bucket in range(len(EDGES_MS)):
-            rows = [sound for sound, where in zip(sounds, place, strict=True) if where == bucket]
+            rows = [sound for sound, where in zip(sounds, bucket_of, strict=True) if where == bucket]
             values = [
                 {
                     "audio_path": path,
@@ -101,7 +101,7 @@ def write_assignment(folder: Path, sounds: list[tuple[str, int]]) -> Assignment:
 def open_loader(
     assignment: Assignment, schedule: BatchSchedule, threads: int, augmenter: Augmenter | None = None
 ) -> BatchLoader:
-    """One rank's loader from the start."""
+    """One rank's loader from the beginning."""
     reader = StepReader(
         assignment.edges,
         sample_rate=RATE,
@@ -152,7 +152,7 @@ def lhotse(batches: list[list[tuple[str, int]]], workers: int) -> float:
 
 
 def same_batches(assignment: Assignment) -> list[list[tuple[str, int]]]:
-    """The batches that our schedule gives, as paths and durations."""
+    """The batches from our schedule, as paths and durations."""
     schedule = BatchSchedule(1, assignment.rows_per_bucket, SIZES, num_epochs=1)
     state, batches = schedule.initial(), []
     while not schedule.is_last(state, 1):
@@ -195,7 +195,7 @@ def short(folder: Path, name: str, rows: int, rounds: int, threads: list[int]) -
 
 
 def profile_of(micros: dict[str, float], whole: float) -> dict[str, float]:
-    """What each part adds to the `whole`, from what the parts take alone."""
+    """What each part adds to the `whole`, derived from the parts' separate times."""
     parts = {
         "schedule and rows": micros["rows"],
         "open and read the file": micros["file"],
@@ -209,13 +209,13 @@ def profile_of(micros: dict[str, float], whole: float) -> dict[str, float]:
 
 
 def each(function: Callable[[Any], Any], items: Iterable[Any]) -> None:
-    """Call it with each item, keeping nothing."""
+    """Call it with each item, discarding results."""
     for item in items:
         function(item)
 
 
 def epoch(assignment: Assignment, schedule: BatchSchedule, threads: int) -> None:
-    """Read one epoch and forget it."""
+    """Read one epoch and discard it."""
     with open_loader(assignment, schedule, threads) as loader:
         for _ in loader:
             pass
@@ -228,7 +228,7 @@ def read_file(path: str) -> bytes:
 
 
 def decode_only(data: bytes) -> None:
-    """The least that decoding can take: FLAC by the decoder's C functions, WAV as integers to floats."""
+    """The minimum cost of decoding: FLAC by the decoder's C functions, WAV as integers to floats."""
     if not data.startswith(b"fLaC"):
         np.multiply(np.frombuffer(data, np.int16)[-len(_DECODED) :], 2**-15, out=_DECODED)
         return

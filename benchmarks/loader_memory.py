@@ -1,9 +1,9 @@
-"""Resident memory of a loader that runs for an hour, over all formats and with augmentation.
+"""Resident memory of a loader that runs for an hour, with all formats and augmentation.
 
 python -m benchmarks.loader_memory --minutes 60 --json
 
-Writes the curve beside the result as a picture. Anonymous memory is what the process itself holds; the rest of what is
-resident are pages of the assignment's files, which the kernel drops when it needs them.
+Also plots the curve next to the result. Anonymous memory is what the process itself holds; the rest of the resident
+memory consists of pages of the assignment's files, which the kernel drops as needed.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ from raytrain.lengths import BatchSchedule
 def resident_mib() -> tuple[float, float]:
     """(anonymous, all) resident memory of this process."""
     with open("/proc/self/status") as file:
-        found = {line.split(":")[0]: line.split()[1] for line in file if line.startswith(("RssAnon", "VmRSS"))}
-    return int(found["RssAnon"]) / 1024, int(found["VmRSS"]) / 1024
+        status = {line.split(":")[0]: line.split()[1] for line in file if line.startswith(("RssAnon", "VmRSS"))}
+    return int(status["RssAnon"]) / 1024, int(status["VmRSS"]) / 1024
 
 
 def run(minutes: float, pause: float, rows: int) -> dict[str, Any]:
-    """Load for `minutes`, with `pause` seconds after each batch in the place of a training step."""
+    """Load for `minutes`, with a pause of `pause` seconds after each batch in place of a training step."""
     points: list[tuple[float, float, float]] = []
     with tempfile.TemporaryDirectory() as folder:
         sounds = [sound for name in FORMATS for sound in write_sounds(Path(folder) / name, *FORMATS[name], 100)]

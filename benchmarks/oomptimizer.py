@@ -1,5 +1,5 @@
-"""Batch sizes without a GPU: seconds to predict 60 buckets, probes that a search would need beside NeMo's rule, mean
-batch sizes of the paper's schemes, and the prediction against the memory of real steps on this processor.
+"""Batch sizes without a GPU: seconds to predict 60 buckets, probes that a search needs compared with NeMo's rule, mean
+batch sizes of the paper's schemes, and predictions compared with the memory of real steps on this CPU.
 
 python -m benchmarks.oomptimizer --manifest manifest.jsonl --tokenizer spe.model --json
 python -m benchmarks.oomptimizer --json                     # a drawn mix of lengths instead
@@ -66,10 +66,10 @@ def sizes_of(plan: BucketPlan, model: ModelConfig, memory: str) -> tuple[list[An
     with ray_session(config.cluster):
         ready = time.perf_counter()
         device = traced_device(config.oomptimize.device_memory)
-        found = predict(config, model, plan, device, lambda *_: None)
+        predictions = predict(config, model, plan, device, lambda *_: None)
         done = time.perf_counter()
-    print(f"{len(found)} buckets in {done - ready:.1f} s, Ray's start {ready - start:.1f} s", file=sys.stderr)
-    return found, done - ready
+    print(f"{len(predictions)} buckets in {done - ready:.1f} s, Ray's start {ready - start:.1f} s", file=sys.stderr)
+    return predictions, done - ready
 
 
 # --- schemes
@@ -83,7 +83,8 @@ def mean_batch(counts: np.ndarray, sizes: np.ndarray) -> float:
 def heuristic_sizes(histogram: LengthHistogram, edges: list[int]) -> tuple[np.ndarray, np.ndarray]:
     """Scheme A's utterances and batch sizes by duration bucket: as many utterances as sum to 360 s of d + d²/15.
 
-    A sampler fills a batch with what comes, hence the mean over the bucket's utterances and not its upper edge.
+    A sampler fills a batch with arriving utterances, hence the mean over the bucket's utterances and not its upper
+    edge.
     """
     seconds = histogram.cells / 1000
     needs = seconds + seconds**2 / PENALTY_SECONDS
@@ -97,18 +98,18 @@ def heuristic_sizes(histogram: LengthHistogram, edges: list[int]) -> tuple[np.nd
 
 def schemes(histogram: LengthHistogram, model: ModelConfig, memory: str, durations: int) -> dict[str, Any]:
     """Mean batch size of the paper's schemes A to D on a device of `memory`, and what D's batches hold."""
-    one = make_plan(histogram, BucketSettings(durations, 1, max_tokens=2048), "", cost_of(model))
-    two = make_plan(histogram, BucketSettings(durations, 2, max_tokens=2048), "", cost_of(model))
-    edges = [bucket.max_duration_ms for bucket in one.grid.buckets]
-    kept = histogram.select(one.assign(histogram.cells, histogram.tokens)[0] >= 0)
+    one_dimensional = make_plan(histogram, BucketSettings(durations, 1, max_tokens=2048), "", cost_of(model))
+    two_dimensional = make_plan(histogram, BucketSettings(durations, 2, max_tokens=2048), "", cost_of(model))
+    edges = [bucket.max_duration_ms for bucket in one_dimensional.grid.buckets]
+    kept = histogram.select(one_dimensional.assign(histogram.cells, histogram.tokens)[0] >= 0)
     result: dict[str, Any] = {
         "mean_batch_A": mean_batch(*heuristic_sizes(histogram, edges)),
         "mean_batch_B": mean_batch(*heuristic_sizes(kept, edges)),
     }
-    for name, plan in (("C", one), ("D", two)):
-        sizes = np.array([found.batch_size for found in sizes_of(plan, model, memory)[0]], float)
-        place = plan.assign(histogram.cells, histogram.tokens)[0]
-        counts = np.bincount(place[place >= 0], histogram.counts[place >= 0], len(sizes))
+    for name, plan in (("C", one_dimensional), ("D", two_dimensional)):
+        sizes = np.array([prediction.batch_size for prediction in sizes_of(plan, model, memory)[0]], float)
+        buckets = plan.assign(histogram.cells, histogram.tokens)[0]
+        counts = np.bincount(buckets[buckets >= 0], histogram.counts[buckets >= 0], len(sizes))
         result[f"mean_batch_{name}"] = mean_batch(counts, sizes)
     result["D_over_A"] = result["mean_batch_D"] / result["mean_batch_A"]
     return {key: round(value, 2) for key, value in result.items()}
@@ -120,7 +121,7 @@ def schemes(histogram: LengthHistogram, model: ModelConfig, memory: str, duratio
 @dataclass(frozen=True)
 class SimulatedDevice:
     """A device on which a step takes `factors` (by bucket) times its predicted bytes, and `largest` are the largest
-    batches that fit. Peaks are told to ±0.5 %."""
+    batches that fit. Peaks are reported to ±0.5 %."""
 
     needs: tuple[tuple[float, float], ...]
     factors: tuple[float, ...]
@@ -151,7 +152,7 @@ def simulate(
         int((budget * rng.uniform(*usable) * by_duration[duration] - base) / slope)
         for (duration, _), (base, slope) in zip(edges, needs, strict=True)
     ]
-    # Longer and denser buckets never take more.
+    # Longer and denser buckets never fit more.
     largest = [
         min(size for (d, t), size in zip(edges, largest, strict=True) if d <= edge[0] and t <= edge[1])
         for edge in edges
@@ -201,7 +202,7 @@ def run_nemo(device: SimulatedDevice, tally: Tally) -> None:
 def run_searches(
     device: SimulatedDevice, searches: BucketSearches, tally: Tally, peaks: bool = True, processes: int = 1
 ) -> None:
-    """All buckets' searches together, by so many processes that probe at the same time."""
+    """All buckets' searches together, by this many concurrent probing processes."""
     while not searches.done:
         asks = [ask for ask in (searches.next() for _ in range(processes)) if ask is not None]
         for bucket, size in asks:
@@ -217,7 +218,7 @@ def count_probes(
     edges: list[tuple[int, int]], needs: list[tuple[float, float]], budget: int, devices: int
 ) -> dict[str, Any]:
     """Probes per bucket on simulated devices. Both rules face the same devices and end at the same tolerance; ours also
-    with four processes at once, at a tolerance of 0.02, where peaks are not told, and where devices run out 1 to 5 %
+    with four processes at once, at a tolerance of 0.02, without reported peaks, and with devices that run out 1 to 5 %
     before the budget."""
     names = ("", "four_processes_", "tolerance_0.02_", "without_peaks_", "early_failures_", "nemo_rule_")
     tallies = {name: Tally() for name in names}
@@ -247,7 +248,7 @@ def count_probes(
 
 
 class ProcessMeter:
-    """Peak of this process above what it holds without the model, for steps on the processor."""
+    """Peak of this process above its level without the model, for steps on the CPU."""
 
     def __init__(self, model: ModelConfig, settings: TrainSettings, group: ProbeGroup | None = None) -> None:
         import torch
@@ -271,8 +272,8 @@ class ProcessMeter:
 
     def measure(self, batch_size: int, edges: tuple[int, int], num_steps: int, *, fresh: bool = True) -> Probe:
         """See `StepMeter`."""
-        found = self._meter.measure(batch_size, edges, num_steps)
-        return replace(found, peak_bytes=found.peak_bytes - self._before)
+        probe = self._meter.measure(batch_size, edges, num_steps)
+        return replace(probe, peak_bytes=probe.peak_bytes - self._before)
 
 
 def _resident_bytes() -> int:
@@ -280,7 +281,7 @@ def _resident_bytes() -> int:
         return next(int(line.split()[1]) * 1024 for line in file if line.startswith("VmRSS"))
 
 
-# What is freed goes back to the system at once, so that the process holds what is live.
+# Freed memory is returned to the system immediately, so that resident memory equals live memory.
 _ENVIRONMENT = {
     "MALLOC_MMAP_THRESHOLD_": "65536",
     "MALLOC_TRIM_THRESHOLD_": "65536",
@@ -293,7 +294,9 @@ _SHAPES = ((4, (4000, 40)), (8, (10000, 60)), (16, (10000, 200)), (8, (20000, 10
 
 def process_meters(model: ModelConfig, settings: TrainSettings, folder: Path) -> list[IsolatedMeter]:
     """One meter, or for a sharded model one for each rank, which meet by a file in `folder`."""
-    from benchmarks.oomptimizer import ProcessMeter as Meter  # by its module's name, which the other process knows
+    from benchmarks.oomptimizer import (
+        ProcessMeter as Meter,
+    )  # by its module's name, so that the other process can import it
 
     ranks = settings.most_workers if settings.shard else 1
     groups: list[ProbeGroup | None] = [None]
@@ -311,8 +314,8 @@ def measure_together(meters: list[IsolatedMeter], size: int, edges: tuple[int, i
 def against_processor(
     shapes: Sequence[tuple[int, tuple[int, int]]] = _SHAPES, kinds: Sequence[str] = ("one", "ddp", "sharded")
 ) -> dict[str, Any]:
-    """Predicted beside measured peak MiB of a 4+2-layer Canary in fp32: alone, in DDP and sharded over two ranks, with
-    and without activation checkpointing."""
+    """Predicted and measured peak MiB of a 4+2-layer Canary in fp32: alone, in DDP and sharded over two ranks, with and
+    without activation checkpointing."""
     model = ModelConfig(
         encoder_layers=4,
         encoder_width=256,
@@ -378,9 +381,9 @@ def main() -> None:
     parser.add_argument("--schemes-model", default="canary-1b", help="for the schemes")
     parser.add_argument("--device-memory", default="80GiB")
     parser.add_argument("--durations", type=int, default=30)
-    parser.add_argument("--devices", type=int, default=20, help="how many simulated ones the probes are counted on")
-    parser.add_argument("--only-probes", action="store_true", help="leave out what is timed or measured")
-    parser.add_argument("--processes-only", action="store_true", help="hold predictions against processes, no more")
+    parser.add_argument("--devices", type=int, default=20, help="number of simulated devices to count probes on")
+    parser.add_argument("--only-probes", action="store_true", help="skip everything timed or measured")
+    parser.add_argument("--processes-only", action="store_true", help="only compare predictions with processes")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     arguments = parser.parse_args()
     if arguments.processes_only:
@@ -394,22 +397,22 @@ def main() -> None:
     model = config_of(arguments.model)
     settings = BucketSettings(arguments.durations, 2, max_tokens=2048)
     plan = make_plan(histogram, settings, "", cost_of(model))
-    found, seconds = sizes_of(plan, model, arguments.device_memory)
+    predictions, seconds = sizes_of(plan, model, arguments.device_memory)
     edges = [(bucket.max_duration_ms, bucket.max_tokens) for bucket in plan.grid.buckets]
-    needs = [(one.line.base_bytes, one.line.slope_bytes) for one in found]
+    needs = [(prediction.line.base_bytes, prediction.line.slope_bytes) for prediction in predictions]
     budget = int(0.9 * check_memory(arguments.device_memory))
     result = {
         "model": arguments.model,
         "device_memory": arguments.device_memory,
-        "buckets": len(found),
+        "buckets": len(predictions),
         **count_probes(edges, needs, budget, arguments.devices),
     }
     if arguments.only_probes:
         record("oomptimizer_probes", result, as_json=arguments.json)
         return
     result |= {
-        "seconds_per_60_cells": round(seconds * 60 / len(found), 2),
-        "batch_sizes": [one.batch_size for one in found],
+        "seconds_per_60_cells": round(seconds * 60 / len(predictions), 2),
+        "batch_sizes": [prediction.batch_size for prediction in predictions],
         "edges": [list(edge) for edge in edges],
         "schemes_model": arguments.schemes_model,
         **schemes(histogram, config_of(arguments.schemes_model), arguments.device_memory, arguments.durations),

@@ -1,9 +1,9 @@
-"""Predicted against measured memory on this GPU, and probes and seconds beside NeMo's rule, for whole models.
+"""Predicted and measured memory on this GPU, and probes and seconds compared with NeMo's rule, for whole models.
 
-Needs torch, numpy and this package alone. For each model, 30×2 buckets up to 40 s: the tracer predicts each bucket's
+Needs only torch, numpy and this package. For each model, 30×2 buckets up to 40 s: the tracer predicts each bucket's
 largest batch; the search starts there and runs real steps (DDP in a group of one, bf16, clip, fused AdamW); then NeMo's
 rule (start 32, double, halve, bisect to 5 %; the next bucket starts at twice the last result) runs on the same buckets.
-After each model the result file is written anew, so that a stopped run keeps what it has.
+After each model the result file is rewritten, so that a stopped run keeps what it has.
 
 python -m benchmarks.oomptimizer_gpu --models canary-180m-flash canary-1b-flash canary-1b --json
 """
@@ -84,14 +84,14 @@ def measure_model(name: str, plan: BucketPlan, total: int, memory_fraction: floa
         result["cells"] = cells
     if with_nemo:
         with IsolatedMeter(StepMeter, model, settings, budget) as meter:
-            begun, others, previous = time.perf_counter(), [], None
+            begun, nemo_cells, previous = time.perf_counter(), [], None
             for bucket in reversed(range(len(edges))):
                 search = BatchSizeSearch(32 if previous is None else previous * 2, 4096, TOLERANCE, growth=2.0)
                 found = search_batch_size(lambda size, bucket=bucket: meter.measure(size, edges[bucket], 1), search)
-                others.append(_cell(bucket, edges[bucket], predictions[bucket], found.batch_size, found.probes))
+                nemo_cells.append(_cell(bucket, edges[bucket], predictions[bucket], found.batch_size, found.probes))
                 previous = found.batch_size
-            result |= _summary("nemo_rule_", others, time.perf_counter() - begun)
-            result["nemo_rule_batch_sizes"] = [cell["batch_size"] for cell in reversed(others)]
+            result |= _summary("nemo_rule_", nemo_cells, time.perf_counter() - begun)
+            result["nemo_rule_batch_sizes"] = [cell["batch_size"] for cell in reversed(nemo_cells)]
     return result
 
 

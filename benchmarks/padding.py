@@ -1,4 +1,4 @@
-"""Padding by scheme on a long-tailed mix of lengths, and the time to make a plan from its histogram."""
+"""Padding by scheme on a long-tailed mix of lengths, and the time to compute a plan from its histogram."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from raytrain.lengths import BucketSettings, LengthHistogram, make_plan, padding
 
 
 def draw_lengths(number: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Durations (ms) up to 40 s and tokens, with 1 % of fast talkers; (number,) each."""
+    """Durations (ms) up to 40 s and tokens, with 1 % fast speakers; (number,) each."""
     rng = np.random.default_rng(seed)
     kind = rng.random(number)
     seconds = np.where(kind < 0.55, rng.lognormal(1.6, 0.6, number), rng.normal(14, 4, number))

@@ -1,7 +1,7 @@
 """The other side of a comparison: NeMo's training step or decoding, timed on request.
 
-Runs in an environment of its own (`pip install torch==2.13.0 'nemo_toolkit[asr]'`) and needs nothing of raytrain.
-Reads one request a line and answers each with one JSON line that starts with `@`; see `benchmarks/_peer.py`.
+Runs in a separate environment (`pip install torch==2.13.0 'nemo_toolkit[asr]'`) and does not need raytrain. Reads one
+request a line and answers each with one JSON line that starts with `@`; see `benchmarks/_peer.py`.
 """
 
 import json
@@ -56,7 +56,7 @@ def decode(model, request):
             found = model.decoding.decode_predictions_tensor(
                 encoder_hidden_states=states, encoder_input_mask=mask, decoder_input_ids=prompt
             )
-        # What was generated, not the text, says whether both sides did the same work.
+        # The generated tokens, not the text, show whether both sides did the same work.
         return [len(one[0].y_sequence if isinstance(one, list) else one.y_sequence) for one in found]
 
     return run

@@ -1,5 +1,4 @@
-"""Padding and padded compute of every policy on a manifest, the time that planning takes, and what finer
-candidate edges would gain.
+"""Padding and padded compute of every policy on a manifest, the planning time, and the gain from finer candidate edges.
 
 python -m benchmarks.plans --manifest manifest.jsonl --tokenizer spe.model --json
 python -m benchmarks.plans --json                  # a drawn mix of lengths instead
@@ -48,8 +47,8 @@ class WordTokens(dict):
 def read_lengths(manifest: Path, tokenizer: Path, prompt: int) -> tuple[np.ndarray, np.ndarray]:
     """Durations in ms and tokens with a prompt of `prompt` and the end of text, (N,) each.
 
-    Tokens add up over words where no piece of the tokenizer crosses a space: the first `SAMPLE` texts and every
-    thousandth one are encoded as a whole, and a difference raises `ValueError`.
+    Token counts add up over words if no piece of the tokenizer crosses a space: the first `SAMPLE` texts and every
+    thousandth text are encoded as a whole, and a difference raises `ValueError`.
     """
     import sentencepiece
 
@@ -122,7 +121,7 @@ def main() -> None:
     summary = {
         "utterances": histogram.total,
         "model": arguments.model,
-        # Against the useful compute, the same for all but for the few utterances that only one of two rejects.
+        # Relative to the useful compute, which is the same except for the few utterances that only one policy rejects.
         "less_padding_compute_than_equal_mass": round(1 - (best / (1 - best)) / (equal / (1 - equal)), 4),
         "less_total_compute_than_equal_mass": round(1 - (1 - equal) / (1 - best), 4),
         "less_total_compute_without_any_padding": equal,

@@ -1,9 +1,10 @@
-"""What `oomptimize` takes beside its steps: probing processes on a Ray that claims GPUs, whose steps take a known time.
+"""The overhead of `oomptimize` besides its steps: probing processes on a Ray with emulated GPUs, whose steps take a
+known time.
 
 python -m benchmarks.probing --gpus 2 --buckets 8 --json
 
 The processes, Ray Tune and the coordinator are the real ones; only a step is replaced by a wait, and its memory by a
-law. The model is canary-tiny's, made in each process as on a GPU.
+formula. The model is canary-tiny, built in each process as on a GPU.
 """
 
 from __future__ import annotations
@@ -36,13 +37,14 @@ _BASE = 1 << 30
 
 
 def bytes_per_utterance(edges: Edges) -> float:
-    """A law near a Canary's: linear in frames and tokens, with attention's square."""
+    """A formula close to a Canary's: linear in frames and tokens, with attention's quadratic term."""
     seconds, tokens = edges[0] / 1000, edges[1] / 10
     return (20 + 10 * seconds + 0.2 * seconds**2 + tokens) * 2**20
 
 
 class KnownStepMeter(StepMeter):
-    """The model of a `StepMeter`, and steps that take `step_seconds` and memory by a law, 5 % below the prediction."""
+    """The model of a `StepMeter`, and steps that take `step_seconds` and memory by a formula, 5 % below the
+    prediction."""
 
     def __init__(self, step_seconds: float, budget_bytes: int, *arguments: Any) -> None:
         super().__init__(*arguments)
@@ -58,7 +60,7 @@ class KnownStepMeter(StepMeter):
 
 
 class MakeMeter:
-    """Makes the isolated meters of trials."""
+    """Creates the isolated meters of trials."""
 
     def __init__(self, step_seconds: float) -> None:
         self._step_seconds = step_seconds
@@ -88,7 +90,7 @@ def make_job(buckets: int, soak_steps: int) -> ProbeJob:
 
 
 def measure(gpus: int, buckets: int, step_seconds: float, soak_steps: int) -> dict[str, Any]:
-    """Process starts and seconds of one search on a Ray with so many claimed GPUs."""
+    """Process starts and seconds of one search on a Ray with this many emulated GPUs."""
     job, make = make_job(buckets, soak_steps), MakeMeter(step_seconds)
     places = [Placement()] * gpus
     with tempfile.TemporaryDirectory() as folder:
@@ -107,7 +109,7 @@ def measure(gpus: int, buckets: int, step_seconds: float, soak_steps: int) -> di
 
 
 def _slept(outcome: ProbeOutcome, gpus: int) -> float:
-    """Seconds that steps took by the clock: probes run on all GPUs at once, the soak on one."""
+    """Wall time of steps: probes run on all GPUs at once, the soak on one."""
     soak = outcome.seconds.get("soak", 0.0)
     return (outcome.seconds["steps"] - soak) / gpus + soak
 

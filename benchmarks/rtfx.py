@@ -2,11 +2,11 @@
 
     python -m benchmarks.rtfx --models canary-1b canary-1b-flash --precisions fp32 int8 --batches 1 4
 
-Models take turns within a round, so that what else the machine does meets all of them alike, and each part's fastest
-round counts, as it was disturbed least. Weights are random and
-greedy search ends after a given number of tokens, the same in every model: `--tokens-per-second` of audio, prompt and
-end not counted (English has 3 to 4 with 1024 pieces). On a GPU the decoder is timed with and without CUDA graphs.
-`flash_times_faster_than_1b` compares the two at equal length of text.
+Models alternate within a round, so that other load on the machine affects all of them alike, and each part's fastest
+round counts, since it was disturbed least. Weights are random and greedy search ends after a given number of tokens,
+the same in every model: `--tokens-per-second` of audio, excluding prompt and end (English has 3 to 4 with 1024 pieces).
+On a GPU the decoder is timed with and without CUDA graphs. `flash_times_faster_than_1b` compares the two at equal
+length of text.
 """
 
 from __future__ import annotations
@@ -57,13 +57,13 @@ def load(name: str, precision: str, device: str) -> tuple[ModelParts, torch.nn.M
 
 
 def measure(runs: dict[str, Utterances], tokens: int, audio_seconds: float, rounds: int) -> dict[str, dict[str, Any]]:
-    """By model, the fastest of rounds in which all of them take turns."""
+    """By model, the fastest round; models alternate within each round."""
     times: dict[str, dict[str, list[float]]] = {name: {} for name in runs}
     for number in range(rounds + 1):
         for name, run in runs.items():
             run.tokens = tokens
-            found = {"encoder": seconds_of(run.encode), **_searches(run)}
-            for part, value in found.items() if number else ():  # the first round warms up
+            timings = {"encoder": seconds_of(run.encode), **_searches(run)}
+            for part, value in timings.items() if number else ():  # the first round warms up
                 times[name].setdefault(part, []).append(value)
             assert set(run.search() if not number else [tokens]) == {tokens}
     return {name: _figures(parts, tokens, audio_seconds) for name, parts in times.items()}
@@ -72,11 +72,11 @@ def measure(runs: dict[str, Utterances], tokens: int, audio_seconds: float, roun
 def _searches(run: Utterances) -> dict[str, float]:
     if run.device != "cuda":
         return {"decoder": seconds_of(run.search)}
-    found = {}
+    timings = {}
     for key, value in (("decoder", "1"), ("decoder_without_graphs", "0")):
         with _environment(VARIABLE, value):
-            found[key] = seconds_of(run.search)
-    return found
+            timings[key] = seconds_of(run.search)
+    return timings
 
 
 @contextlib.contextmanager
@@ -104,11 +104,11 @@ def _figures(times: dict[str, list[float]], tokens: int, audio_seconds: float) -
     }
 
 
-def times_faster(found: dict[str, dict[str, Any]]) -> dict[str, float] | None:
-    """canary-1b-flash over canary-1b, where both were measured."""
-    if not {"canary-1b", "canary-1b-flash"} <= found.keys():
+def times_faster(timings: dict[str, dict[str, Any]]) -> dict[str, float] | None:
+    """canary-1b-flash over canary-1b, if both were measured."""
+    if not {"canary-1b", "canary-1b-flash"} <= timings.keys():
         return None
-    flash, deep = found["canary-1b-flash"], found["canary-1b"]
+    flash, deep = timings["canary-1b-flash"], timings["canary-1b"]
     return {
         "whole": round(flash["rtfx"] / deep["rtfx"], 2),
         "decoder": round(flash["decoder_rtfx"] / deep["decoder_rtfx"], 2),
@@ -127,10 +127,10 @@ def measure_all(arguments: Any) -> dict[str, Any]:
                 runs = {name: Utterances(parts, batch, 1, settings, model) for name, (parts, model) in models.items()}
                 for rate in arguments.tokens_per_second:
                     tokens = max(1, round(rate * seconds))
-                    found = measure(runs, tokens, batch * seconds, arguments.rounds)
+                    timings = measure(runs, tokens, batch * seconds, arguments.rounds)
                     shape = f"{precision} {batch} x {seconds:g} s {tokens} tokens"
-                    result |= {f"{name} {shape}": figures for name, figures in found.items()}
-                    if ratio := times_faster(found):
+                    result |= {f"{name} {shape}": figures for name, figures in timings.items()}
+                    if ratio := times_faster(timings):
                         result["flash_times_faster_than_1b"][shape] = ratio
         del models, runs
         gc.collect()

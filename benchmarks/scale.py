@@ -1,11 +1,12 @@
-"""What a corpus of a billion utterances costs: the parts are measured on a small one, the driver is run at full size.
+"""The cost of a corpus with a billion utterances: workers' parts are measured on a small corpus, the driver's at full
+size.
 
     python -m benchmarks.scale                                   # docs/scale.md quotes its result
     python -m benchmarks.scale --manifest manifest.jsonl --tokenizer spe.model --json
 
 Measured on a sample, in one process: bytes and processor time per utterance of counting and of assigning, bytes per
-assigned row. Measured at full size: the driver adds as many partial counts as a billion utterances make, plans on their
-sum and writes the index of the assignment. The partials are those of 64 drawn chunks, used again and again.
+assigned row. Measured at full size: the driver adds as many partial counts as a billion utterances produce, plans on
+their sum and writes the index of the assignment. The partial counts are those of 64 random chunks, used repeatedly.
 """
 
 from __future__ import annotations
@@ -105,7 +106,7 @@ def run_driver(utterances: int, folder: Path) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--manifest", type=Path, help="NeMo JSONL in English; one is made without it")
+    parser.add_argument("--manifest", type=Path, help="NeMo JSONL in English; generated if missing")
     parser.add_argument("--tokenizer", type=Path, help="a SentencePiece model of its text")
     parser.add_argument("--utterances", type=int, default=1_000_000_000)
     parser.add_argument("--json", action="store_true", help="print one JSON object")

@@ -1,10 +1,10 @@
-"""The schedule beside lhotse's DynamicBucketingSampler on the same rows, edges and batch sizes, and at 10⁹ rows.
+"""The schedule compared with lhotse's DynamicBucketingSampler on the same rows, edges and batch sizes, and at 10⁹ rows.
 
 python -m benchmarks.schedule --manifest manifest.jsonl --json      # a NeMo manifest
 python -m benchmarks.schedule --json                                # a drawn mix of lengths instead
 
-Rank 0 of 8 on both sides; lhotse's ranks each read all cuts and keep their own. Both give whole rows (audio path, span,
-text), ours with the tokens too. Lhotse reads cuts lazily from JSONL, as for a set that does not fit into memory.
+Rank 0 of 8 on both sides; lhotse's ranks each read all cuts and keep their own. Both return whole rows (audio path,
+span, text), ours also with tokens. Lhotse reads cuts lazily from JSONL, as for a set that does not fit into memory.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ def read_rows(manifest: Path | None, count: int) -> tuple[np.ndarray, list[str]]
 
 
 def write_assignment(folder: Path, edges: list[int], durations: np.ndarray, texts: list[str]) -> Assignment:
-    """Rows in their buckets on disk, in chunks of 100 000 as `assign` cuts them; a token is a word here."""
+    """Rows in their buckets on disk, in chunks of 100 000 as in `assign`; here a token is a word."""
     place = np.searchsorted(edges, durations)
     chunk_size = 100_000
     chunks = range(-(-len(texts) // chunk_size))
@@ -169,7 +169,7 @@ def ours(assignment: Assignment, edges: list[int], sizes: list[int], steps: int)
     found = fresh.rows(plan, 3)
     Assignment(assignment.folder).rows(plan.bucket, found)
     resume = time.perf_counter() - start
-    assert found.tolist() == expected, "a resumed schedule gives other rows"
+    assert found.tolist() == expected, "a resumed schedule returns different rows"
     lengths = [assignment.lengths(bucket) for bucket in range(len(edges))]
     seen = simulate(schedule, lengths, RANKS, 1000)
     return {
@@ -185,7 +185,7 @@ def ours(assignment: Assignment, edges: list[int], sizes: list[int], steps: int)
 
 
 def at_scale(rows: int, buckets: int, steps: int) -> dict[str, Any]:
-    """First batch, steps per second and memory with many rows; numbers only, as the rows would not fit here."""
+    """First batch, steps per second and memory with many rows; only row numbers, since the rows would not fit."""
     before = _resident_mib()
     shares = np.random.default_rng(1).dirichlet(np.ones(buckets))
     counts = [int(share * rows) + 1 for share in shares]
@@ -256,7 +256,7 @@ def _sampler(cuts: Path, seconds: list[float], rank: int, ranks: int, **limits: 
 def lhotse_resume(cuts: Path, edges: list[int], steps: int) -> float:
     """Seconds to the next batch from a state after `steps` batches of one rank of all.
 
-    A sampler with batch sizes for each bucket has no state in lhotse, so this one has a limit of seconds.
+    In lhotse a sampler with batch sizes per bucket has no state, so this one limits seconds per batch.
     """
     seconds = [edge / 1000 for edge in edges]
     sampler = _sampler(cuts, seconds, 0, RANKS, max_duration=BATCH_SECONDS)
@@ -271,7 +271,7 @@ def lhotse_resume(cuts: Path, edges: list[int], steps: int) -> float:
 
 
 def lhotse(cuts: Path, edges: list[int], sizes: list[int], steps: int) -> dict[str, Any]:
-    """All ranks, one after the other, and one that is alone and so has no others' batches to skip."""
+    """All ranks, one after the other, and a single rank, which has no other ranks' batches to skip."""
     alone = lhotse_rank(cuts, edges, sizes, 0, 1, steps)
     found = [lhotse_rank(cuts, edges, sizes, rank, RANKS, steps) for rank in range(RANKS)]
     together = list(zip(*(one["buckets"] for one in found), strict=True))
@@ -302,7 +302,7 @@ def main() -> None:
     parser.add_argument("--scale-rows", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     arguments = parser.parse_args()
-    if arguments.scale_rows:  # in a process of its own, for its memory
+    if arguments.scale_rows:  # in a separate process, to measure its memory
         print(orjson.dumps(at_scale(arguments.scale_rows, 60, arguments.steps)).decode())
         return
     durations, texts = read_rows(arguments.manifest, arguments.rows)

@@ -1,7 +1,7 @@
-"""Stage `statistics` end to end on Ray, beside the straightforward rule in one process, on the same manifest.
+"""Stage `statistics` end to end on Ray, compared with a straightforward script in one process, on the same manifest.
 
-    python -m benchmarks.statistics --manifest manifest.jsonl --tokenizer spe.model --json
-    python -m benchmarks.statistics --utterances 300000          # a manifest made for the purpose
+    python -m benchmarks.statistics --manifest manifest.jsonl --tokenizer spe.model --json python -m
+    benchmarks.statistics --utterances 300000          # a generated manifest
 
 End to end is what the stage does with Ray and its workers running: plan the chunks, read, tokenize, count, add up, and
 write the histogram; `seconds_while_workers_start` is the same for the first job of a fresh Ray. The straightforward
@@ -27,7 +27,7 @@ import orjson
 import psutil
 import sentencepiece
 
-# As a script, this file's folder would come first, and with it this file in place of the standard `statistics`.
+# As a script, this file's folder would come first, and this file would shadow the standard `statistics`.
 sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from benchmarks._record import record
@@ -43,8 +43,8 @@ from raytrain.run_folder.histograms import write_histogram
 
 
 class PeakMemory:
-    """Within it, `peak_mib` follows the highest resident memory of this process; `growth_mib` is how much that is above
-    what it had at the start."""
+    """Context in which `peak_mib` tracks the highest resident memory of this process; `growth_mib` is the increase
+    since the start."""
 
     def __enter__(self) -> PeakMemory:
         self._process, self._stop = psutil.Process(), threading.Event()
@@ -70,7 +70,7 @@ class PeakMemory:
 
 
 def stage(config: Config, tokenizer: CanaryTokenizer, folder: Path) -> tuple[LengthHistogram, float, float]:
-    """What the stage counts, its seconds, and the driver's peak in MiB."""
+    """The stage's counts, its seconds, and the driver's peak in MiB."""
     with PeakMemory() as memory:
         start = time.perf_counter()
         total = Counts()
@@ -97,7 +97,7 @@ def single_process(manifest: Path, model: Path, lines: int, prompt: int) -> tupl
 
 
 def check_equal(config: Config, tokenizer: CanaryTokenizer, lengths: np.ndarray, lines: int) -> None:
-    """Raise unless the first lines give the same durations and tokens by both rules."""
+    """Raise unless both methods give the same durations and tokens for the first lines."""
     from raytrain.data.corpora.reading import read_blocks
     from raytrain.data.sequences import BlockEncoder
 
@@ -114,8 +114,8 @@ def check_equal(config: Config, tokenizer: CanaryTokenizer, lengths: np.ndarray,
 
 
 def make_manifest(folder: Path, utterances: int, block: int | None = None) -> tuple[Path, Path]:
-    """A manifest of drawn lengths and words without audio, and a BPE model of 256 pieces for its texts. Rows are drawn
-    and written `block` at a time, all at once by default."""
+    """A manifest of random lengths and words without audio, and a BPE model of 256 pieces for its texts. Rows are
+    generated and written `block` at a time, by default all at once."""
     rng, block = np.random.default_rng(1), block or utterances
     letters = np.array(list("etaoinshrdlucmfwypvbgk"))
     words = np.array(["".join(rng.choice(letters, size)) for size in rng.integers(1, 9, 2000)], object)
@@ -141,9 +141,9 @@ def _rows(rng: Any, words: np.ndarray, durations: np.ndarray, tokens: np.ndarray
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--manifest", type=Path, help="NeMo JSONL in English; one is made without it")
+    parser.add_argument("--manifest", type=Path, help="NeMo JSONL in English; generated if missing")
     parser.add_argument("--tokenizer", type=Path, help="a SentencePiece model of its text")
-    parser.add_argument("--utterances", type=int, default=300_000, help="lines of the manifest that is made")
+    parser.add_argument("--utterances", type=int, default=300_000, help="lines of the generated manifest")
     parser.add_argument("--single", type=int, default=200_000, help="lines for the straightforward rule")
     parser.add_argument("--driver-growth", type=int, default=0, help="also count this many copies of the manifest")
     parser.add_argument("--cpus", type=int, default=2)
@@ -162,7 +162,7 @@ def main() -> None:
             data = {"train": train, "default_language": "en", "audio_sample": 0}  # there is no audio
             return check_config({"name": "benchmark", "data": data})
 
-        # The first run starts Ray's workers, which import Ray Data.
+        # The first run starts Ray's workers and imports Ray Data there.
         _, first_seconds, _ = stage(config(1), tokenizer, folder)
         histogram, seconds, mib = stage(config(1), tokenizer, folder)
         prompt = 9  # <|startofcontext|> … <|nodiarize|>, see raytrain.data.text.prompt

@@ -1,10 +1,10 @@
-"""Time to the first batch with an assignment and on a stream, beside lhotse's on the same Shar folder.
+"""Time to the first batch with an assignment and on a stream, compared with lhotse's on the same Shar folder.
 
 python -m benchmarks.stream --json
 
-All read generated recordings in the same buckets and batch sizes, with audio; each in a process of its own, whose
-largest resident memory is given too. Lhotse's sampler runs in a DataLoader's worker process, as its documentation shows
-for Shar.
+All read generated recordings in the same buckets and batch sizes, with audio; each in a separate process, whose peak
+resident memory is also given. Lhotse's sampler runs in a DataLoader's worker process, as its documentation shows for
+Shar.
 """
 
 from __future__ import annotations
@@ -103,7 +103,7 @@ def our_seconds(loaded: Any) -> float:
 
 
 def assigned(folder: Path, steps: int) -> dict[str, Any]:
-    """With an assignment, which is made first, in one process."""
+    """With an assignment, which is created first, in one process."""
     chunks, encoder, plan, sizes, pad_id = parts(folder)
     out, notes = folder / "assignment", []
     start = time.perf_counter()

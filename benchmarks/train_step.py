@@ -1,10 +1,10 @@
-"""Audio-seconds per second of a whole training step, by model and batch shape; beside NeMo if asked.
+"""Audio-seconds per second of a whole training step, by model and batch shape; optionally compared with NeMo.
 
     python -m benchmarks.train_step --models canary-tiny canary-180m-flash --shapes 4x4x30 2x10x60
     python -m benchmarks.train_step --models canary-tiny --nemo-python nemo-venv/bin/python
 
-A shape is utterances × seconds × tokens. NeMo trains the same weights (written as .nemo) on the same shapes; the
-two take turns in one run.
+A shape is utterances × seconds × tokens. NeMo trains the same weights (written as .nemo) on the same shapes; the two
+alternate in one run.
 """
 
 from __future__ import annotations
@@ -34,9 +34,9 @@ from raytrain.training.step import StepResult, resolve_precision, train_step
 
 
 def stepper(model: nn.Module, shape: tuple[int, float, int], device: str) -> Callable[[], StepResult]:
-    """A function that gives the device one training step and does not wait for it.
+    """A function that launches one training step on the device and does not wait for it.
 
-    `model` is a `Canary` in training on that device, or DDP around it.
+    `model` is a `Canary` in training mode on that device, or DDP around it.
     """
     settings = TrainSettings()
     config = getattr(model, "module", model).config
@@ -60,7 +60,7 @@ def peer_of(parts: ModelParts, python: Path | None) -> Iterator[Peer | None]:
 
 
 def parts_of(name: str) -> ModelParts:
-    """A shipped model with random weights, or one that is on disk."""
+    """A shipped model with random weights, or a model on disk."""
     return load_model(Path(name)) if Path(name).exists() else random_parts(name)
 
 
@@ -70,7 +70,7 @@ def measure(
     start_step = stepper(parts.build().to(device).train(), shape, device)
 
     def step() -> float:
-        return float(start_step().sums[0])  # waits for the device
+        return float(start_step().sums[0])  # synchronizes with the device
 
     step()
     batch, seconds, tokens = shape
@@ -99,7 +99,7 @@ def main() -> None:
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     arguments = parser.parse_args()
     if arguments.nemo_python:
-        arguments.device = "cpu"  # where the other side runs
+        arguments.device = "cpu"  # NeMo runs on the CPU
     torch.set_num_threads(arguments.threads)
     result: dict[str, Any] = {"threads": arguments.threads}
     for name in arguments.models:

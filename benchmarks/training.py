@@ -1,11 +1,11 @@
-"""What training costs beside its steps, how it scales, and how soon it goes on after a worker was killed.
+"""Training's overhead besides its steps, how it scales, and how soon it resumes after a worker is killed.
 
 python -m benchmarks.training --json
 
 The loop: audio-seconds per second of `TrainingLoop` with loader, schedule, tracking (MLflow and JSON lines) and
-checkpoints, against the same steps alone on batches that are in memory; both with one compute thread, in turns.
-Workers: the same total batch on 1, 2 and 4 Ray Train workers, which share this machine's cores. Recovery: from SIGKILL
-of a worker in mid-step to the beginning of its next step, with what Ray Train and the restored checkpoint take of it.
+checkpoints, compared with the bare steps on batches in memory; both with one compute thread, alternating. Workers: the
+same total batch on 1, 2 and 4 Ray Train workers, which share this machine's cores. Recovery: from SIGKILL of a worker
+in mid-step to the beginning of its next step, with the shares of Ray Train and of restoring the checkpoint.
 """
 
 from __future__ import annotations
@@ -141,7 +141,7 @@ def overhead(config: Config, steps: int, turns: int) -> dict[str, Any]:
 
 
 def in_folder(config: Config, name: str, **train: Any) -> Config:
-    """The same run with other settings in a folder of its own."""
+    """The same run with other settings in a separate folder."""
     run = config.run.model_copy(update={"root": f"{config.run.root}/{name}"})
     other = config.model_copy(update={"run": run, "train": replace(config.train, **train)})
     shutil.copytree(config.run_dir, other.run_dir)
@@ -149,7 +149,7 @@ def in_folder(config: Config, name: str, **train: Any) -> Config:
 
 
 def scaling(config: Config, steps: int) -> dict[str, Any]:
-    """Audio-seconds per second on 1, 2 and 4 workers at the same total batch, past the first ten steps."""
+    """Audio-seconds per second on 1, 2 and 4 workers at the same total batch, after the first ten steps."""
     found = {}
     for workers in (1, 2, 4):
         one = in_folder(

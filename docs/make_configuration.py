@@ -1,6 +1,6 @@
-"""Write docs/configuration.md from what the settings say of themselves: `python docs/make_configuration.py`.
+"""Generate docs/configuration.md from the settings' own descriptions: `python docs/make_configuration.py`.
 
-With `--check` nothing is written, and the exit code is 1 where the page is not what would be written.
+With `--check` nothing is written, and the exit code is 1 if the page is stale.
 """
 
 from __future__ import annotations
@@ -58,14 +58,14 @@ def _row(entry: Entry) -> str:
 
 
 def _prose(text: str) -> str:
-    """Text of Markdown: nothing in a sentence is markup."""
+    """Escape text for Markdown: help texts contain no markup."""
     for character in "\\*_|<[":
         text = text.replace(character, f"\\{character}")
     return text
 
 
 def main() -> int:
-    """Write the page, or with `--check` say whether it is current."""
+    """Write the page, or with `--check` report whether it is current."""
     page = make_page()
     if "--check" not in sys.argv[1:]:
         PAGE.write_text(page)

@@ -1,7 +1,8 @@
-"""Write docs/troubleshooting.md from the calls that make errors and warnings: `python docs/make_troubleshooting.py`.
+"""Generate docs/troubleshooting.md from the calls that create errors and warnings: `python
+docs/make_troubleshooting.py`.
 
-With `--check` nothing is written, and the exit code is 1 where the page is not what would be written. The package is
-read as text, so that nothing of it is imported.
+With `--check` nothing is written, and the exit code is 1 if the page is stale. The package is parsed as text; nothing
+is imported from it.
 """
 
 from __future__ import annotations
@@ -22,13 +23,13 @@ ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "troubleshooting.md"
 ROOT_ERROR = "RaytrainError"
 SYSTEM_SAYS = "what the system says"
-ELSE = " / "  # between texts of which one is said
-Values = dict[str, list[ast.expr]]  # what a name may stand for
+ELSE = " / "  # between alternative texts
+Values = dict[str, list[ast.expr]]  # possible values of a name
 
 
 @dataclass
 class Module:
-    """A file of the package: its constants by name, and for each call the names that its function assigns."""
+    """A file of the package: its constants by name, and for each call the names that the enclosing function assigns."""
 
     path: str
     tree: ast.Module
@@ -36,14 +37,14 @@ class Module:
 
     @cached_property
     def calls(self) -> list[tuple[ast.Call, Values]]:
-        """All calls in the order of lines, with what the functions around them give to each name."""
+        """All calls in line order, with the values that the enclosing functions assign to each name."""
         by_name: dict[str, list[ast.Call]] = {}
         found: dict[ast.Call, Values] = {}
         for node in ast.walk(self.tree):
             if isinstance(node, ast.Call):
                 by_name.setdefault(getattr(node.func, "id", ""), []).append(node)
                 found[node] = {}
-        for function in ast.walk(self.tree):  # outer ones come before those inside them
+        for function in ast.walk(self.tree):  # outer functions come before nested ones
             if isinstance(function, ast.FunctionDef | ast.AsyncFunctionDef):
                 values: Values = _literal_arguments(function, by_name.get(function.name, []))
                 for name, value in _assigned(ast.walk(function)):
@@ -54,7 +55,7 @@ class Module:
 
 @dataclass(frozen=True)
 class Site:
-    """A call that makes an error: its texts as a reader sees them, None where the call has none."""
+    """A call that creates an error: its texts as the reader sees them, None for absent ones."""
 
     module: str
     error: str
@@ -71,7 +72,7 @@ def _assigned(nodes: Any) -> Iterator[tuple[str, ast.expr]]:
 
 
 def _literal_arguments(function: ast.FunctionDef | ast.AsyncFunctionDef, calls: list[ast.Call]) -> Values:
-    """What parameters stand for where all calls of the module give them a text."""
+    """Values of parameters for which all calls in the module pass a text."""
     values: Values = {}
     for index, parameter in enumerate(function.args.args):
         given = {ast.unparse(call.args[index]): call.args[index] for call in calls if len(call.args) > index}
@@ -85,7 +86,7 @@ def _is_text(node: ast.expr) -> bool:
 
 
 def package(root: Path = ROOT) -> list[Module]:
-    """All modules by their path."""
+    """All modules by path."""
     modules = []
     for path in sorted((root / "raytrain").rglob("*.py")):
         tree = ast.parse(path.read_text())
@@ -111,13 +112,14 @@ def error_classes(modules: list[Module]) -> dict[str, str]:
 
 
 class Texts:
-    """Renders expressions of a module as a reader sees them: what varies becomes `‹name›`, or `…` without a name."""
+    """Renders a module's expressions as the reader sees them: a variable part becomes `‹name›`, or `…` without a
+    name."""
 
     def __init__(self, constants: dict[str, ast.expr], local: Values) -> None:
         self._constants, self._local = constants, local
 
     def variants(self, node: ast.expr) -> Iterator[Texts]:
-        """One for each text that the names in a message may stand for: every one is a message of its own."""
+        """One rendering per possible value of the names in a message, each a message in itself."""
         parts = (part.value for part in ast.walk(node) if isinstance(part, ast.FormattedValue))
         names = sorted({part.id for part in parts if isinstance(part, ast.Name)} & self._local.keys())
         names = [name for name in names if all(map(_is_text, self._local[name]))]
@@ -126,7 +128,7 @@ class Texts:
             yield Texts(self._constants, local)
 
     def of(self, node: ast.expr | None, unknown: str | None = "…") -> str | None:
-        """The text; `unknown` for what only the running program knows, and None for None."""
+        """The text; `unknown` for what is only known at run time, and None for None."""
         match node:
             case None | ast.Constant(value=None):
                 return None
@@ -156,7 +158,7 @@ class Texts:
         return unknown
 
     def _values(self, name: str) -> list[ast.expr]:
-        """What a name may stand for; a value that speaks of the name itself is not followed."""
+        """Possible values of a name; a value that refers to the name itself is not followed."""
         values = self._local[name]
         return [one for one in values if not any(isinstance(n, ast.Name) and n.id == name for n in ast.walk(one))]
 
@@ -176,7 +178,7 @@ class Texts:
 
 
 def error_sites(modules: list[Module]) -> list[Site]:
-    """Every call that makes an error of the tree; what only makes one again from its parts is none."""
+    """Every call that creates an error of the tree, except those that only rebuild one from its parts."""
     sites = []
     for module, call, texts in _called(modules, *error_classes(modules)):
         given = {keyword.arg: keyword.value for keyword in call.keywords}
@@ -196,7 +198,7 @@ def _shared(modules: list[Module]) -> dict[str, ast.expr]:
 
 
 def _called(modules: list[Module], *names: str) -> Iterator[tuple[Module, ast.Call, Texts]]:
-    """All calls of functions or methods with these names that are given something."""
+    """All calls with arguments to functions or methods with these names."""
     shared = _shared(modules)
     for module in modules:
         for call, local in module.calls:
@@ -215,14 +217,14 @@ def warnings(modules: list[Module]) -> list[str]:
 
 
 def listed_problems(modules: list[Module]) -> list[str]:
-    """Texts of what an error lists as wrong with settings or with a model."""
+    """Texts of the problems with settings or a model that an error lists."""
     calls = _called(modules, "problems.append", "ValueError")
     found = [texts.of(call.args[0]) or "" for _, call, texts in calls]
     return [text for text in dict.fromkeys(found) if re.search(r"\w", text)]
 
 
 def usage_errors(modules: list[Module]) -> list[str]:
-    """What is wrong with a command line, as it is shown."""
+    """Usage errors of the command line, as displayed."""
     messages = []
     for _, call, texts in _called(modules, "BadParameter"):
         hint = texts.of(next((keyword.value for keyword in call.keywords if keyword.arg == "param_hint"), None))
@@ -232,7 +234,7 @@ def usage_errors(modules: list[Module]) -> list[str]:
 
 
 def bad_row_reasons(modules: list[Module]) -> list[str]:
-    """Every reason for which a row is left out, of `REASONS` and of those that give one."""
+    """Every reason for rejecting a row, from `REASONS` and from calls that pass one."""
     found: dict[str, None] = {}
     for module in modules:
         if module.path in ("raytrain/data/corpora/rows.py", "raytrain/data/probe.py", "raytrain/lengths/plan.py"):
@@ -245,13 +247,13 @@ def bad_row_reasons(modules: list[Module]) -> list[str]:
 
 
 def code(text: str) -> str:
-    """Inline code of Markdown on one line, whatever the text holds."""
+    """Markdown inline code on one line, for any text."""
     text = " ".join(text.split())
     return f"`` {text} ``" if "`" in text else f"`{text}`"
 
 
 def prose(text: str) -> str:
-    """Text of Markdown; what stands between backticks stays code."""
+    """Escape text for Markdown; text between backticks stays code."""
     parts = " ".join(text.split()).split("`")
     if len(parts) % 2 == 0:
         return code(text)
@@ -262,7 +264,7 @@ def prose(text: str) -> str:
 
 
 def _entries(sites: list[Site]) -> Iterator[str]:
-    """A list of messages, in the order of modules; those that differ only in what they name are listed once."""
+    """A list of messages, in module order; messages that differ only in names are listed once."""
     alike: dict[str, list[Site]] = {}
     for site in sites:
         alike.setdefault(re.sub("‹.*?›", "…", site.what), []).append(site)
@@ -292,7 +294,7 @@ def make_page(modules: list[Module]) -> str:
 
 
 def main() -> int:
-    """Write the page, or with `--check` say whether it is as it should be."""
+    """Write the page, or with `--check` report whether it is current."""
     page = make_page(package())
     if "--check" not in sys.argv[1:]:
         PAGE.write_text(page)

@@ -130,28 +130,27 @@ REASONS = {
 
 # Warning → meaning and fix.
 WARNINGS = {
-    "… can be read by whoever has the cluster's token (Jobs API, dashboard); better give the nodes their own": "Variables named with `--env` become part of the job. Set them on the nodes instead.",
+    "… can be read by anyone with the cluster's token (Jobs API, dashboard); it is safer to set credentials on the nodes": "Variables named with `--env` become part of the job. Set them on the nodes instead.",
     "‹failed› of ‹rows› rows have no text; their field error says why": "Fix what the field `error` of the output reports, and run the command again.",
     "the demo did not write …": "A stage of the demo did not write its artifact: read the messages above this one.",
     "WER ‹wer› is above 20%; something is wrong": "The demo normally learns its corpus: run `make test` and `raytrain doctor`.",
     "‹number› test row(s) left out: ‹reason›": "See *Rejected rows* for the reason.",
     "‹unreadable› recording(s) can't be read; hypotheses.jsonl says why": "Scores cover the other rows only. Fix or remove the recordings, and run `raytrain evaluate` again.",
     "… can't be copied to … (…); the next checkpoint tries again": "Training continues. Check train.storage_path, its credentials and the network.",
-    "… asks for no token: whoever reaches its ports can run code there as its user (CVE-2023-48022); start Ray with "
+    "… requires no token: anyone who can reach its ports can run code as its user (CVE-2023-48022); start Ray with "
     "RAY_AUTH_MODE=token": "[Security](security.md) shows how to start it.",
     "training waits for data …% of its time: …": "GPUs are idle in the meantime; the warning suggests a fix ([schedule](schedule.md#data-loading-bottlenecks)).",
     "MLflow is unavailable (…); metrics.jsonl keeps everything": "Training continues, and missing entries are sent when the server responds. Check tracking.uri.",
-    "the tokenizer can't write all characters of the texts, nor will a model:‹listing›": "Remove these characters from the texts, or use a tokenizer that has them; above "
+    "the tokenizer can't encode all characters of the texts, so a model can't produce them:‹listing›": "Remove these characters from the texts, or use a tokenizer that has them; above "
     "tokenizer.max_unknown_fraction it is an error.",
     "corpus ‹name› has no row that training can use: ‹files›": "The file is empty, or all of its rows are rejected (see the table). Fix it, or remove the corpus from "
     "data.train.",
     "‹rows› of the ‹probed› recordings of ‹corpus› that were checked ‹what›: ‹file›:‹line›: ‹detail›": "A sample of headers contradicts the manifest: see `short_audio` and `unreadable_audio` above.",
-    "‹broken› recording(s) can't be read (quarantine.jsonl names them); in training others take their place": "Fix or remove them; above data.max_bad_fraction, training ends.",
-    "‹references_changed› of … references are compared as the tokenizer's normalizer writes them; hypotheses.jsonl has "
-    "both": "Scores compare what a model can write: texts in NFC, after the tokenizer's normalization (full-width letters, ligatures).",
+    "‹broken› recording(s) can't be read (quarantine.jsonl names them); training replaces them with others": "Fix or remove them; above data.max_bad_fraction, training ends.",
+    "‹references_changed› of … references are scored as normalized by the tokenizer; hypotheses.jsonl has both forms": "Scores compare what a model can write: texts in NFC, after the tokenizer's normalization (full-width letters, ligatures).",
     "nothing was scored; something is wrong": "The demo's test recordings can't be read: check hypotheses.jsonl.",
     "… has … for Ray's sockets: they are in …": "A socket's path is limited to 107 bytes, all ASCII. No action is needed; with a shorter TMPDIR, Ray's files stay there.",
-    "MLflow's database is damaged (…); move it away, and a new one is made; metrics.jsonl keeps everything": "Move the named file away; the next run writes everything in metrics.jsonl to a new one.",
+    "MLflow's database is damaged (…); move it away to have a new one created; metrics.jsonl keeps everything": "Move the named file away; the next run writes everything in metrics.jsonl to a new one.",
     "MLflow refused an entry (…)": "The entry is missing only in MLflow; metrics.jsonl has it. Check the server's own log.",
 }
 
@@ -161,7 +160,7 @@ INDIRECT_WARNINGS = {
     "raytrain/tracking/mlflow.py": [
         "MLflow is unavailable (…); metrics.jsonl keeps everything",
         "MLflow refused an entry (…)",
-        "MLflow's database is damaged (…); move it away, and a new one is made; metrics.jsonl keeps everything",
+        "MLflow's database is damaged (…); move it away to have a new one created; metrics.jsonl keeps everything",
     ],
 }
 
@@ -172,7 +171,7 @@ END = """\
   delete its artifact (`raytrain run` lists the stages; the README lists their artifacts).
 - **`training resumes from step N`**: there is a complete checkpoint of this run. To start at step 0, use another
   `name`.
-- **`training starts again: …`**: a worker was lost, or a batch did not fit and was made smaller. Training resumes from
+- **`restarting training: …`**: a worker was lost, or a batch did not fit and was made smaller. Training resumes from
   the last checkpoint.
 - **`stopped; run the same command again to resume`**: Ctrl-C. Finished work is kept.
 - **Ray's own lines**, such as `(raylet) …`, `(autoscaler) …` or `E0000 … gcs_client`: they come from Ray's processes,

@@ -1,4 +1,4 @@
-"""What every job script does: read the configuration, run its stages, turn an expected error into exit code 1."""
+"""What every job script does: read the configuration, run its stages, and turn an expected error into exit code 1."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from raytrain.stages.pipeline import run_pipeline
 def main(*stages: str, description: str, choose: bool = False) -> None:
     """Parse `--config FILE --set a.b=c`, run `stages` with the settings, exit 1 after a readable error.
 
-    With `choose`, stages may be named on the command line; they are then all that runs.
+    With `choose`, the command line may name stages; then only those run.
     """
     guard_output()
     parser = argparse.ArgumentParser(description=description)
@@ -25,7 +25,7 @@ def main(*stages: str, description: str, choose: bool = False) -> None:
     parser.add_argument("--set", "-s", action="append", default=[], metavar="SECTION.KEY=VALUE", help="override")
     parser.add_argument("--take-over", action="store_true", help="take the run folder from the process that owns it")
     if choose:
-        parser.add_argument("stages", nargs="*", metavar="STAGE", help=f"run these only: {', '.join(stages)}")
+        parser.add_argument("stages", nargs="*", metavar="STAGE", help=f"run only these: {', '.join(stages)}")
     arguments = parser.parse_args()
     named = tuple(arguments.stages) if choose else ()
     unknown = [name for name in named if name not in stages]

@@ -1,6 +1,6 @@
-"""Job `statistics`: train the tokenizer where none is given and count lengths."""
+"""Job `statistics`: train the tokenizer if none is given, and count lengths."""
 
 from pipelines._job import main
 
 if __name__ == "__main__":
-    main("statistics", description="Train the tokenizer where none is given and count lengths.")
+    main("statistics", description="Train the tokenizer if none is given, and count lengths.")

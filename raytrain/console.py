@@ -1,4 +1,5 @@
-"""What a person sees, without secrets: one line per finished stage, a progress bar while one works, and warnings."""
+"""Console output, with secrets redacted: one line per finished stage, a progress bar while a stage runs, and
+warnings."""
 
 from __future__ import annotations
 
@@ -23,7 +24,7 @@ from raytrain.redaction import redacted
 
 
 class Console:
-    """Prints to standard error, so that standard output stays free for results."""
+    """Prints to standard error, leaving standard output free for results."""
 
     def __init__(self, quiet: bool = False) -> None:
         self.rich = RichConsole(stderr=True, quiet=quiet)
@@ -33,11 +34,11 @@ class Console:
         self.rich.print(redacted(text), highlight=False, markup=False)
 
     def warn(self, text: str) -> None:
-        """One line that stands out."""
+        """Print a warning."""
         self.rich.print(f"warning: {redacted(text)}", style="yellow", highlight=False, markup=False)
 
     def table(self, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-        """A table on standard output: it is the result that was asked for."""
+        """A table on standard output, as a command's result."""
         RichConsole().print(_table(columns, rows))
 
     def note(self, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
@@ -45,12 +46,12 @@ class Console:
         self.rich.print(_table(columns, rows))
 
     def skipped(self, stage: str) -> None:
-        """A stage that is up to date."""
+        """Report that a stage is up to date."""
         self.rich.print(f"[dim]·[/dim] {stage:<11} [dim]up to date[/dim]", highlight=False)
 
     @contextlib.contextmanager
     def stage(self, name: str) -> Iterator[Callable[[str], None]]:
-        """Around a stage; call the yielded function with what it did."""
+        """Context around a stage; call the yielded function with a summary of what it did."""
         start = time.perf_counter()
         summary = ""
 
@@ -65,7 +66,7 @@ class Console:
 
     @contextlib.contextmanager
     def progress(self, text: str, total: int | None) -> Iterator[Callable[..., None]]:
-        """A bar; call the yielded function with `completed=`, `advance=`, `text=` or `total=`."""
+        """A progress bar; call the yielded function with `completed=`, `advance=`, `text=` or `total=`."""
         columns: tuple[Any, ...] = (
             SpinnerColumn(),
             TextColumn("{task.description}"),
@@ -89,7 +90,7 @@ class Console:
 
 
 def _table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
-    """Numbers to the right and never cut; what is long is folded."""
+    """Numbers are right-aligned and never truncated; long text is folded."""
     table = Table(box=None, pad_edge=False)
     for index, name in enumerate(columns):
         values = [row[index] for row in rows]

@@ -30,10 +30,10 @@ def claimed_cluster(nodes: list[dict[str, Any]]) -> Iterator[Any]:
     os.environ.update(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN=secrets.token_hex(32))
     from ray.cluster_utils import Cluster  # which looks at the token when it is imported
 
-    head, *others = nodes
+    head, *workers = nodes
     cluster = Cluster(initialize_head=True, head_node_args=head)
     try:
-        for node in others:
+        for node in workers:
             cluster.add_node(**node)
         os.environ["RAY_ADDRESS"] = cluster.address
         yield cluster

@@ -49,9 +49,11 @@ def local_ray(s3) -> Iterator[None]:
     from raytrain.cluster.session import ray_session
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")  # which is also how often it looks whether all is done
+        patch.setenv(
+            "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5"
+        )  # also the interval at which it checks whether all workers are done
         patch.setenv("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")  # a process more for each training
-        patch.setenv("RAY_health_check_period_ms", "1000")  # five of these tell that a node is lost
+        patch.setenv("RAY_health_check_period_ms", "1000")  # a node is considered lost after five of these
         if (Path.home() / ".ray" / "auth_token").exists():  # which may change or go in the meantime
             patch.setenv("RAY_AUTH_TOKEN", secrets.token_hex(32))
         with ray_session(ClusterSection(num_cpus=2)):
@@ -59,7 +61,7 @@ def local_ray(s3) -> Iterator[None]:
 
 
 class Nodes:
-    """Nodes beside that of the local Ray, on this machine, that come and go at will."""
+    """Additional nodes of the local Ray, on this machine, added and removed at will."""
 
     def __init__(self) -> None:
         import ray
@@ -132,7 +134,7 @@ def prepared(corpus, tmp_path_factory, local_ray) -> Config:
 
 @pytest.fixture
 def copy_of(prepared, tmp_path) -> Callable[..., Config]:
-    """`copy(name, train={…}, …)`: the prepared run in a folder of its own, with other settings by section."""
+    """`copy(name, train={…}, …)`: the prepared run in a separate folder, with other settings by section."""
 
     def copy(name: str, **sections: dict) -> Config:
         return copied(prepared, tmp_path / name, **sections)
@@ -210,8 +212,8 @@ def head() -> Iterator[str]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("RAY_AUTH_MODE", "token")
         # Where this process has a Ray of its own, that one's token, which Ray remembers; else one that it must look at.
-        known = authentication.token_header().get("Authorization", "").removeprefix("Bearer ")
-        patch.setenv("RAY_AUTH_TOKEN", known or secrets.token_hex(32))
+        existing_token = authentication.token_header().get("Authorization", "").removeprefix("Bearer ")
+        patch.setenv("RAY_AUTH_TOKEN", existing_token or secrets.token_hex(32))
         authentication.refresh()
         variables = {"RAY_memory_monitor_refresh_ms": "0", EMULATED_GPU: f"Emulated L4:{2 << 30}"}
         process = subprocess.Popen(
@@ -225,12 +227,12 @@ def head() -> Iterator[str]:
             yield address
         finally:
             family = [*psutil.Process(process.pid).children(recursive=True), psutil.Process(process.pid)]
-            for one in family:
+            for child in family:
                 with contextlib.suppress(psutil.NoSuchProcess):
-                    one.terminate()
+                    child.terminate()
             _, alive = psutil.wait_procs(family, timeout=5)
-            for one in alive:
-                one.kill()
+            for child in alive:
+                child.kill()
             psutil.wait_procs(alive, timeout=10)
             process.wait(10)
     authentication.refresh()
@@ -248,7 +250,7 @@ def _answers(address: str) -> bool:
 
 
 def free_port() -> int:
-    """A port of 127.0.0.1 that nobody listens at."""
+    """A port of 127.0.0.1 that nothing listens on."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]

@@ -194,7 +194,7 @@ class Disturbed:
         self.done.append("train: driver killed")
 
     def _add_node(self, name: str) -> Any:
-        """A node with a cache of its own: nodes see of each other's files what is in S3."""
+        """A node with its own cache: nodes see only those of each other's files that are in S3."""
         apart = {"RAYTRAIN_CACHE": str(self._folder / f"cache-{name}"), "AWS_ENDPOINT_URL": self._endpoint}
         return self._nodes.add(num_cpus=1, resources={"apart": 2}, env_vars=apart)
 
@@ -216,7 +216,7 @@ class Disturbed:
         assert self._driver.poll() is None, "it ended too early to be disturbed"
         end(self._driver)
         # Ray keeps what an elastic training has asked for until three minutes after its driver's death.
-        with contextlib.suppress(ValueError):  # nobody asked yet
+        with contextlib.suppress(ValueError):  # no request yet
             ray.kill(ray.get_actor("AutoscalingCoordinator", namespace="AutoscalingCoordinator"))
         self._driver = self._start_driver()
 

@@ -17,7 +17,7 @@ def ends(bench: Bench) -> None:
 
 
 def hangs(bench: Bench) -> None:
-    """It has a child in a session of its own, and neither minds being asked to end."""
+    """It has a child in a separate session, and both ignore SIGTERM."""
     code = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); time.sleep(600)"
     child = subprocess.Popen([sys.executable, "-c", code], start_new_session=True)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
@@ -37,7 +37,7 @@ def raises(bench: Bench) -> None:
 
 
 def skips(bench: Bench) -> None:
-    """It needs what is not there."""
+    """It needs a module that is not installed."""
     need_modules(["json", "no_such_module_anywhere"])
 
 

@@ -52,7 +52,7 @@ def pipeline_in_process() -> Iterator[Callable[..., list[str]]]:
 
 
 def keys_of(config: Config, run_dir: Path) -> dict[str, str]:
-    """Each stage's key in a run folder, and as `anew` the lineage, without whose change training goes on."""
+    """Each stage's key in a run folder, and as `anew` the lineage; training resumes unless that changes."""
     keys = {
         stage.name: content_id(stage.key(Workspace(config, run_dir)))
         for stage in pipeline.STAGES

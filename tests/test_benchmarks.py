@@ -68,16 +68,16 @@ def test_parity_measures_differences(tmp_path):
         "logp": log_probs,
     }
     np.savez(tmp_path / "expected.npz", **{name: value.numpy() for name, value in arrays.items()})
-    found = parity(tmp_path / "m.nemo", tmp_path / "expected.npz")
-    assert found["encoder"] < 1e-5
-    assert found["log_probs"] == pytest.approx(0.5, abs=1e-4) and found["mel"] == pytest.approx(0.25, abs=1e-4)
+    measured = parity(tmp_path / "m.nemo", tmp_path / "expected.npz")
+    assert measured["encoder"] < 1e-5
+    assert measured["log_probs"] == pytest.approx(0.5, abs=1e-4) and measured["mel"] == pytest.approx(0.25, abs=1e-4)
 
 
 @pytest.mark.parametrize("name", ["tiny-canary", "tiny-canary2"])
 def test_parity_with_nemo(name):
     root = SHARED / "reference" / name
     if not root.exists():
-        pytest.skip("the recorded outputs of NeMo are not at hand")
+        pytest.skip("the recorded outputs of NeMo are not available")
     assert max(parity(root / "model.nemo", root / "expected.npz").values()) < 1e-4
 
 
@@ -104,15 +104,15 @@ def test_a_search_that_reads_peaks_takes_a_probe_per_bucket():
 def test_clusters_of_one_and_two_nodes_give_the_same_bytes(tmp_path):
     from benchmarks.cluster import measure
 
-    found = measure(tmp_path, 3000, [1, 2], chunk_bytes=100_000)
-    assert found["same_results"] and set(found["ids"]) == {
+    measured = measure(tmp_path, 3000, [1, 2], chunk_bytes=100_000)
+    assert measured["same_results"] and set(measured["ids"]) == {
         "statistics.json",
         "bucket_plan.json",
         "histogram.parquet",
         "assignment",
     }
-    assert found["rows"][0] + sum(found["rejected"][0].values()) == 3000
-    for run in found["nodes"].values():
+    assert measured["rows"][0] + sum(measured["rejected"][0].values()) == 3000
+    for run in measured["nodes"].values():
         assert run["statistics_rows_per_second"] == pytest.approx(3000 / run["statistics_seconds"], rel=0.1)
         assert run["driver_peak_mib"] > 100
     assert not list(tmp_path.glob("nodes-*/assignment"))
@@ -140,11 +140,11 @@ def test_rtfx_compares_models_at_equal_length_of_text():
     for name, precision in (("canary-1b", "fp32"), ("canary-1b-flash", "int8")):
         parts, model = load("canary-tiny", precision, "cpu")
         runs[name] = Utterances(parts, 2, 1, settings, model)
-    found = measure(runs, 5, 4.0, 2)
-    for run, figures in zip(runs.values(), found.values(), strict=True):
+    measured = measure(runs, 5, 4.0, 2)
+    for run, figures in zip(runs.values(), measured.values(), strict=True):
         assert run.search() == [5, 5] and figures["tokens"] == 5
         assert figures["rtfx"] == pytest.approx(4000 / (figures["encoder_ms"] + figures["decoder_ms"]), rel=0.02)
-    flash, deep = found["canary-1b-flash"], found["canary-1b"]
+    flash, deep = measured["canary-1b-flash"], measured["canary-1b"]
     faster = deep["decoder_ms"] / flash["decoder_ms"]
-    assert times_faster(found)["decoder"] == pytest.approx(faster, rel=0.05, abs=0.006)
+    assert times_faster(measured)["decoder"] == pytest.approx(faster, rel=0.05, abs=0.006)
     assert times_faster({"canary-1b": deep}) is None

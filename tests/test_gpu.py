@@ -42,7 +42,7 @@ SMALL = ModelConfig(
     max_positions=96,
     vocab_size=64,
 )
-# Large enough for cuBLAS's workspace, which nobody predicts, to be a small part of the peak.
+# Large enough for cuBLAS's workspace, which is not predicted, to be a small part of the peak.
 MEDIUM = ModelConfig(
     encoder_layers=6,
     encoder_width=512,
@@ -104,8 +104,8 @@ def test_a_model_made_on_the_device_has_the_same_constants(device):
 
 def test_a_group_of_one_has_the_gradients_of_no_group(device, group_of_one):
     bare = random_model(SMALL, device).train()
-    place = torch.device("cuda", 0) if device == "cuda" else torch.device("cpu")
-    wrapped = parallel_model(copy.deepcopy(bare), SETTINGS, SETTINGS.most_workers, place)
+    target_device = torch.device("cuda", 0) if device == "cuda" else torch.device("cpu")
+    wrapped = parallel_model(copy.deepcopy(bare), SETTINGS, SETTINGS.most_workers, target_device)
     assert dist.get_backend() == group_of_one
     for model in (bare, wrapped):
         optimizer = make_optimizer(model, SETTINGS)

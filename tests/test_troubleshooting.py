@@ -1,4 +1,4 @@
-"""docs/troubleshooting.md is what the code says, and the code says of every error what to do about it."""
+"""docs/troubleshooting.md matches the code, and the code gives a remedy for every error."""
 
 import importlib.util
 import re
@@ -30,7 +30,7 @@ def modules(generator):
 
 
 def made(generator, tmp_path, source):
-    """The sites of a package with one module beside the error tree."""
+    """The sites of a package with one module next to the error tree."""
     (tmp_path / "raytrain").mkdir()
     (tmp_path / "raytrain/errors.py").write_text((ROOT / "raytrain/errors.py").read_text())
     (tmp_path / "raytrain/module.py").write_text(source)
@@ -72,7 +72,7 @@ def guard(action):
         why = str(error)
         raise OwnError(
             f"can't {action} {path} of {self._name}, {len(path)} of {LIMIT:.1f}",
-            why=why, allowed=", ".join(_KINDS), remedy="mend " + f"{path}",
+            why=why, allowed=", ".join(_KINDS), remedy="fix " + f"{path}",
         )
     return call
 guard("read"), guard("list")
@@ -83,7 +83,7 @@ def again(parts):
     shown = [f"can't {action} ‹path› of ‹name›, … of 3.0" for action in ("read", "list")]
     assert [site.what for site in sites] == shown
     assert {(site.error, site.why, site.allowed, site.remedy) for site in sites} == {
-        ("OwnError", "what the system says", "a, b", "mend ‹path›")
+        ("OwnError", "what the system says", "a, b", "fix ‹path›")
     }
 
 

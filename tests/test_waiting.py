@@ -8,8 +8,8 @@ from raytrain import waiting
 def test_long_waits_say_what_for_and_short_ones_nothing(capfd):
     with waiting.reporting_wait("a train", after=0.1, interval=0.1):
         time.sleep(0.35)
-    said = capfd.readouterr().err
-    assert said.startswith("  waiting for a train; 0 s so far\n") and said.count("\n") >= 2
+    output = capfd.readouterr().err
+    assert output.startswith("  waiting for a train; 0 s so far\n") and output.count("\n") >= 2
     with waiting.reporting_wait("nothing", after=5):
         pass
     time.sleep(0.05)

@@ -1,4 +1,4 @@
-"""The program `raytrain`: its commands put together, and what an error or a signal makes of its exit code."""
+"""The program `raytrain`: all commands, and how errors and signals determine the exit code."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from raytrain.redaction import guard_output, redacted
 
 class _Commands(TyperGroup):
     def invoke(self, ctx: Any) -> Any:
-        """Run the command. Raises `Stopped` for Ctrl-C, which Typer would turn into an exit without a word."""
+        """Run the command. Raises `Stopped` for Ctrl-C, which Typer would turn into a silent exit."""
         try:
             return super().invoke(ctx)
         except KeyboardInterrupt as error:

@@ -1,4 +1,4 @@
-"""The command `clean`: what killed commands left behind, with its size; `--yes` removes it."""
+"""The command `clean`: lists leftovers of killed commands with their sizes; `--yes` removes them."""
 
 from __future__ import annotations
 
@@ -16,23 +16,25 @@ if TYPE_CHECKING:
     from raytrain.storage.leftovers import Leftover
 
 OptionalConfig = Annotated[
-    Path | None, typer.Option("--config", "-c", help="A run, to clean its folder too; by default only Ray's sessions.")
+    Path | None, typer.Option("--config", "-c", help="Also clean this run's folder; by default only Ray's sessions.")
 ]
 
 
 def clean(
     config: OptionalConfig = None,
     set: SetOption = None,
-    yes: Annotated[bool, typer.Option("--yes", "-y", help="Remove it; otherwise it is only listed.")] = False,
+    yes: Annotated[
+        bool, typer.Option("--yes", "-y", help="Remove the leftovers; by default they are only listed.")
+    ] = False,
     previous: Annotated[
-        bool, typer.Option("--previous", help="Also the run's previous/: checkpoints of earlier settings.")
+        bool, typer.Option("--previous", help="Include the run's previous/ folder: checkpoints of earlier settings.")
     ] = False,
     json: Annotated[bool, json_option("One JSON object per file or folder.")] = False,
 ) -> None:
-    """List what killed commands left behind, and remove it with --yes.
+    """List what killed commands left behind; remove it with --yes.
 
-    These are files that were never finished, Ray Train's notes of trainings that have ended, and folders of Ray
-    sessions that raytrain started on this machine and that were killed. A run that a process owns is left alone.
+    Leftovers are unfinished files, Ray Train's state of training runs that have ended, and folders of killed Ray
+    sessions that raytrain started on this machine. A run that a process still owns is left alone.
     """
     import contextlib
 
@@ -43,7 +45,7 @@ def clean(
     from raytrain.storage.ownership import owned
 
     if config is None and (set or previous):
-        raise typer.BadParameter("goes with --config", param_hint="--previous" if previous else "--set")
+        raise typer.BadParameter("requires --config", param_hint="--previous" if previous else "--set")
     console, loaded = Console(quiet=json), load_config(config, set) if config else None
     owning = owned(loaded.run_location, console.say) if loaded and yes else contextlib.nullcontext()
     with owning:
@@ -66,7 +68,7 @@ def _of_run(config: Config, say: Callable[[str], None], is_ours: bool) -> Iterat
 
     owner = None if is_ours else describe_owner(config.run_location)
     if owner is not None and owner[1]:
-        say(f"{owner[0]}: what it writes is left alone")
+        say(f"{owner[0]}: its files are left alone")
         return
     yield from temporaries(config.run_dir, before=time.time())
     yield from trainings(config.run_location)
@@ -85,11 +87,11 @@ def _show(leftovers: list[Leftover], kept: list[Leftover], is_removed: bool, jso
         rows = [(leftover.path, leftover.what, _size(leftover.bytes)) for leftover in leftovers]
         console.table(("path", "what", "size"), [*rows, ("total", "", _size(total))])
     for leftover in kept:
-        console.say(f"{leftover.path}: {leftover.what}, {_size(leftover.bytes)}; removed with --previous --yes only")
+        console.say(f"{leftover.path}: {leftover.what}, {_size(leftover.bytes)}; removed only with --previous --yes")
     if not leftovers:
-        console.say("nothing is left over")
+        console.say("nothing to clean")
     else:
-        console.say(f"{_size(total)} removed" if is_removed else "remove it with --yes")
+        console.say(f"{_size(total)} removed" if is_removed else "remove with --yes")
 
 
 def _size(number: int) -> str:

@@ -1,4 +1,4 @@
-"""`raytrain config`: what can be set, and how a configuration sets it."""
+"""`raytrain config`: the settings, and their values in a configuration."""
 
 from __future__ import annotations
 
@@ -21,25 +21,26 @@ _LEGEND = "lineage: training can't be resumed from a checkpoint of another value
 
 def config(
     key: Annotated[
-        str | None, typer.Argument(metavar="KEY", help="A section or a key, as train or train.max_steps; all if none.")
+        str | None,
+        typer.Argument(metavar="KEY", help="A section or a key, such as train or train.max_steps; by default all."),
     ] = None,
     config: Annotated[
-        Path | None, typer.Option("--config", "-c", help="A configuration, to show its values beside the defaults.")
+        Path | None, typer.Option("--config", "-c", help="A configuration whose values to show next to the defaults.")
     ] = None,
     set: SetOption = None,
     json: Annotated[bool, typer.Option("--json", help="One JSON object per key.")] = False,
 ) -> None:
-    """Explain the settings: default, unit, allowed values and what each is for."""
+    """Explain the settings: default, unit, allowed values and meaning."""
     if set and config is None:
-        raise typer.BadParameter("goes with --config", param_hint="--set")
+        raise typer.BadParameter("requires --config", param_hint="--set")
     from raytrain.config import load_config
     from raytrain.config.reference import entries, entries_below, nearest
 
     chosen = entries_below(key) if key else list(entries())
     if key and not chosen:
         close = nearest(key)
-        hint = f"did you mean {close}?" if close else "without a key, all are shown"
-        raise typer.BadParameter(f"no setting is called {key!r}; {hint}", param_hint="KEY")
+        hint = f"did you mean {close}?" if close else "omit the key to show all"
+        raise typer.BadParameter(f"there is no setting {key!r}; {hint}", param_hint="KEY")
     loaded = load_config(config, set) if config else None
     if json:
         _print_json(chosen, loaded)
@@ -91,6 +92,6 @@ def _cut(text: str) -> str:
 
 
 def _meaning(entry: Entry) -> str:
-    """The sentence, and in a line of its own what is allowed and whether the key belongs to the lineage."""
+    """The help text, then on a separate line the allowed values and whether the key belongs to the lineage."""
     facts = "; ".join(filter(None, (entry.limits, "lineage" if entry.lineage else "")))
     return f"{entry.help}\n{facts}" if facts else entry.help

@@ -1,4 +1,4 @@
-"""The command `doctor`: what every node of the cluster is like, what is wrong, and what to do about it."""
+"""The command `doctor`: the state of every node of the cluster, what is wrong, and how to fix it."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ if TYPE_CHECKING:
 
 Config = Annotated[
     Path | None,
-    typer.Option("--config", "-c", help="A run, to check its storage, manifests and MLflow too."),
+    typer.Option("--config", "-c", help="Also check this run's storage, manifests and MLflow."),
 ]
 Address = Annotated[
     str | None,
-    typer.Option(help="Ray to check, as HOST:6379; by default cluster.address, RAY_ADDRESS, or a Ray on this machine."),
+    typer.Option(help="Ray's address, as HOST:6379; by default cluster.address, RAY_ADDRESS, or Ray on this machine."),
 ]
 
 
@@ -27,12 +27,12 @@ def doctor(
     config: Config = None,
     set: SetOption = None,
     address: Address = None,
-    nodes: Annotated[int, typer.Option(min=1, help="Wait for that many nodes, for five minutes at most.")] = 1,
+    nodes: Annotated[int, typer.Option(min=1, help="Wait for this many nodes, for at most five minutes.")] = 1,
     json: JsonOption = False,
 ) -> None:
     """Check every node of the cluster before a run: versions, GPUs, memory, limits, clocks, storage, MLflow, access.
 
-    Exit code 1 if something fails; a warning is no failure.
+    Exit code 1 if a check fails; warnings are not failures.
     """
     from raytrain.config import ClusterSection, load_config
     from raytrain.operations.doctor import examine
@@ -56,7 +56,7 @@ def _show(report: Report) -> None:
     from raytrain.operations.checks import FAIL, OK, WARN, fold
 
     console = Console()
-    console.say(f"Ray at {report.address}" if report.address else "a Ray on this machine alone: no address was given")
+    console.say(f"Ray at {report.address}" if report.address else "Ray on this machine only: no address was given")
     if report.nodes:
         columns = ("node", "CPUs", "GiB", "GPUs", "/dev/shm GiB", "open files", "run.root MiB/s")
         console.table(columns, [_node_row(node) for node in report.nodes])
@@ -68,7 +68,7 @@ def _show(report: Report) -> None:
     if remedies:
         console.table(("", "check", "to do"), remedies)
     failed, warnings = (sum(check.status == status for check in checks) for status in (FAIL, WARN))
-    console.say(f"{failed} failed, {warnings} warnings, {len(checks) - failed - warnings} in order")
+    console.say(f"{failed} failed, {warnings} warnings, {len(checks) - failed - warnings} ok")
 
 
 def _node_row(node: NodeFacts) -> tuple[str, ...]:

@@ -1,4 +1,4 @@
-"""The commands `tune` and `ablate`: many trainings, compared."""
+"""The commands `tune` and `ablate`, which compare many training runs."""
 
 from __future__ import annotations
 
@@ -26,31 +26,33 @@ if TYPE_CHECKING:
     from raytrain.model.config import ModelConfig
     from raytrain.report.ablation_tables import Table
 
-_CONFIGURED = "own"  # names the configuration's model
+_CONFIGURED = "own"  # stands for the configuration's model
 
 Predict = Annotated[
-    bool, typer.Option("--predict", help="Predict instead of training, for a GPU that this machine need not have.")
+    bool, typer.Option("--predict", help="Predict instead of training, for a GPU that need not be present.")
 ]
 Models = Annotated[
     list[str] | None,
-    typer.Option("--model", help="With --predict: a published model, or `own`: the configuration's; may be repeated."),
+    typer.Option(
+        "--model", help="With --predict: a published model, or `own` for the configuration's; may be repeated."
+    ),
 ]
-Gpu = Annotated[str, typer.Option(help="With --predict: the kind of GPU, for its speed.")]
+Gpu = Annotated[str, typer.Option(help="With --predict: the GPU model, which determines its speed.")]
 GpuMemory = Annotated[str, typer.Option(help="With --predict: the GPU's memory.")]
-Gpus = Annotated[int, typer.Option(min=1, help="With --predict: GPUs that scheme A trains on.")]
-Steps = Annotated[int, typer.Option(min=1, help="With --predict: steps that scheme A trains for.")]
+Gpus = Annotated[int, typer.Option(min=1, help="With --predict: number of GPUs that scheme A trains on.")]
+Steps = Annotated[int, typer.Option(min=1, help="With --predict: number of steps that scheme A trains for.")]
 Utilisation = Annotated[
-    float, typer.Option(min=0.01, max=1, help="With --predict: the share of the GPU's peak that steps reach.")
+    float, typer.Option(min=0.01, max=1, help="With --predict: the share of the GPU's peak FLOP/s that steps reach.")
 ]
 Overhead = Annotated[
-    float, typer.Option(min=0, help="With --predict: seconds of a step that do not depend on its batch.")
+    float, typer.Option(min=0, help="With --predict: seconds per step that do not depend on the batch.")
 ]
 DecoderDepths = Annotated[
     str | None, typer.Option(metavar="N,N,…", help="Compare decoders of these depths instead of schemes.")
 ]
 EncoderDepths = Annotated[
     str | None,
-    typer.Option(metavar="N,N,…", help="With --decoder-depths: the encoders' depths, one for all or one for each."),
+    typer.Option(metavar="N,N,…", help="With --decoder-depths: the encoder depths, one for all or one each."),
 ]
 
 
@@ -60,9 +62,9 @@ def tune(
     json: Annotated[bool, json_option("One JSON object per trial.")] = False,
     take_over: TakeOverOption = False,
 ) -> None:
-    """Search training settings with whole runs, of which ASHA stops the worse early.
+    """Search training settings with whole runs; ASHA stops the worst ones early.
 
-    The section `tune` of the configuration says what to search.
+    The configuration's `tune` section says what to search.
     """
     from raytrain.cli import tables
     from raytrain.config import load_config
@@ -98,11 +100,11 @@ def ablate(
     json: JsonOption = False,
     take_over: TakeOverOption = False,
 ) -> None:
-    """Compare batching schemes, or decoder depths, on your corpus: by training each, or by prediction.
+    """Compare batching schemes or decoder depths on your corpus, by training each or by prediction.
 
-    Schemes: random batches (R), buckets by seconds of audio (A), without outliers (B), with searched sizes (C), in 2D
-    (D), with optimal edges (D+). Depths: parameters, training compute, and after a short training WER and decoding
-    speed.
+    Schemes: random batches (R), buckets by seconds of audio (A), without outliers (B), with searched batch sizes (C),
+    in 2D (D), with optimal edges (D+). Depths: parameters, training compute and, after a short training run, WER and
+    decoding speed.
     """
     from raytrain.config import load_config
     from raytrain.console import Console
@@ -130,7 +132,7 @@ def _compare_schemes(
     json: bool,
     take_over: bool,
 ) -> None:
-    """By prediction with `options`, by training without."""
+    """By prediction if there are `options`, otherwise by training."""
     from dataclasses import asdict
 
     from raytrain.experiments.ablate import predict_ablation, run_ablation
@@ -191,11 +193,11 @@ def _depths(text: str | None, option: str) -> list[int]:
     try:
         return [int(depth) for depth in (text or "").split(",") if depth.strip()]
     except ValueError:
-        raise typer.BadParameter(f"{text!r} is not like 24,12,8,4", param_hint=option) from None
+        raise typer.BadParameter(f"{text!r} is not a list like 24,12,8,4", param_hint=option) from None
 
 
 def _shape(models: list[str] | None, predict: bool) -> str | None:
     """The published model whose decoder depths are compared; None for the configuration's."""
     if models and (not predict or len(models) > 1):
-        raise typer.BadParameter("one model, and with --predict", param_hint="--model")
+        raise typer.BadParameter("takes one model, and requires --predict", param_hint="--model")
     return models[0] if models and models[0] != _CONFIGURED else None

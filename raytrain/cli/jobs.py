@@ -27,34 +27,34 @@ Address = Annotated[
     str | None,
     typer.Option(
         metavar="URL",
-        help="The cluster's Jobs server. By default cluster.address where it is one, RAY_API_SERVER_ADDRESS or "
+        help="The cluster's Jobs server. By default cluster.address if it is one, RAY_API_SERVER_ADDRESS or "
         "RAY_ADDRESS, http://127.0.0.1:8265.",
     ),
 ]
 OptionalConfig = Annotated[
-    Path | None, typer.Option("--config", "-c", help="A configuration, whose cluster.address is used.")
+    Path | None, typer.Option("--config", "-c", help="A configuration whose cluster.address to use.")
 ]
 JobArgument = Annotated[str, typer.Argument(metavar="JOB", help="A job's id.")]
 OptionalJob = Annotated[str | None, typer.Argument(metavar="JOB", help="A job's id; all jobs by default.")]
-Follow = Annotated[bool, typer.Option("--follow/--no-follow", help="Print what the job prints, until it ends.")]
+Follow = Annotated[bool, typer.Option("--follow/--no-follow", help="Print the job's output until it ends.")]
 FollowLogs = Annotated[
     bool, typer.Option("--follow", "-f", help="Keep printing until the job ends; exit code 0 if it succeeded.")
 ]
-Python = Annotated[str, typer.Option(help="The interpreter on the cluster's head.")]
+Python = Annotated[str, typer.Option(help="The Python interpreter on the cluster's head.")]
 Env = Annotated[
     list[str] | None,
     typer.Option(
         metavar="NAME[=VALUE]",
-        help="A variable for the job, with its value here if none is given; may be repeated. Endpoints, regions and "
-        "roots are passed without it, secrets only with it: whoever has the cluster's token can read them.",
+        help="A variable for the job, by default with its local value; may be repeated. Endpoints, regions and "
+        "roots are passed automatically, secrets only with --env: anyone with the cluster's token can read them.",
     ),
 ]
 WithSource = Annotated[
     bool | None,
     typer.Option(
         "--with-source/--without-source",
-        help="Upload raytrain's source; without it raytrain must be installed on the cluster's nodes. By default "
-        "uploaded where raytrain runs from a checkout.",
+        help="Upload raytrain's source; otherwise raytrain must be installed on the cluster's nodes. By default it is "
+        "uploaded if raytrain runs from a checkout.",
     ),
 ]
 
@@ -70,7 +70,7 @@ def submit(
     python: Python = "python",
     take_over: TakeOverOption = False,
 ) -> None:
-    """Run all stages, or those named, as a job on a cluster.
+    """Run all stages, or the named ones, as a job on a cluster.
 
     Uploads the resolved configuration, never data. Submitting the same configuration again resumes the run. Exit code 0
     if the job succeeded. Ctrl-C stops following; the job keeps running.
@@ -114,7 +114,7 @@ def status(
     address: Address = None,
     json: Annotated[bool, json_option("One JSON object per job.")] = False,
 ) -> None:
-    """List a cluster's jobs, the newest first, or show one; with a configuration also who owns its run folder."""
+    """List a cluster's jobs, newest first, or show one; with a configuration, also show the run folder's owner."""
     from raytrain.console import Console
 
     console = Console()
@@ -131,7 +131,7 @@ def status(
 
 
 def _listed(console: Console, job: str | None, config: Path | None, address: str | None) -> list[Job] | None:
-    """All jobs, or the named one; None, with a message, where no server was named and none answers."""
+    """All jobs, or the named one; None, with a message, if no server was named and none answers."""
     from raytrain.cluster.jobs import DEFAULT_ADDRESS, server_address
     from raytrain.config import load_config
     from raytrain.errors import ClusterError
@@ -145,7 +145,7 @@ def _listed(console: Console, job: str | None, config: Path | None, address: str
         is_named = loaded is None or server_address(address, loaded.cluster.address) != DEFAULT_ADDRESS
         if is_named or job is not None:
             raise
-        console.say(f"no jobs are listed: {error}")
+        console.say(f"can't list jobs: {error}")
         return None
     return server.list() if job is None else [server.get(job)]
 
@@ -161,7 +161,7 @@ def _job_rows(jobs: Sequence[Job]) -> list[tuple[str, ...]]:
 
 
 def _details(job: Job) -> list[tuple[str, str]]:
-    """What there is to say of a job, line by line."""
+    """The description of a job, line by line."""
     rows = [
         ("run", job.run),
         ("stages", job.stages),
@@ -176,7 +176,7 @@ def _details(job: Job) -> list[tuple[str, str]]:
 
 
 def logs(job: JobArgument, config: OptionalConfig = None, address: Address = None, follow: FollowLogs = False) -> None:
-    """Print what a job has printed."""
+    """Print a job's output."""
     from raytrain.console import Console
 
     console = Console()
@@ -188,7 +188,7 @@ def logs(job: JobArgument, config: OptionalConfig = None, address: Address = Non
 
 
 def stop(job: JobArgument, config: OptionalConfig = None, address: Address = None) -> None:
-    """Stop a job. What it has finished stays; submitting the same configuration again resumes from there."""
+    """Stop a job. Finished work is kept; submitting the same configuration again resumes from there."""
     from raytrain.console import Console
 
     console = Console()
@@ -235,12 +235,12 @@ def _print_line(line: str) -> None:
 def _say_variables(console: Console, variables: Variables) -> None:
     if variables.secret:
         console.warn(
-            f"{', '.join(variables.secret)} can be read by whoever has the cluster's token (Jobs API, dashboard); "
-            "better give the nodes their own"
+            f"{', '.join(variables.secret)} can be read by anyone with the cluster's token (Jobs API, dashboard); "
+            "it is safer to set credentials on the nodes"
         )
     if variables.kept:
         names = ", ".join(variables.kept)
-        console.say(f"secret and not passed: {names} (the nodes have their own, or name it with --env)")
+        console.say(f"secrets not passed: {names} (set them on the nodes, or name them with --env)")
 
 
 def _say_owner(console: Console, config: Config) -> None:

@@ -12,9 +12,9 @@ from raytrain.cli.options import MODEL_HELP
 
 def convert(
     source: Annotated[Path, typer.Argument(help=MODEL_HELP)],
-    target: Annotated[Path, typer.Argument(help="What to write: a .nemo file, or a new folder.")],
+    target: Annotated[Path, typer.Argument(help="Where to write: a .nemo file, or a new folder.")],
     to: Annotated[
-        str | None, typer.Option(help="nemo, raytrain or huggingface; by default what TARGET's ending says.")
+        str | None, typer.Option(help="nemo, raytrain or huggingface; by default taken from TARGET's extension.")
     ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a .nemo file that exists.")] = False,
 ) -> None:

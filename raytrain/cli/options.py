@@ -14,16 +14,14 @@ SetOption = Annotated[
 ]
 TakeOverOption = Annotated[
     bool,
-    typer.Option("--take-over", help="Take the run folder from the process that owns it, which then stops."),
+    typer.Option("--take-over", help="Take over the run folder from the process that owns it, which then stops."),
 ]
-StagesArgument = Annotated[
-    list[str] | None, typer.Argument(metavar="STAGE", help="Stages to run; all if none is named.")
-]
+StagesArgument = Annotated[list[str] | None, typer.Argument(metavar="STAGE", help="Stages to run; by default all.")]
 MODEL_HELP = "A .nemo file, run folder, checkpoint or Hugging Face folder."
 
 
 def json_option(help: str) -> Any:
-    """`--json`, which prints what the command found for programs."""
+    """The option `--json`, for machine-readable output."""
     return typer.Option("--json", help=help)
 
 
@@ -31,16 +29,16 @@ JsonOption = Annotated[bool, json_option("One JSON object.")]
 
 
 def print_json(value: object) -> None:
-    """A line of JSON on standard output."""
+    """Print a line of JSON on standard output."""
     import orjson
 
     typer.echo(orjson.dumps(value).decode())
 
 
 def check_needs(is_missing: bool, option: str, needed: str) -> None:
-    """Raises `typer.BadParameter` for an option that says something only beside another."""
+    """Raises `typer.BadParameter` for an option that is given without another it requires."""
     if is_missing:
-        raise typer.BadParameter(f"goes with {needed}", param_hint=option)
+        raise typer.BadParameter(f"requires {needed}", param_hint=option)
 
 
 def bytes_of(size: str, option: str) -> int:

@@ -1,4 +1,4 @@
-"""The commands `run`, one for each stage, `schedule` and `demo`."""
+"""The commands `run`, `schedule`, `demo` and one per stage."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ if TYPE_CHECKING:
     from raytrain.console import Console
 
 STAGE_HELP = {
-    "statistics": "Train the tokenizer where none is given and count durations and tokens.",
-    "buckets": "Cut durations and tokens into a 2D grid of buckets.",
+    "statistics": "Train the tokenizer if none is given, and count durations and tokens.",
+    "buckets": "Divide durations and tokens into a 2D grid of buckets.",
     "assign": "Write every manifest row into its bucket, or into rejected/ with a reason.",
     "oomptimize": "Find every bucket's largest batch size within the memory budget.",
     "train": "Train on all workers; resumes from the newest checkpoint.",
-    "evaluate": "Transcribe the test manifests, score them with intervals, and show the worst in errors.html.",
+    "evaluate": "Transcribe and score the test manifests, with confidence intervals; errors.html shows the worst.",
     "report": "Write report.html from the run folder.",
 }
 
@@ -51,7 +51,7 @@ def _loaded(config: Path, overrides: list[str] | None) -> tuple[Config, Console]
 
 
 def checked_stages(names: list[str] | None) -> list[str]:
-    """The named stages, perhaps none. Raises `typer.BadParameter` for a name that is no stage's."""
+    """The named stages; may be empty. Raises `typer.BadParameter` for an unknown stage."""
     names = names or []
     unknown = [name for name in names if name not in STAGE_HELP]
     if unknown:
@@ -62,7 +62,7 @@ def checked_stages(names: list[str] | None) -> list[str]:
 def run(
     config: ConfigOption, stages: StagesArgument = None, set: SetOption = None, take_over: TakeOverOption = False
 ) -> None:
-    """Run all stages, or those named; a stage whose settings and inputs did not change is skipped."""
+    """Run all stages, or the named ones; stages whose settings and inputs did not change are skipped."""
     _run(config, set, checked_stages(stages) or tuple(STAGE_HELP), take_over)
 
 
@@ -99,7 +99,7 @@ def oomptimize(
     dry: Annotated[
         bool,
         typer.Option(
-            "--dry", help="Trace for a GPU that this machine need not have, print the sizes and write nothing."
+            "--dry", help="Trace for a GPU that need not be present, print the batch sizes and write nothing."
         ),
     ] = False,
     device_memory: Annotated[
@@ -123,7 +123,7 @@ def _plan_dry(config: Path, overrides: list[str], json: bool) -> None:
 
     loaded, console = _loaded(config, overrides)
     if loaded.oomptimize.device_memory is None:
-        raise typer.BadParameter("--dry needs it, for example 80GiB", param_hint="--device-memory")
+        raise typer.BadParameter("--dry requires it, for example 80GiB", param_hint="--device-memory")
     rows = plan_dry(loaded, console, loaded.oomptimize.device_memory)
     if json:
         for row in rows:
@@ -142,11 +142,13 @@ def schedule(
     simulate: Annotated[
         bool, typer.Option("--simulate", help="Simulate training steps without audio and measure them.")
     ] = False,
-    workers: Annotated[int | None, typer.Option(min=1, help="Ranks; those of the configuration by default.")] = None,
+    workers: Annotated[
+        int | None, typer.Option(min=1, help="Number of ranks; by default from the configuration.")
+    ] = None,
     steps: Annotated[int, typer.Option(min=1, help="Steps to simulate.")] = 1000,
     json: JsonOption = False,
 ) -> None:
-    """Show how often an epoch goes through each corpus, and simulate training's steps without any audio."""
+    """Show how often an epoch repeats each corpus, and simulate training steps without audio."""
     from dataclasses import asdict
 
     from raytrain.cli import tables
@@ -168,7 +170,7 @@ def demo(
     set: SetOption = None,
     take_over: TakeOverOption = False,
 ) -> None:
-    """Make a small spoken corpus in four languages, train a Canary on it, and show the results."""
+    """Generate a small spoken corpus in four languages, train a Canary model on it, and show the results."""
     from raytrain.demo.run import run_demo
 
     stopping.say_at_stop(stopping.RESUMABLE)

@@ -1,13 +1,13 @@
-"""Ctrl-C (SIGINT) and SIGTERM end a command within ten seconds: one sentence, exit code 130 or 143, nothing left.
+"""Ctrl-C (SIGINT) and SIGTERM end a command within ten seconds: one message, exit code 130 or 143, nothing left behind.
 
     stopping.install()
     with stopping.exit_codes():
         command()
 
-The first signal is a `KeyboardInterrupt` in the main thread, so that what is open is closed in its own order. What is
-still busy eight seconds later, or when a second signal comes, is ended at once, together with all child processes.
-The process ends by `os._exit`: at an ordinary exit Ray's objects, which the exception's frames still hold, would ask
-for a Ray that has been shut down, and end the process with SIGSEGV.
+The first signal raises `KeyboardInterrupt` in the main thread, so that resources are closed in order. If the command is
+still busy eight seconds later, or when a second signal arrives, it is ended immediately, together with all child
+processes. The process ends with `os._exit`: at an ordinary exit, Ray objects that the exception's frames still hold
+would call a Ray that has been shut down, and crash the process with SIGSEGV.
 """
 
 from __future__ import annotations
@@ -30,19 +30,19 @@ if TYPE_CHECKING:
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 RESUMABLE = "stopped; run the same command again to resume"
 _GRACE_SECONDS = 8.0
-_ECHO_SECONDS = 1.0  # a terminal and what started this process may both pass on one Ctrl-C
+_ECHO_SECONDS = 1.0  # a terminal and the parent process may both forward one Ctrl-C
 
 
 class Stopped(BaseException):
-    """A `KeyboardInterrupt` on its way out: Typer would turn that one into an exit of its own."""
+    """Stands for a `KeyboardInterrupt`, which Typer would turn into its own kind of exit."""
 
 
 class _State:
     def __init__(self) -> None:
-        self.signal: int | None = None  # the first that was handled
-        self.seen: int | None = None  # the first that came; for moments Ray's handlers are installed instead
+        self.signal: int | None = None  # the first signal that was handled
+        self.seen: int | None = None  # the first signal that arrived, even while Ray's handlers are installed
         self.since = 0.0
-        self.is_over = False  # nothing is left that would close anything
+        self.is_over = False  # cleanup is finished
         self.sentence: str | None = "stopped"
         self.stderr: int | None = None
         self.ending = threading.Lock()
@@ -53,14 +53,14 @@ _state = _State()
 
 
 def install() -> None:
-    """Handle both signals from here on; once, in the main thread. An ignored signal stays ignored."""
+    """Handle both signals from now on; call once, in the main thread. An ignored signal stays ignored."""
     if _state.stderr is not None:
         return
-    _state.stderr = os.dup(2)  # parts of Ray's start have fd 2 elsewhere
+    _state.stderr = os.dup(2)  # fd 2 is redirected during parts of Ray's startup
     for number in SIGNALS:
         if signal.getsignal(number) is not signal.SIG_IGN:
             signal.signal(number, _handle)
-    # Written to when a signal comes, also while the main thread is deep in native code and handles none.
+    # Written to when a signal arrives, even while the main thread is in native code and can't handle it.
     reader, writer = os.pipe()
     os.set_blocking(writer, False)
     signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
@@ -69,18 +69,18 @@ def install() -> None:
 
 
 def say_at_stop(sentence: str | None) -> None:
-    """Print this sentence when stopped from here on; None where the command prints its own."""
+    """Print this message when stopped from now on; None if the command prints its own."""
     _state.sentence = sentence
 
 
 def is_asked() -> bool:
-    """Whether a signal came that is to stop this command."""
+    """Whether a signal to stop this command has arrived."""
     return _state.signal is not None or _state.seen is not None
 
 
 @contextlib.contextmanager
 def exit_codes() -> Iterator[None]:
-    """Around a command: whatever it raises after a signal ends the process with the signal's exit code."""
+    """Context around a command: any exception after a signal ends the process with the signal's exit code."""
     try:
         yield
     except BaseException as error:
@@ -98,7 +98,7 @@ def _handle(number: int, frame: FrameType | None) -> None:
     if _state.signal is not None:
         return
     _state.signal, _state.since = number, time.monotonic()
-    # What is cut off in the middle complains in logs, threads and finalizers; none of that is news.
+    # Interrupted work causes errors in logs, threads and finalizers, all of which are expected.
     logging.disable(logging.CRITICAL)
     sys.unraisablehook = _drop
     threading.excepthook = _drop
@@ -119,7 +119,7 @@ def _watch(reader: int) -> None:
 
 
 def _restore() -> None:
-    """In a forked child: it handles its signals as it likes."""
+    """In a forked child: restore default signal handling."""
     signal.set_wakeup_fd(-1)
     for number in SIGNALS:
         if signal.getsignal(number) is _handle:
@@ -127,7 +127,7 @@ def _restore() -> None:
 
 
 def _end() -> NoReturn:
-    """End in order: exit handlers first, then what is left of the child processes."""
+    """Exit in order: exit handlers first, then the remaining child processes."""
     atexit._run_exitfuncs()
     _end_now()
 
@@ -140,7 +140,7 @@ def _end_now() -> NoReturn:
         with contextlib.suppress(Exception):
             stream.flush()
     if _state.sentence is not None and _state.stderr is not None:
-        cursor = "\x1b[?25h" if os.isatty(_state.stderr) else ""  # which a progress bar hides
+        cursor = "\x1b[?25h" if os.isatty(_state.stderr) else ""  # a progress bar hides the cursor
         with contextlib.suppress(OSError):
             os.write(_state.stderr, f"{cursor}{_state.sentence}\n".encode())
     os._exit(128 + (_state.signal or _state.seen or signal.SIGINT))

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from raytrain.stages.planning import DryBucket, ScheduledCorpus
 
 Table = tuple[Sequence[str], Sequence[Sequence[str]]]
-_SMALLEST_SHARE = 0.002  # of memory, that has a line of its own
+_SMALLEST_SHARE = 0.002  # of memory, to get its own line
 
 
 def policies(rows: Sequence[PolicyRow]) -> Table:
@@ -34,7 +34,7 @@ def policies(rows: Sequence[PolicyRow]) -> Table:
 
 
 def planned_sizes(rows: Sequence[DryBucket]) -> Table:
-    """Batch sizes that were planned for a GPU, by bucket."""
+    """Batch sizes planned for a GPU, by bucket."""
     columns = ("bucket", "≤ seconds", "≤ tokens", "batch size", "seconds of audio", "peak GiB")
     cells = [
         (
@@ -51,7 +51,7 @@ def planned_sizes(rows: Sequence[DryBucket]) -> Table:
 
 
 def live_memory(row: DryBucket) -> Iterator[Table]:
-    """What is live at the peak of a bucket's step, by phase and by module."""
+    """The live memory at the peak of a bucket's step, by phase and by module."""
     for kind, sizes in (("phase", row.mib_by_phase), ("module", row.mib_by_module)):
         total = sum(sizes.values())
         parts = [(name, size) for name, size in sizes.items() if size > _SMALLEST_SHARE * total]
@@ -60,23 +60,23 @@ def live_memory(row: DryBucket) -> Iterator[Table]:
 
 
 def corpora(rows: Sequence[ScheduledCorpus], simulation: Simulation | None) -> Table:
-    """How often an epoch goes through each corpus, and its share of the audio where steps were simulated."""
-    columns = ("corpus", "rows", "times an epoch", *(("share of audio",) if simulation else ()))
+    """How often an epoch repeats each corpus, and its share of the audio if steps were simulated."""
+    columns = ("corpus", "rows", "repeats per epoch", *(("share of audio",) if simulation else ()))
     shares = [(f"{share:.1%}",) for share in simulation.audio_share] if simulation else [()] * len(rows)
     cells = [(row.corpus, str(row.rows), f"{row.repeats:.2f}", *share) for row, share in zip(rows, shares, strict=True)]
     return columns, cells
 
 
 def simulated(steps: Simulation) -> Table:
-    """What simulated steps look like."""
+    """Statistics of simulated steps."""
     cells = [
         ("steps", f"{steps.steps} of {steps.world_size} workers, {steps.epochs:.2f} epochs"),
         ("mean batch", f"{steps.mean_batch:.1f} utterances per worker"),
         ("padding", f"audio {steps.audio_padding:.1%}, tokens {steps.token_padding:.1%}"),
         ("workers in one bucket", f"{steps.bucket_agreement:.0%} of steps"),
         ("slowest worker", f"{steps.slowest_rank - 1:.1%} more padded audio than the mean"),
-        ("left of the epoch", f"{steps.remainder} rows"),
-        ("row numbers of a batch", f"{steps.seconds_per_batch * 1e6:.0f} µs"),
+        ("rows left in the epoch", f"{steps.remainder}"),
+        ("time to draw a batch", f"{steps.seconds_per_batch * 1e6:.0f} µs"),
     ]
     return ("simulated", ""), cells
 
@@ -87,7 +87,7 @@ def tune_trials(trials: Sequence[TuneTrial], names: Sequence[str]) -> Table:
     cells = [
         (
             "none" if trial.error is None else f"{trial.error:.2%}",
-            f"{trial.steps}{' (ended early)' if trial.stopped_early else ''}",
+            f"{trial.steps}{' (stopped early)' if trial.stopped_early else ''}",
             *(_short(trial.settings.get(name)) for name in names),
         )
         for trial in trials

@@ -1,4 +1,4 @@
-"""The command `transcribe`: some recordings at once on this machine, or the rows of manifests on Ray."""
+"""The command `transcribe`: a few recordings on this machine, or the rows of manifests on Ray."""
 
 from __future__ import annotations
 
@@ -30,65 +30,69 @@ Files = Annotated[list[Path] | None, typer.Argument(help="Recordings that libsnd
 Language = Annotated[
     str | None,
     typer.Option(
-        help="Spoken language; not needed if the model has just one. A manifest's rows that name one override it."
+        help="Spoken language; not needed if the model has just one. A manifest row's own language overrides it."
     ),
 ]
 TargetLanguage = Annotated[str | None, typer.Option(help="Translate into this language.")]
 Punctuation = Annotated[bool, typer.Option(help="Ask for punctuation and capitals.")]
 BeamSize = Annotated[int, typer.Option(min=1, help="1 is greedy.")]
 LengthPenalty = Annotated[float, typer.Option(min=0, help="Above 0 favors longer texts of a beam.")]
-NBest = Annotated[int, typer.Option(min=1, help="Texts to give with --json (FILES only).")]
+NBest = Annotated[int, typer.Option(min=1, help="Number of hypotheses to print with --json (FILES only).")]
 BatchSize = Annotated[
     int | None,
     typer.Option(
-        min=1, help="Recordings or windows decoded together: 8 of FILES; of a manifest as many as fit, at most 256."
+        min=1,
+        help="Recordings or windows per batch: by default 8 for FILES, as many as fit (at most 256) for manifests.",
     ),
 ]
-Window = Annotated[float, typer.Option(help="Longest piece of a recording, at most 40.")]
+Window = Annotated[float, typer.Option(help="Maximum seconds of a piece of a recording, at most 40.")]
 Overlap = Annotated[
-    float | None, typer.Option(help="What neighboring pieces share; 4, or a quarter of a piece if that is less.")
+    float | None,
+    typer.Option(help="Seconds of overlap between pieces; by default 4, or a quarter of a piece if that is less."),
 ]
 Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
-Precision = Annotated[str, typer.Option(help="Of linear layers: fp32, bf16, or int8 on a CPU.")]
+Precision = Annotated[str, typer.Option(help="Precision of linear layers: fp32, bf16, or int8 (CPU only).")]
 Json = Annotated[
-    bool, json_option("One JSON object per line, with times and confidence. Of a manifest: rows and speed.")
+    bool, json_option("One JSON object per line, with times and confidence. For manifests: row counts and speed.")
 ]
 Manifest = Annotated[
     list[str] | None,
     _option(
         "Instead of FILES: a NeMo manifest (JSON lines with audio_filepath), Lhotse cuts, Shar, Parquet or an audio "
-        "folder; {0..7} and * stand for several. May be repeated.",
+        "folder; {0..7} and * match several. May be repeated.",
         metavar="PATH",
     ),
 ]
 Output = Annotated[
     Path | None,
     _option(
-        "Where the rows go, in the manifests' order, with pred_text and confidence, or error. Finished parts are kept "
-        "in OUT.jsonl.parts: after a stop the same command resumes from them.",
+        "Output file: rows in manifest order, with pred_text and confidence, or error. Finished parts are kept "
+        "in OUT.jsonl.parts; the same command resumes from them after an interruption.",
         metavar="OUT.jsonl",
     ),
 ]
 Audio = Annotated[
     list[str] | None,
     _option(
-        "The tars of a tarred manifest, or the folder that relative audio paths are in (by default the manifest's "
-        "own); once for each --manifest.",
+        "The tars of a tarred manifest, or the base folder of relative audio paths (by default the manifest's "
+        "folder); once per --manifest.",
         metavar="PATH",
     ),
 ]
-Root = Annotated[str, _option("The folder that relative --manifest and --audio are in.", metavar="PATH")]
-Workers = Annotated[int | None, _option("Models that work in parallel: by default one per GPU, or one on CPUs.", min=1)]
+Root = Annotated[str, _option("The base folder of relative --manifest and --audio paths.", metavar="PATH")]
+Workers = Annotated[
+    int | None, _option("Number of models to run in parallel; by default one per GPU, or one on CPUs.", min=1)
+]
 DeviceMemory = Annotated[
     str | None,
     _option(
-        "Memory of a worker, such as 16GiB; batches are as large as it allows. By default 0.9 of a GPU's, or half "
-        "of the host's for all.",
+        "Memory per worker, such as 16GiB; batches are as large as it allows. By default 0.9 of a GPU's, or half "
+        "of the host's shared by all.",
         metavar="SIZE",
     ),
 ]
-Overwrite = Annotated[bool, _option("Replace OUT.jsonl where it exists.")]
-PartRows = Annotated[int | None, _option("Rows of a part, 2000 by default. Parts are written when done.", min=1)]
+Overwrite = Annotated[bool, _option("Replace OUT.jsonl if it exists.")]
+PartRows = Annotated[int | None, _option("Rows per part, by default 2000. Each part is written when done.", min=1)]
 
 
 @dataclass(frozen=True)
@@ -107,7 +111,7 @@ class _Decoding:
 
 @dataclass(frozen=True)
 class _OnRay:
-    """Options that go with --manifest."""
+    """Options that require --manifest."""
 
     output: Path | None
     audio: list[str] | None
@@ -150,7 +154,7 @@ def transcribe(
     decoding = _Decoding(language, target_language, pnc, search, window_seconds, overlap_seconds, device, precision)
     on_ray = _OnRay(output, audio, root, workers, device_memory, part_rows, overwrite)
     if bool(files) == bool(manifest):
-        raise typer.BadParameter("name recordings, or lists of them with --manifest; not both", param_hint="FILES")
+        raise typer.BadParameter("pass recordings or --manifest, not both", param_hint="FILES")
     if files:
         failed = _files(files, checkpoint, decoding, on_ray, batch_size or 8, json)
     else:
@@ -174,7 +178,7 @@ def _search(beam_size: int, length_penalty: float, n_best: int) -> DecodeSetting
 def _files(
     files: list[Path], checkpoint: Path, decoding: _Decoding, on_ray: _OnRay, batch_size: int, json: bool
 ) -> bool:
-    """Print texts; returns whether a recording could not be read."""
+    """Print texts; returns whether any recording could not be read."""
     for name, value in vars(on_ray).items():
         check_needs(bool(value), f"--{name.replace('_', '-')}", "--manifest")
 
@@ -205,12 +209,12 @@ def _manifests(
     max_batch: int | None,
     json: bool,
 ) -> bool:
-    """Write the output; returns whether a row has an error."""
+    """Write the output; returns whether any row has an error."""
     from raytrain.console import Console
     from raytrain.operations.transcription import transcribe_manifests
 
     if decoding.settings.n_best > 1:
-        raise typer.BadParameter("goes with FILES: a row of a manifest gets one text", param_hint="--n-best")
+        raise typer.BadParameter("requires FILES: a manifest row gets one text", param_hint="--n-best")
     stopping.say_at_stop(stopping.RESUMABLE)
     spec = _spec(manifests, checkpoint, decoding, on_ray, max_batch)
     console = Console()
@@ -218,7 +222,7 @@ def _manifests(
     if json:
         print_json(summary.to_dict())
     elif summary.audio_s:
-        console.table(("part", "seconds of workers", "RTFx"), _speeds(summary))
+        console.table(("part", "worker seconds", "RTFx"), _speeds(summary))
     _say(console, summary, on_ray.output)
     return summary.failed > 0
 
@@ -229,9 +233,9 @@ def _spec(
     from raytrain.operations.transcription import TranscriptionSpec
 
     if on_ray.output is None:
-        raise typer.BadParameter("goes with --manifest, for example --output texts.jsonl", param_hint="--output")
+        raise typer.BadParameter("requires --manifest, for example --output texts.jsonl", param_hint="--output")
     if str(on_ray.output) == "-":
-        raise typer.BadParameter("texts go to a file; name it", param_hint="--output")
+        raise typer.BadParameter("manifests need an output file", param_hint="--output")
     corpora = _corpora(manifests, on_ray.audio, on_ray.root)
     memory = on_ray.device_memory
     return TranscriptionSpec(
@@ -252,9 +256,9 @@ def _corpora(manifests: list[str], audio: list[str] | None, root: str) -> tuple[
     from raytrain.redaction import holds_credentials
 
     if any(map(holds_credentials, [*manifests, *(audio or []), root])):
-        raise typer.BadParameter("holds credentials; give them to the environment", param_hint="--manifest")
+        raise typer.BadParameter("holds credentials; set them in the environment", param_hint="--manifest")
     if audio and len(audio) != len(manifests):
-        raise typer.BadParameter(f"{len(audio)} for {len(manifests)} manifests", param_hint="--audio")
+        raise typer.BadParameter(f"given {len(audio)} times for {len(manifests)} manifests", param_hint="--audio")
     audio_of = dict(enumerate(audio or []))
     return tuple(Corpus(path, path, audio=audio_of.get(number)).below(root) for number, path in enumerate(manifests))
 
@@ -264,12 +268,12 @@ def _speeds(summary: Summary) -> list[tuple[str, str, str]]:
     figures = summary.to_dict()
     names = [name for name in summary.part_seconds if name in figures["part_rtfx"]]
     rows = [(name, f"{summary.part_seconds[name]:.1f}", f"{figures['part_rtfx'][name]:.1f}") for name in names]
-    return [*rows, ("all, by the clock", f"{summary.seconds:.1f}", f"{figures['rtfx']:.1f}")]
+    return [*rows, ("all, wall time", f"{summary.seconds:.1f}", f"{figures['rtfx']:.1f}")]
 
 
 def _say(console: Console, summary: Summary, output: Path | None) -> None:
     resumed, parts = summary.parts_from_before, summary.parts
-    before = f", {resumed} of {parts} parts from before" if resumed else ""
+    before = f", {resumed} of {parts} parts were already done" if resumed else ""
     console.say(f"{output}: {summary.rows} rows, {summary.audio_s / 3600:.2f} h of audio transcribed now{before}")
     if summary.failed:
         console.warn(f"{summary.failed} of {summary.rows} rows have no text; their field error says why")

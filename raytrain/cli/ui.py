@@ -27,7 +27,7 @@ def ui(
         typer.echo(f"MLflow runs at {uri}")
         return
     command = [sys.executable, "-m", "mlflow", "ui", "--backend-store-uri", with_credentials(uri)]
-    typer.echo(f"MLflow at http://127.0.0.1:{port} (Ctrl-C stops it)")
-    # In a session of its own Ctrl-C reaches it through this process, which ends all that MLflow has started.
+    typer.echo(f"MLflow is at http://127.0.0.1:{port} (Ctrl-C stops it)")
+    # In its own session, Ctrl-C reaches it only through this process, which ends everything MLflow started.
     done = subprocess.run([*command, "--host", "127.0.0.1", "--port", str(port)], start_new_session=True, check=False)
     raise typer.Exit(done.returncode)

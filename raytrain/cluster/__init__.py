@@ -1,6 +1,6 @@
-"""Ray and nothing else: how work is spread over a cluster, and what follows when a part of it fails.
+"""Everything that touches Ray: distributing work over a cluster and recovering when part of it fails.
 
-Only this room imports Ray; it may import all rooms below, and what it spreads (a step, a model, a file of rows) lies in
-these. Open `session.py` first, which starts or joins Ray, then `trainer.py` for training, `inference.py` for decoding
-and `trials.py` for Ray Tune.
+Only this room imports Ray. It may import all rooms below it, and the work it distributes (a training step, a model, a
+file of rows) is defined there. Start with `session.py`, which starts or joins Ray, then read `trainer.py` for training,
+`inference.py` for decoding and `trials.py` for Ray Tune.
 """

@@ -1,7 +1,7 @@
 """Assigning rows to buckets on Ray Data.
 
-A worker takes one chunk, writes one part for each bucket, and last a note that the chunk is done. A restarted job skips
-the chunks whose notes stand and were made from the same inputs.
+A worker takes one chunk, writes one part per bucket, and finally writes a note that the chunk is done. A restarted job
+skips chunks that have a valid note made from the same inputs.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def assign_all(
     key: str,
     placement: Placement = ANYWHERE,
 ) -> Iterator[ChunkNote]:
-    """Run the missing chunks on Ray Data; yields the note of every chunk, finished before or now."""
+    """Run the missing chunks on Ray Data; yields every chunk's note, including those of chunks finished earlier."""
     import ray
 
     clear_stale_parts(store, key)

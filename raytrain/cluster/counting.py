@@ -1,4 +1,4 @@
-"""Counting lengths and sampling texts on Ray Data: chunks go to workers, and partial counts come back in order."""
+"""Counting lengths and sampling texts on Ray Data: workers process chunks, and partial counts are returned in order."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from raytrain.data.text.tokenizer import CanaryTokenizer
 
 
 def count_all(chunks: list[Chunk], tokenizer: CanaryTokenizer, config: Config) -> Iterator[tuple[int, Counts]]:
-    """Partial counts from Ray Data: (number of chunks, what they hold)."""
+    """Partial counts from Ray Data: (number of chunks, their counts)."""
     import ray
 
     prompt_format, by_words = config.model.prompt_format, config.tokenizer.by_words
@@ -37,7 +37,7 @@ def count_all(chunks: list[Chunk], tokenizer: CanaryTokenizer, config: Config) -
 
 
 def sample_all(chunks: list[Chunk], config: Config) -> Iterator[tuple[int, SentenceSample, Counts]]:
-    """Partial samples of sentences from Ray Data: (number of chunks, a sample, rows and unusable ones)."""
+    """Partial samples of sentences from Ray Data: (number of chunks, sample, row counts including unusable rows)."""
     most = config.tokenizer.max_sentences
 
     def sample(chunks: list[Chunk]) -> tuple[int, SentenceSample, Counts]:

@@ -1,4 +1,4 @@
-"""What Ray's errors mean: what follows a failure of training, and the error that a person can act on."""
+"""Interpreting Ray's errors: how to proceed after a training failure, and an error the user can act on."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from raytrain.errors import RaytrainError, TrainingError, last_line
 
 
 class Failure(Enum):
-    """Why Ray Train gave up, as far as it matters to what follows."""
+    """Why Ray Train gave up, as far as it affects recovery."""
 
-    KILLED_FOR_MEMORY = "a worker was killed for its memory"
-    ANY = "Ray Train has used up its own attempts"
+    KILLED_FOR_MEMORY = "a worker ran out of host memory and was killed"
+    ANY = "Ray Train exhausted its own retries"
 
 
 @dataclass(frozen=True)
@@ -40,8 +40,8 @@ def decide(failure: Failure, lowered: Sequence[str], attempts_left: int) -> Rest
 
 
 def failure_of(error: BaseException) -> Failure:
-    """The kind of failure that an error of Ray Train stands for: after Ray's memory monitor has killed a worker, Ray
-    Train does not restart by itself."""
+    """Classify an error from Ray Train, which does not restart by itself after Ray's memory monitor has killed a
+    worker."""
     import ray
 
     killed = any(isinstance(cause, ray.exceptions.OutOfMemoryError) for cause in _causes(error))
@@ -49,23 +49,23 @@ def failure_of(error: BaseException) -> Failure:
 
 
 def stalled(stalls: list[str], config: Config) -> TrainingError:
-    """The error for workers that made no progress; `stalls` say what each was doing."""
+    """The error for workers that made no progress; `stalls` lists what each was doing."""
     return TrainingError(
         f"training made no progress for {config.train.stall_minutes:g} minutes and was ended",
-        got=f"last of all {'; '.join(sorted(set(stalls)))}",
-        remedy="check the worker that does not wait for others: its storage, its GPU, its network; "
-        "raise train.stall_minutes where a step or a validation batch may take as long; `raytrain train` resumes from "
+        got=f"last activity: {'; '.join(sorted(set(stalls)))}",
+        remedy="check the worker that is not waiting for the others: its storage, its GPU, its network; "
+        "raise train.stall_minutes if a step or a validation batch may take that long; `raytrain train` resumes from "
         "the last checkpoint",
     )
 
 
 def cause_of_kind(error: BaseException, kind: type[RaytrainError]) -> RaytrainError | None:
-    """The error of a kind that is or that is inside `error`, None where there is none."""
+    """`error` or the first error it wraps that is of the given type, or None."""
     return next((cause for cause in _causes(error) if isinstance(cause, kind)), None)
 
 
 def readable(error: BaseException) -> Exception:
-    """The `RaytrainError` inside Ray's wrapping, or a `TrainingError` with the last line of its cause."""
+    """The `RaytrainError` that Ray wrapped, or a `TrainingError` with the last line of the cause."""
     if (cause := cause_of_kind(error, RaytrainError)) is not None:
         return cause
     causes = _causes(error)
@@ -74,7 +74,7 @@ def readable(error: BaseException) -> Exception:
         return TrainingError(
             "there was no room for the training workers",
             why=next((line for line in lines if "timed out" in line), None),
-            remedy="free CPUs or GPUs, add nodes, or lower train.num_workers; [least, most] takes what there is",
+            remedy="free CPUs or GPUs, add nodes, or lower train.num_workers; [least, most] uses what is available",
         )
     return TrainingError(
         "training failed",
@@ -85,7 +85,7 @@ def readable(error: BaseException) -> Exception:
 
 
 def _causes(error: BaseException) -> list[BaseException]:
-    """The error and all that it wraps, outermost first."""
+    """The error and every error it wraps, outermost first."""
     causes = [error]
     for cause in causes:
         failures = getattr(cause, "worker_failures", None) or {}

@@ -1,4 +1,4 @@
-"""The GPUs of this machine as its drivers count them; whether torch can use them is another matter."""
+"""The GPUs of this machine as its drivers report them, whether or not torch can use them."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import os
 
 
 def nvidia_gpus() -> tuple[int, str]:
-    """NVIDIA GPUs and the driver's version, as nvidia-smi would name them."""
+    """Number of NVIDIA GPUs and the driver version, as nvidia-smi reports them."""
     import pynvml
 
     try:
@@ -22,10 +22,10 @@ def nvidia_gpus() -> tuple[int, str]:
 
 
 def has_amd_driver() -> bool:
-    """Whether AMD's driver for computing is loaded."""
+    """Whether AMD's compute driver is loaded."""
     return os.path.exists("/dev/kfd")
 
 
 def installed_gpus() -> int:
-    """GPUs of this machine: NVIDIA's, or 1 where AMD's driver is loaded."""
+    """Number of GPUs in this machine: NVIDIA's count, or 1 if AMD's driver is loaded."""
     return nvidia_gpus()[0] or int(has_amd_driver())

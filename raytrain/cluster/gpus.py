@@ -1,10 +1,10 @@
-"""The GPUs of a cluster, as the processes on its nodes can use them.
+"""The GPUs of a cluster, as seen by processes on its nodes.
 
     for kind in find_gpus(Placement.train(config.cluster)):
         kind.name, kind.total_bytes, kind.num_gpus
 
-A small task without CPUs or GPUs asks on every node, so that a busy card delays nothing, and a node whose GPUs torch
-can't use is an error with its reason before any work is sent there.
+A small task that reserves no CPU or GPU queries every node, so a busy GPU causes no delay, and a node whose GPUs torch
+can't use is reported, with the reason, before any work is sent there.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ from raytrain.config import Config
 from raytrain.errors import ClusterError
 from raytrain.model.device import Device, emulated_gpu, visible_gpus
 
-_SECONDS = 120.0  # importing torch on a cold node takes tens of them
+_SECONDS = 120.0  # importing torch on a cold node can take tens of seconds
 
 
 @dataclass(frozen=True)
 class GpuKind:
-    """The GPUs of one name and memory: `nodes` are (node id, number of GPUs) of those that have them; see
-    `raytrain.model.device` for `is_emulated`."""
+    """GPUs with the same name and memory: `nodes` lists (node id, number of GPUs); see `raytrain.model.device` for
+    `is_emulated`."""
 
     name: str
     total_bytes: int
@@ -39,36 +39,36 @@ class GpuKind:
         return sum(number for _, number in self.nodes)
 
     def placements(self, placement: Placement) -> list[Placement]:
-        """`placement` on each of these GPUs' nodes, once for every GPU."""
+        """`placement` restricted to one of these GPUs' nodes, once per GPU."""
         return [placement.on_node(node) for node, number in self.nodes for _ in range(number)]
 
 
-# The last answer, by Ray's job and the GPUs of its nodes.
+# The last answer, keyed by Ray job and the GPUs of its nodes.
 _ANSWERS: dict[tuple[str, tuple[tuple[str, int], ...]], list[GpuKind]] = {}
 
 
 def has_gpus(placement: Placement) -> bool:
-    """Whether Ray has GPUs on the nodes of `placement`. Raises `ClusterError` where a node has part of one."""
+    """Whether Ray has GPUs on the nodes of `placement`. Raises `ClusterError` if a node has a fractional GPU."""
     return any(whole_gpus(node) for node in placement.present())
 
 
 def whole_gpus(node: Node) -> int:
-    """The GPUs that Ray hands out on a node. Raises `ClusterError` for a part of one."""
+    """Number of GPUs that Ray offers on a node. Raises `ClusterError` for a fractional GPU."""
     gpus = total([node], "GPU")
     if gpus % 1:
         raise ClusterError(
-            f"Ray hands out {gpus:g} GPUs on {node['NodeManagerHostname']}",
+            f"Ray offers {gpus:g} GPUs on {node['NodeManagerHostname']}",
             allowed="a whole number",
-            why="a model and its batches take a GPU to themselves",
+            why="a model and its batches need a whole GPU",
             remedy="start Ray with a whole number of GPUs (--num-gpus), or set train.device: cpu",
         )
     return int(gpus)
 
 
 def find_gpus(placement: Placement) -> list[GpuKind]:
-    """The kinds of GPU on the nodes of `placement`, by name; none where Ray has none.
+    """The kinds of GPU on the nodes of `placement`, sorted by name; empty if Ray has none.
 
-    Raises `ClusterError` where torch can't use the GPUs of a node, or where a node has several kinds.
+    Raises `ClusterError` if torch can't use a node's GPUs, or if a node has several kinds.
     """
     import ray
 
@@ -83,7 +83,7 @@ def find_gpus(placement: Placement) -> list[GpuKind]:
 
 
 def _ask_kinds(counts: dict[str, tuple[int, str]]) -> list[GpuKind]:
-    """The kinds of GPU of nodes, by id with their number of GPUs and their host's name."""
+    """The kinds of GPU on nodes, given as node id → (number of GPUs, hostname)."""
     kinds: dict[Device, list[tuple[str, int]]] = {}
     for node, answer, _ in ask_nodes(_gpus_here, dict.fromkeys(counts), _SECONDS):
         number, host = counts[node]
@@ -104,7 +104,7 @@ def _gpus_here(_: None) -> list[Device] | ClusterError:
 
 def _single_kind(answer: list[Device] | ClusterError | NoAnswer, host: str) -> Device:
     if isinstance(answer, NoAnswer):
-        raise ClusterError(f"the GPUs of {host} can't be asked", why=answer.why, remedy="run `raytrain doctor`")
+        raise ClusterError(f"the GPUs of {host} can't be queried", why=answer.why, remedy="run `raytrain doctor`")
     if isinstance(answer, ClusterError):
         raise ClusterError(f"{answer.what} (on {host})", why=answer.why, remedy=answer.remedy)
     kinds = {replace(device, torch_name=device.torch.type) for device in answer}
@@ -112,14 +112,14 @@ def _single_kind(answer: list[Device] | ClusterError | NoAnswer, host: str) -> D
         raise ClusterError(
             f"{host} has several kinds of GPU",
             got=", ".join(sorted(f"{kind.name} ({kind.total_bytes / 2**30:.0f} GiB)" for kind in kinds)),
-            why="Ray does not tell which of them a worker gets, and their batch sizes differ",
-            remedy="start Ray once for each kind, each with its CUDA_VISIBLE_DEVICES, or with those of one kind alone",
+            why="Ray does not say which one a worker gets, and their batch sizes differ",
+            remedy="start Ray once per kind, each with its own CUDA_VISIBLE_DEVICES, or expose only one kind",
         )
     return kinds.pop()
 
 
 def may_train_on_gpus(config: Config) -> bool:
-    """Whether training may run on GPUs of the Ray that a command would use, without starting it."""
+    """Whether training may run on GPUs of the Ray that a command would use; does not start Ray."""
     import ray
 
     cluster = config.cluster
@@ -131,7 +131,7 @@ def may_train_on_gpus(config: Config) -> bool:
 
 
 def device_names(config: Config) -> list[str]:
-    """The kinds of GPU that training would run on, by name and memory: what batch sizes depend on. None on a CPU."""
+    """Name and memory of the kinds of GPU that training would run on, which batch sizes depend on. None on CPU."""
     if not may_train_on_gpus(config):
         return []
     with ray_session(config.cluster):
@@ -141,13 +141,13 @@ def device_names(config: Config) -> list[str]:
 
 
 def backend(config: Config, cuda: bool) -> str:
-    """The `torch.distributed` backend of training. Raises as `find_gpus`, before training starts."""
+    """The `torch.distributed` backend of training. Raises what `find_gpus` raises, before training starts."""
     if not cuda:
         return "gloo"
-    kinds = find_gpus(Placement.train(config.cluster))  # none where an autoscaler is to bring them
+    kinds = find_gpus(Placement.train(config.cluster))  # none while an autoscaler has yet to add them
     return "gloo" if any(kind.is_emulated for kind in kinds) else "nccl"
 
 
 def least_bytes(kinds: list[GpuKind]) -> int:
-    """The memory that a worker has on any of these GPUs."""
+    """The memory available to a worker on every one of these GPUs."""
     return min(kind.total_bytes for kind in kinds)

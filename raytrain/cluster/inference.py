@@ -1,5 +1,5 @@
-"""Batches of recordings to texts on Ray Data: tasks on CPUs read and decode audio, a pool of actors beside them holds
-the model, on GPUs where there are some.
+"""Transcribing batches of recordings on Ray Data: CPU tasks read and decode audio, and a pool of actors holds the
+model, on GPUs if there are any.
 
     pool = find_pool(workers=None, device="auto", device_memory=None)
     sizes = batch_sizes(model_config, settings, pool, max_size=256)
@@ -7,7 +7,7 @@ the model, on GPUs where there are some.
     for batch in recognize(batches, job, pool):
         batch.texts[0]     # {"id": 0, "text": "three seven", "confidence": 0.93}, or {"id": 0, "error": "can't read …"}
 
-A batch is one row of a Ray Data dataset, so that it is neither cut nor put together on the way.
+A batch is one row of a Ray Data dataset, so Ray Data never splits or merges batches.
 """
 
 from __future__ import annotations
@@ -33,9 +33,9 @@ if TYPE_CHECKING:
     from ray.data import Dataset
 
 MAX_BATCH = 256
-_BATCHES_PER_DATASET = 2048  # for each worker; between two datasets the workers start anew
-_BATCH_MS = 3_600_000  # of audio: several batches pass through the host's memory at a time, and a GPU needs no more
-# Padding that costs about as much as one more batch, whose decoder takes its steps one after another.
+_BATCHES_PER_DATASET = 2048  # per worker; workers restart between datasets
+_BATCH_MS = 3_600_000  # of audio: several batches are in host memory at a time, and a GPU needs no more
+# The amount of padding that costs about as much as one more batch, given that decoder steps are sequential.
 _PADDING_MS = {"cpu": 30_000, "cuda": 600_000}
 
 
@@ -46,7 +46,7 @@ def batch_sizes(config: ModelConfig, settings: DecodeSettings, pool: Pool, max_s
 
 
 def make_batches(numbered: Sequence[tuple[int, Request]], sizes: BatchSizes, job: Job, pool: Pool) -> list[Batch]:
-    """(id, request) pairs as batches of similar lengths, the longest first, such that each worker gets at least one."""
+    """(id, request) pairs as batches of similar lengths, the longest first, so that each worker gets at least one."""
     if not numbered:
         return []
     durations, pieces = zip(*(job.piece(request.duration_ms) for _, request in numbered), strict=True)
@@ -63,9 +63,9 @@ def make_batches(numbered: Sequence[tuple[int, Request]], sizes: BatchSizes, job
 
 
 def recognize(batches: Iterable[Batch], job: Job, pool: Pool) -> Iterator[RecognizedBatch]:
-    """The texts of batches, in their order. They are taken several thousand at a time.
+    """The texts of batches, in order. Batches are submitted several thousand at a time.
 
-    Raises `RaytrainError` where workers can't load the model, or fail.
+    Raises `RaytrainError` if workers can't load the model, or fail.
     """
     batches = iter(batches)
     while chunk := list(islice(batches, _BATCHES_PER_DATASET * pool.workers)):
@@ -83,7 +83,7 @@ def _recognize(batches: list[Batch], job: Job, pool: Pool) -> Iterator[Recognize
             raise RaytrainError(
                 "a worker failed",
                 why=last_line(error),
-                remedy="check that all nodes see the model and have memory for it; what is finished is kept",
+                remedy="check that every node can read the model and has memory for it; finished results are kept",
             ) from error
         if row is None:
             return
@@ -91,10 +91,10 @@ def _recognize(batches: list[Batch], job: Job, pool: Pool) -> Iterator[Recognize
 
 
 def _dataset(batches: list[Batch], job: Job, pool: Pool) -> Dataset:
-    """A row for each batch, in their order, with its `RecognizedBatch`.
+    """One row per batch, in order, with its `RecognizedBatch`.
 
-    Workers get one row at a time. Whole blocks (None) would be the same, as a block has one row, but Ray Data wants a
-    number where workers have GPUs.
+    Workers get one row at a time. Whole blocks (None) would be equivalent, since a block has one row, but Ray Data
+    requires a number if workers use GPUs.
     """
     import ray
     from ray.data import ActorPoolStrategy

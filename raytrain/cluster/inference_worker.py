@@ -1,5 +1,5 @@
-"""What workers of inference do: a task reads a batch's recordings and cuts them into pieces, an actor that holds the
-model turns the pieces into one text for each recording."""
+"""Inference workers: a task reads a batch's recordings and cuts them into pieces; an actor that holds the model turns
+the pieces into one text per recording."""
 
 from __future__ import annotations
 
@@ -36,10 +36,10 @@ _REMOTE_READERS = 16
 
 @dataclass(frozen=True)
 class Job:
-    """What all workers do. `load` gives the model and its tokenizer, and must be importable there.
+    """What all workers need to know. `load` returns the model and its tokenizer, and must be importable on workers.
 
-    Recordings longer than `window_s` are cut into windows that share `overlap_s`; without it none is cut. `precision`
-    is that of linear layers (`raytrain.decoding.precision`).
+    Recordings longer than `window_s` are cut into windows that overlap by `overlap_s`; if it is None nothing is cut.
+    `precision` applies to linear layers (`raytrain.decoding.precision`).
     """
 
     load: Callable[[], tuple[Canary, CanaryTokenizer]]
@@ -51,7 +51,7 @@ class Job:
     precision: str = "fp32"
 
     def piece(self, duration_ms: int) -> tuple[int, int]:
-        """(length in ms, number) of the pieces that a recording of `duration_ms` has at most."""
+        """(length in ms, number) of the pieces of a recording of `duration_ms`, as upper bounds."""
         if self.window_s is None:
             return duration_ms, 1
         window, overlap = round(self.window_s * 1000), round(self.overlap_s * 1000)
@@ -59,7 +59,7 @@ class Job:
 
 
 class Batch(NamedTuple):
-    """Utterances to decode together, by ids, and how many pieces of them may be on the device at a time."""
+    """The ids of utterances to decode together, and how many of their pieces may be on the device at a time."""
 
     ids: tuple[int, ...]
     requests: tuple[Request, ...]
@@ -67,7 +67,7 @@ class Batch(NamedTuple):
 
 
 class RecognizedText(TypedDict, total=False):
-    """An utterance's id, and its text and how probable the model finds it, or the error that there was."""
+    """An utterance's id, and either its text with the model's confidence or the error."""
 
     id: Required[int]
     text: str
@@ -76,8 +76,8 @@ class RecognizedText(TypedDict, total=False):
 
 
 class RecognizedBatch(NamedTuple):
-    """A batch's texts, its audio in seconds, the seconds that workers spent on its parts, and the ids of the process
-    that read the audio (`reader`) and of the one that holds the model (`model`)."""
+    """A batch's texts, its seconds of audio, the seconds that workers spent on each phase, and the ids of the process
+    that read the audio (`reader`) and the process that holds the model (`model`)."""
 
     texts: list[RecognizedText]
     audio_s: float
@@ -95,8 +95,8 @@ class Piece(NamedTuple):
 
 @dataclass(frozen=True)
 class ReadNote:
-    """What a task notes of a batch that it read: an error or None for each id, the pieces in the order of the batch's
-    rows, and the seconds that it took."""
+    """A task's notes on a batch that it read: an error or None per id, the pieces in the order of the batch's rows, and
+    the seconds it took."""
 
     ids: tuple[int, ...]
     limit: int
@@ -142,11 +142,11 @@ def _read(request: Request, job: Job) -> np.ndarray | AudioError:
         return load_row(request, job.sample_rate)
     except AudioError as error:
         return error
-    except Exception as error:  # whatever a file does to its codec, the batch's other recordings are not to blame
+    except Exception as error:  # a file that breaks its codec must not fail the rest of the batch
         return AudioError(
             f"can't read audio {request.audio_path}",
             why=repr(error),
-            remedy="play or convert this file with ffmpeg; leave out its row if it is broken",
+            remedy="play or convert this file with ffmpeg; remove its row if it is broken",
         )
 
 
@@ -167,7 +167,7 @@ def _collated(pieces: Sequence[tuple[Piece, np.ndarray]], requests: Sequence[Req
 
 
 class RecognizerActor:
-    """Holds one model and turns tables of `read_batch` into texts."""
+    """Holds one model and turns tables from `read_batch` into texts."""
 
     def __init__(self, job: Job, cuda: bool, threads: int) -> None:
         import torch
@@ -202,7 +202,7 @@ class RecognizerActor:
         )
 
     def _texts(self, batch: SpeechBatch, note: ReadNote) -> dict[int, RecognizedText]:
-        """The text of each recording that was read, by its index in the batch."""
+        """The text of each readable recording, by its index in the batch."""
         pieces, rate = note.pieces, self._sample_rate
         numbers: dict[int, list[int]] = {}
         for number, piece in enumerate(pieces):
@@ -219,7 +219,7 @@ class RecognizerActor:
     def _text(
         self, identity: int, spans_s: list[tuple[float, float]], results: list[Recognition | DataError]
     ) -> RecognizedText:
-        """The text of a recording from those of its pieces, which lie at `spans_s`, or their first error."""
+        """The text of a recording, joined from its pieces at `spans_s`, or their first error."""
         from raytrain.decoding.recognizer import confidence, joined
 
         parts = []

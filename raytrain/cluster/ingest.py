@@ -1,7 +1,7 @@
-"""A training worker's batches: read by threads beside it, or by Ray Data elsewhere; from the assignment, or a stream.
+"""A training worker's batches: read by its own threads or by Ray Data, from the assignment or from a stream.
 
-`RayBatches` has Ray Data decode and augment the schedule's steps on whatever CPUs of the cluster are free, for GPU
-hosts with too few of them.
+`RayBatches` makes Ray Data decode and augment the schedule's steps on any free CPUs of the cluster, for GPU hosts with
+too few of their own.
 """
 
 from __future__ import annotations
@@ -38,14 +38,14 @@ if TYPE_CHECKING:
     from ray.data import Dataset
 
 _STEPS_PER_DATASET = 2048
-_STORE_SHARE = 0.5  # of the object store for batches that wait, all ranks together
+_STORE_SHARE = 0.5  # of the object store for queued batches, over all ranks
 _DEFAULT_STORE_BYTES = 1 << 30
 
 
 @dataclass(frozen=True)
 class RankInput:
-    """What a rank of training reads: its `shares` of each step's `num_shares`, from the schedule's `state` on (from the
-    start without one). It is one of `world_size` ranks, of which its node has `local_workers`."""
+    """What a training rank reads: its `shares` of each step's `num_shares`, starting at the schedule's `state` (from
+    the beginning if None). It is one of `world_size` ranks, `local_workers` of which are on its node."""
 
     batch_sizes: tuple[int, ...]
     state: Mapping[str, Any] | None
@@ -58,7 +58,7 @@ class RankInput:
 
 
 def open_batches(workspace: Workspace, rank_input: RankInput) -> AbstractContextManager[Iterable[LoadedStep]]:
-    """A rank's batches, as the configuration has them read; to be called by all workers of a Ray Train run."""
+    """A rank's batches, read as configured; all workers of a Ray Train run must call it."""
     data = workspace.config.data
     if data.workers == "ray":
         return RayBatches(workspace, rank_input)
@@ -90,8 +90,7 @@ class DecodeJob:
 
 @dataclass(frozen=True)
 class ShareNote:
-    """What a task notes of a share that it decoded: rows that were replaced, audio by corpus, and lines for the
-    quarantine file."""
+    """A task's notes on a share that it decoded: replaced rows, audio by corpus, and lines for the quarantine file."""
 
     num_replaced: int
     samples_by_corpus: dict[str, int]
@@ -99,8 +98,8 @@ class ShareNote:
 
 
 class RayBatches:
-    """A rank's shares of each step, in the schedule's order, read by Ray Data on the cluster's free CPUs, which it
-    shares with the other ranks."""
+    """A rank's shares of each step, in the schedule's order, read by Ray Data on the cluster's free CPUs, which all
+    ranks share."""
 
     def __init__(self, workspace: Workspace, rank_input: RankInput) -> None:
         self._workspace, self._input = workspace, rank_input
@@ -142,7 +141,7 @@ class RayBatches:
             yield batch, pickle.loads(note)  # made by our own tasks a moment ago
 
     def _limit_resources(self) -> None:
-        """Ranks do not know of each other's datasets: each takes its part of the CPUs and of the store."""
+        """Ranks can't see each other's datasets, so each takes its share of the CPUs and of the object store."""
         import ray
         from ray.data import DataContext, ExecutionResources
 
@@ -161,7 +160,7 @@ class RayBatches:
         def decode(table: pa.Table) -> pa.Table:
             try:
                 return decode_share(pickle.loads(table["share"][0].as_py()), job)
-            except DamagedPartError as error:  # which Ray Data would lose in its own
+            except DamagedPartError as error:  # which Ray Data would bury in its own error
                 note_giving_up(RunStore(location), error)
                 raise
 
@@ -181,7 +180,7 @@ def _share_plan(plan: StepPlan, share: int) -> StepPlan:
 
 
 def free_cpus(config: Config, world_size: int) -> int:
-    """CPUs that training leaves to decoding on the nodes that are for it."""
+    """CPUs that training leaves for decoding on the data nodes."""
     data, train = Placement.data(config.cluster), Placement.train(config.cluster)
     nodes = data.nodes()
     shared = {node["NodeID"] for node in nodes}
@@ -194,7 +193,8 @@ def free_cpus(config: Config, world_size: int) -> int:
 
 
 def decode_share(plan: StepPlan, job: DecodeJob) -> pa.Table:
-    """One share of a step as a table of one row. Runs in a Ray Data task, whose process keeps what it opened."""
+    """One share of a step as a table of one row. Runs in a Ray Data task, whose process keeps open files for later
+    calls."""
     assignment, schedule, reader, quarantine = _opened(job)
     work = work_of(assignment, schedule, plan, 0, schedule.initial(), False)
     loaded = reader.finish(work, reader.start(work))

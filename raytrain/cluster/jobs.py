@@ -1,10 +1,10 @@
-"""Jobs on a cluster, over Ray's Jobs server: submit, follow, list, stop.
+"""Jobs on a cluster, through Ray's Jobs server: submit, follow, list, stop.
 
     jobs = Jobs("http://127.0.0.1:8265")
     name = jobs.submit(JobRequest("digits", "python -m pipelines.run …", folder, {}, {"run": "digits"}))
     jobs.follow(name, print).succeeded
 
-The token is sent only to a server that asks for it.
+The token is sent only to a server that requires it.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ class JobRequest:
 
 @dataclass(frozen=True)
 class Job:
-    """A job as the server knows it; times are UTC, None where it did not start or end yet."""
+    """A job as the server reports it; times are UTC, None if it has not started or ended yet."""
 
     id: str
     state: str
@@ -71,7 +71,7 @@ class Job:
 
     @property
     def is_over(self) -> bool:
-        """Whether it won't change any more."""
+        """Whether its state is final."""
         return self.state in _ENDED
 
     @property
@@ -81,12 +81,13 @@ class Job:
 
     @property
     def since(self) -> datetime | None:
-        """When it came into its state."""
+        """When it entered its state."""
         return self.ended if self.is_over else self.started
 
 
 def server_address(given: str | None, configured: str | None) -> str:
-    """The Jobs server: as `given`, as `configured` where that is one, as the environment says, or on this machine."""
+    """The Jobs server's address: `given`, else `configured` if it is a URL, else from the environment, else this
+    machine."""
     fallbacks = [address for address in (configured, *map(os.environ.get, _ADDRESSES)) if _is_http(address)]
     address = next((address for address in (given, *fallbacks) if address), DEFAULT_ADDRESS)
     return (address if "://" in address else f"http://{address}").rstrip("/")
@@ -112,7 +113,7 @@ class Jobs:
             self._has_token = bool(headers)
             if not headers:
                 warn(NO_AUTHENTICATION % self._shown)
-            with _without(*_ADDRESSES):  # they would win over the address
+            with _without(*_ADDRESSES):  # they would override the address
                 self._client = _client(address, headers)
 
     def submit(self, request: JobRequest) -> str:
@@ -146,12 +147,12 @@ class Jobs:
             return _job(self._client.get_job_info(name))
 
     def logs(self, name: str) -> str:
-        """What a job has printed so far, without secrets."""
+        """What a job has printed so far, with secrets redacted."""
         with self._readable(name):
             return redacted(self._client.get_job_logs(name))
 
     def follow(self, name: str, write: Callable[[str], None]) -> Job:
-        """Give what a job prints to `write`, line by line and without secrets, until it is over; returns the job."""
+        """Pass a job's output to `write`, line by line with secrets redacted, until it ends; returns the job."""
         import aiohttp
 
         printed = _Lines(write)
@@ -168,7 +169,7 @@ class Jobs:
             time.sleep(1.0)
 
     def stop(self, name: str) -> tuple[bool, Job]:
-        """End a job; whether it was running, and the job after it ended or 20 s went by."""
+        """Stop a job; returns whether it was running, and the job after it ended or 20 s passed."""
         with self._readable(name):
             was_running = self._client.stop_job(name)
         until = time.monotonic() + _STOP_SECONDS
@@ -182,7 +183,8 @@ class Jobs:
             printed.add(text)
 
     def _asks_for_token(self) -> bool:
-        """Whether it does. The request carries no token, so that none goes to a server that has no use for it."""
+        """Whether the server requires a token. The request carries none, so no token reaches a server that does not
+        need it."""
         import requests
 
         answer = requests.get(f"{self.address}/api/version", timeout=_ANSWER_SECONDS)
@@ -194,7 +196,7 @@ class Jobs:
 
     @contextlib.contextmanager
     def _readable(self, job: str = "") -> Iterator[None]:
-        """Errors of Ray's client as ours."""
+        """Convert errors of Ray's client to ours."""
         try:
             import requests
             from ray.exceptions import AuthenticationError
@@ -208,42 +210,42 @@ class Jobs:
             raise ClusterError(
                 f"no Jobs server answers at {self._shown}",
                 remedy="check --address, cluster.address and RAY_API_SERVER_ADDRESS; `ray start --head` starts "
-                "one, with ray[default]; `ssh -L 8265:127.0.0.1:8265 HEAD` brings a distant one here",
+                "one, with ray[default]; `ssh -L 8265:127.0.0.1:8265 HEAD` forwards a remote one",
             ) from None
         except (requests.RequestException, KeyError, ValueError) as error:
             raise ClusterError(
-                f"what answers at {self._shown} is no Jobs server",
+                f"what answers at {self._shown} is not a Jobs server",
                 why=redacted(first_line(error)),
-                remedy="name the address of the head's dashboard (port 8265 unless it was started with another)",
+                remedy="use the address of the head's dashboard (port 8265 by default)",
             ) from None
         except RuntimeError as error:
             if "ray[default]" in str(error):
                 raise _needs_default() from None
             if job and "404" in str(error):
-                raise ClusterError(f"{self._shown} knows no job {job}", remedy="`raytrain status` lists them") from None
+                raise ClusterError(f"{self._shown} has no job {job}", remedy="`raytrain status` lists them") from None
             raise ClusterError(
-                f"the Jobs server at {self._shown} refused",
+                f"the Jobs server at {self._shown} refused the request",
                 why=last_line(redacted(str(error))),
                 remedy="fix what it names; `raytrain doctor --address` checks the server",
             ) from None
 
     def _refused(self, wrong: bool) -> ClusterError:
         return ClusterError(
-            f"the Jobs server at {self._shown} asks for the cluster's token",
+            f"the Jobs server at {self._shown} requires the cluster's token",
             got="another token" if wrong else "none",
-            remedy=f"put the token that the cluster was started with into {TOKEN_SOURCES}",
+            remedy=f"put the cluster's token into {TOKEN_SOURCES}",
         )
 
 
 class _Lines:
-    """Whole lines of a text that may start over: each is written once."""
+    """Whole lines of a text that may restart from its beginning: each line is written once."""
 
     def __init__(self, write: Callable[[str], None]) -> None:
         self._write, self._rest = write, ""
         self._seen = self._skip = 0
 
     def begin(self) -> None:
-        """The text starts from its beginning."""
+        """The text restarts from its beginning."""
         self._skip = self._seen
 
     def add(self, text: str) -> None:
@@ -280,7 +282,7 @@ def _job(details: JobDetails) -> Job:
 
 
 def _client(address: str, headers: dict[str, str]) -> JobSubmissionClient:
-    """Ray's client, with a limit on how long it waits for a server that falls silent."""
+    """Ray's client, with a timeout for a server that stops responding."""
     from ray.job_submission import JobSubmissionClient
 
     class BoundedClient(JobSubmissionClient):
@@ -302,7 +304,7 @@ def _is_http(address: str | None) -> bool:
 
 @contextlib.contextmanager
 def _without(*names: str) -> Iterator[None]:
-    """Take variables out of the environment for a while."""
+    """Temporarily remove variables from the environment."""
     removed = {name: os.environ.pop(name) for name in names if name in os.environ}
     try:
         yield

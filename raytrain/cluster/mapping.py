@@ -19,8 +19,8 @@ def map_on_workers(
 ) -> Iterator[Result]:
     """Call `function` on lists of items on Ray Data's workers; yields what it returns, in order.
 
-    There are `tasks_per_cpu` lists for each CPU of the nodes of `placement`. A `RaytrainError` of a worker is raised
-    here as it is: Ray Data would wrap it in its own and lose it. Raises `ConfigError` where there is no such node.
+    There are `tasks_per_cpu` lists per CPU of the nodes of `placement`. A worker's `RaytrainError` is raised here
+    unchanged; Ray Data would bury it in its own error. Raises `ConfigError` if no node fits.
     """
     import ray
 
@@ -42,7 +42,7 @@ def map_on_workers(
 
 
 def results_of_workers() -> str:
-    """What a job of Ray Data waits for, and how many CPUs are free for it."""
+    """What a Ray Data job is waiting for, and how many CPUs are free for it."""
     import ray
 
     free, there = ray.available_resources().get("CPU", 0), ray.cluster_resources().get("CPU", 0)

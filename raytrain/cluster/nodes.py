@@ -1,4 +1,4 @@
-"""The nodes of a cluster as Ray lists them, and a small function run on each, whatever else they do."""
+"""The nodes of a cluster as Ray lists them, and running a small function on each even while they are busy."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Answer = TypeVar("Answer")
 
 @dataclass(frozen=True)
 class ClusterNode:
-    """A node that is up, with what Ray hands out on it; `object_store` in bytes."""
+    """A node that is up, with the resources that Ray offers on it; `object_store` in bytes."""
 
     id: str
     host: str
@@ -30,7 +30,7 @@ class ClusterNode:
 
 @dataclass(frozen=True)
 class NoAnswer:
-    """What a node gave instead of an answer: the function raised, the node went away, or time was up."""
+    """Why a node did not answer: the function raised, the node was lost, or it timed out."""
 
     why: str
 
@@ -52,13 +52,13 @@ def alive_nodes() -> list[ClusterNode]:
 
 
 def wait_for_nodes(least_nodes: int, deadline: float) -> None:
-    """Return when so many nodes are up, or at `deadline` (`time.monotonic()`)."""
+    """Wait until that many nodes are up, or until `deadline` (`time.monotonic()`)."""
     while len(alive()) < least_nodes and time.monotonic() < deadline:
         time.sleep(1)
 
 
 def jobs_api() -> str | None:
-    """The URL at which the head's Jobs API lists jobs, None where no dashboard runs."""
+    """The URL at which the head's Jobs API lists jobs, or None if no dashboard runs."""
     from ray._private.services import get_webui_url_from_internal_kv
 
     dashboard = get_webui_url_from_internal_kv()
@@ -68,10 +68,10 @@ def jobs_api() -> str | None:
 def ask_nodes(
     function: Callable[[Question], Answer], questions: Mapping[str, Question], seconds: float
 ) -> Iterator[tuple[str, Answer | NoAnswer, float]]:
-    """Call `function` once on each node of `questions` (node id → argument), in a process that ends afterwards, and
-    takes neither CPUs nor GPUs.
+    """Call `function` once on each node of `questions` (node id → argument), in a short-lived process that reserves
+    neither CPUs nor GPUs.
 
-    Yields node, answer, and when it came (`time.time()`), in the order of answers.
+    Yields (node, answer, arrival time as `time.time()`) in order of arrival.
     """
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
@@ -79,7 +79,7 @@ def ask_nodes(
     pending: dict[ray.ObjectRef[Answer], str] = {}
     for node_id, question in questions.items():
         strategy = NodeAffinitySchedulingStrategy(node_id, soft=False)
-        # A process that looked at GPUs must not serve a task that Ray gives some of them.
+        # A process that has initialized the GPUs must not be reused for a task to which Ray assigns only some of them.
         task: Any = ray.remote(num_cpus=0, max_retries=0, max_calls=1)(function)
         pending[task.options(scheduling_strategy=strategy).remote(question)] = node_id
     deadline = time.monotonic() + seconds

@@ -1,11 +1,11 @@
-"""Which nodes work runs on: what the `cluster` section says, as Ray's options.
+"""Which nodes work runs on: the `cluster` section translated to Ray's options.
 
     data, train = Placement.data(config.cluster), Placement.train(config.cluster)
     ray.remote(**data.remote_options())(function)                    # a task; Ray Data's `map_batches` takes the same
     tune.with_resources(trainable, train.trial_resources(gpus=1))
     ScalingConfig(num_workers=8, **train.scaling(gpus=1))
 
-Without settings work may run on every node, as if there were no placement.
+Without these settings work may run on any node.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from raytrain.errors import ConfigError
 if TYPE_CHECKING:
     from ray.tune import PlacementGroupFactory
 
-Node = dict[str, Any]  # as `ray.nodes()` has it
+Node = dict[str, Any]  # as `ray.nodes()` returns it
 NODE_LABEL = "ray.io/node-id"  # which Ray gives every node
 
 
 class RemoteOptions(TypedDict, total=False):
-    """Options of a task, of an actor, and of Ray Data's `map_batches`."""
+    """Options for a task, an actor, or Ray Data's `map_batches`."""
 
     num_cpus: float
     num_gpus: float
@@ -36,7 +36,7 @@ class RemoteOptions(TypedDict, total=False):
 
 
 class ScalingOptions(TypedDict):
-    """The part of Ray Train's `ScalingConfig` that says which nodes a worker may run on, and what it takes there."""
+    """The part of Ray Train's `ScalingConfig` that says which nodes a worker may run on, and what it reserves there."""
 
     use_gpu: bool
     resources_per_worker: dict[str, float]
@@ -50,10 +50,10 @@ class _Selectors(TypedDict, total=False):
 
 @dataclass(frozen=True)
 class Placement:
-    """The nodes that one kind of `work` may run on, and what it takes there beside CPUs and GPUs.
+    """The nodes that one kind of `work` may run on, and what it reserves there in addition to CPUs and GPUs.
 
-    `labels` are selectors (`raytrain.config.selectors`), `resources` amounts of custom resources for each task or
-    worker, which has whole GPUs or none, `cpus` the CPUs of a training worker.
+    `labels` are selectors (`raytrain.config.selectors`), `resources` are amounts of custom resources per task or worker
+    (which has whole GPUs or none), and `cpus` are the CPUs of a training worker.
     """
 
     work: str = ""
@@ -64,24 +64,24 @@ class Placement:
 
     @classmethod
     def train(cls, cluster: ClusterSection) -> Placement:
-        """Of training, probes of batch sizes, and models on GPUs."""
+        """Placement of training, batch size probes, and models on GPUs."""
         custom = {name: amount for name, amount in cluster.train_resources.items() if name != "CPU"}
         cpus = cluster.train_resources.get("CPU", 1.0)
         return cls("train", cluster.train_labels, custom, cluster.accelerator_type, cpus)
 
     @classmethod
     def data(cls, cluster: ClusterSection) -> Placement:
-        """Of what needs no GPU."""
+        """Placement of work that needs no GPU."""
         return cls("data", cluster.data_labels, cluster.data_resources)
 
     def on_node(self, node_id: str) -> Placement:
-        """The same work on one node."""
+        """The same work pinned to one node."""
         return replace(self, labels={**self.labels, NODE_LABEL: node_id}, accelerator_type=None)
 
     # --- for Ray
 
     def remote_options(self, cpus: float = 1.0, gpus: float = 0.0) -> RemoteOptions:
-        """Options of a task, of an actor, and of Ray Data's `map_batches`."""
+        """Options for a task, an actor, or Ray Data's `map_batches`."""
         options: RemoteOptions = {"num_cpus": cpus, "num_gpus": gpus}
         if self.resources:
             options["resources"] = dict(self.resources)
@@ -98,15 +98,15 @@ class Placement:
         return tune.PlacementGroupFactory([self._bundle(cpus, gpus)], **self._selectors(1))
 
     def group_resources(self, world_size: int, cpus: float = 1.0, gpus: float = 0.0) -> PlacementGroupFactory:
-        """What Ray Tune reserves for a trial whose work is done by `world_size` actors: a bundle for each, after a
-        small one for the trial itself."""
+        """What Ray Tune reserves for a trial with `world_size` actors: a small bundle for the trial itself, then one
+        per actor."""
         from ray import tune
 
         bundles = [{"CPU": 0.01}, *(self._bundle(cpus, gpus) for _ in range(world_size))]
         return tune.PlacementGroupFactory(bundles, **self._selectors(len(bundles)))
 
     def scaling(self, gpus: float = 0.0) -> ScalingOptions:
-        """What Ray Train needs to know of the nodes of its workers."""
+        """What Ray Train needs to know about its workers' nodes."""
         return {
             "use_gpu": gpus > 0,
             "resources_per_worker": {"CPU": self.cpus, **({"GPU": gpus} if gpus else {}), **self.resources},
@@ -126,8 +126,8 @@ class Placement:
     # --- the cluster
 
     def nodes(self) -> list[Node]:
-        """The nodes that are up and fit. Raises `ConfigError` where there are settings and none fits: Ray would wait
-        for one without a word."""
+        """The nodes that are up and match. Raises `ConfigError` if settings match no node: Ray would wait for one
+        silently."""
         present = self.present()
         if present or not (self.labels or self.resources or self.accelerator_type):
             return present
@@ -135,25 +135,25 @@ class Placement:
         settings = [f"{self.work}_{name} {dict(getattr(self, name))}" for name in names if getattr(self, name)]
         settings += [f"accelerator_type {self.accelerator_type}"] if self.accelerator_type else []
         raise ConfigError(
-            f"no node of the cluster is as the cluster section wants it for {self.work}",
+            f"no node of the cluster matches the cluster section's settings for {self.work}",
             got=", ".join(sorted({_described(node) for node in alive()})),
             allowed=" and ".join(settings),
             remedy="start nodes with these (ray start --labels, --resources), or change the settings",
         )
 
     def present(self) -> list[Node]:
-        """The nodes that are up and fit, perhaps none."""
+        """The nodes that are up and match; may be empty."""
         return [node for node in alive() if self._has_labels(node) and self._has_resources(node)]
 
     def slots(self, node: Node, cpus: float = 1.0, gpus: float = 0.0) -> int:
-        """How many tasks or workers a node that fits has room for."""
+        """How many tasks or workers a matching node has room for."""
         taken = {"CPU": cpus, "GPU": gpus, **self.resources}
         available = node["Resources"]
         return int(min(available.get(name, 0.0) / amount + 1e-6 for name, amount in taken.items() if amount))
 
     def misled(self, gpus: float = 0.0) -> list[Node]:
-        """Nodes with room for a training worker, but other labels. Ray Train counts them where `num_workers` is a
-        range: its reservations know resources only."""
+        """Nodes with room for a training worker but the wrong labels. If `num_workers` is a range, Ray Train counts
+        them too, since its reservations consider only resources."""
         return [
             node
             for node in alive()
@@ -181,7 +181,7 @@ def alive() -> list[Node]:
 
 
 def total(nodes: list[Node], resource: str) -> float:
-    """What the nodes have of a resource together."""
+    """The nodes' total amount of a resource."""
     return sum(node["Resources"].get(resource, 0.0) for node in nodes)
 
 

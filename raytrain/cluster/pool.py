@@ -1,4 +1,4 @@
-"""How many models decode on a cluster, on which nodes, and what of them each may take."""
+"""How many models decode on a cluster, on which nodes, and the resources each may use."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ _DEFAULT_NODE_BYTES = 2**32
 
 @dataclass(frozen=True)
 class Pool:
-    """The actors: how many, on GPUs or not, the bytes and the torch threads that each may use, and what of the
-    cluster's CPUs an actor and a task that reads audio take. `models` and `readers` are the nodes of both."""
+    """The pool's actors: how many, whether on GPUs, the bytes and torch threads each may use, and the CPUs reserved per
+    actor and per audio-reading task. `models` and `readers` are the placements of actors and reading tasks."""
 
     workers: int
     cuda: bool
@@ -31,7 +31,7 @@ class Pool:
 
 @dataclass(frozen=True)
 class _Nodes:
-    """The nodes for models, and what a pool's tasks and actors can have of their CPUs."""
+    """The nodes for models, and how a pool's tasks and actors share their CPUs."""
 
     models: Placement
     cuda: bool
@@ -41,20 +41,20 @@ class _Nodes:
 
     @property
     def reader_cpus(self) -> float:
-        """CPUs of a task that reads audio. Ray Data hangs silently where actors take all CPUs, and would put reading
-        into the actors if both took the same."""
+        """CPUs of a task that reads audio. Ray Data hangs silently if actors take all CPUs, and would fuse reading into
+        the actors if both requested the same amount."""
         return 1.0 if any(node["Resources"]["CPU"] >= 2 for node in self.reader_nodes) else 0.5
 
     @property
     def actor_cpus(self) -> float:
-        """CPUs that all actors may take. They may fill one node after another, so what a reader needs stays free on
-        each node that reads."""
+        """CPUs that all actors together may take. Actors may be packed onto one node after another, so every reading
+        node keeps enough CPUs free for a reader."""
         reading = {node["NodeID"] for node in self.reader_nodes}
         free = (node["Resources"]["CPU"] - self.reader_cpus * (node["NodeID"] in reading) for node in self.nodes)
         return sum(max(0.0, cpus) for cpus in free)
 
     def most_workers(self, gpus: int) -> int:
-        """Workers that there is room for."""
+        """The number of workers that fit."""
         most = gpus if self.cuda else max(1, int(self.actor_cpus / _LEAST_ACTOR_CPUS))
         if not self.models.resources:
             return most
@@ -63,26 +63,27 @@ class _Nodes:
         return min(most, sum(number - for_reading for number in slots))
 
     def memory_bytes(self, workers_per_node: int) -> int:
-        """Bytes for the model and the batches of each worker: a part of a GPU's, or of what Ray may give of the
-        smallest node's."""
+        """Bytes for each worker's model and batches: a fraction of a GPU's memory, or of the memory that Ray may
+        allocate on the smallest node."""
         if self.cuda:
             return int(_GPU_SHARE * least_bytes(find_gpus(self.models)))
         smallest = min(node["Resources"].get("memory", _DEFAULT_NODE_BYTES) for node in self.nodes)
         return int(_HOST_SHARE * smallest / workers_per_node)
 
     def threads(self, workers_per_node: int) -> int:
-        """Torch threads of each worker."""
+        """Torch threads per worker."""
         return max(1, int(min(node["Resources"]["CPU"] for node in self.nodes)) // workers_per_node)
 
 
 def find_pool(
     workers: int | None, device: str, device_memory: int | None, cluster: ClusterSection | None = None
 ) -> Pool:
-    """The pool that the running Ray has room for: by default a worker for each GPU, or one on CPUs. Workers on GPUs
-    take the nodes for training, all else those for data.
+    """The pool that fits the running Ray: by default one worker per GPU, or one on CPUs. GPU workers run on the nodes
+    for training, everything else on the nodes for data.
 
     `device` is auto, cpu or cuda; `device_memory` bytes for each worker's batches and model, by default 0.9 of a GPU's
-    or, on CPUs, half of what Ray may give of the smallest node's. Raises `ConfigError` for what is not there.
+    memory or, on CPUs, half of the memory that Ray may allocate on the smallest node. Raises `ConfigError` for an
+    unavailable device or too many workers.
     """
     cluster = cluster or ClusterSection()
     readers, train = Placement.data(cluster), Placement.train(cluster)
@@ -110,13 +111,13 @@ def find_pool(
 
 
 def _count_gpus(device: str, train: Placement) -> int:
-    """GPUs to decode on. Raises `ConfigError` for a device that is not there."""
+    """Number of GPUs to decode on. Raises `ConfigError` for an unavailable device."""
     gpus = sum(map(whole_gpus, train.present())) if device != "cpu" else 0
     if device not in ("auto", "cpu", "cuda") or (device == "cuda" and not gpus):
         raise ConfigError(
-            "there is no such device",
+            "the device is unavailable",
             got=device,
-            allowed="auto, cpu, and cuda where Ray has a GPU",
+            allowed="auto, cpu, or cuda if Ray has a GPU",
             remedy="use --device cpu, or start Ray on nodes with GPUs",
         )
     return gpus

@@ -1,8 +1,8 @@
 """Probes of batch sizes on a cluster's GPUs: one Ray Tune trial, and one probing process, for every GPU.
 
-An actor holds the `ProbeCoordinator`, and trials ask it what to do. A trial's meter runs real steps in a process that
-may die, which is started once and serves for search, timing and soak. Weights sharded over several workers are probed
-by a group of as many (`probing_groups`): one trial then holds all of their GPUs.
+An actor holds the `ProbeCoordinator`, and trials ask it what to do next. A trial's meter runs real steps in a process
+that may die; it is started once and used for search, timing and soak. Weights sharded over several workers are probed
+by a group of as many processes (`probing_groups`); one trial then holds all of their GPUs.
 """
 
 from __future__ import annotations
@@ -31,17 +31,17 @@ if TYPE_CHECKING:
     from ray.actor import ActorHandle
     from ray.tune import PlacementGroupFactory
 
-Progress = Callable[[str, int, int], None]  # what is done, how many of how many
+Progress = Callable[[str, int, int], None]  # activity, completed, total
 
 
 def step_meter(job: ProbeJob, group: ProbeGroup | None = None) -> IsolatedMeter:
-    """A meter of real steps in a process of its own, on the GPU that Ray gave this one."""
+    """A meter that runs real steps in a separate process, on the GPU that Ray assigned to this one."""
     device = "cpu" if emulated_gpu() is not None else "cuda"
     return IsolatedMeter(make_step_meter, job.model, job.train, job.budget_bytes, device, "cuda", group)
 
 
 class CoordinatorActor:
-    """The `ProbeCoordinator` of a search in its actor, called by the driver and by trials."""
+    """Client of a search's `ProbeCoordinator` actor, used by the driver and by trials."""
 
     def __init__(self, name: str, actor: ActorHandle[Any]) -> None:
         self.name = name
@@ -49,7 +49,7 @@ class CoordinatorActor:
 
     @classmethod
     def start(cls, job: ProbeJob, answers: Sequence[Answer], placement: Placement) -> CoordinatorActor:
-        """Start an actor on a node of `placement`, with the answers of a search that was stopped."""
+        """Start an actor on a node of `placement`, with the answers of an interrupted search."""
         import ray
 
         name = f"raytrain-probes-{job.id}-{secrets.token_hex(4)}"
@@ -59,42 +59,42 @@ class CoordinatorActor:
 
     @classmethod
     def find(cls, name: str) -> CoordinatorActor:
-        """The actor of this name, which the driver has started."""
+        """The actor of this name, started by the driver."""
         import ray
 
         return cls(name, ray.get_actor(name))
 
     def take(self, prober: str) -> Task:
-        """The next task of a prober."""
+        """Get the next task of a prober."""
         import ray
 
         task: ObjectRef[Task] = self._actor.take.remote(prober)
         return ray.get(task)
 
     def tell(self, prober: str, answer: Answer) -> None:
-        """The end of a prober's task."""
+        """Record the outcome of a prober's task."""
         import ray
 
         ray.get(self._actor.tell.remote(prober, answer))
 
     def soaked(self, step: int) -> None:
-        """How many soak steps have passed; does not wait."""
+        """Report how many soak steps have passed; does not wait."""
         self._actor.soaked.remote(step)
 
     def started(self, seconds: dict[str, float]) -> None:
-        """A prober's process runs; what the parts of its start took."""
+        """Record that a prober's process runs, and the seconds of each phase of its start."""
         import ray
 
         ray.get(self._actor.started.remote(seconds))
 
     def ended(self, num_starts: int) -> None:
-        """A prober has ended, after so many starts of its processes."""
+        """Record that a prober has ended, and how often its processes were started."""
         import ray
 
         ray.get(self._actor.ended.remote(num_starts))
 
     def progress(self) -> tuple[str, int, int]:
-        """(what is being done, how much of it is done, of how much)."""
+        """(activity, completed, total)."""
         import ray
 
         progress: ObjectRef[tuple[str, int, int]] = self._actor.progress.remote()
@@ -108,7 +108,7 @@ class CoordinatorActor:
         return ray.get(answers)
 
     def outcome(self) -> ProbeOutcome:
-        """The end of the search, which there is when all trials have ended."""
+        """The outcome of the search, available once all trials have ended."""
         import ray
 
         outcome: ObjectRef[ProbeOutcome] = self._actor.outcome.remote()
@@ -123,7 +123,7 @@ class CoordinatorActor:
 
 @dataclass(frozen=True)
 class _Trial:
-    """What all trials of a search share: the job, the coordinator's name, and the meter that each makes."""
+    """What all trials of a search share: the job, the coordinator's name, and how to create a meter."""
 
     job: ProbeJob
     coordinator: str
@@ -131,7 +131,7 @@ class _Trial:
     make_meter: MakeMeter
 
     def meter(self) -> ProbingProcess:
-        """The meter of a trial: of its GPU, or of the group of its GPUs."""
+        """The meter of a trial: for its GPU, or for the group of its GPUs."""
         if self.world_size > 1:
             return GroupMeter(self.job, self.world_size, self.make_meter)
         return self.make_meter(self.job, None)
@@ -165,11 +165,11 @@ def probe_all(
     make_meter: MakeMeter = step_meter,
     gpus: float = 1.0,
 ) -> ProbeOutcome:
-    """All batch sizes of a job, from a trial on each of `placements`: one for every GPU, or one for each group of
-    `world_size`. The coordinator runs on a node of `data`.
+    """All batch sizes of a job, from a trial on each of `placements`: one per GPU, or one per group of `world_size`
+    GPUs. The coordinator runs on a node of `data`.
 
-    The answers that `answers_file` has for an equal job that was stopped are taken over, and new ones are added to it.
-    Raises `ProfileError` where a prober fails.
+    Answers that `answers_file` holds for an equal job that was interrupted are reused, and new ones are added to it.
+    Raises `ProfileError` if a prober fails.
     """
     import ray
 
@@ -193,7 +193,7 @@ def probe_all(
 
 
 def _resources(placement: Placement, world_size: int, gpus: float) -> PlacementGroupFactory:
-    """What Tune reserves for a trial: a GPU, or a small bundle of its own and the GPUs of all ranks."""
+    """What Tune reserves for a trial: a GPU, or a small bundle for the trial plus the GPUs of all ranks."""
     if world_size == 1:
         return placement.trial_resources(PROBER_CPUS, gpus)
     return placement.group_resources(world_size, PROBER_CPUS, gpus)

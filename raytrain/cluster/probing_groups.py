@@ -1,4 +1,4 @@
-"""Probes of weights that are sharded over several workers: a group of processes, each on a GPU of one trial."""
+"""Probing sharded weights: a group of processes, one on each GPU of a trial."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from raytrain.training.memory.meter import Edges, Meter, Probe, ProbeGroup, join
 if TYPE_CHECKING:
     from ray import ObjectRef
 
-PROBER_CPUS = 0.5  # it waits for the process beside it
+PROBER_CPUS = 0.5  # it only waits for its child process
 
 
 class ProbingProcess(Meter, Protocol):
-    """A meter that is a process, or several: started once, and again after a batch that ended it.
+    """A meter that runs in one or more processes: started once, and restarted after a batch that killed it.
 
-    `seconds` says what the parts of the last start took, `num_starts` how often processes were started.
+    `seconds` holds the duration of each phase of the last start, `num_starts` the number of process starts.
     """
 
     seconds: dict[str, float]
@@ -41,9 +41,9 @@ MakeMeter = Callable[[ProbeJob, ProbeGroup | None], ProbingProcess]
 
 
 class GroupMeter:
-    """A meter of as many ranks as the trial's placement group has GPUs, each in an actor with a process of its own.
+    """A meter with one rank per GPU of the trial's placement group; each rank is an actor with a child process.
 
-    A batch fits if it fits every rank. After a rank has failed all processes start anew: the rest would wait for it
+    A batch fits if it fits on every rank. After a rank fails all processes are restarted: the rest would wait for it
     forever.
     """
 
@@ -95,14 +95,14 @@ class GroupMeter:
 
 
 class _RankMeter:
-    """One rank of a `GroupMeter`: an actor that runs `stop` beside a `measure` that waits for other ranks."""
+    """One rank of a `GroupMeter`: an actor that can run `stop` while `measure` waits for other ranks."""
 
     def __init__(self, job: ProbeJob, rank: int, world_size: int, make_meter: MakeMeter) -> None:
         self._job, self._rank, self._world_size, self._make = job, rank, world_size, make_meter
         self._meter: ProbingProcess | None = None
 
     def address(self) -> str:
-        """A free port on this node for the ranks to meet at."""
+        """The address of a free port on this node, used for the ranks' rendezvous."""
         import ray
 
         with socket.socket() as listener:
@@ -110,7 +110,7 @@ class _RankMeter:
             return f"tcp://{ray.util.get_node_ip_address()}:{listener.getsockname()[1]}"
 
     def start(self, address: str) -> dict[str, float]:
-        """Start the process, which meets those of the other ranks at `address`; what its parts took."""
+        """Start the process, which joins the other ranks at `address`; returns the seconds of each phase."""
         self._meter = self._make(self._job, ProbeGroup(self._rank, self._world_size, address))
         self._meter.start()
         return self._meter.seconds
@@ -121,14 +121,14 @@ class _RankMeter:
         return self._meter.measure(batch_size, edges, num_steps, fresh=fresh)
 
     def stop(self) -> None:
-        """End the process; a `measure` that waits for it is answered that the batch does not fit."""
+        """End the process; a pending `measure` then reports that the batch does not fit."""
         meter, self._meter = self._meter, None
         if meter is not None:
             meter.kill()
 
 
 def _rank_actor(job: ProbeJob, rank: int, world_size: int, make_meter: MakeMeter) -> Any:
-    """The actor of one rank, in its bundle of this trial's placement group; the first bundle is the trial's own."""
+    """The actor of one rank, in its bundle of this trial's placement group; the first bundle belongs to the trial."""
     import ray
     from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 

@@ -17,7 +17,7 @@ T = TypeVar("T")
 
 
 def gather(value: T) -> list[T]:
-    """The values of all ranks, in their order."""
+    """The values of all ranks, in rank order."""
     if not dist.is_initialized():
         return [value]
     values: list[T] = [value] * dist.get_world_size()
@@ -26,8 +26,8 @@ def gather(value: T) -> list[T]:
 
 
 def agree_on_checkpoint(checkpoints: CheckpointFolder, rank: int, meta: Mapping[str, Any]) -> Checkpoint | None:
-    """The newest whole checkpoint, the same on all ranks. Raises `GaveUp` on all of them where it is of another lineage
-    than `meta` names: it would be the same after a restart."""
+    """The newest complete checkpoint, the same on all ranks. Raises `GaveUp` on all of them if its lineage differs from
+    that in `meta`: a restart would not help."""
     from ray.train.collective import broadcast_from_rank_zero
 
     lineage = meta.get("ids", {}).get("lineage")
@@ -48,20 +48,20 @@ def agree_on_checkpoint(checkpoints: CheckpointFolder, rank: int, meta: Mapping[
 
 
 def agree_on_batch_sizes(profiles: Sequence[BatchProfile], device: Device) -> tuple[int, ...]:
-    """Batch sizes by bucket: those of the profile for the ranks' device; where ranks have different GPUs, what fits all
-    of them."""
+    """Batch sizes by bucket: those of the profile for the ranks' device, or, if ranks have different GPUs, sizes that
+    fit all of them."""
     devices = gather((device.name or None, device.total_bytes / 2**30))
     return tuple(least_sizes([choose_profile(profiles, name, gib) for name, gib in devices]))
 
 
 class PreemptionNotices:
-    """Ray's notices that a node of this run is about to be taken away."""
+    """Ray's notices that a node of this run is about to be preempted."""
 
     def __init__(self) -> None:
         self._nodes: set[str] = set()
 
     def has_new(self) -> bool:
-        """Whether there is a notice that was not there at the last call. All ranks must call it."""
+        """Whether there is a new notice since the last call. All ranks must call it."""
         from ray.train import get_preemption_info
 
         notice = get_preemption_info()

@@ -1,4 +1,4 @@
-"""Check what answers at a cluster's address before Ray connects: Ray tries for many minutes without a word, and a token
+"""Check what answers at a cluster's address before Ray connects: Ray retries silently for many minutes, and a token
 that only one side has makes Ray Data wait forever."""
 
 from __future__ import annotations
@@ -22,18 +22,18 @@ _TRY_SECONDS = 5.0
 _ANSWER_SECONDS = 20.0
 _ADDRESS = re.compile(r"\[?([\w.:%-]+?)\]?:(\d+)")
 _ALLOWED = "HOST:6379, as `ray start --head` prints it, or auto on a node of the cluster"
-_REMEDY = "check cluster.address and RAY_ADDRESS (without both Ray is started here)"
+_REMEDY = "check cluster.address and RAY_ADDRESS (Ray starts here if neither is set)"
 
 
 def check_cluster(address: str, token: str | None) -> None:
-    """Raises `ClusterError`, within half a minute, where no cluster can be joined at `address` with `token`."""
+    """Raises `ClusterError`, within half a minute, if no cluster can be joined at `address` with `token`."""
     if address == "auto":
         address = _running()
     match = _ADDRESS.fullmatch(address)
     if match is None:
         shown = without_credentials(address)
         raise ClusterError(
-            "this is not the address of a cluster",
+            "not a cluster address",
             got=repr(shown if "://" in shown else re.sub(r".*@", "***@", shown, flags=re.DOTALL)),
             allowed=_ALLOWED,
             remedy=_REMEDY,
@@ -54,7 +54,7 @@ def _running() -> str:
 
 
 def _check_port(address: str, host: str, port: int) -> None:
-    """Try for some seconds: a head that is being started listens soon."""
+    """Try for some seconds, since a head that is starting will listen soon."""
     until = time.monotonic() + _TRY_SECONDS
     while True:
         left = until - time.monotonic()
@@ -62,7 +62,7 @@ def _check_port(address: str, host: str, port: int) -> None:
             socket.create_connection((host, port), timeout=max(1.0, left / 2)).close()
             return
         except (socket.gaierror, UnicodeError, OverflowError) as error:
-            why = f"{host} is not known" if isinstance(error, socket.gaierror) else str(error)
+            why = f"the host {host} is unknown" if isinstance(error, socket.gaierror) else str(error)
         except TimeoutError:
             why = "nothing answers there"
         except OSError as error:
@@ -72,32 +72,32 @@ def _check_port(address: str, host: str, port: int) -> None:
                 f"no cluster can be reached at {address}",
                 why=why,
                 allowed=_ALLOWED,
-                remedy=f"{_REMEDY}, and that the head runs and lets this machine through",
+                remedy=f"{_REMEDY}, and that the head is running and accepts connections from this machine",
             )
         time.sleep(0.5)
 
 
 def _check_answer(address: str, token: str | None) -> None:
-    """Compare the token that the cluster asks for with the one that there is here."""
+    """Compare the token that the cluster requires with the local one."""
     refused = _refused_tokens(address, token)
     if None in refused and (token is None or token in refused):
         raise ClusterError(
-            f"the cluster at {address} asks for its token",
+            f"the cluster at {address} requires its token",
             got="none" if token is None else "another token",
-            remedy=f"put the token that the cluster was started with into {TOKEN_SOURCES}",
+            remedy=f"put the cluster's token into {TOKEN_SOURCES}",
         )
     if None not in refused and token is not None:
         raise ClusterError(
-            f"the cluster at {address} asks for no token, but there is one here",
-            why="work would wait forever for answers that this side refuses",
-            remedy=f"set RAY_AUTH_MODE=disabled, or take the token out of {TOKEN_SOURCES}; better, start the cluster "
+            f"the cluster at {address} does not use a token, but this machine has one",
+            why="work would wait forever for answers that this machine refuses",
+            remedy=f"set RAY_AUTH_MODE=disabled, or remove the token from {TOKEN_SOURCES}; better, start the cluster "
             "with it",
         )
 
 
 def _refused_tokens(address: str, token: str | None) -> set[str | None]:
-    """Which of no token (None) and `token` the cluster refuses; `token` is shown only to a cluster that asks for one.
-    Raises `ClusterError` where what listens there is no cluster."""
+    """Which of no token (None) and `token` the cluster refuses; `token` is sent only to a cluster that requires one.
+    Raises `ClusterError` if what listens there is not a cluster."""
     import grpc
 
     channel = _channel(address)
@@ -110,10 +110,10 @@ def _refused_tokens(address: str, token: str | None) -> set[str | None]:
     except grpc.RpcError as error:
         silent = error.code() == grpc.StatusCode.DEADLINE_EXCEEDED
         raise ClusterError(
-            f"what listens at {address} is no Ray cluster",
+            f"what listens at {address} is not a Ray cluster",
             why=f"it did not answer within {_ANSWER_SECONDS:.0f} s" if silent else "it does not speak Ray's protocol",
             allowed=_ALLOWED,
-            remedy=f"{_REMEDY}; 8265 is the port of the Jobs server, which takes `raytrain submit`",
+            remedy=f"{_REMEDY}; 8265 is the port of the Jobs server, for `raytrain submit`",
         ) from None
     finally:
         channel.close()
@@ -121,7 +121,7 @@ def _refused_tokens(address: str, token: str | None) -> set[str | None]:
 
 
 def _refuses(channel: grpc.Channel, token: str | None) -> bool:
-    """Whether a cluster refuses a request that shows this token, or none."""
+    """Whether a cluster refuses a request with this token, or with none."""
     import grpc
     from ray.core.generated.gcs_service_pb2_grpc import NodeInfoGcsServiceStub
 
@@ -139,7 +139,7 @@ def _refuses(channel: grpc.Channel, token: str | None) -> bool:
 
 
 def _channel(address: str) -> grpc.Channel:
-    """A channel as Ray makes it, but without a token that it adds by itself."""
+    """A channel as Ray creates it, but without the token that Ray would add."""
     import grpc
     from ray._common.tls_utils import load_certs_from_env
 

@@ -1,7 +1,7 @@
-"""What Ray keeps for training workers that have ended: placement groups, which hold their CPUs and GPUs.
+"""Reservations left by training workers that have ended: placement groups that still hold their CPUs and GPUs.
 
-Ray Train usually frees them. It does not where the memory monitor killed the process that would have, nor where a run
-is aborted while it still waits for room; the next work that needs these GPUs would wait forever.
+Ray Train usually frees them, but not if the memory monitor killed the process responsible, nor if a run is aborted
+while still waiting for resources; the next job that needs these GPUs would then wait forever.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ _DEATH_SECONDS = 5.0
 
 
 def note_reservation(store: RunStore) -> None:
-    """Note the placement group of the workers that run now; for one of them to call."""
+    """Record the placement group of the current workers; called by one of them."""
     import ray
 
     group = ray.util.get_current_placement_group()
@@ -29,7 +29,7 @@ def note_reservation(store: RunStore) -> None:
 
 
 def free_noted(store: RunStore) -> None:
-    """Free what the last attempt's workers had reserved."""
+    """Free the resources that the last attempt's workers had reserved."""
     import ray
 
     group = read_state(store.refresh(_NOTE), str)
@@ -40,7 +40,8 @@ def free_noted(store: RunStore) -> None:
 
 
 def free_orphans(seconds: float = _DEATH_SECONDS) -> None:
-    """Free what dead actors of this job had reserved; waits up to `seconds` for the first of them to be dead."""
+    """Free the resources that dead actors of this job had reserved; waits up to `seconds` for the first of them to
+    die."""
     until = time.monotonic() + seconds
     while True:
         orphans = _orphans()
@@ -62,7 +63,7 @@ def _orphans() -> list[bytes]:
     return [
         group.placement_group_id
         for group in groups
-        if group.creator_actor_dead  # of what the driver made, too, which has no creator
+        if group.creator_actor_dead  # also true of the driver's groups, which have no creator
         and any(byte != 0xFF for byte in group.creator_actor_id)
         and group.creator_job_id.hex() == job
         and group.state != table.REMOVED

@@ -1,4 +1,4 @@
-"""Is there room for the training workers, and for how many? Decided before Ray would wait for it silently."""
+"""How many training workers fit in the cluster; checked first because Ray would wait for resources silently."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ Workers = int | tuple[int, int]
 
 @dataclass(frozen=True)
 class Room:
-    """Training workers that the cluster can hold: on the nodes that are up, of those on what is free now, and at most,
-    with the nodes that an autoscaler may add. `strays` says that Ray Train would count nodes without the configured
-    labels too (`Placement.misled`)."""
+    """Training workers that fit in the cluster: on the nodes that are up, on their currently free resources, and at
+    most, with the nodes that an autoscaler may add. `strays` says that Ray Train would also count nodes without the
+    configured labels (`Placement.misled`)."""
 
     workers: int
     free: int
@@ -25,17 +25,18 @@ class Room:
 
 
 def choose_workers(wanted: Workers, room: Room, each: str) -> Workers:
-    """The `num_workers` to give Ray Train: as wanted, or less where that is a range. `each` says what a worker takes.
+    """The `num_workers` to give Ray Train: as configured, or fewer if that is a range. `each` describes what a worker
+    takes.
 
-    Raises `TrainingError` where there is no room for even the least number.
+    Raises `TrainingError` if there is no room for even the smallest number.
     """
     least, most = (wanted, wanted) if isinstance(wanted, int) else wanted
     if room.most < least:
         raise TrainingError(
-            f"there are more training workers than the cluster has room for ({each} each)",
+            f"the cluster does not have room for that many training workers ({each} each)",
             got=least,
             allowed=room.most,
-            remedy="lower train.num_workers ([least, most] takes what there is), or add nodes",
+            remedy="lower train.num_workers ([least, most] uses what is available), or add nodes",
         )
     if isinstance(wanted, int) or least == most:
         return least
@@ -43,16 +44,16 @@ def choose_workers(wanted: Workers, room: Room, each: str) -> Workers:
         return least, most
     if room.workers < least:
         raise TrainingError(
-            "train.num_workers is a range, and nodes without cluster.train_labels have room for workers too",
+            "train.num_workers is a range, and nodes without cluster.train_labels also have room for workers",
             why="Ray Train chooses the number of workers by resources alone, and would wait for the rest of them",
-            remedy="start the nodes for training with a custom resource and name it in cluster.train_resources, or set "
-            "one number of workers",
+            remedy="start the training nodes with a custom resource and name it in cluster.train_resources, or set "
+            "a fixed number of workers",
         )
     return min(most, room.workers)
 
 
 def waiting_for(wanted: Workers, room: Room, each: str) -> str | None:
-    """What training will wait for, as a line to print; None where it can start now."""
+    """What training will wait for, as a line to print; None if it can start now."""
     least = wanted if isinstance(wanted, int) else wanted[0]
     if room.workers < least:
         return f"waiting for nodes: {least} workers ({each} each), the cluster has room for {room.workers} so far"
@@ -62,8 +63,8 @@ def waiting_for(wanted: Workers, room: Room, each: str) -> str | None:
 
 
 def trains_on_gpus(config: Config) -> bool:
-    """Whether training runs on GPUs. Raises `TrainingError` where it must and the cluster has none, `ClusterError`
-    for a part of a GPU."""
+    """Whether training runs on GPUs. Raises `TrainingError` if it must and the cluster has none, and `ClusterError` for
+    a fractional GPU."""
     if config.train.device == "cpu":
         return False
     placement = Placement.train(config.cluster)
@@ -74,7 +75,7 @@ def trains_on_gpus(config: Config) -> bool:
 
 
 def find_room(config: Config, cuda: bool) -> Room:
-    """The room that the running Ray has for the workers of training."""
+    """The running Ray's room for training workers."""
     placement, gpus = Placement.train(config.cluster), 1.0 if cuda else 0.0
     nodes = placement.present()
     for node in nodes:
@@ -86,7 +87,7 @@ def find_room(config: Config, cuda: bool) -> Room:
 
 
 def describe_worker(config: Config, cuda: bool) -> str:
-    """What a worker takes, for messages."""
+    """What a worker reserves, for messages."""
     placement = Placement.train(config.cluster)
     parts = [f"{placement.cpus:g} CPU" + ("s" if placement.cpus != 1 else "")]
     parts += ["1 GPU"] if cuda else []
@@ -95,7 +96,7 @@ def describe_worker(config: Config, cuda: bool) -> str:
 
 
 def _with_free_resources(nodes: list[Node]) -> list[Node]:
-    """The nodes with what is free instead of all that they have; Ray is asked once for all of them."""
+    """The nodes with their free instead of their total resources; Ray is queried once for all of them."""
     from ray._private.state import available_resources_per_node
 
     free = available_resources_per_node()
@@ -103,7 +104,7 @@ def _with_free_resources(nodes: list[Node]) -> list[Node]:
 
 
 def _most(placement: Placement, gpus: float) -> int:
-    """Workers on all nodes that an autoscaler may start; 0 where there is none, or it sets no limit."""
+    """Workers on all nodes that an autoscaler may start; 0 if there is no autoscaler or it has no limit."""
     from ray._private.state import state
 
     most = state.get_max_resources_from_cluster_config()

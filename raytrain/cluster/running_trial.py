@@ -1,4 +1,4 @@
-"""One trial: a training on Ray Train, in a run folder of its own, read validation by validation."""
+"""One trial: a training run on Ray Train, in its own run folder, read validation by validation."""
 
 from __future__ import annotations
 
@@ -30,15 +30,15 @@ _STOP_SECONDS = 180
 
 
 def training_inputs(config: Config, run_dir: Path, files: Mapping[str, str] | None = None) -> list[Any]:
-    """Names all that a training on the artifacts in `run_dir` depends on; `files` stand for artifacts there."""
+    """An id for everything that training on the artifacts in `run_dir` depends on; `files` replace artifacts there."""
     profile = Path((files or {}).get("batch_profile.json", run_dir / "batch_profile.json"))
     return [training_key(Workspace(config, run_dir)), file_id(profile)]
 
 
 class RunningTrial:
-    """A training run in a thread, which resumes as any training does; one that is done is not done again.
+    """A training run in a thread, which resumes like any training; a finished one is not repeated.
 
-    `params` has a `job` (see `TrialJob`) and more `settings`.
+    `params` holds a `job` (see `TrialJob`) and additional `settings`.
     """
 
     def __init__(self, params: Mapping[str, Any]) -> None:
@@ -65,7 +65,8 @@ class RunningTrial:
         self._thread.start()
 
     def next(self) -> dict[str, Any]:
-        """The newest validation and the best so far; `done` where training is over. Raises what training raised."""
+        """The newest validation and the best so far, with `done` set once training is over. Raises what training
+        raised."""
         while (line := self._lines.get()) is not None:
             if isinstance(line, Exception):
                 self._status = "FAILED"
@@ -76,11 +77,11 @@ class RunningTrial:
         return {**self._result, "done": True}
 
     def end(self) -> None:
-        """Stop training where it has not ended, so that nothing of it is left when the next trial begins."""
+        """Stop training if it is still running, so that nothing is left of it when the next trial begins."""
         if self._status == "KILLED":
             (self.folder / STOP).touch()
             self._thread.join(timeout=_STOP_SECONDS)
-            if self._result.get("step", 0) >= self._max_steps:  # Tune may end it before it reports that it is done
+            if self._result.get("step", 0) >= self._max_steps:  # Tune may end the trial before it reports completion
                 self._finish()
         if self._tracker is not None:
             self._tracker.close(self._status)
@@ -103,7 +104,7 @@ class RunningTrial:
             self._lines.put(error)
 
     def _update(self, line: Mapping[str, Any]) -> bool:
-        """Take in a line of metrics; true if it is a validation's."""
+        """Process a line of metrics; returns whether it belongs to a validation."""
         if "error" not in line:
             return False
         self._result |= {name: line[name] for name in _REPORTED if name in line}
@@ -114,7 +115,7 @@ class RunningTrial:
 def _open_run(
     config: Config, job: TrialJob, folder: Path, settings: Mapping[str, Any]
 ) -> tuple[MlflowTracker, MlflowRun | None]:
-    """The trial's MLflow run, the same one where the trial is resumed, and what training needs to write into it."""
+    """The trial's MLflow run (the same one after a resume), and what training needs to write to it."""
     from raytrain.tracking.mlflow import MlflowTracker
 
     note = folder / "mlflow_run_id"

@@ -1,7 +1,7 @@
-"""Start or reach Ray once, quietly, and leave nothing behind.
+"""Start or join Ray once, quietly, and leave nothing behind.
 
-A local Ray listens on 127.0.0.1 only and asks for a token (see `authentication`). Ray's own memory monitor is off: in
-2.60 a worker that it kills ends Train and Tune for good, where a plain out-of-memory kill is retried.
+A local Ray listens on 127.0.0.1 only and requires a token (see `authentication`). Ray's memory monitor is off: in 2.60,
+a worker it kills ends Train and Tune permanently, while a plain out-of-memory kill is retried.
 """
 
 from __future__ import annotations
@@ -34,20 +34,20 @@ _QUIET = {
     "RAY_CHDIR_TO_TRIAL_DIR": "0",
     "RAY_TRAIN_V2_ENABLED": "1",
     "RAY_DISABLE_IMPORT_WARNING": "1",
-    # A thread that outlives a session and asks Ray for something would start another one.
+    # A thread that outlives a session and calls Ray would start another one.
     "RAY_ENABLE_AUTO_CONNECT": "0",
-    # Tune's handler lets the first Ctrl-C end a search as if it were complete, and stays when the search is over.
+    # Tune's handler makes the first Ctrl-C end a search as if it were complete, and stays installed after the search.
     "TUNE_DISABLE_SIGINT_HANDLER": "1",
     "PYTHONWARNINGS": "ignore",
-    # oneDNN keeps compiled convolutions for 1024 shapes; bucketed batches have thousands, and the cache then
-    # holds gigabytes on a CPU.
+    # oneDNN caches compiled convolutions for 1024 shapes; bucketed batches have thousands, so on a CPU the cache would
+    # hold gigabytes.
     "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "64",
 }
 
 
 @contextlib.contextmanager
 def ray_session(settings: ClusterSection) -> Iterator[None]:
-    """Within it Ray is ready. A Ray that this process already uses is used and left running."""
+    """Context in which Ray is ready. If this process already uses Ray, that session is reused and left running."""
     for name, value in _QUIET.items():
         os.environ.setdefault(name, value)
     import ray
@@ -68,12 +68,12 @@ def ray_session(settings: ClusterSection) -> Iterator[None]:
             quiet_data()
             yield
         finally:
-            gc.collect()  # what still refers to Ray's objects would ask for them after the shutdown: that ends us
+            gc.collect()  # references to Ray objects that outlive the shutdown would kill this process
             ray.shutdown()
 
 
 def _address(settings: ClusterSection) -> str | None:
-    """The cluster to join, None where Ray is to start on this machine."""
+    """The cluster to join, or None to start Ray on this machine."""
     address = settings.address or os.environ.get("RAY_ADDRESS")
     _check_address(address)
     return None if address == "local" else address or None
@@ -111,12 +111,12 @@ def _initialize(address: str | None, options: dict[str, Any], with_token: bool) 
         try:
             ray.init(**options)
         except BaseException:
-            ray.shutdown()  # what has started of it
+            ray.shutdown()  # stop the parts that did start
             raise
 
 
 def session_folder() -> str:
-    """Where the Ray that this process uses keeps its sockets and logs on this machine."""
+    """The folder in which this process's Ray session keeps its sockets and logs on this machine."""
     return str(_node().get_session_dir_path())
 
 
@@ -133,7 +133,7 @@ def _node() -> Any:
 
 @contextlib.contextmanager
 def _same_handlers() -> Iterator[None]:
-    """Ray's handler of SIGTERM ends a driver as if all were well; this keeps the driver's."""
+    """Ray's SIGTERM handler ends a driver with a success status; this keeps the driver's own handler."""
     handler = signal.getsignal(signal.SIGTERM)
     try:
         yield
@@ -145,7 +145,7 @@ def _same_handlers() -> Iterator[None]:
 def _check_address(address: str | None) -> None:
     if address and address.startswith(("http://", "https://")):
         raise ClusterError(
-            "this is the address of a Jobs server, which takes jobs but can't be joined",
+            "this is the address of a Jobs server, which accepts jobs but can't be joined",
             got=without_credentials(address),
             allowed="HOST:6379, as `ray start --head` prints it, or auto on a node of the cluster",
             remedy="send the run there with `raytrain submit`, or unset cluster.address and RAY_ADDRESS",
@@ -154,7 +154,8 @@ def _check_address(address: str | None) -> None:
 
 @contextlib.contextmanager
 def _readable(address: str | None, with_token: bool) -> Iterator[None]:
-    """Ray's own errors where a cluster can't be joined, as ours; it does not say whether the token was to blame."""
+    """Convert Ray's errors when a cluster can't be joined to ours; Ray does not say whether the token was the
+    problem."""
     from ray.exceptions import AuthenticationError
 
     try:
@@ -163,17 +164,17 @@ def _readable(address: str | None, with_token: bool) -> Iterator[None]:
         raise ClusterError(
             f"the cluster at {address} can't be joined",
             got="a token, which may be the wrong one" if with_token else "no token",
-            allowed="a running cluster, and the token that it was started with if it asks for one",
-            remedy=f"check cluster.address and RAY_ADDRESS (without both Ray is started here), and {TOKEN_SOURCES}",
+            allowed="a running cluster, and its token if it requires one",
+            remedy=f"check cluster.address and RAY_ADDRESS (Ray starts here if neither is set), and {TOKEN_SOURCES}",
         ) from None
 
 
 @contextlib.contextmanager
 def _on_loopback(local: bool) -> Iterator[None]:
-    """A Ray that starts here listens on 127.0.0.1 alone.
+    """Make a local Ray listen on 127.0.0.1 only.
 
-    Ray replaces 127.0.0.1 by an address that other machines reach, and then listens on all, but where it supports no
-    clusters (Windows, macOS), which is what this switch says.
+    Ray replaces 127.0.0.1 with an address that other machines can reach and then listens on all interfaces, except
+    where it does not support clusters (Windows, macOS); this switch makes it behave as there.
     """
     from ray._private import ray_constants
 
@@ -187,7 +188,7 @@ def _on_loopback(local: bool) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _no_native_stderr() -> Iterator[None]:
-    """Drop what Ray's C++ parts print while they start; what goes wrong there is raised as an exception."""
+    """Discard what Ray's C++ code prints during startup; failures are raised as exceptions."""
     sys.stderr.flush()
     stderr, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, 2)
@@ -200,7 +201,7 @@ def _no_native_stderr() -> Iterator[None]:
 
 
 def quiet_data() -> None:
-    """Ray Data in this process: rows in order, nothing printed."""
+    """Configure Ray Data in this process: rows in order, no output."""
     from ray.data import DataContext
 
     context = DataContext.get_current()

@@ -1,5 +1,5 @@
-"""Where the sockets of a Ray that is started here lie: a Unix socket's name has at most 107 bytes, and Ray's folders
-below TMPDIR take 64 of them."""
+"""Where a local Ray puts its sockets: a Unix socket's path has at most 107 bytes, and Ray's folders below TMPDIR take
+64 of them."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ _LOG = logging.getLogger("raytrain.cluster")
 
 
 def socket_folder() -> str:
-    """The folder for `ray.init`, which by itself takes TMPDIR even where that does not exist or has a name that its
-    native parts can't read. Raises `ClusterError` where no folder is both short and writable."""
+    """The folder for `ray.init`, which by default uses TMPDIR even if that does not exist or has a name that its native
+    code can't read. Raises `ClusterError` if no folder is both short enough and writable."""
     default = os.path.join(os.environ.get("RAY_TMPDIR") or tempfile.gettempdir(), "ray")
     problem = "too long a name" if len(os.fsencode(default)) > LONGEST else _problem(default)
     if problem is None:
@@ -28,39 +28,39 @@ def socket_folder() -> str:
             _LOG.warning("%s has %s for Ray's sockets: they are in %s", default, problem, folder)
             return folder
     raise ClusterError(
-        "there is no folder for Ray's sockets",
+        "no usable folder for Ray's sockets",
         got=f"{default}, a name of {len(os.fsencode(default))} bytes",
-        allowed=f"{LONGEST} bytes of ASCII, as sockets have names of at most 107",
+        allowed=f"{LONGEST} bytes of ASCII, since socket paths have at most 107",
         why=f"none of {', '.join(folders)} can be used either",
-        remedy="set TMPDIR to a folder with a shorter name, which this user can write to",
+        remedy="set TMPDIR to a folder with a shorter name that this user can write to",
     )
 
 
 def _problem(folder: str) -> str | None:
-    """What Ray would trip over, None where it would not."""
+    """Why Ray could not use the folder, or None."""
     if not folder.isascii():
-        return "other characters than ASCII"
+        return "non-ASCII characters"
     existing = next(path for path in (folder, *map(str, Path(folder).absolute().parents)) if os.path.exists(path))
     usable = os.path.isdir(existing) and os.access(existing, os.W_OK | os.X_OK)
     return None if usable else "no folder that this user can write to"
 
 
 def short_folders() -> list[str]:
-    """Folders with short names, in the order in which they are tried."""
+    """Folders with short names, in the order they are tried."""
     parents = ["/tmp", "/var/tmp", os.environ.get("XDG_RUNTIME_DIR"), "/dev/shm"]
-    # Ray opens its folder to everybody, so it lies in a private one.
+    # Ray makes its folder accessible to everyone, so it is put inside a private one.
     return [os.path.join(parent, f"raytrain-{os.getuid()}", "r") for parent in parents if parent]
 
 
 def ray_folders() -> list[Path]:
-    """Folders in which a Ray that starts on this machine puts its sessions."""
+    """Folders in which a Ray started on this machine puts its sessions."""
     parents = (os.environ.get("RAY_TMPDIR"), os.environ.get("TMPDIR"), tempfile.gettempdir(), "/tmp")
     folders = [Path(parent) / "ray" for parent in parents if parent]
     return sorted({folder.resolve() for folder in (*folders, *map(Path, short_folders()))})
 
 
 def _is_mine(folder: Path) -> bool:
-    """Make the folder, for nobody else; false where that is impossible, or somebody else could change its contents."""
+    """Create the private folder; false if that is impossible, or if another user could change its contents."""
     try:
         folder.mkdir(mode=0o700, exist_ok=True)
         status = folder.lstat()

@@ -1,4 +1,4 @@
-"""The sampler of a stream, run once for all training workers by an actor of Ray."""
+"""A stream's sampler, run once for all training workers by a Ray actor."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from raytrain.run_folder.workspace import Workspace
 if TYPE_CHECKING:
     from ray.actor import ActorHandle
 
-_STEPS_AHEAD = 8  # that the sampler is ahead of the ranks
+_STEPS_AHEAD = 8  # by which the sampler runs ahead of the ranks
 
 
 class StreamSource:
@@ -40,7 +40,7 @@ class StreamSource:
         threading.Thread(target=self._produce, name="stream", daemon=True).start()
 
     def take(self, rank: int, shares: Sequence[int], index: int) -> list[StepWork] | RaytrainError:
-        """A worker's shares of step `index`, none after the last step, or what ended the stream."""
+        """A worker's shares of step `index`; none after the last step, or the error that ended the stream."""
         with self._changed:
             self._asked[rank] = index
             for taken in [number for number in self._kept if number < min(self._asked)]:
@@ -74,11 +74,10 @@ class StreamSource:
 
 
 def stream_work(workspace: Workspace, rank_input: RankInput) -> Iterator[StepWork]:
-    """A worker's shares of a stream's steps; to be called by all workers of a Ray Train run. Rank 0 starts the
-    source."""
+    """A worker's shares of a stream's steps; all workers of a Ray Train run must call it. Rank 0 starts the source."""
     source = None
     if rank_input.rank == 0:
-        # Every worker waits in a call of its own. It takes no CPU of its own, or a small cluster could not start it.
+        # Every worker waits in its own call. The actor reserves no CPU, or a small cluster could not start it.
         options = Placement.data(workspace.config.cluster).remote_options(cpus=0)
         actor = ray.remote(StreamSource).options(max_concurrency=rank_input.world_size + 1, **options)
         source = actor.remote(workspace.config, workspace.store.location, rank_input)

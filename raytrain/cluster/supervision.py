@@ -1,4 +1,5 @@
-"""A local Ray ends with its driver: starts the process that sees to it (`supervisor`), and lists what sessions left."""
+"""Makes sure a local Ray ends with its driver: starts the `supervisor` process, and lists what old sessions left
+behind."""
 
 from __future__ import annotations
 
@@ -22,10 +23,10 @@ _STARTED: list[subprocess.Popen[bytes]] = []  # keeps each supervisor that still
 
 @contextlib.contextmanager
 def supervised(is_local: bool) -> Iterator[Callable[[str], None]]:
-    """Around a Ray that starts here (`is_local`): what is left of it when the body or this process ends is ended, and
-    where the body succeeds, the session's folder is removed.
+    """Context around a Ray that starts here (`is_local`): when the body or this process ends, its remaining processes
+    are ended, and if the body succeeds, the session's folder is removed.
 
-    The body gives the session's folder to what is yielded. A Ray that was joined is left alone.
+    The body passes the session's folder to the yielded function. A Ray that was joined is left alone.
     """
     if not is_local:
         yield lambda session: None
@@ -44,7 +45,7 @@ def supervised(is_local: bool) -> Iterator[Callable[[str], None]]:
     assert pipe is not None
 
     def send(line: str) -> None:
-        with contextlib.suppress(OSError):  # the supervisor was ended: Ray then is as without it
+        with contextlib.suppress(OSError):  # the supervisor was killed: Ray runs unsupervised
             pipe.write(f"{line}\n".encode())
             pipe.flush()
 
@@ -62,7 +63,7 @@ def supervised(is_local: bool) -> Iterator[Callable[[str], None]]:
 
 
 def dead_sessions() -> Iterator[Leftover]:
-    """Folders of local sessions that raytrain started on this machine and of which no process is left."""
+    """Folders of local sessions that raytrain started on this machine and that have no running process."""
     over: dict[str, Owner] = {}
     for folder in sorted(path for root in ray_folders() for path in root.glob("session_*") if not path.is_symlink()):
         with contextlib.suppress(OSError):  # not raytrain's, or another user's
@@ -76,7 +77,7 @@ def dead_sessions() -> Iterator[Leftover]:
 
 
 def _is_over(owner: Owner) -> bool:
-    """Whether a session's driver has ended; with the machine, at the latest."""
+    """Whether a session's driver has ended; a reboot ends it too."""
     boot, now = owner.machine.partition(" ")[0], this_machine().partition(" ")[0]
     if owner.pid == os.getpid():
         return False

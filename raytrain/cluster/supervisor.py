@@ -1,10 +1,11 @@
-"""Ends a local Ray with its driver, also where that was killed: `python -P supervisor.py DRIVER`, a process beside it.
+"""Ends a local Ray with its driver, even if the driver was killed: `python -P supervisor.py DRIVER`, a separate
+process.
 
-The kernel ends what the driver has started itself, Ray's servers. What those have started, agents and workers, may run
-forever. Standard input is a pipe that only the driver writes to: first the session's folder, once Ray has made it, at
-last `done` where all went well and nobody will need that folder; the pipe ends with the driver or the session.
-A process is the session's where it writes to a file of that folder; the driver, and drivers that joined, write there
-too, to files of their own names.
+The kernel ends the driver's direct children, Ray's servers. Their children, agents and workers, may run forever.
+Standard input is a pipe that only the driver writes to: first the session's folder, once Ray has created it, and
+finally `done` if everything succeeded and the folder is not needed anymore; the pipe closes with the driver or the
+session. A process belongs to the session if it writes to a file in that folder; the driver, and drivers that joined,
+also write there, to files with distinct names.
 """
 
 from __future__ import annotations
@@ -23,28 +24,28 @@ if TYPE_CHECKING:
 
 DONE = "done"
 _POLL_SECONDS = 1.0
-_GRACE_SECONDS = 3.0  # in which the processes of a session that was shut down end by themselves
+_GRACE_SECONDS = 3.0  # for the processes of a session that was shut down to exit by themselves
 _ROUNDS = 20
 _ROUND_SECONDS = 0.25
 _DRIVERS_LOG = "python-core-driver"
 
 
 def wait_for_end(driver: int) -> tuple[list[str], bool]:
-    """The lines that the driver sent, and whether it is dead; returns when the session is over."""
+    """The lines that the driver sent, and whether it died; returns when the session is over."""
     received = b""
     while os.getppid() == driver:
         if select.select([0], [], [], _POLL_SECONDS)[0]:
             data = os.read(0, 4096)
             if not data:
-                time.sleep(0.1)  # a killed process closes its files before it is gone
+                time.sleep(0.1)  # a killed process closes its files before it disappears
                 break
             received += data
     return received.decode().splitlines(), os.getppid() != driver
 
 
 def written(folder: str, since: float = 0.0) -> Iterator[tuple[psutil.Process, str]]:
-    """Processes begun after a time in seconds that write to a file in a folder whose path matches the expression
-    `folder`, and that path; more than once where there are several."""
+    """(process, path) for processes started after a time in seconds that write to a file in a folder whose path matches
+    the regular expression `folder`; a process with several such files appears several times."""
     import psutil
 
     for process in psutil.process_iter(["create_time"]):
@@ -56,7 +57,7 @@ def written(folder: str, since: float = 0.0) -> Iterator[tuple[psutil.Process, s
                 is_drivers = os.path.basename(file.path).startswith(_DRIVERS_LOG)
                 if match and getattr(file, "mode", "w") != "r" and not is_drivers:
                     yield process, match[1]
-        except (psutil.Error, OSError):  # ended just now, or another user's
+        except (psutil.Error, OSError):  # it just ended, or belongs to another user
             continue
 
 

@@ -1,4 +1,4 @@
-"""A function called once on a worker of the kind that training has."""
+"""Calling a function once on a worker like those of training."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ _Result = TypeVar("_Result")
 
 
 def call_on_training_worker(config: Config, function: Callable[..., _Result], *arguments: Any) -> _Result:
-    """What `function` returns for the `arguments` and the keyword `cuda`, which says whether it has a GPU: the driver
-    may have none, or one that Ray has assigned to others. Its process ends with it."""
+    """Call `function` with the `arguments` and the keyword `cuda`, which says whether it has a GPU. The driver itself
+    may have none, or one that Ray has assigned to other work. The worker process ends after the call."""
     import ray
 
     cuda = trains_on_gpus(config)

@@ -1,4 +1,4 @@
-"""Training on Ray Train, as the driver sees it: start the workers, follow their metrics, restart after a failure."""
+"""The driver's side of training on Ray Train: start the workers, follow their metrics, restart after a failure."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from ray.train.v2.torch.torch_trainer import TorchTrainer
 
 _DEATH_SECONDS = 1.0
-_ABORT_SECONDS = 3.0  # Ctrl-C has ten for everything
+_ABORT_SECONDS = 3.0  # the whole Ctrl-C shutdown gets ten
 _LEAST_COLLECTIVE_SECONDS = 600
 
 
@@ -44,11 +44,11 @@ def run_training(
     on_metrics: Callable[[dict[str, Any]], None],
     say: Callable[[str], None] = lambda line: None,
 ) -> None:
-    """Train to the end in the run folder at `location`, a path or a URI. Raises `ManifestError` for dev manifests that
-    nothing can be scored on.
+    """Train to completion in the run folder at `location`, a path or a URI. Raises `ManifestError` for dev manifests
+    without any rows to score.
 
-    Restarts also where Ray Train gives up for good though training could go on: after a step that ran out of memory,
-    and after a worker that Ray's memory monitor killed. Raises the worker's own error where it has a readable one.
+    Also restarts where Ray Train gives up although training could continue: after a step that ran out of memory, and
+    after Ray's memory monitor killed a worker. Raises the worker's own error if it is readable.
     """
     if config.data.dev:
         checked_split(Workspace(config, location), "dev", config.train.max_validation_utterances)
@@ -65,11 +65,11 @@ def run_training(
 
 
 def _choose_workers(config: Config, cuda: bool, say: Callable[[str], None]) -> Workers:
-    """The number of workers to start; says where training waits for room."""
+    """The number of workers to start; prints a line if training waits for room."""
     room, description = find_room(config, cuda), describe_worker(config, cuda)
     workers = choose_workers(config.train.num_workers, room, description)
     if line := waiting_for(workers, room, description):
-        say(f"  {line}; for {config.train.stall_minutes:g} minutes at most")
+        say(f"  {line}, for at most {config.train.stall_minutes:g} minutes")
     return workers
 
 
@@ -94,11 +94,11 @@ def _train_with_restarts(
                 raise _final_error(error, config, store, notes, started) from error
             free_noted(store)
             attempts_left = decision.attempts_left
-            say(f"  training starts again: {decision.because}")
+            say(f"  restarting training: {decision.because}")
 
 
 def _final_error(error: Exception, config: Config, store: RunStore, notes: FaultNotes, started: float) -> Exception:
-    """What training failed of, from its attempt that `started` then: a stall, what a worker noted, or Ray's error."""
+    """Why the attempt that began at `started` failed: a stall, an error that a worker recorded, or Ray's error."""
     if stalls := notes.stalls(started):
         return stalled(stalls, config)
     return noted_error(store) or readable(error)
@@ -106,7 +106,7 @@ def _final_error(error: Exception, config: Config, store: RunStore, notes: Fault
 
 @contextlib.contextmanager
 def _without_ray_folder(store: RunStore) -> Iterator[None]:
-    """Remove Ray Train's own notes, from which nothing resumes, before and after a training."""
+    """Remove Ray Train's own state, from which nothing resumes, before and after training."""
     store.clear(RAY_FOLDER)
     try:
         yield
@@ -117,7 +117,7 @@ def _without_ray_folder(store: RunStore) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _health_check(config: Config) -> Iterator[None]:
-    """Let Ray Train give up sooner than after its ten minutes on a worker that does not even answer."""
+    """Make Ray Train give up on an unresponsive worker sooner than after its default ten minutes."""
     name = "RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S"
     before = os.environ.get(name)
     os.environ.setdefault(name, str(min(600.0, config.train.stall_minutes * 60)))
@@ -129,7 +129,7 @@ def _health_check(config: Config) -> Iterator[None]:
 
 
 def _run_worker(settings: dict[str, TrainingJob]) -> None:
-    from raytrain.cluster.training_worker import train_worker  # torch and all else, which the driver does not need
+    from raytrain.cluster.training_worker import train_worker  # imports torch, which the driver does not need
 
     train_worker(settings["job"])
 
@@ -142,7 +142,8 @@ def _make_trainer(
     from ray.train.v2.torch.torch_trainer import TorchTrainer
 
     class Trainer(TorchTrainer):
-        """Ray Train's own handler swallows Ctrl-C while workers wait for room, and ends the process with 0 at last."""
+        """Replace Ray Train's handler, which swallows Ctrl-C while workers wait for room and then exits with status
+        0."""
 
         def _register_sigint_handler(self, controller: ActorHandle[Any]) -> None:
             self.controller = controller
@@ -153,7 +154,7 @@ def _make_trainer(
         train_loop_config={"job": job},
         torch_config=TorchConfig(
             backend=job.backend,
-            # A rank that waits for a hung one must not end before the hung rank's watchdog has noted so.
+            # A rank that waits for a hung one must not end before the hung rank's watchdog has recorded the hang.
             timeout_s=max(_LEAST_COLLECTIVE_SECONDS, stall_seconds + 60),
         ),
         scaling_config=ScalingConfig(
@@ -161,10 +162,10 @@ def _make_trainer(
             **Placement.train(config.cluster).scaling(gpus=1.0 if job.cuda else 0.0),
         ),
         run_config=RunConfig(
-            # A finished name would resume past its end; raytrain's own checkpoints say where to resume.
+            # Reusing a finished run's name would resume past its end; raytrain's own checkpoints say where to resume.
             name=f"train-{time.time_ns()}",
             storage_path=store.location_of(RAY_FOLDER),
-            # Ray Train waits a minute for room for its workers, and without a limit forever.
+            # By default Ray Train waits a minute for room for its workers, and without a limit forever.
             failure_config=FailureConfig(
                 max_failures=max_failures, controller_failure_limit=max(1, round(config.train.stall_minutes))
             ),
@@ -173,13 +174,13 @@ def _make_trainer(
 
 
 def _fit(trainer: TorchTrainer) -> None:
-    """Train to the end; Ctrl-C ends the workers and is raised as any `KeyboardInterrupt`."""
+    """Train to completion; Ctrl-C ends the workers and is raised as an ordinary `KeyboardInterrupt`."""
     import ray
 
     try:
         trainer.fit()
     except KeyboardInterrupt:
-        if (controller := getattr(trainer, "controller", None)) is not None:  # else nothing has begun
+        if (controller := getattr(trainer, "controller", None)) is not None:  # otherwise nothing has started
             with contextlib.suppress(ray.exceptions.RayError):
                 ray.get(controller.abort.remote(), timeout=_ABORT_SECONDS)
         with contextlib.suppress(ray.exceptions.RayError):

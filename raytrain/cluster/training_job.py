@@ -1,4 +1,4 @@
-"""What a worker of Ray Train gets: frozen values, from which it builds everything."""
+"""What a Ray Train worker receives: frozen values, from which it builds everything else."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ from raytrain.training.checkpoint_meta import CheckpointMeta
 class TrainingJob:
     """A training run, for all of its workers.
 
-    `location` is the run folder's path or URI, `meta` what every checkpoint says of where it comes from, `mlflow` the
-    arguments of `MlflowTracker.open` where the run is tracked. `backend` is that of `torch.distributed`, `cpus` the
-    CPUs of all nodes for training, `num_shares` the shares of each step, and `profile_id` names the batch profile.
+    `location` is the run folder's path or URI, `meta` what every checkpoint records about its origin, `mlflow` the
+    arguments of `MlflowTracker.open` if the run is tracked, `backend` the `torch.distributed` backend, `cpus` the CPUs
+    of all training nodes, `num_shares` the shares of each step, and `profile_id` the id of the batch profile.
     """
 
     config: Config
@@ -38,14 +38,14 @@ class TrainingJob:
 
 
 def make_job(config: Config, store: RunStore, meta: CheckpointMeta, mlflow: MlflowRun | None = None) -> TrainingJob:
-    """The job of a run folder. Raises `TrainingError` where the cluster can't train so."""
+    """The job of a run folder. Raises `TrainingError` if the cluster can't run it."""
     cuda = trains_on_gpus(config)
     cpus = int(total(Placement.train(config.cluster).nodes(), "CPU"))
     if config.data.workers == "ray" and free_cpus(config, config.train.most_workers) < 1:
         raise TrainingError(
             "data.workers is ray, but training leaves no CPU to decode audio",
             got=f"{cpus} CPUs for {config.train.most_workers} training workers",
-            allowed="a CPU for each worker and at least one more",
+            allowed="one CPU per worker and at least one more",
             remedy="add CPU nodes, or unset data.workers",
         )
     return TrainingJob(
@@ -62,7 +62,7 @@ def make_job(config: Config, store: RunStore, meta: CheckpointMeta, mlflow: Mlfl
 
 
 def _with_absolute_paths(config: Config) -> Config:
-    """Workers have other working folders."""
+    """Workers have different working directories."""
     init_from, storage_path = config.train.init_from, config.train.storage_path
     train = replace(
         config.train,

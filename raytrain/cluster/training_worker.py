@@ -1,7 +1,7 @@
-"""One rank of training, in a worker of Ray Train: build → restore → run.
+"""One training rank, in a Ray Train worker: build → restore → run.
 
 A worker gets a `TrainingJob` and builds all objects from it and from the run folder's artifacts. It resumes from the
-newest whole checkpoint, and writes metrics itself, since Ray's own reports are throttled.
+newest complete checkpoint, and writes metrics itself, since Ray's reports are throttled.
 """
 
 from __future__ import annotations
@@ -62,10 +62,10 @@ Mark = Callable[[int | None, int, int], None]  # see `FaultNotes.marking`
 
 
 def train_worker(job: TrainingJob) -> None:
-    """Train as one rank, to the end.
+    """Train as one rank, to completion.
 
-    Ray Train restarts after any failure. Damaged rows would end each attempt: the first one leaves a note, at which the
-    second returns, and the driver raises what it says.
+    Ray Train restarts after any failure. Damaged rows would end every attempt: the first attempt leaves a note, the
+    second returns when it sees the note, and the driver raises the error in it.
     """
     store = RunStore(job.location)
     if any(gather(store.refresh(GAVE_UP).exists())):
@@ -98,8 +98,7 @@ def _train(job: TrainingJob) -> None:
 
 @dataclass(frozen=True)
 class Rank:
-    """This worker: its job, the artifacts of the run as it sees them, where it computes, and its number among
-    `world_size` ranks."""
+    """This worker: its job, the run's artifacts, its device, and its rank among `world_size`."""
 
     job: TrainingJob
     workspace: Workspace
@@ -112,7 +111,7 @@ class Rank:
 
     @classmethod
     def of_worker(cls, job: TrainingJob) -> Rank:
-        """The rank that runs in this worker of Ray Train."""
+        """The rank that runs in this Ray Train worker."""
         workspace, context = Workspace(job.config, job.location), train.get_context()
         rank = context.get_world_rank()
         return cls(
@@ -138,7 +137,7 @@ class Rank:
 
     @property
     def is_first(self) -> bool:
-        """Whether this is the rank that writes for all."""
+        """Whether this is the rank that writes on behalf of all."""
         return self.rank == 0
 
     @property
@@ -148,7 +147,8 @@ class Rank:
 
 
 def _learn_from_faults(rank: Rank) -> None:
-    """Have the first rank lower what the last attempt was in when a process was killed; all ranks must call it."""
+    """Have the first rank lower the batch size that the last attempt was running when a process was killed; all ranks
+    must call it."""
     deaths = gather((kills_for_memory(), rank.notes.take_marks()))
     if rank.is_first:
         fetch_fault_notes(rank.store)
@@ -162,7 +162,7 @@ def _learn_from_faults(rank: Rank) -> None:
 
 
 def build_model(rank: Rank) -> Canary:
-    """The model on the rank's device with its first weights, which the run's seed gives."""
+    """The model on the rank's device, with weights initialized from the run's seed."""
     device = rank.device.torch
     if device.type == "cpu":
         torch.set_num_threads(max(1, rank.job.cpus // rank.world_size))
@@ -173,8 +173,8 @@ def build_model(rank: Rank) -> Canary:
 
 
 def build(rank: Rank, model: Canary, checkpoint: Checkpoint | None) -> TrainState:
-    """The model with the weights to start from, and what trains it: it is wrapped with its weights loaded, and its
-    optimizer made after that."""
+    """The model with its starting weights, and what trains it: the model is wrapped after its weights are loaded, and
+    the optimizer is created after that."""
     settings, device = rank.config.train, rank.device.torch
     if checkpoint is not None:
         model.load_state_dict(checkpoint.load("model", device))
@@ -193,7 +193,7 @@ def build(rank: Rank, model: Canary, checkpoint: Checkpoint | None) -> TrainStat
 
 
 def restore(state: TrainState, checkpoint: Checkpoint | None, device: torch.device) -> Progress:
-    """Load the optimizer and the average, since `build` has loaded the weights; how far training has come."""
+    """Load the optimizer and the average (`build` has loaded the weights); returns the training progress."""
     if checkpoint is not None:
         state.load(checkpoint, device)
     return Progress.of_checkpoint(checkpoint)
@@ -203,7 +203,7 @@ def restore(state: TrainState, checkpoint: Checkpoint | None, device: torch.devi
 
 
 def run(rank: Rank, state: TrainState, progress: Progress, schedule: Mapping[str, Any] | None) -> None:
-    """Train to the end; `schedule` is how far the schedule had come."""
+    """Train to completion; `schedule` is the schedule's state to resume from."""
     job, notes = rank.job, rank.notes
     with (
         metrics_log(rank.store, progress.step, job.mlflow) if rank.is_first else no_log() as log,
@@ -215,7 +215,8 @@ def run(rank: Rank, state: TrainState, progress: Progress, schedule: Mapping[str
         try:
             loop.run()
         except GaveUp as error:
-            # Ray Train would restart; returning says that training is over, and the driver raises what the note says.
+            # Raising would make Ray Train restart; returning ends training, and the driver raises the error in the
+            # note.
             if rank.is_first:
                 note_giving_up(rank.store, error)
         finally:
@@ -236,7 +237,7 @@ def _input(rank: Rank, schedule: Mapping[str, Any] | None) -> RankInput:
 
 
 def _batch_sizes(rank: Rank) -> tuple[int, ...]:
-    """Batch sizes that fit all ranks, less what fault notes took off."""
+    """Batch sizes that fit all ranks, reduced by what fault notes recorded."""
     sizes = agree_on_batch_sizes(rank.workspace.profiles(), rank.device)
     lowered = rank.notes.lowered(sizes)
     if lowered != sizes and rank.is_first:
@@ -245,7 +246,7 @@ def _batch_sizes(rank: Rank) -> tuple[int, ...]:
 
 
 def make_hooks(rank: Rank, log: Log, mark: Mark, beat: Callable[[str], None]) -> LoopHooks:
-    """What the loop calls: it logs with `log`, and tells `mark` and `beat` what it does."""
+    """The loop's callbacks: it logs with `log` and reports its activity to `mark` and `beat`."""
     notes = rank.notes
 
     def lower(bucket: int, size: int) -> None:
@@ -266,7 +267,7 @@ def make_hooks(rank: Rank, log: Log, mark: Mark, beat: Callable[[str], None]) ->
 def make_loop(
     rank: Rank, state: TrainState, progress: Progress, batches: Iterable[LoadedStep], hooks: LoopHooks
 ) -> TrainingLoop:
-    """The loop of a rank over its batches."""
+    """A rank's loop over its batches."""
     config, device, model_config = rank.config, rank.device, rank.workspace.model_config()
     return TrainingLoop(
         state=state,
@@ -288,6 +289,6 @@ def make_loop(
 
 
 def _flops(config: ModelConfig) -> Callable[[SpeechBatch], float]:
-    """The operations that a step takes for a batch."""
+    """The FLOPs of a training step on a batch."""
     flops = training_flops(config)
     return lambda batch: flops(batch.audio_lengths * 1000 / config.sample_rate / 80, batch.token_lengths)

@@ -1,7 +1,6 @@
-"""Trainings as Ray Tune trials, for searches (`tune`) and comparisons (`ablate`).
+"""Training runs as Ray Tune trials, for searches (`tune`) and comparisons (`ablate`).
 
-A trial is a training in a run folder of its own (`running_trial`); trials that Tune was stopped in resume by the same
-call.
+A trial is a training run in its own run folder (`running_trial`); the same call resumes interrupted trials.
 """
 
 from __future__ import annotations
@@ -24,11 +23,11 @@ from raytrain.waiting import repeating
 if TYPE_CHECKING:
     from ray.tune import Result, Trainable, TuneConfig, Tuner
 
-_LEAST_MEMORY = 1 << 20  # bytes: a request of nothing at all is refused
+_LEAST_MEMORY = 1 << 20  # bytes: an empty request is refused
 
 
 class GridTrial(TypedDict):
-    """A job that was trained, the trial's folder where it came to have one, and `why` it failed where it did."""
+    """A job that was trained, the trial's folder if it got one, and `why` it failed if it did."""
 
     job: Mapping[str, Any]
     folder: str | None
@@ -36,7 +35,7 @@ class GridTrial(TypedDict):
 
 
 def _trainable() -> type[Trainable]:
-    """`RunningTrial` as Ray Tune wants it. Tune tells a trial that it ends, which it does not do for a function."""
+    """`RunningTrial` as a Ray Tune class trainable; Tune notifies a class when its trial ends, but not a function."""
     from ray import tune
 
     class TrainingTrial(tune.Trainable):
@@ -55,22 +54,24 @@ def _trainable() -> type[Trainable]:
         def load_checkpoint(self, checkpoint: dict[str, Any] | None) -> None:
             pass
 
-    # It only waits for its workers, which need all CPUs.
+    # The trial only waits for its workers, which need all CPUs.
     return tune.with_resources(TrainingTrial, {"CPU": 0, "memory": _LEAST_MEMORY})
 
 
 def concurrent_trials(config: Config, most: int | None = None) -> int:
-    """Trials at a time: as many as the cluster has room for. Each waits for all of its workers, and more trials than
-    fit would wait for each other."""
+    """Concurrent trials: as many as the cluster has room for. Each waits for all of its workers, so more trials than
+    fit would deadlock."""
     room = find_room(config, trains_on_gpus(config)).workers // config.train.most_workers
     return max(1, min(room, most or room))
 
 
 def restored(folder: Path, name: str, param_space: dict[str, Any], make: Callable[[type[Trainable]], Tuner]) -> Tuner:
-    """The Tuner of `name` in a folder, where it was stopped; else what `make(trainable)` gives."""
+    """The interrupted Tuner of `name` restored from a folder, or else `make(trainable)`."""
     from ray import tune
 
-    os.environ.setdefault("TUNE_GLOBAL_CHECKPOINT_S", "1")  # else a stopped search loses ten seconds of results
+    os.environ.setdefault(
+        "TUNE_GLOBAL_CHECKPOINT_S", "1"
+    )  # otherwise an interrupted search loses ten seconds of results
     trainable, path = _trainable(), str(folder / name)
     if tune.Tuner.can_restore(path):
         return tune.Tuner.restore(
@@ -89,8 +90,8 @@ def run_trials(
     num_trials: int,
     trials_dir: Path | None = None,
 ) -> list[Result]:
-    """Run the trials `name` of a parameter space in Tune, to their end; those that were stopped resume. Tune keeps its
-    state in `folder`, and the trials' run folders are in `trials_dir`, by default there too."""
+    """Run the trials `name` of a parameter space in Tune to completion; interrupted ones resume. Tune keeps its state
+    in `folder`, and the trials' run folders are in `trials_dir`, by default also `folder`."""
     from ray import tune
 
     def make(trainable: type[Trainable]) -> Tuner:
@@ -106,8 +107,8 @@ def run_trials(
 def run_grid(
     config: Config, console: Console, jobs: Sequence[Mapping[str, Any]], folder: Path, parent_run_id: str | None
 ) -> list[GridTrial]:
-    """Train every job (the JSON of a `TrialJob`, but for `trials_dir` and `parent_run_id`, each with its own label) as
-    far as it goes; what came of each, in the order of jobs."""
+    """Train every job (the JSON of a `TrialJob` without `trials_dir` and `parent_run_id`, each with its own label) as
+    far as possible; returns each outcome, in the order of jobs."""
     from ray import tune
 
     trials_dir = make_folder(folder / "trials")
@@ -130,7 +131,7 @@ def _inputs(job: TrialJob) -> list[Any]:
 
 
 def _label(result: Result) -> str:
-    """The label of the job that Tune's result is about."""
+    """The label of the job that a Tune result belongs to."""
     return (result.config or {})["job"]["label"]
 
 
@@ -141,12 +142,12 @@ def _grid_trial(job: Mapping[str, Any], result: Result) -> GridTrial:
 
 @contextlib.contextmanager
 def trial_progress(console: Console, total: int, folder: Path) -> Iterator[None]:
-    """A bar of trials that are over, read from their folders: Tune's own table does not belong among stages."""
+    """A progress bar of finished trials, read from their folders; replaces Tune's own table."""
     with console.progress("trials", total) as update:
 
         def read() -> None:
             begun, done = len(list(folder.glob("trial-*"))), len(list(folder.glob(f"trial-*/{DONE_NOTE}")))
-            update(completed=done, text=f"trials  {begun} begun")
+            update(completed=done, text=f"trials  {begun} started")
 
         with repeating(read, 1.0):
             yield

@@ -1,4 +1,4 @@
-"""A search of training settings with Ray Tune: trials with drawn settings (`trials`), of which ASHA ends the worse
+"""A search over training settings with Ray Tune: trials with sampled settings (`trials`), the worst of which ASHA stops
 early."""
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class TuneTrial:
-    """A trial of a search: its `settings` by their dotted names, the lowest validation `error` and the last WER, where
-    there are any, whether ASHA ended it, and `why` it failed where it did."""
+    """A trial of a search: its `settings` by dotted name, the lowest validation `error` and the last WER, if there are
+    any, whether ASHA stopped it, and `why` it failed if it did."""
 
     settings: dict[str, object]
     error: float | None
@@ -34,7 +34,8 @@ class TuneTrial:
 
 
 def search_settings(config: Config, console: Console, parent_run_id: str | None) -> list[TuneTrial]:
-    """Train with settings drawn as `config.tune` says; all trials, in no order. A search that was stopped resumes."""
+    """Train with settings sampled as `config.tune` says; returns all trials, in no particular order. An interrupted
+    search resumes."""
     steps = config.tune.max_steps or config.train.max_steps
     config = config.model_copy(update={"train": replace(config.train, max_steps=steps)})
     folder = make_folder(config.run_dir / "tune")
@@ -84,7 +85,7 @@ def _domain(distribution: Distribution) -> object:
 
 
 def _trial_of(result: Result, steps: int) -> TuneTrial:
-    """What Tune's `result` says of a trial that may have had `steps`."""
+    """Convert Tune's `result` of a trial that may have had `steps`."""
     metrics = result.metrics or {}
     why = None if result.error is None else last_line(result.error)
     return TuneTrial(
@@ -98,6 +99,6 @@ def _trial_of(result: Result, steps: int) -> TuneTrial:
 
 
 def score_of(metrics: Mapping[str, float | None]) -> float | None:
-    """A trial's lowest validation error, None where no validation had a score."""
+    """A trial's lowest validation error, or None if no validation had a score."""
     error = metrics.get("best_error")
     return error if error is not None and math.isfinite(error) else None

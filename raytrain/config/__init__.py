@@ -1,7 +1,7 @@
-"""What a person may set: sections with their defaults and ranges, read from YAML and overrides and checked as a whole.
+"""The configuration: sections with defaults and ranges, read from YAML and overrides and validated as a whole.
 
-Settings of one algorithm stand beside the class that they configure, and are nested here. Open `configuration.py`
-first: `Config`; `loading.py` reads one, and `reference.py` lists all keys with their facts.
+An algorithm's settings are defined next to the class they configure and are nested here. Start with `configuration.py`,
+which defines `Config`; `loading.py` reads one, and `reference.py` describes every key.
 """
 
 from raytrain.config.configuration import RUN_ROOT_VARIABLE, Config

@@ -1,4 +1,5 @@
-"""`Config`: one run, whole. Settings of an algorithm live beside the class that they configure; this nests them."""
+"""`Config`: everything about one run. An algorithm's settings are defined next to the class they configure and nested
+here."""
 
 from __future__ import annotations
 
@@ -26,27 +27,26 @@ RUN_ROOT_VARIABLE = "RAYTRAIN_RUN_ROOT"
 
 
 class Config(Section):
-    """One run, whole: what to read, what to make of it, and how."""
+    """Everything about one run: what to read, what to produce, and how."""
 
     name: Annotated[
-        str, Setting("The run's name, which is its folder's: letters, digits, dots, - and _.", lineage=False)
+        str, Setting("The run's name, also its folder's name: letters, digits, dots, - and _.", lineage=False)
     ] = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
-    seed: Annotated[int, Range(0, 2**63 - 1), Setting("All that is random follows from this number.")] = 1
+    seed: Annotated[int, Range(0, 2**63 - 1), Setting("Seed of all randomness in the run.")] = 1
     run: Annotated[RunSection, Setting("Where results go: <root>/<name>/.", lineage=False)] = RunSection()
     data: Annotated[DataSection, Setting("Corpora by split, and how they are read.")]
-    tokenizer: Annotated[TokenizerSection, Setting("A trained tokenizer to take, or how to train one.")] = (
+    tokenizer: Annotated[TokenizerSection, Setting("A trained tokenizer to use, or how to train one.")] = (
         TokenizerSection()
     )
     buckets: Annotated[
-        BucketSettings, Setting("How durations and tokens are cut into a grid of buckets, and what is rejected.")
+        BucketSettings,
+        Setting("How durations and tokens are divided into a grid of buckets, and which rows are rejected."),
     ] = BucketSettings()
     assign: Annotated[AssignSection, Setting("How rows are written into their buckets.")] = AssignSection()
-    augment: Annotated[AugmentSettings, Setting("How recordings are changed in training; nothing by default.")] = (
-        AugmentSettings()
-    )
+    augment: Annotated[AugmentSettings, Setting("Audio augmentation in training; none by default.")] = AugmentSettings()
     oomptimize: Annotated[
         OomptimizeSection,
-        Setting("The memory budget of a step, and how the largest batch sizes are searched.", lineage=False),
+        Setting("The memory budget of a step, and the search for the largest batch sizes.", lineage=False),
     ] = OomptimizeSection()
     model: Annotated[
         ModelConfig, Setting("Shape of the Canary model; the defaults are those of canary-180m-flash.")
@@ -58,9 +58,7 @@ class Config(Section):
     evaluate: Annotated[
         EvaluateSection, Setting("Decoding of the dev and test corpora, and their scores.", lineage=False)
     ] = EvaluateSection()
-    tune: Annotated[TuneSection, Setting("The search of raytrain tune, with whole runs.", lineage=False)] = (
-        TuneSection()
-    )
+    tune: Annotated[TuneSection, Setting("The hyperparameter search of raytrain tune.", lineage=False)] = TuneSection()
     ablate: Annotated[AblateSection, Setting("The batching schemes that raytrain ablate compares.", lineage=False)] = (
         AblateSection()
     )
@@ -68,7 +66,8 @@ class Config(Section):
     cluster: Annotated[
         ClusterSection,
         Setting(
-            "Ray, and which nodes do what: training and probes go by train_…, work on data by data_….", lineage=False
+            "Ray, and which nodes do what: train_… places training and probes, data_… places data processing.",
+            lineage=False,
         ),
     ] = ClusterSection()
 
@@ -82,14 +81,16 @@ class Config(Section):
         problems = [
             f"{key} holds credentials, and {WRITTEN}; {ELSEWHERE}" for key, text in texts if holds_credentials(text)
         ]
-        return problems + [f"{key} holds a NUL character, which no name can" for key, text in texts if "\0" in text]
+        return problems + [
+            f"{key} contains a NUL character, which names can't have" for key, text in texts if "\0" in text
+        ]
 
     def _model_problems(self) -> list[str]:
         problems = []
         longest = self.model.max_positions + 1  # the decoder does not read the last token
         if self.buckets.max_tokens > longest:
             problems.append(
-                f"buckets.max_tokens is {self.buckets.max_tokens}, but the model ends at {longest} tokens "
+                f"buckets.max_tokens is {self.buckets.max_tokens}, but the model has positions for {longest} tokens "
                 f"(model.max_positions + 1)"
             )
         if self.evaluate.ctc_weight and (self.evaluate.beam_size == 1 or not self.train.ctc_weight):
@@ -101,7 +102,7 @@ class Config(Section):
         start = self.train.init_from
         if start and Path(start).expanduser().absolute().is_relative_to(self.run_dir):
             problems.append(
-                "train.init_from is in this run's own folder, whose checkpoints make way for the new "
+                "train.init_from is in this run's own folder, whose checkpoints are replaced by the new "
                 "ones; give the run another name, or copy the model out first"
             )
         if not is_uri(self.run_location):
@@ -119,12 +120,12 @@ class Config(Section):
 
     @property
     def run_dir(self) -> Path:
-        """Absolute folder of this run's artifacts on this machine; for a run at a URI, in the cache."""
+        """Absolute path of this run's artifacts on this machine; for a run at a URI, in the cache."""
         return local_folder(self.run_location)
 
     @property
     def run_location(self) -> str:
-        """Absolute path or URI of this run's artifacts, as all nodes know it."""
+        """Absolute path or URI of this run's artifacts, valid on all nodes."""
         root = self.run.root or os.environ.get(RUN_ROOT_VARIABLE) or "runs"
         return f"{root.rstrip('/')}/{self.name}" if is_uri(root) else absolute(f"{root}/{self.name}")
 
@@ -134,7 +135,7 @@ class Config(Section):
 
 
 def _texts(value: object, key: str = "") -> Iterator[tuple[str, str]]:
-    """All texts of nested settings, each with its dotted key."""
+    """All strings in nested settings, each with its dotted key."""
     if isinstance(value, str):
         yield key, value
     items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list | tuple) else ()

@@ -1,4 +1,4 @@
-"""Sections of what is read: corpora by split, their tokenizer, and the rows that are made of them."""
+"""Sections about data: corpora by split, the tokenizer, and the assigned rows."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from raytrain.settings import Range, Setting
 
 DATA_ROOT_VARIABLE = "RAYTRAIN_DATA_ROOT"
 WRITTEN = "paths are written to artifacts"
-ELSEWHERE = "put them into the environment (AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, …) and leave them out of the path"
+ELSEWHERE = "put them in the environment (AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, …) and remove them from the path"
 SPLITS = ("train", "dev", "test")
 
 
@@ -26,41 +26,47 @@ class StreamSection(Section):
     """Training without assignment; see `raytrain.data.stream.StreamSampler`."""
 
     buffer_size: Annotated[
-        int, Range(1, 10**9), Setting("Utterances among which the sampler shuffles.", unit="utterances")
+        int, Range(1, 10**9), Setting("Size of the sampler's shuffle buffer.", unit="utterances")
     ] = 20_000
     concurrent: Annotated[
-        bool, Setting("Read ahead in a thread, which is faster and gives other batches in each run.")
+        bool, Setting("Read ahead in a thread, which is faster but gives different batches in each run.")
     ] = False
 
 
 class DataSection(Section):
-    """Corpora by split. An entry of `train`, `dev` and `test` is a `Corpus`, or a path alone."""
+    """Corpora by split. An entry of `train`, `dev` and `test` is a `Corpus` or just a path."""
 
     root: Annotated[
         str | None,
-        Setting("The folder or URI of relative paths; unset, it is $RAYTRAIN_DATA_ROOT, or else the current folder."),
+        Setting(
+            "The base folder or URI of relative paths; defaults to $RAYTRAIN_DATA_ROOT, or else the current folder."
+        ),
     ] = None
     train: Annotated[list[Corpus], Setting("Corpora to train on: paths, or entries with the keys below.")] = Field(
         min_length=1
     )
-    dev: Annotated[list[Corpus], Setting("Corpora to validate on, listed as those of train.", lineage=False)] = []
+    dev: Annotated[list[Corpus], Setting("Corpora to validate on, listed like those of train.", lineage=False)] = []
     test: Annotated[
-        list[Corpus], Setting("Corpora that evaluate transcribes, listed as those of train.", lineage=False)
+        list[Corpus], Setting("Corpora that evaluate transcribes, listed like those of train.", lineage=False)
     ] = []
-    default_language: Annotated[str | None, Setting("The language of corpora and rows that name none, like de.")] = None
+    default_language: Annotated[
+        str | None, Setting("The language of corpora and rows that specify none, such as de.")
+    ] = None
     temperature: Annotated[
         float,
         Range(0, 10**6, above=True),
-        Setting("A corpus' share in training is weight · hours^(1/temperature): above 1, small ones come more often."),
+        Setting(
+            "A corpus' share in training is weight · hours^(1/temperature): above 1, small corpora come more often."
+        ),
     ] = 1.0
     temperature_by: Annotated[
         Literal["corpus", "language"],
-        Setting("Whether the temperature is between corpora, or between languages of which each corpus has one."),
+        Setting("Apply the temperature to corpora, or to languages (one per corpus)."),
     ] = "corpus"
     max_bad_fraction: Annotated[
         Share,
         Setting(
-            "More bad rows, or more rows that training has to replace, than this fraction of all are an error.",
+            "The largest fraction of bad rows, or of rows that training has to replace, that is not an error.",
             lineage=False,
         ),
     ] = 0.01
@@ -76,16 +82,18 @@ class DataSection(Section):
     ] = 256
     chunk_bytes: Annotated[
         Annotated[int, Range(1024, 1 << 40), AnySize] | None,
-        Setting("What one worker reads at a time; unset, it grows with the corpus.", unit="bytes", lineage=False),
+        Setting(
+            "Bytes that one worker reads at a time; by default it grows with the corpus.", unit="bytes", lineage=False
+        ),
     ] = None
     stream: Annotated[
         StreamSection | None,
-        Setting("Train on the corpora as they are, without assignment; {} stands for the defaults of the keys below."),
+        Setting("Train directly on the corpora, without assignment; {} uses the defaults of the keys below."),
     ] = None
     workers: Annotated[
         Literal["threads", "ray"],
         Setting(
-            "Decode audio in threads beside each training worker, or with ray on the free CPUs of the cluster.",
+            "Decode audio in threads of each training worker or, with ray, on the cluster's free CPUs.",
             lineage=False,
         ),
     ] = "threads"
@@ -103,7 +111,7 @@ class DataSection(Section):
             if twice:
                 raise ValueError(f"{split} has more than one corpus called {', '.join(twice)}")
         if self.stream is not None and self.workers == "ray":
-            raise ValueError("workers: ray needs an assignment, whose rows any node can read by number; unset stream")
+            raise ValueError("workers: ray needs an assignment, whose rows any node can read by index; unset stream")
         return self
 
     def corpora(self, split: str) -> list[Corpus]:
@@ -111,7 +119,7 @@ class DataSection(Section):
         root = os.path.expanduser(self.root or os.environ.get(DATA_ROOT_VARIABLE) or ".")
         if holds_credentials(root):
             raise ConfigError(f"${DATA_ROOT_VARIABLE} holds credentials", why=WRITTEN, remedy=ELSEWHERE)
-        # An entry's language has precedence.
+        # An entry's language takes precedence.
         return [
             dataclasses.replace(corpus.below(root), language=corpus.language or self.default_language)
             for corpus in self._entries(split)
@@ -123,7 +131,7 @@ class DataSection(Section):
 
 
 def _named_entries(values: list[object]) -> list[object]:
-    """Entries of a split: a path alone becomes one with its file's name, and names that occur twice get a number."""
+    """Entries of a split: a bare path becomes an entry named after its file, and duplicate names get a number."""
     entries = [_as_entry(value) for value in values]
     taken = {entry["name"] for entry in entries if isinstance(entry, dict) and entry.get("name")}
     for entry in entries:
@@ -147,30 +155,31 @@ def _numbered(stem: str) -> Iterator[str]:
 
 
 class TokenizerSection(Section):
-    """The tokenizer: a trained one, or one that is trained for each language, which gets its share of all texts."""
+    """The tokenizer: an existing one, or one trained per language on that language's share of all texts."""
 
     path: Annotated[
         str | None,
         Setting(
-            "A folder with a trained tokenizer, or a model whose tokenizer to take (a .nemo file, a run, a "
-            "checkpoint). Unset, one is trained for each language."
+            "A folder with a trained tokenizer, or a model whose tokenizer to use (a .nemo file, a run, a "
+            "checkpoint). By default one is trained per language."
         ),
     ] = None
-    vocab_size: Annotated[int, Range(8, 1 << 20), Setting("Pieces of each language's tokenizer.", unit="tokens")] = 1024
-    model_type: Annotated[Literal["bpe", "unigram"], Setting("SentencePiece's kind of model.")] = "bpe"
+    vocab_size: Annotated[
+        int, Range(8, 1 << 20), Setting("Vocabulary size of each language's tokenizer.", unit="tokens")
+    ] = 1024
+    model_type: Annotated[Literal["bpe", "unigram"], Setting("SentencePiece's model type.")] = "bpe"
     max_sentences: Annotated[
-        Count, Setting("Most texts to train on, of which each language has its share.", unit="texts")
+        Count, Setting("Maximum number of texts to train on, divided among languages.", unit="texts")
     ] = 1_000_000
     max_unknown_fraction: Annotated[
         Share,
         Setting(
-            "More tokens than this fraction of a corpus' texts in a language that stand for what the tokenizer can't "
-            "write are an error.",
+            "The largest fraction of a corpus' tokens in a language that may be unknown pieces; more is an error.",
             lineage=False,
         ),
     ] = 0.01
     by_words: Annotated[
-        bool, Setting("Encode each distinct word once where that gives exactly the same tokens.", lineage=False)
+        bool, Setting("Encode each distinct word only once, if that gives exactly the same tokens.", lineage=False)
     ] = True
 
 
@@ -180,7 +189,7 @@ class AssignSection(Section):
     materialize: Annotated[
         bool,
         Setting(
-            "Copy each utterance's audio beside its row, as FLAC at the model's sample rate: for Parquet, whose audio "
+            "Copy each utterance's audio next to its row, as FLAC at the model's sample rate: for Parquet, whose audio "
             "can't be read by range, and for object stores, where many small reads are slow."
         ),
     ] = False

@@ -1,4 +1,4 @@
-"""Sections of experiments with whole runs: `raytrain tune` and `raytrain ablate`."""
+"""Sections for experiments with whole runs: `raytrain tune` and `raytrain ablate`."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ End = Annotated[float, Range(-(10**15), 10**15)]
 
 
 class Distribution(Section):
-    """What `raytrain tune` draws a setting from."""
+    """The distribution that `raytrain tune` samples a setting from."""
 
-    choice: Annotated[list[Any] | None, Setting("Draw from this list.")] = Field(None, min_length=1)
-    uniform: Annotated[tuple[End, End] | None, Setting("Draw evenly between [low, high].")] = None
-    log_uniform: Annotated[tuple[End, End] | None, Setting("Draw evenly between the logarithms of [low, high].")] = None
+    choice: Annotated[list[Any] | None, Setting("Sample from this list.")] = Field(None, min_length=1)
+    uniform: Annotated[tuple[End, End] | None, Setting("Sample uniformly from [low, high].")] = None
+    log_uniform: Annotated[tuple[End, End] | None, Setting("Sample log-uniformly from [low, high].")] = None
 
     @model_validator(mode="after")
     def _single_distribution(self) -> Distribution:
@@ -41,13 +41,15 @@ class Distribution(Section):
 
 
 class TuneSection(Section):
-    """`raytrain tune`: training runs with settings drawn from `space`. After `grace_steps`, and at each further
-    multiple, one in `reduction_factor` continues (ASHA, arXiv 1810.05934)."""
+    """`raytrain tune`: training runs with settings sampled from `space`. After `grace_steps`, and at each
+    `reduction_factor` times as many, one in `reduction_factor` trials continues (ASHA, arXiv 1810.05934)."""
 
-    num_trials: Annotated[int, Range(1, 10**6), Setting("Trials to draw.", unit="trials")] = 16
-    max_steps: Annotated[Steps | None, Setting("Most steps of a trial; unset, those of training.", unit="steps")] = None
+    num_trials: Annotated[int, Range(1, 10**6), Setting("Number of trials.", unit="trials")] = 16
+    max_steps: Annotated[
+        Steps | None, Setting("Maximum steps of a trial; by default those of training.", unit="steps")
+    ] = None
     grace_steps: Annotated[
-        Steps | None, Setting("No trial ends before this; unset, it is a ninth of max_steps.", unit="steps")
+        Steps | None, Setting("No trial is stopped before this; by default a ninth of max_steps.", unit="steps")
     ] = None
     reduction_factor: Annotated[
         int, Range(2, 10**6), Setting("One in this many trials continues at each comparison (ASHA).")
@@ -55,11 +57,11 @@ class TuneSection(Section):
     max_concurrent: Annotated[
         int | None,
         Range(1, 10**6),
-        Setting("Most trials at a time; unset, as many as the cluster has room for.", unit="trials"),
+        Setting("Maximum concurrent trials; by default as many as the cluster has room for.", unit="trials"),
     ] = None
     space: Annotated[
         dict[str, Distribution],
-        Setting("What to draw each setting from, by its dotted name: one of the keys below."),
+        Setting("What to sample each setting from, by dotted name: one of the keys below."),
     ] = {
         "train.learning_rate": Distribution(log_uniform=(1e-4, 5e-3)),
         "train.warmup_steps": Distribution(choice=[100, 300, 1000, 2500]),
@@ -70,32 +72,34 @@ class TuneSection(Section):
 
 
 class AblateSection(Section):
-    """`raytrain ablate`: batching schemes trained one after the other and compared. They differ where memory binds, so
-    this section has a memory and a largest batch of its own."""
+    """`raytrain ablate`: batching schemes trained one after the other and compared. They differ only if memory is the
+    limit, so this section has its own memory and maximum batch size."""
 
     schemes: Annotated[
         list[str],
-        Setting(f"Batching schemes to compare, different ones of {', '.join(SCHEMES)}."),
+        Setting(f"Batching schemes to compare, distinct values of {', '.join(SCHEMES)}."),
     ] = Field(["R", "A", "B", "C", "D", "D+"], min_length=1)
     learning_rates: Annotated[
-        list[LearningRate] | None, Setting("Each scheme is trained at each of these; unset, at the run's.")
+        list[LearningRate] | None, Setting("Each scheme is trained at each of these; by default at the run's.")
     ] = Field(None, min_length=1)
     target_wer: Annotated[
         float, Range(0, 100, above=True), Setting("The validation WER (0.2 is 20 %) at which times are compared.")
     ] = 0.2
-    stop_at_wer: Annotated[ErrorRate | None, Setting("A training ends at this validation WER.")] = None
+    stop_at_wer: Annotated[ErrorRate | None, Setting("Training stops at this validation WER.")] = None
     max_minutes: Annotated[
-        Minutes | None, Setting("Most time of a training; unset, that of train.", unit="minutes")
+        Minutes | None, Setting("Maximum training time; by default that of train.", unit="minutes")
     ] = None
-    max_steps: Annotated[Steps | None, Setting("Most steps of a training; unset, those of train.", unit="steps")] = None
+    max_steps: Annotated[Steps | None, Setting("Maximum training steps; by default those of train.", unit="steps")] = (
+        None
+    )
     validate_every_steps: Annotated[
-        Steps | None, Setting("Steps between two validations; unset, those of train.", unit="steps")
+        Steps | None, Setting("Steps between validations; by default those of train.", unit="steps")
     ] = None
     device_memory: Annotated[
-        Bytes | None, Setting("Stands for oomptimize.device_memory in all schemes.", unit="bytes")
+        Bytes | None, Setting("Replaces oomptimize.device_memory in all schemes.", unit="bytes")
     ] = None
     max_batch_size: Annotated[
-        BatchSize | None, Setting("Stands for oomptimize.max_batch_size in all schemes.", unit="utterances")
+        BatchSize | None, Setting("Replaces oomptimize.max_batch_size in all schemes.", unit="utterances")
     ] = None
 
     @field_validator("schemes")
@@ -103,5 +107,5 @@ class AblateSection(Section):
     def _different_schemes(cls, value: list[str]) -> list[str]:
         unknown = [name for name in value if name not in SCHEMES]
         if unknown or len(set(value)) < len(value):
-            raise ValueError(f"must be different ones of {', '.join(SCHEMES)}, got {', '.join(value)}")
+            raise ValueError(f"must be distinct values of {', '.join(SCHEMES)}, got {', '.join(value)}")
         return value

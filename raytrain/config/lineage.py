@@ -1,8 +1,8 @@
-"""Which settings decide what a model learns: a checkpoint of other values can't be resumed.
+"""Which settings determine what a model learns: training can't resume from a checkpoint with other values.
 
     lineage_settings(TrainSettings(max_steps=7))["learning_rate"]     # 0.0003; max_steps is not among them
 
-Each setting says so itself (`raytrain.settings.Setting.lineage`).
+Each setting declares this itself (`raytrain.settings.Setting.lineage`).
 """
 
 from __future__ import annotations
@@ -17,5 +17,5 @@ def lineage_settings(settings: object) -> dict[str, object]:
 
 
 def _is_lineage(setting: Setting | None) -> bool:
-    # A setting that says nothing counts: training anew is the safe side.
+    # A setting without a declaration counts: retraining is the safe choice.
     return setting is None or setting.lineage is not False

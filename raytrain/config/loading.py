@@ -1,4 +1,4 @@
-"""Configuration from YAML plus `section.key=value` overrides, checked strictly as a whole.
+"""Configuration from YAML plus `section.key=value` overrides, validated strictly and as a whole.
 
 An unknown key is an error, all errors are reported together, and each unknown key comes with the nearest valid one.
 
@@ -30,7 +30,7 @@ _NOT_TEXT = "without quotes YAML reads it (like no, on, 1:30, 2024-01-01) as som
 def load_config(
     path: Path | None, overrides: Sequence[str] | None = None, base: Mapping[str, Any] | None = None
 ) -> Config:
-    """Read YAML, apply overrides, check all. Raises `ConfigError` that lists every problem at once."""
+    """Read YAML, apply overrides, validate. Raises a `ConfigError` that lists every problem at once."""
     values = dict(base or {}) if path is None else _read(path)
     for override in overrides or []:
         values = _override(values, override)
@@ -38,7 +38,7 @@ def load_config(
 
 
 def check_config(values: Mapping[str, Any], source: str = "configuration") -> Config:
-    """Validate plain values into a `Config`; every problem in one `ConfigError`."""
+    """Validate plain values into a `Config`; all problems are reported in one `ConfigError`."""
     try:
         return Config.model_validate(values)
     except ValidationError as error:
@@ -99,18 +99,18 @@ def _parsed(key: str, raw: str) -> object:
             f"{key} can't be set",
             got=_shown(raw),
             why=str(error),
-            remedy="write the value as in YAML; quote what is text",
+            remedy="write the value as in YAML; quote strings",
         ) from error
 
 
 def _shown(value: object) -> str:
-    """A value for a message, long ones cut."""
+    """A value for a message, truncated if long."""
     text = repr(value)
     return text if len(text) <= _LONGEST_SHOWN else f"{text[:_LONGEST_SHOWN]}…"
 
 
 def _describe(item: Mapping[str, Any]) -> str:
-    """One problem that pydantic reports, in a line that begins with the dotted key."""
+    """One problem reported by pydantic, as a line that begins with the dotted key."""
     parts = [str(part) for part in item["loc"]]
     key = ".".join(parts)
     match item["type"]:
@@ -135,7 +135,7 @@ def _message(item: Mapping[str, Any]) -> str:
 
 
 def _hint(parts: Sequence[str]) -> str:
-    """The nearest key beside an unknown one, or all that are allowed there."""
+    """The key closest to an unknown one, or all keys allowed there."""
     names = keys_below(parts[:-1])
     close = difflib.get_close_matches(parts[-1], names, n=1)
     return f"did you mean {close[0]}?" if close else f"allowed: {', '.join(names)}"

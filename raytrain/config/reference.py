@@ -1,9 +1,9 @@
-"""Every key of the configuration with its facts: what `raytrain config` and docs/configuration.md show.
+"""Every configuration key and its description, as shown by `raytrain config` and docs/configuration.md.
 
     entries_below("train.max_steps")[0].unit     # "steps"
     nearest("train.max_step")                    # "train.max_steps"
 
-The part `*` of a key is any entry of a list, or any name: `data.train.*.path`.
+In a key, `*` matches any list entry or any name: `data.train.*.path`.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ _NO_SETTING = Setting("")
 
 @dataclass(frozen=True)
 class Entry:
-    """One key: its default as a JSON value, unit, allowed values and sentence, whether it must be given, whether a
-    checkpoint of another value can't be resumed (`lineage`), and whether it is a section, which only holds others."""
+    """One key: its default as a JSON value, unit, allowed values and help text, whether it is required, whether
+    training can't resume from a checkpoint with another value (`lineage`), and whether it is a section."""
 
     key: str
     default: Any
@@ -44,7 +44,7 @@ class Entry:
 
     @property
     def parent(self) -> str:
-        """The key of the section around it, empty at the top."""
+        """The key of the enclosing section; empty at the top."""
         return self.key.rpartition(".")[0]
 
     @property
@@ -54,17 +54,17 @@ class Entry:
 
     @property
     def shown_default(self) -> str:
-        """The default as a person writes it."""
+        """The default as written in YAML."""
         return "required" if self.is_required else self.shown(self.default)
 
     @property
     def limits(self) -> str:
-        """What is allowed, with its unit."""
+        """The allowed values, with their unit."""
         unit = "" if self.unit == "bytes" and self.allowed else self.unit
         return " ".join(filter(None, (self.allowed, unit)))
 
     def shown(self, value: object) -> str:
-        """A value of this key as a person writes it."""
+        """A value of this key as written in YAML."""
         if value is None:
             return "unset"
         if self.unit == "bytes" and isinstance(value, int):
@@ -74,8 +74,8 @@ class Entry:
 
 @dataclass(frozen=True)
 class _Field:
-    """A field of a settings class. `settings` is the class of the settings that it holds, each of them one of a list or
-    of a mapping where `holds_many`, and the field itself where it is never unset."""
+    """A field of a settings class. `settings` is the class of the nested settings, if any; with `holds_many` the field
+    is a list or mapping of them."""
 
     facts: Facts
     default: object
@@ -90,17 +90,17 @@ class _Field:
 
 @functools.cache
 def entries() -> tuple[Entry, ...]:
-    """All keys in the order of the configuration. What an entry of a list holds is there once, at the first list."""
+    """All keys in configuration order. The keys of a list's entries appear once, at the first such list."""
     return tuple(_walk(Config, "", True, set()))
 
 
 def entries_below(key: str) -> list[Entry]:
-    """The entry of a key with those of all keys below it; none for an unknown key."""
+    """The entry of a key and those of all keys below it; empty for an unknown key."""
     return [entry for entry in entries() if entry.key == key or entry.key.startswith(f"{key}.")]
 
 
 def by_section(chosen: Sequence[Entry]) -> dict[str, list[Entry]]:
-    """Entries other than sections by the key of the section around them."""
+    """Entries other than sections, grouped by the enclosing section's key."""
     sections: dict[str, list[Entry]] = {}
     for entry in chosen:
         if not entry.is_section:
@@ -109,20 +109,20 @@ def by_section(chosen: Sequence[Entry]) -> dict[str, list[Entry]]:
 
 
 def heading(section: str) -> str:
-    """A section's key with its sentence."""
+    """A section's key with its help text."""
     around = next((entry.help for entry in entries() if entry.key == section), "")
     return f"{section}: {around}" if around else section
 
 
 def nearest(key: str) -> str | None:
-    """The key most like an unknown one, or with the same last part."""
+    """The key closest to an unknown one, or with the same last part."""
     keys = [entry.key for entry in entries()]
     same_name = [entry.key for entry in entries() if entry.name == key]
     return next(iter(same_name or difflib.get_close_matches(key, keys, n=1)), None)
 
 
 def keys_below(parts: Sequence[str]) -> list[str]:
-    """The names that a section has, by the parts of its key in a configuration (`["data", "train", "0"]`)."""
+    """The names in a section, given the parts of its key in a configuration (`["data", "train", "0"]`)."""
     kind: type | None = Config
     remaining = iter(parts)
     for part in remaining:
@@ -136,8 +136,7 @@ def keys_below(parts: Sequence[str]) -> list[str]:
 
 
 class Values:
-    """The values of a configuration by key. Without a value are the keys of a list's entries, and those below a key
-    that is unset."""
+    """A configuration's values by key. Keys of list entries, and keys below an unset key, have no value."""
 
     def __init__(self, config: Config) -> None:
         self._sections = config.model_dump(mode="json")
@@ -152,7 +151,7 @@ class Values:
         return section[key.rpartition(".")[2]]
 
     def _section_of(self, key: str) -> dict[str, object] | None:
-        """The plain values of the section that has a key."""
+        """The plain values of the section that contains a key."""
         section: object = self._sections
         *parents, name = key.split(".")
         for part in parents:
@@ -212,7 +211,7 @@ def _is_settings(kind: type) -> bool:
 
 
 def _defaults(kind: type) -> dict[str, object]:
-    """Each field's default, `dataclasses.MISSING` where it must be given."""
+    """Each field's default, `dataclasses.MISSING` if it is required."""
     if issubclass(kind, BaseModel):
         return {name: _model_default(field) for name, field in kind.model_fields.items()}
     fields = dataclasses.fields(kind) if dataclasses.is_dataclass(kind) else ()
@@ -228,13 +227,13 @@ def _dataclass_default(field: dataclasses.Field[Any]) -> object:
 
 
 def _size(number: float) -> str:
-    """Bytes in the largest unit of which they are a whole number."""
+    """Bytes in the largest unit that gives a whole number."""
     name, size = next(((name, size) for name, size in _SIZES.items() if number % size == 0), ("", 1))
     return f"{number // size:.0f}{name}"
 
 
 def _number(number: float) -> str:
-    """A number, powers of ten and two from a million on as such."""
+    """A number; powers of ten and two from a million on are written as powers."""
     if isinstance(number, int) and abs(number) >= 10**6:
         for base in (10, 2):
             exponent = round(math.log(abs(number), base))

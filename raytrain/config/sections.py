@@ -1,4 +1,4 @@
-"""Sections of a run and its surroundings: where results go, memory, evaluation, tracking and the cluster."""
+"""Sections about a run and its environment: where results go, memory, evaluation, tracking and the cluster."""
 
 from __future__ import annotations
 
@@ -21,26 +21,26 @@ class RunSection(Section):
 
     root: Annotated[
         str | None,
-        Setting("A folder that all nodes share, or a URI (s3://…); unset, it is $RAYTRAIN_RUN_ROOT, or else runs."),
+        Setting("A folder shared by all nodes, or a URI (s3://…); defaults to $RAYTRAIN_RUN_ROOT, or else runs."),
     ] = None
     cache_size: Annotated[
         Bytes,
         Setting(
             "With a root at a URI: how much of the assignment each node keeps in its cache, $RAYTRAIN_CACHE or "
-            "~/.cache/raytrain. The least used parts make way.",
+            "~/.cache/raytrain. The least recently used parts are evicted.",
             unit="bytes",
         ),
     ] = DEFAULT_CACHE_BYTES
 
 
 class OomptimizeSection(Section):
-    """The memory budget of a step, and how its largest batch sizes are searched."""
+    """The memory budget of a step, and the search for the largest batch sizes."""
 
     device_memory: Annotated[
-        Bytes | None, Setting("Memory of the device to plan for; unset, it is measured on a GPU.", unit="bytes")
+        Bytes | None, Setting("Memory of the device to plan for; by default measured on a GPU.", unit="bytes")
     ] = None
     memory_fraction: Annotated[
-        float, Range(0, 1, above=True), Setting("The part of the device's memory that a step may take.")
+        float, Range(0, 1, above=True), Setting("The fraction of the device's memory that a step may use.")
     ] = 0.9
     max_batch_size: Annotated[BatchSize, Setting("Largest batch of any bucket.", unit="utterances")] = 4096
     tolerance: Annotated[
@@ -53,11 +53,11 @@ class OomptimizeSection(Section):
         Setting("The largest batch that fits, or the smallest that is as fast per second of audio."),
     ] = "memory"
     time_smaller_batches: Annotated[
-        bool, Setting("Measure the speed of smaller batches too, which the objective throughput needs.")
+        bool, Setting("Also measure the speed of smaller batches, which the objective throughput needs.")
     ] = True
     steps_per_probe: Annotated[int, Range(1, 10**6), Setting("Steps of each probe.", unit="steps")] = 3
     soak_steps: Annotated[
-        int, Range(1, 10**9), Setting("At least this many steps of mixed buckets follow the probes.", unit="steps")
+        int, Range(1, 10**9), Setting("Minimum steps with mixed buckets that follow the probes.", unit="steps")
     ] = 200
 
     @model_validator(mode="after")
@@ -72,7 +72,10 @@ class EvaluateSection(Section):
 
     batch_size: Annotated[
         BatchSize,
-        Setting("Most utterances of a batch; of the test manifests fewer where memory is short.", unit="utterances"),
+        Setting(
+            "Maximum utterances per batch; batches of the test manifests are smaller if memory is short.",
+            unit="utterances",
+        ),
     ] = 32
     beam_size: BeamSize = 1
     length_penalty: LengthPenalty = 0.0
@@ -84,7 +87,7 @@ class EvaluateSection(Section):
     checkpoint: Annotated[Literal["best", "last"], Setting("The checkpoint that is evaluated.")] = "best"
     normalizer: Annotated[
         Literal["none", "whisper"],
-        Setting("With whisper the scores also have the WER of texts as Whisper's evaluation compares them."),
+        Setting("With whisper, the scores also include a WER of texts normalized as in Whisper's evaluation."),
     ] = "none"
     precision: Annotated[Literal["fp32", "bf16", "int8"], Setting("Precision of linear layers; int8 is for CPUs.")] = (
         "fp32"
@@ -98,11 +101,11 @@ class TrackingSection(Section):
     uri: Annotated[
         str | None,
         Setting(
-            "The tracking server; unset, it is $MLFLOW_TRACKING_URI, or else a SQLite file in the run folder. User "
-            "and password in it move to $RAYTRAIN_TRACKING_URI, so that no copy of the settings holds them."
+            "The tracking server; defaults to $MLFLOW_TRACKING_URI, or else a SQLite file in the run folder. User "
+            "and password in it are moved to $RAYTRAIN_TRACKING_URI, so that no copy of the settings has them."
         ),
     ] = None
-    experiment: Annotated[str, Setting("MLflow's experiment.")] = "raytrain"
+    experiment: Annotated[str, Setting("The MLflow experiment.")] = "raytrain"
 
     @field_validator("uri")
     @classmethod
@@ -114,39 +117,43 @@ class TrackingSection(Section):
 
 
 class ClusterSection(Section):
-    """Ray, and which of its nodes do what: training and probes of batch sizes go by `train_…`, reading, counting,
-    assigning and decoding audio by `data_…`."""
+    """Ray, and which of its nodes do what: `train_…` places training and batch size probes; `data_…` places reading,
+    counting, assigning and decoding audio."""
 
     address: Annotated[
         str | None,
         Setting(
-            "Ray's address; unset, it is $RAY_ADDRESS, or else a local Ray is started. One that begins with http is "
-            "the Jobs server's, for raytrain submit."
+            "Ray's address; defaults to $RAY_ADDRESS, or else a local Ray is started. An http address is "
+            "a Jobs server, for raytrain submit."
         ),
     ] = None
     num_cpus: Annotated[int | None, Range(1, MAX_WORKERS), Setting("CPUs of a local Ray.", unit="CPUs")] = None
     train_labels: Annotated[
         dict[str, str],
-        Setting("Labels of nodes to train on, as {role: train}: value, !value, in(value, value) or !in(value, value)."),
+        Setting(
+            "Labels of nodes to train on, such as {role: train}: value, !value, in(value, value) or !in(value, value)."
+        ),
     ] = {}
     data_labels: Annotated[dict[str, str], Setting("Labels of nodes to read, count, assign and decode audio on.")] = {}
     train_resources: Annotated[
         dict[str, Amount],
-        Setting("Custom resources that each training worker takes, as {gpu_host: 1}; CPU is its number of CPUs."),
+        Setting(
+            "Custom resources that each training worker reserves, such as {gpu_host: 1}; CPU is its number of CPUs."
+        ),
     ] = {}
     data_resources: Annotated[
         dict[str, Amount],
-        Setting("Custom resources that each task of reading or decoding takes, as {cpu_host: 0.01}."),
+        Setting("Custom resources that each reading or decoding task reserves, such as {cpu_host: 0.01}."),
     ] = {}
-    accelerator_type: Annotated[str | None, Setting("Ray's name of the kind of GPU to train on, like A100.")] = Field(
-        None, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
+    accelerator_type: Annotated[str | None, Setting("Ray's name for the kind of GPU to train on, such as A100.")] = (
+        Field(None, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
     )
 
     @field_validator("train_labels", "data_labels")
     @classmethod
     def _labels(cls, value: dict[str, str]) -> dict[str, str]:
         refuse(check_labels(value))
-        # Ray takes the space after a comma as a part of the next value.
+        # Ray treats the space after a comma as part of the next value.
         return {key: selector.replace(" ", "") for key, selector in value.items()}
 
     @field_validator("train_resources", "data_resources")

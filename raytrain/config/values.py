@@ -1,4 +1,4 @@
-"""What sections share: their strictness, and the numbers, shares and sizes of memory that several of them have."""
+"""What sections share: strict validation, and the types of numbers, fractions and memory sizes."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ _POWERS = {"k": 1, "m": 2, "g": 3, "t": 4}
 
 
 class Section(BaseModel):
-    """A section of the configuration: unknown keys are errors, and nothing changes once it is read."""
+    """A section of the configuration: unknown keys are errors, and sections are immutable."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 def parse_bytes(value: str | int) -> int:
-    """`"16GiB"` → 17179869184; whole numbers pass. KB is 1000 bytes, KiB 1024. Raises `ValueError`."""
+    """`"16GiB"` → 17179869184; whole numbers pass through. KB is 1000 bytes, KiB 1024. Raises `ValueError`."""
     if not isinstance(value, str):
         return value
     match = _SIZE.match(value)
     if not match:
-        raise ValueError(f"{value!r} is not a size; write for example 16GiB or 512MiB")
+        raise ValueError(f"{value!r} is not a size; write it like 16GiB or 512MiB")
     unit = (match[2] or "B").lower()
     base = 1024 if "ib" in unit else 1000
     return int(float(match[1]) * base ** _POWERS.get(unit[0], 0))
@@ -35,7 +35,7 @@ def _without_unit(value: object) -> object:
     return parse_bytes(value) if isinstance(value, str) else value
 
 
-AnySize = BeforeValidator(_without_unit)  # also as text
+AnySize = BeforeValidator(_without_unit)  # also accepts strings
 Count = Annotated[int, Range(1, 10**12)]
 Bytes = Annotated[int, Range(1 << 20, 1 << 60), AnySize]
 BatchSize = Annotated[int, Range(1, 1 << 24)]

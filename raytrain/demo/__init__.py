@@ -1,5 +1,5 @@
-"""`raytrain demo`: a small corpus of spoken numbers made on the spot, and the whole pipeline run over it.
+"""`raytrain demo`: generate a small corpus of spoken numbers and run the whole pipeline on it.
 
-`speech.py` makes the corpus with eSpeak NG, `demo.yaml` configures the run, and `run.py`, to open first, runs it and
-judges the result. It may import from `stages` and what lies below.
+`speech.py` generates the corpus with eSpeak NG, `demo.yaml` configures the run, and `run.py`, the place to start, runs
+it and checks the result. It may import from `stages` and the rooms below.
 """

@@ -1,4 +1,4 @@
-"""`raytrain demo`: make the corpus, run the pipeline, show what it did, and say whether all is well."""
+"""`raytrain demo`: generate the corpus, run the pipeline, show the results, and check them."""
 
 from __future__ import annotations
 
@@ -93,14 +93,14 @@ class _Score(Score):
 
 @dataclass(frozen=True)
 class _Scores(_Score):
-    """Of `scores.json`: over all languages, and of each."""
+    """From `scores.json`: the score over all languages, and of each."""
 
     by_language: dict[str, _Score] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class _Plan:
-    """Of `bucket_plan.json`."""
+    """From `bucket_plan.json`."""
 
     plan: Grid
     padding_by_scheme: list[PaddingRow]
@@ -108,7 +108,7 @@ class _Plan:
 
 @dataclass(frozen=True)
 class _Profiles:
-    """Of `batch_profile.json`."""
+    """From `batch_profile.json`."""
 
     profiles: list[ProfileSizes]
 

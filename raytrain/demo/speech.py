@@ -1,7 +1,7 @@
-"""Synthesize a small corpus of spoken digits in four languages with eSpeak NG, a library inside a wheel.
+"""Synthesize a small corpus of spoken digits in four languages with eSpeak NG, a library that comes in a wheel.
 
-Utterances are strings of one to five digit words with drawn speed and pitch. Word strings of the held-out splits
-do not occur in training. The same seed makes the same files.
+Utterances are strings of one to five digit words with random speed and pitch. Word strings of the held-out splits do
+not occur in training. The same seed produces the same files.
 
     manifests = make_corpus(Path("corpus"), {"train": 800, "test": 80}, seed=1)
 """
@@ -35,7 +35,7 @@ _COMPLETE = "corpus.json"
 
 
 class Synthesizer:
-    """eSpeak NG in this process: one at a time, since the library keeps global state."""
+    """eSpeak NG in this process: one instance at a time, since the library keeps global state."""
 
     def __init__(self) -> None:
         import espeakng_loader
@@ -48,7 +48,7 @@ class Synthesizer:
         if self.sample_rate <= 0:
             raise DataError("eSpeak NG can't start", got=self.sample_rate, remedy="reinstall espeakng-loader")
         self._blocks: list[np.ndarray] = []
-        # Kept as a member: the library calls it back for as long as it lives.
+        # Kept as an attribute: the library calls it for as long as the instance lives.
         signature = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.POINTER(ctypes.c_short), ctypes.c_int, ctypes.c_void_p)
         self._callback = signature(self._collect)
         self._library.espeak_SetSynthCallback(self._callback)
@@ -63,7 +63,7 @@ class Synthesizer:
         self._blocks = []
         if self._library.espeak_SetVoiceByName(language.encode()) != 0:
             raise DataError(
-                "eSpeak NG has no such voice", got=language, remedy="name a language of `espeak-ng --voices`"
+                "eSpeak NG has no such voice", got=language, remedy="choose a language from `espeak-ng --voices`"
             )
         self._library.espeak_SetParameter(_RATE, words_per_minute, 0)
         self._library.espeak_SetParameter(_PITCH, pitch, 0)
@@ -88,12 +88,13 @@ def make_corpus(
 ) -> dict[str, Path]:
     """Write `<split>.jsonl` NeMo manifests with FLAC audio for `utterances` (split → number); returns their paths.
 
-    A folder that is complete for the same arguments is not written again. Raises `DataError` for an unknown language.
+    A folder that is already complete for the same arguments is not written again. Raises `DataError` for an unknown
+    language.
     """
     unknown = set(languages) - set(DIGITS)
     if unknown:
         raise DataError(
-            "unknown demo language", got=sorted(unknown), allowed=", ".join(DIGITS), remedy="leave the language out"
+            "unknown demo language", got=sorted(unknown), allowed=", ".join(DIGITS), remedy="remove the language"
         )
     manifests = {split: folder / f"{split}.jsonl" for split in utterances}
     made_of = canonical_json({"utterances": utterances, "seed": seed, "languages": languages, "version": 1})
@@ -103,7 +104,7 @@ def make_corpus(
         return manifests
     make_folder(folder / "audio")
     arguments = {"folder": str(folder), "utterances": utterances, "seed": seed, "languages": languages}
-    # What the library speaks depends on what it spoke before in the same process, hence a separate process.
+    # The library's output depends on what it synthesized before in the same process, hence a separate process.
     command = [sys.executable, "-m", "raytrain.demo.speech", json.dumps(arguments)]
     _call(command, on_utterance)
     atomic_write_bytes(marker, made_of)
@@ -111,7 +112,7 @@ def make_corpus(
 
 
 def _call(command: list[str], on_line: Callable[[], None] | None) -> None:
-    """Run the command, with a call of `on_line` for each line that it prints. Raises `DataError` where it fails."""
+    """Run the command, calling `on_line` for each line it prints. Raises `DataError` if it fails."""
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
         for _ in process.stdout or ():
             if on_line is not None:
@@ -139,7 +140,7 @@ def _synthesize(folder: Path, utterances: dict[str, int], seed: int, languages: 
 def _draw_texts(
     utterances: dict[str, int], languages: tuple[str, ...], rng: random.Random
 ) -> dict[str, list[tuple[str, str]]]:
-    """(language, text) per split, small splits first, so that what they hold is kept out of the large one."""
+    """(language, text) per split, small splits first, so that their texts are kept out of the large one."""
     held_out: set[tuple[str, str]] = set()
     drawn: dict[str, list[tuple[str, str]]] = {}
     for split in sorted(utterances, key=lambda name: (utterances[name], name)):

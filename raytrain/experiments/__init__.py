@@ -1,7 +1,7 @@
-"""Comparisons that consist of many trainings: batching schemes and decoder depths (`raytrain ablate`), and searches of
-settings (`raytrain tune`).
+"""Comparisons that consist of many training runs: batching schemes and decoder depths (`raytrain ablate`), and searches
+over settings (`raytrain tune`).
 
-They run stages for each candidate, hand the trainings to Ray Tune through `cluster`, and write one artifact each; they
-may import from `stages`, `cluster` and what lies below, but never Ray. Open `ablate.py` first: the ablation of schemes,
-by prediction and by training, with its parts in `prediction.py`, `trial_runs.py` and `outcomes.py`.
+They run stages for each candidate, submit the training runs to Ray Tune through `cluster`, and write one artifact each;
+they may import from `stages`, `cluster` and the rooms below, but never Ray. Start with `ablate.py`: the ablation of
+schemes, by prediction and by training, with its parts in `prediction.py`, `trial_runs.py` and `outcomes.py`.
 """

@@ -1,9 +1,9 @@
 """`raytrain ablate`: the paper's batching schemes on your own corpus, by prediction or by training.
 
-By prediction: the corpus' length histogram and a model's traced memory give padding, batch sizes, memory in use and the
-GPUs and hours that each scheme needs. By training: each scheme gets its own buckets, batch sizes and assignment, and a
-training run for each learning rate as a Ray Tune trial; all else is equal. Each writes an artifact that `report.html`
-draws (`raytrain.report.ablation_results`), and the same command resumes an ablation that was stopped.
+By prediction: the corpus' length histogram and a model's traced memory yield padding, batch sizes, memory in use, and
+the GPUs and hours that each scheme needs. By training: each scheme gets its own buckets, batch sizes and assignment,
+and a training run per learning rate as a Ray Tune trial; everything else is equal. Each writes an artifact that
+`report.html` draws (`raytrain.report.ablation_results`), and the same command resumes an interrupted ablation.
 """
 
 from __future__ import annotations
@@ -45,8 +45,8 @@ GIB = 2**30
 
 @dataclass(frozen=True)
 class PredictOptions:
-    """What to predict for: a GPU by name and memory, the share of its peak that steps reach, what a step costs whatever
-    its batch, and the training of scheme A that the others are compared with: `gpus` and `steps`."""
+    """What to predict for: a GPU by name and memory, the share of its peak that steps reach, the fixed cost of a step,
+    and the `gpus` and `steps` of the baseline, scheme A."""
 
     gpu: str = "A100"
     memory_gib: float = 80.0
@@ -57,14 +57,14 @@ class PredictOptions:
     batch_seconds: float = 360.0
 
     def hardware(self) -> Hardware:
-        """Raises `ConfigError` for a GPU whose peak is not listed."""
+        """Raises `ConfigError` for a GPU whose peak speed is not listed."""
         peak = peak_flops(self.gpu)
         if peak is None:
             raise ConfigError(
                 "the peak speed of this GPU is not listed",
                 got=self.gpu,
                 allowed="A100, H100, …",
-                remedy="name one of these with --gpu; raytrain/model/cost.py lists them all",
+                remedy="choose one of these with --gpu; raytrain/model/cost.py lists them all",
             )
         return Hardware(self.gpu, self.memory_gib, peak, self.utilisation, self.overhead_seconds)
 
@@ -76,7 +76,7 @@ def predict_ablation(
     options: PredictOptions,
     take_over: bool = False,
 ) -> PredictedBody:
-    """The table of all schemes for each model, as `ablation_predicted.json` keeps it."""
+    """The table of all schemes for each model, as stored in `ablation_predicted.json`."""
     with owned(config.run_location, console.say, take_over):
         hardware = options.hardware()
         histogram = histogram_of(config, console)
@@ -115,7 +115,7 @@ def _predict(
 
 
 def _traced(console: Console, label: str, trace: Callable[..., MemorySurface]) -> MemorySurface:
-    """What a `trace_surface` gives that lacks its `on_shape`, with a bar."""
+    """Call a `trace_surface` that lacks only its `on_shape`, with a progress bar."""
     with console.progress(label, None) as update:
         return trace(on_shape=lambda done, total: update(completed=done, total=total))
 
@@ -129,9 +129,9 @@ def _report(config: Config, console: Console) -> None:
 
 
 def run_ablation(config: Config, console: Console, take_over: bool = False) -> AblationBody:
-    """Train every scheme at every learning rate; returns what `ablation.json` keeps.
+    """Train every scheme at every learning rate; returns the body of `ablation.json`.
 
-    Raises `ConfigError` without dev manifests and without a memory budget that binds.
+    Raises `ConfigError` without dev manifests or without a limiting memory budget.
     """
     _check_trainable(config)
     config = training_limits(_with_memory(config))
@@ -168,7 +168,7 @@ def _check_trainable(config: Config) -> None:
 
 
 def _with_memory(config: Config) -> Config:
-    """The run's configuration under the ablation's budget: without a budget that binds, all batches would be alike."""
+    """The run's configuration under the ablation's budget: without a limiting budget, all batches would be alike."""
     section = config.ablate
     limits = {
         name: value
@@ -177,7 +177,7 @@ def _with_memory(config: Config) -> Config:
     }
     config = config.model_copy(update={"oomptimize": config.oomptimize.model_copy(update=limits)})
     if config.oomptimize.device_memory is None:
-        raise ConfigError("an ablation needs ablate.device_memory", remedy="name the memory that a step may take")
+        raise ConfigError("an ablation needs ablate.device_memory", remedy="set it to the memory that a step may use")
     return config
 
 
@@ -192,7 +192,7 @@ def _simulator(config: Config, console: Console, histogram: LengthHistogram) -> 
 
 
 def _prepare(config: Config, console: Console, planned: SchemePlan) -> list[TrialJob]:
-    """A run folder of a scheme with its batch sizes, and a job for each learning rate."""
+    """A run folder for a scheme with its batch sizes, and a job per learning rate."""
     scheme = planned.scheme
     console.say(f"  {scheme}: {title_of(scheme)}")
     name, settings = scheme.replace("+", "-plus"), scheme_settings(scheme, config.buckets)
@@ -241,7 +241,7 @@ def _result(job: TrialJob, end: TrialEnd, target_wer: float) -> TrialResult:
 def _summary(body: AblationBody) -> str:
     best = body.best_trials()
     times = {trial.scheme: trial.seconds_to_target for trial in best if trial.seconds_to_target}
-    text = f"{len(body.trials)} trainings of {len(best)} schemes"
+    text = f"{len(body.trials)} training runs of {len(best)} schemes"
     if "R" in times and "D+" in times:
         text += f"; D+ reaches {body.target_wer:.0%} WER in {times['D+'] / times['R']:.0%} of R's time"
     return text

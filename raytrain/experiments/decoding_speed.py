@@ -1,4 +1,4 @@
-"""How fast a trained model decodes: audio-seconds per second, one recording at a time and eight together."""
+"""How fast a trained model decodes: seconds of audio per second, with batches of one and eight."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _NUM_RECORDINGS = 40
 
 @dataclass(frozen=True)
 class DecodingSpeed:
-    """`rtfx`: audio-seconds per second, by batch size; `decoder_share`: the decoder's part of the time."""
+    """`rtfx`: seconds of audio per second, by batch size; `decoder_share`: the decoder's share of the time."""
 
     rtfx_batch_1: float
     decoder_share_batch_1: float
@@ -31,8 +31,8 @@ class DecodingSpeed:
 
 
 def measure_decoding(values: dict[str, Any], folder: Path, cuda: bool) -> DecodingSpeed:
-    """Greedy decoding of dev recordings by the trial in `folder`, whose configuration has the JSON `values`; reading
-    audio does not count."""
+    """Time greedy decoding of dev recordings by the trial in `folder`, whose configuration is the JSON `values`;
+    reading audio is excluded."""
     config = check_config(values)
     search = DecodeSettings(max_generation_delta=config.evaluate.max_generation_delta)
     recognizer = Recognizer(*load_run(values, str(folder), "best"), search, worker_device(cuda).torch)
@@ -46,7 +46,7 @@ def measure_decoding(values: dict[str, Any], folder: Path, cuda: bool) -> Decodi
 
 
 def _speed(recognizer: Recognizer, batches: Sequence[SpeechBatch], sample_rate: int) -> tuple[float, float]:
-    _decode(recognizer, batches[:1])  # warms up
+    _decode(recognizer, batches[:1])  # warm up
     recognizer.take_seconds()
     _decode(recognizer, batches)
     spent = recognizer.take_seconds()

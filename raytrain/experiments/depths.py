@@ -1,8 +1,8 @@
 """`raytrain ablate --decoder-depths`: what a model gains and loses when its decoder gets shallower.
 
-The point of the Flash models of arXiv 2503.05931: text comes out token by token, so a decoder layer costs far more time
-at inference than an encoder layer, while parameters are as good in the encoder. For each depth: parameters, what a
-training step costs, and after a short training (a Ray Tune trial) validation WER and decoding speed.
+The idea of the Flash models of arXiv 2503.05931: text is generated token by token, so a decoder layer costs far more
+inference time than an encoder layer, while parameters are just as useful in the encoder. For each depth: parameters,
+the cost of a training step, and after a short training run (a Ray Tune trial) validation WER and decoding speed.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ DEPTHS_FORMAT = "raytrain.decoder_depths/1"
 
 @dataclass(frozen=True)
 class DepthCost:
-    """What a model costs: `training_compute` is that of an epoch over the first model's."""
+    """A model's cost: `training_compute` is that of an epoch, relative to the first model."""
 
     encoder_layers: int
     decoder_layers: int
@@ -51,7 +51,7 @@ class DepthCost:
 
     @classmethod
     def of(cls, model: ModelConfig, histogram: LengthHistogram) -> DepthCost:
-        """Of a model on a corpus."""
+        """The cost of a model on a corpus."""
         cost = cost_of(model)
         macs = float((histogram.counts * cost.of(histogram.cells, histogram.tokens)).sum())
         return cls(model.encoder_layers, model.decoder_layers, num_parameters(model), macs, cost.token)
@@ -59,7 +59,7 @@ class DepthCost:
 
 @dataclass(frozen=True)
 class DepthTraining:
-    """What training at a depth gave, `why` it failed where it did, and the trained model's speed."""
+    """The outcome of training at a depth, `why` it failed if it did, and the trained model's speed."""
 
     outcome: TrainingOutcome
     why: str | None
@@ -68,7 +68,7 @@ class DepthTraining:
 
 @dataclass(frozen=True)
 class DepthRow:
-    """A depth, and its training where there was one."""
+    """A depth, and its training run if there was one."""
 
     cost: DepthCost
     training: DepthTraining | None = None
@@ -83,14 +83,14 @@ class DepthRow:
 
 @dataclass(frozen=True)
 class DepthsBody:
-    """What `decoder_depths.json` holds."""
+    """The body of `decoder_depths.json`."""
 
     rows: list[DepthRow]
     trained: bool
     target_wer: float
 
     def to_json(self) -> dict[str, Any]:
-        """As it is written."""
+        """The body as written."""
         return {
             "rows": [row.to_json() for row in self.rows],
             "trained": self.trained,
@@ -99,19 +99,19 @@ class DepthsBody:
 
 
 def depth_models(model: ModelConfig, decoders: Sequence[int], encoders: Sequence[int]) -> list[ModelConfig]:
-    """The model at each decoder depth, with the encoder depth it has, or those given (one for all, or one for each)."""
+    """The model at each decoder depth, with its own encoder depth or the given ones (one for all, or one each)."""
     if len(encoders) not in (0, 1, len(decoders)):
         raise ConfigError(
-            "encoder depths must be one for all decoder depths, or one for each",
+            "there must be one encoder depth for all decoder depths, or one each",
             got=len(encoders),
             allowed=f"1 or {len(decoders)}",
-            remedy="give --encoder-depths one number, or as many as --decoder-depths",
+            remedy="pass one number to --encoder-depths, or as many as to --decoder-depths",
         )
     if min([*decoders, *encoders], default=1) < 1:
         raise ConfigError(
             "a depth must be at least 1",
             got=min([*decoders, *encoders]),
-            remedy="give --decoder-depths and --encoder-depths whole numbers from 1 on",
+            remedy="pass whole numbers from 1 on to --decoder-depths and --encoder-depths",
         )
     encoders = encoders or [model.encoder_layers]
     if len(encoders) == 1:
@@ -123,7 +123,7 @@ def depth_models(model: ModelConfig, decoders: Sequence[int], encoders: Sequence
 
 
 def num_parameters(model: ModelConfig) -> int:
-    """Trained numbers of a model, counted without making it; the tied head once."""
+    """A model's number of parameters, counted without building it; the tied head counts once."""
     with torch.device("meta"):
         return sum(parameter.numel() for parameter in Canary(model).parameters())
 
@@ -138,16 +138,18 @@ def run_depths(
     train: bool,
     take_over: bool = False,
 ) -> DepthsBody:
-    """What `decoder_depths.json` keeps: a row for each depth; those not trained have the columns that need none, which
-    may be of another `model` than the configuration's."""
+    """The body of `decoder_depths.json`: a row per depth. Without training, rows have only the columns that need none,
+    and `model` may differ from the configuration's."""
     config = training_limits(config)
     if train:
         check_on_disk(config, "raytrain ablate --decoder-depths")
     if train and not config.data.dev:
-        raise ConfigError("comparing depths needs data.dev", remedy="name dev manifests, or use --predict")
+        raise ConfigError(
+            "comparing depths needs data.dev", remedy="list dev manifests under data.dev, or use --predict"
+        )
     with (
         owned(config.run_location, console.say, take_over),
-        ray_session(config.cluster) if train else contextlib.nullcontext(),  # counting alone may need no Ray
+        ray_session(config.cluster) if train else contextlib.nullcontext(),  # counting parameters may not need Ray
     ):
         histogram = histogram_of(config, console)
         models = depth_models(model or Workspace(config, config.run_dir).model_config(), decoders, encoders)
@@ -169,12 +171,12 @@ def _train(config: Config, console: Console, models: Sequence[ModelConfig]) -> l
         with console.stage("ablate") as finish, tracking.stage("ablate depths"):
             ends = run_trials(config, console, jobs, tracking.child_id)
             trainings = [_training(config, model, end) for model, end in zip(models, ends, strict=True)]
-            finish(f"{len(trainings)} trainings")
+            finish(f"{len(trainings)} training runs")
     return trainings
 
 
 def _prepare(config: Config, console: Console, model: ModelConfig) -> TrialJob:
-    """A run folder of a depth, and its job."""
+    """A run folder for a depth, and its job."""
     encoder, decoder = model.encoder_layers, model.decoder_layers
     layers = replace(config.model, encoder_layers=encoder, decoder_layers=decoder)
     candidate = prepare_run(config, console, f"encoder-{encoder}-decoder-{decoder}", {"model": layers})
@@ -190,7 +192,7 @@ def _training(config: Config, model: ModelConfig, end: TrialEnd) -> DepthTrainin
 
 
 def depths_table(body: DepthsBody) -> tuple[list[str], list[list[str]]]:
-    """Columns and cells, as the command prints them."""
+    """The columns and cells that the command prints."""
     columns = ["encoder", "decoder", "parameters", "training compute"]
     if body.trained:
         columns += ["steps", "lowest WER", "RTFx, batch 1", "RTFx, batch 8", "audio s per s in training"]

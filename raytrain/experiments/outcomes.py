@@ -1,4 +1,4 @@
-"""What came out of trainings: a trial's metrics in a few numbers, and each scheme's best trial."""
+"""Outcomes of training runs: a summary of a trial's metrics, and each scheme's best trial."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _MEANS = ("batch_size", "audio_padding", "token_padding", "audio_seconds_per_sec
 
 
 def read_outcome(folder: Path | None, target_wer: float) -> TrainingOutcome:
-    """What the metrics in a trial's folder say; of a trial without a folder, that nothing was trained."""
+    """A summary of the metrics in a trial's folder; for a trial without a folder, of no training."""
     lines = read_metrics(folder / "metrics.jsonl") if folder else []
     steps = [line for line in lines if {"loss", "time_s", *_MEANS} <= line.keys()]
     validations = [line for line in lines if {"wer", "val_loss", "time_s"} <= line.keys()]
@@ -32,7 +32,7 @@ def read_outcome(folder: Path | None, target_wer: float) -> TrainingOutcome:
 
 
 def best_trials(trials: Sequence[TrialResult]) -> dict[str, int]:
-    """The index of each scheme's trial that was first at the target, else of the one with the lowest WER."""
+    """The index of each scheme's trial that reached the target first, or else that has the lowest WER."""
 
     def rank(index: int) -> tuple[float, float]:
         seconds, wer = trials[index].seconds_to_target, trials[index].best_wer

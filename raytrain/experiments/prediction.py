@@ -1,5 +1,5 @@
-"""Batching schemes by prediction: a model's memory is traced for a few shapes, batches are drawn from a length
-histogram, and no device and no audio are needed.
+"""Predicting batching schemes: a model's memory is traced for a few shapes, and batches are drawn from a length
+histogram; neither a device nor audio is needed.
 
     surface = trace_surface(histogram, settings, model, train, precision="bf16", device_type="cuda", budget=budget)
     simulator = SchemeSimulator(histogram, settings, model, surface, budget)
@@ -34,7 +34,7 @@ from raytrain.training.memory.tracer import StepTracer
 from raytrain.training.settings import TrainSettings
 
 _DURATIONS = (0.05, 0.125, 0.25, 0.5, 0.75, 1.0)  # of the longest
-_RATES = (0.5, 0.9, 1.0)  # quantiles of tokens per second; the last is the fastest talker
+_RATES = (0.5, 0.9, 1.0)  # quantiles of tokens per second; the last is the fastest speaker
 _LARGEST_BATCH = 4096
 
 
@@ -54,8 +54,8 @@ def trace_surface(
     budget: int,
     on_shape: Callable[[int, int], None] = lambda done, total: None,
 ) -> MemorySurface:
-    """A training step's memory through 18 shapes between the corpus' shortest and longest utterances, slow and fast
-    talkers; about half a second each for a large model."""
+    """A training step's memory, fitted to 18 shapes between the corpus' shortest and longest utterances, slow and fast
+    speakers; tracing takes about half a second per shape for a large model."""
     usable = (histogram.cells <= settings.max_duration_ms) & (histogram.tokens <= settings.max_tokens)
     shapes = _shapes(histogram.select(usable))
     tracer = StepTracer(model, train, precision=precision, world_size=train.most_workers, device_type=device_type)
@@ -69,7 +69,7 @@ def trace_surface(
 
 
 def _shapes(histogram: LengthHistogram) -> list[tuple[int, int]]:
-    """(duration in ms, tokens) of a few durations at a few speaking rates, and the corner of the longest of both."""
+    """(duration in ms, tokens) for a few durations at a few speaking rates, plus the maximum of both."""
     longest, most = int(histogram.cells.max()), int(histogram.tokens.max())
     rate = histogram.tokens / histogram.cells
     order = np.argsort(rate)
@@ -84,7 +84,7 @@ def _shapes(histogram: LengthHistogram) -> list[tuple[int, int]]:
 
 @dataclass(frozen=True)
 class SchemePlan:
-    """A scheme's plan and batch sizes; `batch_seconds` where sizes follow from seconds of audio."""
+    """A scheme's plan and batch sizes; `batch_seconds` is set if sizes follow from seconds of audio."""
 
     scheme: str
     plan: BucketPlan
@@ -94,8 +94,8 @@ class SchemePlan:
 
 @dataclass(frozen=True)
 class SchemeSimulator:
-    """Schemes for a corpus' lengths and a model, on a device with `budget` bytes for a step. `base` says how many
-    buckets there are, `max_batch_size` bounds all sizes."""
+    """Schemes for a corpus' lengths and a model, on a device with `budget` bytes for a step. `base` sets the number of
+    buckets, `max_batch_size` bounds all sizes."""
 
     histogram: LengthHistogram
     base: BucketSettings
@@ -106,7 +106,7 @@ class SchemeSimulator:
     seed: int = 0
 
     def plan(self, scheme: str, batch_seconds: float | None = None) -> SchemePlan:
-        """Plan and sizes of a scheme. Without `batch_seconds` A and B get the most seconds that fit the memory."""
+        """Plan and sizes of a scheme. Without `batch_seconds`, A and B get as many seconds as fit in memory."""
         plan = make_plan(self.histogram, scheme_settings(scheme, self.base), "", cost_of(self.model))
         if not by_seconds(scheme):
             sizes = sizes_by_memory(plan, self.memory, self.budget, self.max_batch_size)
@@ -116,7 +116,7 @@ class SchemeSimulator:
         return SchemePlan(scheme, plan, tuple(min(self.max_batch_size, size) for size in unbounded), seconds)
 
     def simulate(self, planned: SchemePlan) -> SchemeRow:
-        """What batches of the plan pad, hold and take."""
+        """Padding, contents and memory of the plan's batches."""
         return simulate_scheme(
             planned.scheme,
             self.histogram,

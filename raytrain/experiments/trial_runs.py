@@ -1,4 +1,4 @@
-"""The trainings of an ablation: a run folder for each candidate, and the trials that train in it."""
+"""The training runs of an ablation: a run folder for each candidate, and the trials that train in it."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from raytrain.tracking.runs import tracking_uri
 
 
 def histogram_of(config: Config, console: Console) -> LengthHistogram:
-    """The corpus' lengths, counted where that was not done yet."""
+    """The corpus' lengths, counted if necessary."""
     run_pipeline(config, console, ("statistics",))
     return read_histogram(config.run_dir / "histogram.parquet")
 
 
 def training_limits(config: Config) -> Config:
-    """The run's configuration with the ablation's ends of training; each validation saves, which is enough."""
+    """The run's configuration with the ablation's training limits; saving at each validation is enough."""
     section = config.ablate
     names = ("max_minutes", "max_steps", "validate_every_steps")
     limits = {name: getattr(section, name) for name in names if getattr(section, name) is not None}
@@ -47,7 +47,7 @@ def prepare_run(config: Config, console: Console, name: str, update: Mapping[str
 
 
 def _share_statistics(source: Path, target: Path) -> None:
-    """What all candidates have in common, and the note that it is done."""
+    """The artifacts that all candidates share, and the record that their stages are done."""
     for name in ("tokenizer", "histogram.parquet", "statistics.json", "chunks.json"):
         if not (target / name).exists():
             (target / name).symlink_to(source / name)
@@ -57,8 +57,8 @@ def _share_statistics(source: Path, target: Path) -> None:
 
 @dataclass(frozen=True)
 class TrialJob:
-    """A training of `candidate`, which `prepare_run` gave, with more `settings`; `files` stand for artifacts of its run
-    folder by name. `scheme` is what it trains, where it is a scheme's."""
+    """A training run of `candidate`, from `prepare_run`, with additional `settings`; `files`, by name, replace
+    artifacts of its run folder. `scheme` is the scheme it trains, if any."""
 
     label: str
     candidate: Config
@@ -67,7 +67,7 @@ class TrialJob:
     scheme: str | None = None
 
     def to_json(self, config: Config) -> dict[str, Any]:
-        """The job as `RunningTrial` takes it, tracked as the run of `config` is."""
+        """The job for `RunningTrial`, tracked like the run of `config`."""
         job = {
             "label": self.label,
             "scheme": self.scheme,
@@ -85,14 +85,14 @@ class TrialJob:
 
 @dataclass(frozen=True)
 class TrialEnd:
-    """How a trial ended: its run folder, where it came to have one, and `why` it failed where it did."""
+    """How a trial ended: its run folder, if it got one, and `why` it failed if it did."""
 
     folder: Path | None
     why: str | None
 
 
 def run_trials(config: Config, console: Console, jobs: Sequence[TrialJob], parent_run_id: str | None) -> list[TrialEnd]:
-    """Train every job as far as it goes; how each ended, in their order. A trial that is done is not done again."""
+    """Train every job as far as possible; returns each outcome, in order. A finished trial is not repeated."""
     folder = config.run_dir / "ablate"
     trials = run_grid(config, console, [job.to_json(config) for job in jobs], folder, parent_run_id)
     return [TrialEnd(Path(trial["folder"]) if trial["folder"] else None, trial["why"]) for trial in trials]

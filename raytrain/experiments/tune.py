@@ -1,7 +1,7 @@
-"""`raytrain tune`: whole training runs with drawn settings, of which ASHA ends the worse early.
+"""`raytrain tune`: whole training runs with sampled settings, the worst of which ASHA stops early.
 
-Every trial is a training run (`raytrain.cluster.trials`) on the artifacts of the run that is tuned. The same command
-resumes a search that was stopped.
+Every trial is a training run (`raytrain.cluster.trials`) on the artifacts of the tuned run. The same command resumes an
+interrupted search.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ TUNE_FORMAT = "raytrain.tune/1"
 
 
 def run_tune(config: Config, console: Console, take_over: bool = False) -> list[TuneTrial]:
-    """Search as `config.tune` says; returns the trials, best first, as `tune.json` keeps them.
+    """Search as configured in `config.tune`; returns the trials, best first, as stored in `tune.json`.
 
-    Raises `ConfigError` where the space names what can't be set, `ArtifactError` before the stages up to oomptimize
-    have run, and `TrainingError` where no trial got as far as a validation.
+    Raises `ConfigError` if the space names a setting that can't be searched, `ArtifactError` if the stages up to
+    oomptimize have not run, and `TrainingError` if no trial reached a validation.
     """
     _check_tunable(config)
     with (
@@ -67,28 +67,28 @@ def _check_tunable(config: Config) -> None:
             remedy="list dev manifests under data.dev",
         )
     ends = {name: distribution.ends() for name, distribution in config.tune.space.items()}
-    for number in range(2):  # both ends of every range: what can't be set is reported before Ray starts
+    for number in range(2):  # both ends of every range: invalid settings are reported before Ray starts
         with_settings(config, {name: values[number] for name, values in ends.items()}, "tune.space")
 
 
 def _best_first(trials: list[TuneTrial]) -> list[TuneTrial]:
-    """Raises `TrainingError` where no trial has a score."""
+    """Raises `TrainingError` if no trial has a score."""
     if all(trial.error is None for trial in trials):
         raise TrainingError(
-            "no trial got as far as a validation with a score",
+            "no trial reached a validation with a score",
             why=next((trial.why for trial in trials if trial.why), None),
-            remedy="fix what ended the trials, or give them more steps than train.validate_every_steps",
+            remedy="fix what stopped the trials, or give them more steps than train.validate_every_steps",
         )
     return sorted(trials, key=_error)
 
 
 def _error(trial: TuneTrial) -> float:
-    """Trials without a score are the worst."""
+    """Trials without a score rank last."""
     return math.inf if trial.error is None else trial.error
 
 
 def nested(settings: Mapping[str, object]) -> dict[str, Any]:
-    """{"train.learning_rate": 1} → {"train": {"learning_rate": 1}}, as a configuration file has it."""
+    """{"train.learning_rate": 1} → {"train": {"learning_rate": 1}}, as in a configuration file."""
     result: dict[str, Any] = {}
     for name, value in settings.items():
         node = result

@@ -1,6 +1,6 @@
-"""What operators do beside training: check a cluster (`doctor`), submit jobs to it, transcribe whole manifests.
+"""Operators' tasks besides training: check a cluster (`doctor`), submit jobs to it, transcribe whole manifests.
 
-Everything here reaches Ray through `raytrain.cluster` and never imports `ray`; it may import all rooms below, and only
-`raytrain.cli` imports it. Open `doctor.py` first: it asks nodes what `machine.py` and `run_storage.py` measure, as the
-values of `facts.py`, and `checks.py` judges the answers.
+Everything here uses Ray through `raytrain.cluster` and never imports `ray`; it may import all rooms below, and only
+`raytrain.cli` imports it. Start with `doctor.py`: it has nodes run the measurements in `machine.py` and
+`run_storage.py`, which return the dataclasses in `facts.py`, and `checks.py` evaluates the answers.
 """

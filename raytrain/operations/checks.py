@@ -1,9 +1,9 @@
-"""What is right and wrong with a cluster, judged from plain facts about its nodes; nothing is measured here.
+"""Checks of a cluster, based on plain facts about its nodes; nothing is measured here.
 
     check_open_files(NodeFacts(host="gpu-1", open_files=(1024, 524288)))
     # [Check("open files", "warn", "gpu-1", "1024 of at most 524288", "run `ulimit -n 65536` …")]
 
-`machine` and `run_storage` measure, `doctor` asks every node.
+`machine` and `run_storage` measure; `doctor` queries every node.
 """
 
 from __future__ import annotations
@@ -17,21 +17,21 @@ OK, WARN, FAIL = "ok", "warn", "fail"
 MIN_SHM = 2 * GIB
 MIN_OPEN_FILES = 65_536
 MIN_FREE = 20 * GIB
-FULL_SHARE = 0.95  # Ray refuses to spill objects to a disk that is fuller
+FULL_SHARE = 0.95  # Ray refuses to spill objects to a disk that is fuller than this
 CLOCK_WARN_S, CLOCK_FAIL_S = 2.0, 300.0
 SLOW_MIB_S = 30.0
-# Objects that cross nodes belong to these; the rest may differ where no stage notices.
+# Objects of these packages travel between nodes; other packages may differ without any stage noticing.
 _MUST_MATCH = ("python", "ray", "torch", "raytrain")
-_RISK = "whoever reaches it runs code as its user (CVE-2023-48022)"
+_RISK = "anyone who can reach it can run code as its user (CVE-2023-48022)"
 _TOKEN_REMEDY = (
     "set RAY_AUTH_MODE=token, and one token in RAY_AUTH_TOKEN or ~/.ray/auth_token (`ray get-auth-token --generate`), "
-    "on every node and for every client, and start Ray again"
+    "on every node and client, and restart Ray"
 )
 
 
 @dataclass(frozen=True)
 class Check:
-    """One finding: `where` is a host, or "" for the cluster as a whole; `remedy` is empty where nothing is wrong."""
+    """One finding: `where` is a host, or "" for the cluster as a whole; `remedy` is empty if nothing is wrong."""
 
     name: str
     status: str
@@ -41,7 +41,7 @@ class Check:
 
 
 def check_answer(node: NodeFacts) -> list[Check]:
-    """A node that could not be asked."""
+    """A node that could not be queried."""
     if not node.error:
         return []
     remedy = "read Ray's logs on the node, <temp folder>/session_latest/logs"
@@ -51,12 +51,12 @@ def check_answer(node: NodeFacts) -> list[Check]:
 
 
 def check_connection(why: str) -> Check:
-    """A Ray that refused the driver, for the reason that it gave."""
+    """A Ray that refused the driver, with a remedy for the reason it gave."""
     lower = why.lower()
     if "mismatch" in lower or "version" in lower:
         remedy = "use the same Python (x.y.z) and Ray here and on the cluster"
     elif any(word in lower for word in ("auth", "token", "failed to connect")):
-        # Ray only says that it failed to connect where the token is missing or wrong.
+        # If the token is missing or wrong, Ray only says that it failed to connect.
         remedy = "set RAY_AUTH_MODE=token, and the cluster's token in RAY_AUTH_TOKEN or ~/.ray/auth_token"
     else:
         remedy = "start Ray (`ray start --head`), give its address as HOST:6379, open its ports to this machine"
@@ -64,7 +64,7 @@ def check_connection(why: str) -> Check:
 
 
 def check_nodes(alive: int, least: int) -> list[Check]:
-    """Whether all nodes that are waited for are up."""
+    """Whether all expected nodes are up."""
     if alive >= least:
         return [Check("Ray", OK, "", f"{alive} node{'s' if alive > 1 else ''} alive")]
     remedy = "read what `ray start` printed on the missing nodes: address, ports, token, versions"
@@ -78,7 +78,7 @@ def check_versions(nodes: Sequence[NodeFacts], driver: dict[str, str]) -> list[C
 
 def _check_versions(node: NodeFacts, driver: dict[str, str]) -> Check:
     here = node.versions
-    # The same files are the same version, also where they came with the job and nothing is installed.
+    # Equal files mean the same version, even if they came with the job and nothing is installed.
     names = [name for name in driver if name != "raytrain" or here.get("code") != driver.get("code")]
     different = [name for name in names if _public(here.get(name)) != _public(driver[name])]
     if not different:
@@ -95,22 +95,22 @@ def _public(version: str | None) -> str | None:
 
 
 def check_gpus(node: NodeFacts) -> list[Check]:
-    """What torch can use, compared with what is installed and what Ray hands out."""
+    """The GPUs that torch can use, compared with those installed and those that Ray offers."""
     usable, handed_out = len(node.gpus), int(node.ray_gpus)
     seen = _described_gpus(node)
     if node.gpu_error:
-        remedy = "compare the driver that nvidia-smi names with the CUDA of this torch (`torch.version.cuda`)"
+        remedy = "compare the driver version in nvidia-smi with torch's CUDA version (`torch.version.cuda`)"
         return [Check("GPUs", FAIL, node.host, f"torch can't use them: {node.gpu_error}", remedy)]
     if node.installed_gpus and not usable:
         remedy = "install a torch with CUDA, check CUDA_VISIBLE_DEVICES, start the container with its GPUs"
         return [Check("GPUs", FAIL, node.host, f"{node.installed_gpus} installed, torch sees none", remedy)]
     if handed_out > usable:
-        remedy = "start Ray without --num-gpus, or with the number that there are"
-        counted = f"Ray hands out {handed_out}, torch sees {usable}; {seen}".rstrip("; ")
+        remedy = "start Ray without --num-gpus, or with the actual number"
+        counted = f"Ray offers {handed_out}, torch sees {usable}; {seen}".rstrip("; ")
         return [Check("GPUs", FAIL, node.host, counted, remedy)]
     if handed_out < usable:
         remedy = "start Ray where it sees all GPUs, without --num-gpus or CUDA_VISIBLE_DEVICES"
-        return [Check("GPUs", WARN, node.host, f"torch sees {usable}, Ray hands out {handed_out}; {seen}", remedy)]
+        return [Check("GPUs", WARN, node.host, f"torch sees {usable}, Ray offers {handed_out}; {seen}", remedy)]
     return [Check("GPUs", OK, node.host, seen or "none")]
 
 
@@ -127,7 +127,7 @@ def check_shared_memory(node: NodeFacts) -> list[Check]:
     seen += f"Ray's object store {node.object_store / GIB:.1f}"
     remedy = "docker run --shm-size, an emptyDir with medium Memory in Kubernetes, or a smaller --object-store-memory"
     if node.shm_total < node.object_store:
-        return [Check("shared memory", FAIL, node.host, seen + ", of which part is then on disk", remedy)]
+        return [Check("shared memory", FAIL, node.host, seen + ", so part of it is on disk", remedy)]
     if node.shm_total < MIN_SHM:
         return [Check("shared memory", FAIL, node.host, seen, remedy)]
     return [Check("shared memory", OK, node.host, seen)]
@@ -150,19 +150,19 @@ def check_open_files(node: NodeFacts) -> list[Check]:
 
 
 def check_clock(node: NodeFacts) -> list[Check]:
-    """Signed requests to object stores fail with a wrong clock, and logs can't be put beside each other."""
+    """With a wrong clock, signed requests to object stores fail and logs can't be compared."""
     seen = f"{abs(node.clock_s):.1f} s {'ahead of' if node.clock_s > 0 else 'behind'} the driver's"
     if abs(node.clock_s) < CLOCK_WARN_S:
         return [Check("clock", OK, node.host, seen)]
     status = FAIL if abs(node.clock_s) >= CLOCK_FAIL_S else WARN
-    return [Check("clock", status, node.host, seen, "let chrony or systemd-timesyncd set it")]
+    return [Check("clock", status, node.host, seen, "synchronize it with chrony or systemd-timesyncd")]
 
 
 def check_disks(node: NodeFacts) -> list[Check]:
     """Free space for Ray's temporary files and spilled objects, and for the cache."""
     named = (
         ("temp folder", node.temp_folder, "free space, or start Ray with --temp-dir on a larger disk"),
-        ("cache folder", node.cache_folder, "free space, or name a folder on a larger disk in RAYTRAIN_CACHE"),
+        ("cache folder", node.cache_folder, "free space, or set RAYTRAIN_CACHE to a folder on a larger disk"),
     )
     return [_check_disk(name, folder, node.host, remedy) for name, folder, remedy in named if folder is not None]
 
@@ -178,11 +178,11 @@ def _check_disk(name: str, folder: Folder, host: str, remedy: str) -> Check:
 
 
 def check_decoders(node: NodeFacts) -> list[Check]:
-    """Formats that the node can read."""
+    """The audio formats that the node can read."""
     decoders = node.decoders
     if decoders is None:
         return []
-    remedy = "install soundfile's own libsndfile (pip's wheel brings one), or the distribution's libsndfile1"
+    remedy = "install soundfile's bundled libsndfile (in its pip wheel), or the distribution's libsndfile1"
     if decoders.error:
         return [Check("audio decoders", FAIL, node.host, decoders.error, remedy)]
     if decoders.missing:
@@ -193,7 +193,7 @@ def check_decoders(node: NodeFacts) -> list[Check]:
 
 
 def check_memory_monitor(node: NodeFacts) -> list[Check]:
-    """Ray's own killer of workers, which Ray Train and Tune do not survive."""
+    """Ray's memory monitor, whose killing of workers Ray Train and Tune do not survive."""
     if node.memory_monitor == "0":
         return [Check("memory monitor", OK, node.host, "off")]
     remedy = "set RAY_memory_monitor_refresh_ms=0 in the environment of `ray start`"
@@ -201,7 +201,7 @@ def check_memory_monitor(node: NodeFacts) -> list[Check]:
 
 
 def check_authentication(nodes: Sequence[NodeFacts], driver_mode: str, has_token: bool) -> list[Check]:
-    """Whether Ray asks for a token, and the Jobs API does."""
+    """Whether Ray and the Jobs API require a token."""
     hosts = [node.host for node in nodes if node.auth_mode != "token"]
     if driver_mode != "token":
         hosts.append("the driver")
@@ -218,45 +218,45 @@ def _check_jobs_api(api: JobsApi) -> Check:
     if api.status is None:
         return Check("Jobs API", OK, "", f"{api.url} does not answer")
     if api.status in (401, 403):
-        return Check("Jobs API", OK, "", f"{api.url} asks for the token")
+        return Check("Jobs API", OK, "", f"{api.url} requires the token")
     return Check("Jobs API", FAIL, "", f"{api.url} answers without a token ({api.status}): {_RISK}", _TOKEN_REMEDY)
 
 
 def check_room(workers: int, room: int, each: str) -> list[Check]:
-    """Whether `workers` of training fit into the `room` that its nodes have; `each` says what a worker takes."""
+    """Whether `workers` training workers fit in the `room` on their nodes; `each` says what a worker takes."""
     if room >= workers:
-        return [Check("room", OK, "", f"the {workers} workers of training fit ({each} each)")]
-    remedy = "add nodes, or lower train.num_workers; with autoscaling, nodes come when they are asked for"
-    return [Check("room", WARN, "", f"{room} of the {workers} workers of training fit ({each} each)", remedy)]
+        return [Check("room", OK, "", f"all {workers} training workers fit ({each} each)")]
+    remedy = "add nodes, or lower train.num_workers; with autoscaling, nodes are added on demand"
+    return [Check("room", WARN, "", f"{room} of {workers} training workers fit ({each} each)", remedy)]
 
 
 def check_owner(location: str, described: tuple[str, bool] | None) -> list[Check]:
-    """Whether a command may write to the run folder; `described` is what `describe_owner` says of it."""
+    """Whether a command may write to the run folder; `described` is the result of `describe_owner`."""
     if described is None:
         return [Check("owner", OK, "", f"nobody owns {location}")]
     text, may_live = described
-    remedy = "wait until it has ended, stop it, or take the folder from it with --take-over"
+    remedy = "wait for it to end, stop it, or take over the folder with --take-over"
     return [Check("owner", WARN, "", text, remedy) if may_live else Check("owner", OK, "", text)]
 
 
 def check_storage(nodes: Sequence[NodeFacts], root: str, shared: bool) -> list[Check]:
-    """Speed at `run.root` from each node, and whether they all see the same folder there. `shared` says that it has to
-    be: it is a local path and there are several nodes."""
+    """Speed at `run.root` from each node, and whether they all see the same folder there. `shared` says that they must:
+    it is a local path and there are several nodes."""
     return [_check_storage(node.host, node.storage, root, shared) for node in nodes if node.storage is not None]
 
 
 def _check_storage(host: str, storage: Storage, root: str, shared: bool) -> Check:
     if storage.problem:
-        remedy = "check the path, its permissions, and for object stores AWS_… or the like on that node"
+        remedy = "check the path, its permissions, and for object stores AWS_… or similar variables on that node"
         return Check("run.root", FAIL, host, f"{root}: {storage.problem}", remedy)
     if storage.speed is None or (shared and not storage.sees_driver):
-        seen = f"nodes do not share run.root: {root} is not the driver's folder there"
+        seen = f"nodes do not share run.root: {root} is a different folder there than on the driver"
         remedy = "put run.root on a disk that all nodes mount at the same path, or in an object store (s3://…)"
         return Check("run.root", FAIL, host, seen, remedy)
     write, read = storage.speed.write_mib_s, storage.speed.read_mib_s
     seen = f"{root}: written at {write:,.0f} MiB/s, read at {read:,.0f}"
     if min(write, read) < SLOW_MIB_S:
-        remedy = "checkpoints and the report wait for it: use faster storage, or a bucket in the same region"
+        remedy = "checkpoints and the report depend on its speed: use faster storage, or a bucket in the same region"
         return Check("run.root", WARN, host, seen, remedy)
     return Check("run.root", OK, host, seen)
 
@@ -276,7 +276,7 @@ def check_manifests(nodes: Sequence[NodeFacts]) -> list[Check]:
 
 
 def check_mlflow(nodes: Sequence[NodeFacts], uri: str, driver: Mlflow | None) -> list[Check]:
-    """MLflow as the driver and the nodes reach it. `driver` is None where tracking is off."""
+    """MLflow as reached from the driver and the nodes. `driver` is None if tracking is off."""
     if driver is None:
         return []
     answers = {"the driver": driver} | {node.host: node.storage.mlflow for node in nodes if node.storage}
@@ -291,7 +291,7 @@ def check_mlflow(nodes: Sequence[NodeFacts], uri: str, driver: Mlflow | None) ->
 
 
 def fold(checks: Iterable[Check]) -> list[Check]:
-    """Equal findings of several nodes as one, `where` naming them; the worst comes first."""
+    """Merge equal findings of several nodes, with their names in `where`; the worst comes first."""
     hosts: dict[Check, list[str]] = {}
     for check in checks:
         hosts.setdefault(replace(check, where=""), []).append(check.where)

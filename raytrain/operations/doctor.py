@@ -1,9 +1,9 @@
-"""Ask every node of a cluster for its facts, and judge the answers; nothing is left behind on any of them.
+"""Collect facts from every node of a cluster and check them; nothing is left behind on the nodes.
 
     report = examine(config, ClusterSection(address="auto"))
     report.ok, report.checks
 
-Without a configuration only the cluster is examined, not the run's storage, manifests and MLflow.
+Without a configuration only the cluster is checked, not the run's storage, manifests and MLflow.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ _NODE_CHECKS: tuple[Callable[[NodeFacts], list[Check]], ...] = (
 
 @dataclass(frozen=True)
 class Report:
-    """The facts and what they mean. `address` is the cluster's, "" where a Ray was started for this alone."""
+    """The facts and the resulting checks. `address` is the cluster's, or "" if Ray was started just for this."""
 
     address: str
     driver: dict[str, str]
@@ -63,11 +63,11 @@ class Report:
 
     @property
     def ok(self) -> bool:
-        """Whether nothing failed; warnings may be there."""
+        """Whether nothing failed; there may be warnings."""
         return all(check.status != checks.FAIL for check in self.checks)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values for JSON."""
+        """The report as plain values for JSON."""
         return {
             "ok": self.ok,
             "address": self.address,
@@ -78,9 +78,9 @@ class Report:
 
 
 def examine(config: Config | None, cluster: ClusterSection, least_nodes: int = 1) -> Report:
-    """Reach Ray as the stages do, run two small tasks on every node, and judge.
+    """Start or join Ray as the stages do, run two small tasks on every node, and check the answers.
 
-    Where `least_nodes` is above 1, waits up to five minutes for that many. A Ray that can't be reached, or has fewer
+    If `least_nodes` is above 1, waits up to five minutes for that many nodes. A Ray that can't be reached, or has fewer
     nodes, is a failed check, not an exception.
     """
     address = cluster.address or os.environ.get("RAY_ADDRESS") or ""
@@ -96,14 +96,14 @@ def examine(config: Config | None, cluster: ClusterSection, least_nodes: int = 1
                 if time.monotonic() > deadline:
                     why = " ".join(str(error).split())[:400]
                     return Report(address, driver, (), (checks.check_connection(why),))
-                time.sleep(2)  # the head is there before its node is
+                time.sleep(2)  # the head is up before its node is
         wait_for_nodes(least_nodes, deadline)
         nodes = _ask(config)
         return Report(address, driver, tuple(nodes), tuple(judge(nodes, driver, config, least_nodes)))
 
 
 def judge(nodes: list[NodeFacts], driver: dict[str, str], config: Config | None, least_nodes: int = 1) -> list[Check]:
-    """All checks of nodes that were asked; needs Ray for its resources alone."""
+    """All checks of the queried nodes; needs Ray only for its resources."""
     alive = [node for node in nodes if not node.error]
     results = checks.check_nodes(len(nodes), least_nodes)
     for node in nodes:
@@ -117,12 +117,12 @@ def judge(nodes: list[NodeFacts], driver: dict[str, str], config: Config | None,
 
 
 def _judge_run(alive: list[NodeFacts], config: Config, is_shared: bool) -> list[Check]:
-    """The checks of a run on nodes that answered; `is_shared` says that there are several."""
+    """A run's checks on the nodes that answered; `is_shared` says that there are several."""
     results = _check_room(config)
     root, uri = run_root(config), _mlflow_uri(config)
     results += checks.check_storage(alive, root, shared=is_shared and not is_uri(root))
     if not any(node.storage and node.storage.problem for node in alive):
-        with contextlib.suppress(RaytrainError):  # the check of the storage says what is wrong
+        with contextlib.suppress(RaytrainError):  # the storage check reports what is wrong
             results += checks.check_owner(config.run_location, describe_owner(config.run_location))
     results += checks.check_manifests(alive)
     return results + checks.check_mlflow(alive, without_credentials(uri or ""), ask_mlflow(uri) if uri else None)
@@ -138,7 +138,7 @@ def _check_room(config: Config) -> list[Check]:
 
 
 def run_root(config: Config) -> str:
-    """The folder or URI that the run's folder lies in."""
+    """The folder or URI that contains the run folder."""
     return config.run_location.rpartition("/")[0]
 
 
@@ -149,9 +149,9 @@ def _mlflow_uri(config: Config) -> str | None:
 
 
 def _reach(address: str, deadline: float) -> None:
-    """Raises `OSError` where nobody listens: Ray would try for a minute before it says so."""
+    """Raises `OSError` if nothing listens there: Ray would try for a minute before reporting it."""
     if address.startswith("ray://"):
-        raise OSError(f"{address} is for Ray's client, which runs neither Ray Train nor this")
+        raise OSError(f"{address} is a Ray Client address, which supports neither Ray Train nor this check")
     match = re.fullmatch(r"\[?([\w.:-]+?)\]?:(\d+)", address)
     while match:
         try:
@@ -159,12 +159,12 @@ def _reach(address: str, deadline: float) -> None:
             return
         except OSError as error:
             if time.monotonic() > deadline:
-                raise OSError(f"nobody answers at {address}: {error}") from error
+                raise OSError(f"nothing answers at {address}: {error}") from error
             time.sleep(1)
 
 
 def _ask(config: Config | None) -> list[NodeFacts]:
-    """The facts of every node that Ray counts as alive."""
+    """The facts of every node that Ray considers alive."""
     facts: dict[str, NodeFacts] = {}
     questions: dict[str, NodeQuestion] = {}
     api, folder = jobs_api(), temp_folder()
@@ -177,7 +177,7 @@ def _ask(config: Config | None) -> list[NodeFacts]:
             ray_gpus=node.gpus,
             object_store=node.object_store,
         )
-        # The head asks: the dashboard may listen on its 127.0.0.1 alone.
+        # The head makes the request: the dashboard may listen only on its 127.0.0.1.
         questions[node.id] = NodeQuestion(facts[node.id], folder, api if node.is_head else None)
     for node_id, answer, received in ask_nodes(measure_node, questions, _NODE_SECONDS):
         if isinstance(answer, NoAnswer):
@@ -191,14 +191,14 @@ def _ask(config: Config | None) -> list[NodeFacts]:
 
 
 def _with_unique_hosts(nodes: list[ClusterNode]) -> Iterator[tuple[ClusterNode, str]]:
-    """Each node and the name of its host, with part of the node's id where several are on one host (containers)."""
+    """Each node and its hostname, with part of the node id if several nodes share a host (containers)."""
     hosts = [node.host for node in nodes]
     for node in nodes:
         yield node, node.host if hosts.count(node.host) == 1 else f"{node.host}/{node.id[:6]}"
 
 
 def _ask_storage(config: Config, facts: dict[str, NodeFacts]) -> None:
-    """Add what each node that answered sees of the run's files."""
+    """Add each responding node's view of the run's files."""
     corpora = {corpus.name: corpus for split in ("train", "dev", "test") for corpus in config.data.corpora(split)}
     uri = _mlflow_uri(config)
     with _witness(run_root(config), len(facts) > 1) as witness:
@@ -218,7 +218,7 @@ def _ask_storage(config: Config, facts: dict[str, NodeFacts]) -> None:
 
 @contextlib.contextmanager
 def _witness(root: str, several: bool) -> Iterator[Witness | None]:
-    """A file in a local `run.root` for the nodes to look for; folders made for it are removed again."""
+    """A file in a local `run.root` for the nodes to check; folders created for it are removed again."""
     if is_uri(root):
         yield None
         return
@@ -226,7 +226,7 @@ def _witness(root: str, several: bool) -> Iterator[Witness | None]:
     missing = [parent for parent in (folder, *folder.parents) if not parent.exists()]
     path, text = folder / f".doctor-{secrets.token_hex(4)}", secrets.token_hex(8)
     try:
-        with contextlib.suppress(OSError):  # the probe says what is wrong
+        with contextlib.suppress(OSError):  # the probe reports what is wrong
             folder.mkdir(parents=True, exist_ok=True)
             path.write_text(text)
         yield Witness(str(path), text) if several else None

@@ -1,7 +1,7 @@
-"""What the nodes of a cluster say of themselves: plain values that a node sends and `raytrain doctor --json` prints.
+"""Facts about the nodes of a cluster: plain values that a node sends and `raytrain doctor --json` prints.
 
-Sizes are bytes, speeds MiB/s. Nodes and driver may run different versions of raytrain: each field that came later than
-the first version needs a default, which stands in where a node does not send it.
+Sizes are bytes, speeds MiB/s. Nodes and driver may run different versions of raytrain: each field added after the first
+version needs a default, used if a node does not send it.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ class Gpu:
 
 @dataclass(frozen=True)
 class GpuFacts:
-    """GPUs as drivers count them and as torch can use them; `error` says why it could not use one."""
+    """GPUs as counted by their drivers and as usable by torch; `error` says why torch could not use one."""
 
     installed: int = 0
     driver: str = ""
@@ -34,7 +34,7 @@ class GpuFacts:
 
 @dataclass(frozen=True)
 class Folder:
-    """The space in a folder, or where it would be made."""
+    """The space in a folder, or where it would be created."""
 
     path: str
     free: int
@@ -44,7 +44,7 @@ class Folder:
 
 @dataclass(frozen=True)
 class Decoders:
-    """The audio library, and the formats that it can't read; `error` where it reads none."""
+    """The audio library, and the formats it can't read; `error` is set if it reads none."""
 
     library: str = ""
     missing: tuple[str, ...] = ()
@@ -53,7 +53,7 @@ class Decoders:
 
 @dataclass(frozen=True)
 class JobsApi:
-    """What the Jobs API answered without a token: an HTTP status, None where nothing answered."""
+    """The Jobs API's answer to a request without a token: an HTTP status, or None if nothing answered."""
 
     url: str
     status: int | None
@@ -61,7 +61,7 @@ class JobsApi:
 
 @dataclass(frozen=True)
 class Speed:
-    """Speeds at which `bytes` were written and read, or why they could not be."""
+    """The speeds at which `bytes` were written and read, or why that failed."""
 
     write_mib_s: float = 0.0
     read_mib_s: float = 0.0
@@ -71,7 +71,7 @@ class Speed:
 
 @dataclass(frozen=True)
 class Manifest:
-    """The first manifest of a corpus, and why it can't be read, if so."""
+    """The first manifest of a corpus, and why it can't be read, if it can't."""
 
     corpus: str
     path: str
@@ -80,7 +80,7 @@ class Manifest:
 
 @dataclass(frozen=True)
 class Mlflow:
-    """How a tracking server answered, or why it did not."""
+    """A tracking server's answer, or why there was none."""
 
     seen: str = ""
     error: str = ""
@@ -88,10 +88,10 @@ class Mlflow:
 
 @dataclass(frozen=True)
 class Storage:
-    """What a node sees of the run's files. `error` is set where it did not answer; then there is nothing else.
+    """A node's view of the run's files. `error` is set if the node did not answer; then nothing else is set.
 
-    `sees_driver` is whether the driver's file is in `run.root` there, None where it was not asked; `speed` is None
-    where it is not.
+    `sees_driver` is whether the driver's file is in `run.root` there, or None if that was not checked; `speed` is None
+    if it is not.
     """
 
     error: str = ""
@@ -102,11 +102,11 @@ class Storage:
 
     @property
     def problem(self) -> str:
-        """Why there is no speed; empty where it was measured or not asked for."""
+        """Why there is no speed; empty if it was measured or not requested."""
         return self.error or (self.speed.error if self.speed else "")
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values for JSON, those of the speed among the rest."""
+        """Plain values for JSON, with the speed's fields merged in."""
         if self.error:
             return {"error": self.error}
         speed = asdict(self.speed) if self.speed else {}
@@ -120,11 +120,11 @@ class Storage:
 
 @dataclass(frozen=True)
 class NodeFacts:
-    """What is true of a node. `error` is set where it did not answer; then only what Ray says of it is there.
+    """The facts about a node. `error` is set if it did not answer; then only Ray's information about it is set.
 
     `open_files` are the soft and the hard limit; `clock_s` is how far the node's clock is ahead of the driver's;
-    `memory_monitor` is the raylet's RAY_memory_monitor_refresh_ms, None where it is not set; `jobs_api` is None where
-    the node was not asked.
+    `memory_monitor` is the raylet's RAY_memory_monitor_refresh_ms, or None if it is not set; `jobs_api` is None if the
+    node did not check it.
     """
 
     host: str = ""
@@ -153,7 +153,7 @@ class NodeFacts:
     error: str = ""
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values for JSON; what was not measured is an empty object."""
+        """Plain values for JSON; anything not measured is an empty object."""
         values = asdict(self)
         for name in ("temp_folder", "cache_folder", "decoders"):
             values[name] = values[name] or {}

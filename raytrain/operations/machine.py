@@ -1,7 +1,7 @@
-"""Measure one machine: plain facts, for `raytrain.operations.checks` to judge.
+"""Measure one machine: plain facts for `raytrain.operations.checks`.
 
-`measure_node` runs as a Ray task on every node. It says what it measured, never what it means, and does not raise: what
-can't be measured is a text under `error`.
+`measure_node` runs as a Ray task on every node. It only reports measurements and does not raise: a failed measurement
+is described in `error`.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ CACHE_VARIABLE = "RAYTRAIN_CACHE"
 _FORMATS = {"WAV", "FLAC", "OGG", "MP3"}
 _HTTP_SECONDS = 5.0
 _GPU_SECONDS = 60.0
-# In a process of its own: a broken driver may hang or abort it, and the worker keeps no memory on a GPU.
+# In a separate process: a broken driver may hang or abort it, and the worker must not hold GPU memory.
 _ASK_TORCH = """
 import json, torch
 gpus = []
@@ -45,8 +45,8 @@ print(json.dumps(gpus))
 
 @dataclass(frozen=True)
 class NodeQuestion:
-    """What to measure on a node: `node` is what Ray says of it, `temp_folder` is Ray's, `jobs_api` the URL of a Jobs
-    API to call without a token."""
+    """What to measure on a node: `node` is Ray's information about it, `temp_folder` is Ray's, `jobs_api` the URL of a
+    Jobs API to call without a token."""
 
     node: NodeFacts
     temp_folder: str
@@ -83,7 +83,7 @@ def measure_node(question: NodeQuestion) -> tuple[NodeFacts, float]:
 
 
 def versions() -> dict[str, str]:
-    """Versions of Python and the packages that nodes must agree on; `code` names raytrain's very files."""
+    """Versions of Python and the packages that nodes must agree on; `code` is a hash of raytrain's files."""
     installed = {"python": platform.python_version()}
     for name in PACKAGES:
         with contextlib.suppress(metadata.PackageNotFoundError):
@@ -101,7 +101,7 @@ def _code_id() -> str:
 
 
 def _raylet_environment() -> dict[str, str]:
-    """What `ray start` was given: a worker's own environment may have been changed for its task."""
+    """The environment of `ray start`; a worker's own environment may have been changed for its task."""
     import psutil
 
     with contextlib.suppress(psutil.Error, ValueError, KeyError):
@@ -110,9 +110,9 @@ def _raylet_environment() -> dict[str, str]:
 
 
 def gpu_facts(ray_gpus: float, visible: str | None, seconds: float = _GPU_SECONDS) -> GpuFacts:
-    """GPUs as the driver counts them and as torch can use them; `visible` is CUDA_VISIBLE_DEVICES, None for all.
+    """GPUs as counted by the driver and as usable by torch; `visible` is CUDA_VISIBLE_DEVICES, None for all.
 
-    torch is only asked where there is a sign of a GPU.
+    torch is queried only if there is a sign of a GPU.
     """
     installed, driver = nvidia_gpus()
     if visible is not None:
@@ -164,7 +164,7 @@ def decoders() -> Decoders:
 
 
 def _status(url: str) -> int | None:
-    """The HTTP status of a request without a token, None where nothing answers."""
+    """The HTTP status of a request without a token, or None if nothing answers."""
     import requests
 
     with requests.Session() as session:

@@ -1,6 +1,6 @@
-"""Measure what one machine sees of a run: the speed of its storage, its manifests, its MLflow.
+"""Measure a run's resources from one machine: the speed of its storage, its manifests, its MLflow.
 
-`measure_storage` runs as a Ray task on every node. It does not raise: what can't be measured is a text under `error`.
+`measure_storage` runs as a Ray task on every node. It does not raise: a failed measurement is described in `error`.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _BLOCK = 4 * MIB
 
 @dataclass(frozen=True)
 class Witness:
-    """A file of the driver's below `run.root`, and its text."""
+    """A file that the driver wrote below `run.root`, and its text."""
 
     path: str
     text: str
@@ -42,8 +42,8 @@ class Witness:
 
 @dataclass(frozen=True)
 class StorageQuestion:
-    """What to measure: `root` is a folder or URI, `seconds` are for writing `probe_bytes`, and as much for reading;
-    `manifests` are pairs of corpus and path, `mlflow` is a URI."""
+    """What to measure: `root` is a folder or URI, `seconds` limits writing and reading `probe_bytes` each, `manifests`
+    are (corpus, path) pairs, and `mlflow` is a URI."""
 
     root: str
     probe_bytes: int
@@ -54,7 +54,7 @@ class StorageQuestion:
 
 
 def measure_storage(question: StorageQuestion) -> Storage:
-    """What this machine sees of the run's files; no speed of a folder that is not the driver's."""
+    """This machine's view of the run's files; without a speed if the folder is not the driver's."""
     sees_driver = question.witness.is_here() if question.witness else None
     speed = None
     if sees_driver is not False:
@@ -67,8 +67,8 @@ def measure_storage(question: StorageQuestion) -> Storage:
 def measure_speed(root: str, size: int, seconds: float) -> Speed:
     """Write `size` bytes below `root`, read them, remove them.
 
-    Either direction ends after `seconds`, with the speed until then. The bytes are pushed to a local disk and dropped
-    from memory before they are read.
+    Either direction stops after `seconds`, with the speed until then. On a local disk the bytes are flushed and dropped
+    from the page cache before they are read.
     """
     name = f"{root.rstrip('/')}/.doctor-{socket.gethostname()}-{os.urandom(4).hex()}"
     probe: _SpeedProbe | None = None
@@ -82,11 +82,11 @@ def measure_speed(root: str, size: int, seconds: float) -> Speed:
     finally:
         if probe is not None:
             probe.remove()
-    return probe.speed("" if equal else "what was read is not what was written")
+    return probe.speed("" if equal else "the data read differ from the data written")
 
 
 class _SpeedProbe:
-    """A file that is written and read for the speed of both; each ends after `seconds`."""
+    """A file that is written and read to measure both speeds, for at most `seconds` each."""
 
     def __init__(self, name: str, seconds: float) -> None:
         self._filesystem, self._path = locate(name)
@@ -104,7 +104,7 @@ class _SpeedProbe:
         self._bytes, self._write_mib_s = written, written / MIB / (time.perf_counter() - start)
 
     def read(self) -> bool:
-        """Whether what is read is what was written."""
+        """Read the file; returns whether the data equal those written."""
         start, read, equal = time.perf_counter(), 0, True
         with self._filesystem.open_input_stream(self._path) as file:
             while read < self._bytes and time.perf_counter() - start < self._seconds:
@@ -117,7 +117,7 @@ class _SpeedProbe:
         return equal
 
     def speed(self, error: str) -> Speed:
-        """As far as it was measured."""
+        """The speeds measured so far."""
         return Speed(self._write_mib_s, self._read_mib_s, self._bytes, error)
 
     def remove(self) -> None:
@@ -133,7 +133,7 @@ def _push_out(path: str) -> None:
 
 
 def read_start(path: str) -> str:
-    """Read the first bytes of the first file that a corpus' path stands for; what is wrong, or nothing."""
+    """Read the first bytes of the first file that a corpus' path expands to; returns the problem, or ""."""
     try:
         first = expand(path)[0]
         if is_folder(first):
@@ -166,7 +166,8 @@ def ask_mlflow(uri: str) -> Mlflow:
 
 
 def _search_experiments(uri: str) -> requests.Response:
-    """/health answers everyone; a request as training makes them also meets the server's checks of host and user."""
+    """/health answers everyone; a request like those of training also passes through the server's host and user
+    checks."""
     token = os.environ.get("MLFLOW_TRACKING_TOKEN")
     user, password = os.environ.get("MLFLOW_TRACKING_USERNAME"), os.environ.get("MLFLOW_TRACKING_PASSWORD")
     return requests.post(

@@ -1,5 +1,5 @@
-"""What a job takes along: the resolved configuration, raytrain's own source where it is not installed on the cluster,
-and environment variables. Data is never packed, nor is a secret that was not named.
+"""What is sent with a job: the resolved configuration, raytrain's source if it is not installed on the cluster, and
+environment variables. Data is never included, nor are secrets that were not named.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from raytrain.redaction import MLFLOW_VARIABLE, TRACKING_VARIABLE, is_secret, re
 from raytrain.storage.locations import absolute
 
 CONFIG_FILE = "config.yaml"
-# Locations; credentials are for the nodes to have, or to be named with --env.
+# Locations; credentials must be set on the nodes or named with --env.
 PASSED = (
     "AWS_ENDPOINT_URL",
     "AWS_ENDPOINT_URL_S3",
@@ -33,7 +33,7 @@ PASSED = (
     MLFLOW_VARIABLE,
     "RAYTRAIN_CUDA_GRAPHS",
 )
-# What a run may need and does not get unless it is named.
+# Variables that a run may need but receives only if they are named.
 _SECRETS = (
     "AWS_SECRET_ACCESS_KEY",
     "AWS_SESSION_TOKEN",
@@ -46,7 +46,7 @@ _SOURCE = ("raytrain", "pipelines")
 
 @dataclass(frozen=True)
 class Variables:
-    """Environment variables of a job, and which of them are secret (`secret`) or stay here as such (`kept`)."""
+    """Environment variables of a job; `secret` lists passed secrets, `kept` secrets that are not passed."""
 
     values: dict[str, str]
     secret: tuple[str, ...]
@@ -54,9 +54,9 @@ class Variables:
 
 
 def variables(named: Sequence[str], environment: Mapping[str, str]) -> Variables:
-    """The `PASSED` variables without secrets, and those `named`, as NAME (its value here) or NAME=VALUE.
+    """The `PASSED` variables without secrets, and those `named`, given as NAME (with its local value) or NAME=VALUE.
 
-    Raises `ConfigError` where a named variable has no value.
+    Raises `ConfigError` if a named variable has no value.
     """
     present = {name: environment[name] for name in PASSED if environment.get(name)}
     values = {name: value for name, value in present.items() if not is_secret(name, value)}
@@ -64,12 +64,12 @@ def variables(named: Sequence[str], environment: Mapping[str, str]) -> Variables
         name, equals, value = text.partition("=")
         if not equals and name not in environment:
             raise ConfigError(
-                f"--env {name} has no value here",
+                f"--env {name} has no local value",
                 allowed="a variable that is set, or NAME=VALUE",
-                remedy=f"export {name} before, or write --env {name}=VALUE",
+                remedy=f"export {name} first, or write --env {name}=VALUE",
             )
         values[name] = value if equals else environment[name]
-    # A path means here what it means to the same command without `submit`.
+    # Paths are resolved as by the same command without `submit`.
     for name in (DATA_ROOT_VARIABLE, RUN_ROOT_VARIABLE):
         if name in values and name not in {text.partition("=")[0] for text in named}:
             values[name] = absolute(values[name])
@@ -82,7 +82,8 @@ def variables(named: Sequence[str], environment: Mapping[str, str]) -> Variables
 
 
 def job_settings(config: Config, given: Mapping[str, str]) -> dict[str, Any]:
-    """The settings with absolute paths, for a job has another working folder; no cluster address, for it is there."""
+    """The settings with absolute paths, since a job has a different working directory, and without a cluster address,
+    since it runs on the cluster."""
     values = config.model_dump(mode="json")
     values["cluster"]["address"] = None
     if config.run.root or RUN_ROOT_VARIABLE not in given:
@@ -96,7 +97,7 @@ def job_settings(config: Config, given: Mapping[str, str]) -> dict[str, Any]:
 
 
 def pack(folder: Path, settings: Mapping[str, Any], with_source: bool) -> None:
-    """Fill a job's working folder."""
+    """Write the files of a job's working directory."""
     (folder / CONFIG_FILE).write_text(yaml.safe_dump(dict(settings), sort_keys=False))
     if with_source:
         for name in _SOURCE:
@@ -105,12 +106,12 @@ def pack(folder: Path, settings: Mapping[str, Any], with_source: bool) -> None:
 
 
 def is_checkout() -> bool:
-    """Whether raytrain runs from its source and not as an installed package."""
+    """Whether raytrain runs from a source checkout rather than as an installed package."""
     return (_source_root() / "pyproject.toml").exists() and all((_source_root() / name).is_dir() for name in _SOURCE)
 
 
 def version() -> str:
-    """raytrain's version; empty where it is not installed."""
+    """raytrain's version; empty if it is not installed."""
     try:
         return metadata.version("raytrain")
     except metadata.PackageNotFoundError:

@@ -1,7 +1,7 @@
 """Parts of a transcription: rows of manifests that are decoded and written together.
 
-Rows are numbered in the order of the manifests and make up parts of bounded size. A part's rows become batches of like
-lengths, and when all of them have their texts the part is written to OUT.jsonl.parts/.
+Rows are numbered in manifest order and grouped into parts of bounded size. A part's rows are batched by length, and
+once all of them have texts the part is written to OUT.jsonl.parts/.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ _RESULTS = ("pred_text", "confidence", "error")
 
 @dataclass
 class Summary:
-    """What was done. `audio_s`, `seconds` and `batches` are about the rows of this run, not those of parts that were
-    finished before; `part_seconds` are seconds of workers, which overlap."""
+    """A summary of the work. `audio_s`, `seconds` and `batches` cover the rows of this run, not those of parts finished
+    earlier; `part_seconds` are worker seconds, which overlap."""
 
     rows: int = 0
     failed: int = 0
@@ -47,7 +47,7 @@ class Summary:
     part_seconds: Counter[str] = field(default_factory=Counter)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values for JSON, with `rtfx` (seconds of audio for each second) of all and of each part."""
+        """Plain values for JSON, with `rtfx` (seconds of audio per second) overall and by part."""
         rtfx = {name: self.audio_s / value for name, value in self.part_seconds.items() if value}
         return asdict(self) | {
             "audio_s": round(self.audio_s, 3),
@@ -64,7 +64,7 @@ def _rounded(values: Mapping[str, float]) -> dict[str, float]:
 
 @dataclass
 class Part:
-    """Rows that are written together; `waiting` counts those whose text is still to come."""
+    """Rows that are written together; `waiting` counts those without a text so far."""
 
     number: int
     rows: list[ManifestRow]
@@ -76,12 +76,12 @@ class Part:
         self.waiting = sum(row.request is not None for row in self.rows)
 
     def rows_id(self) -> str:
-        """Names the rows by their content and by the location of their audio."""
+        """The id of the rows, from their content and the location of their audio."""
         values = [[row.fields, row.request and tuple(row.request), row.error] for row in self.rows]
         return content_id(orjson.dumps(values))
 
     def lines(self) -> tuple[list[bytes], int]:
-        """The output's lines, and how many of them have an error."""
+        """The output lines, and how many of them have an error."""
         lines, failed = [], 0
         for number, row in enumerate(self.rows, self.first):
             result = self.results.get(number)
@@ -115,7 +115,7 @@ def cut_parts(rows: Iterable[ManifestRow], part_rows: int) -> Iterator[Part]:
 
 
 class PartTranscriber:
-    """Takes rows and writes their parts to `store`; holds the parts that are under way."""
+    """Transcribes rows and writes their parts to `store`; holds the parts in progress."""
 
     def __init__(self, store: FinishedParts, job: Job, pool: Pool, sizes: BatchSizes, update: Progress) -> None:
         self.store = store
@@ -125,7 +125,7 @@ class PartTranscriber:
         self._summary = Summary(workers=pool.workers, device="cuda" if pool.cuda else "cpu")
 
     def transcribe(self, rows: Iterable[ManifestRow], part_rows: int) -> Summary:
-        """Do the parts that are not done yet."""
+        """Transcribe the parts that are not done yet."""
         summary, start = self._summary, time.perf_counter()
         for done in recognize(self.batches(cut_parts(rows, part_rows)), self._job, self._pool):
             summary.audio_s += done.audio_s
@@ -135,7 +135,7 @@ class PartTranscriber:
         return summary
 
     def batches(self, parts: Iterable[Part]) -> Iterator[Batch]:
-        """Batches of the parts that are not done; a part without audio to decode is written at once."""
+        """Batches of the parts that are not done; a part without audio to decode is written immediately."""
         summary = self._summary
         for part in parts:
             self._check_inputs(part)
@@ -153,7 +153,7 @@ class PartTranscriber:
                 yield from self._batches(part)
 
     def _check_inputs(self, part: Part) -> None:
-        """Raises `ConfigError` where the output would replace a row's audio."""
+        """Raises `ConfigError` if the output would overwrite a row's audio."""
         for row in part.rows if self._replaced else ():
             if row.request and os.path.realpath(row.request.audio_path) == self._replaced:
                 raise output_is_input(self.store.output)
@@ -180,5 +180,5 @@ class PartTranscriber:
 
 
 def output_is_input(output: Path) -> ConfigError:
-    """The error for an output that would replace what it is made of."""
-    return ConfigError("the output is a file that the command reads", got=output, remedy="name another --output")
+    """The error for an output that would overwrite its own input."""
+    return ConfigError("the output is a file that the command reads", got=output, remedy="choose another --output")

@@ -1,7 +1,7 @@
 """`raytrain transcribe --manifest`: rows of manifests to one JSONL file, part by part (`transcript_parts`).
 
-When the last part is written, the parts become OUT.jsonl. The same command after a kill skips the parts that are done;
-see `raytrain.storage.finished`.
+When the last part is written, the parts are merged into OUT.jsonl. After a kill, the same command skips the finished
+parts; see `raytrain.storage.finished`.
 """
 
 from __future__ import annotations
@@ -34,16 +34,16 @@ from raytrain.storage.finished import FinishedParts
 from raytrain.training.conversion import load_model, model_stamp
 from raytrain.training.memory.decoding import BatchSizes
 
-_WHOLE_FILES = 1 << 62  # as bytes of a chunk
+_WHOLE_FILES = 1 << 62  # chunk size in bytes
 _SHORT_MS = 1000
 
 
 @dataclass(frozen=True)
 class TranscriptionSpec:
-    """What to transcribe, with what, to where.
+    """What to transcribe, with which model, and where to write.
 
-    `language` (not needed where the model has only one), `target_language` and `pnc` apply to rows that name none. A
-    part ends at `part_rows` rows or ten hours of audio, whichever comes first.
+    `language` (not needed if the model has only one), `target_language` and `pnc` apply to rows that don't specify
+    them. A part ends at `part_rows` rows or ten hours of audio, whichever comes first.
     """
 
     corpora: tuple[Corpus, ...]
@@ -66,11 +66,11 @@ class TranscriptionSpec:
 
     @property
     def model_path(self) -> Path:
-        """The checkpoint as workers find it, which have another working folder."""
+        """The checkpoint's path for workers, which have a different working directory."""
         return self.checkpoint.expanduser().absolute()
 
     def chunks(self) -> list[Chunk]:
-        """The manifests, each whole."""
+        """The manifests, one chunk each."""
         return plan_chunks(self.corpora, _WHOLE_FILES)
 
 
@@ -101,7 +101,7 @@ def transcribe_manifests(spec: TranscriptionSpec, console: Console) -> Summary:
 
 
 def _start(spec: TranscriptionSpec, config: ModelConfig, job: Job, update: Progress) -> PartTranscriber:
-    """The parts of the output, and workers to fill them."""
+    """The parts of the output, and the workers to fill them."""
     pool = find_pool(spec.workers, spec.device, spec.device_memory, spec.cluster)
     sizes = batch_sizes(config, spec.settings, pool, spec.max_batch)
     if spec.device_memory is not None:
@@ -113,13 +113,13 @@ def _start(spec: TranscriptionSpec, config: ModelConfig, job: Job, update: Progr
 
 
 def _no_rows(store: FinishedParts, chunks: Sequence[Chunk]) -> ManifestError:
-    """Drop the folder of the parts, and say why there is no output."""
-    with contextlib.suppress(OSError):  # not empty: parts of other rows, which are not ours to drop
+    """Remove the parts' folder, and raise an error that says why there is no output."""
+    with contextlib.suppress(OSError):  # not empty: it has parts of other rows, which are not ours to remove
         store.folder.rmdir()
     return ManifestError(
         "the manifests have no rows",
         got=", ".join(chunk.path for chunk in chunks[:3]),
-        remedy="check that the command names the right files and that they are not empty",
+        remedy="check that these are the right files and that they are not empty",
     )
 
 
@@ -138,11 +138,11 @@ def _model(spec: TranscriptionSpec) -> tuple[ModelConfig, CanaryTokenizer]:
 
 
 def _check_output(spec: TranscriptionSpec, chunks: Sequence[Chunk]) -> None:
-    """Raises `ConfigError` where the output is what the command reads, `StorageError` where it is there and must not
+    """Raises `ConfigError` if the output is one of the command's inputs, and `StorageError` if it exists and must not
     be overwritten."""
     inputs = {name.removeprefix("file://") for chunk in chunks for name in (chunk.path, chunk.audio) if name}
     for name in sorted(inputs | {str(spec.checkpoint.expanduser())}):
-        with contextlib.suppress(OSError):  # one of both is not there
+        with contextlib.suppress(OSError):  # one of the two does not exist
             if os.path.samefile(name, spec.output):
                 raise output_is_input(spec.output)
     model, output = (os.path.realpath(path.expanduser()) for path in (spec.checkpoint, spec.output))
@@ -155,7 +155,7 @@ def _check_memory(sizes: BatchSizes) -> None:
     prediction = sizes.prediction(_SHORT_MS)
     if prediction.batch_size is None:
         raise ConfigError(
-            "the model and one second of audio do not fit the memory that was named",
+            "the model and one second of audio do not fit in --device-memory",
             got=f"{sizes.budget_bytes / 2**20:.0f} MiB",
             allowed=f"at least {prediction.peak_bytes / 2**20:.0f} MiB",
             remedy="raise --device-memory",

@@ -1,4 +1,4 @@
-"""The paper's figures on your own data: a random batch, memory over steps, schemes side by side, convergence."""
+"""The paper's figures for your own data: a random batch, memory over steps, schemes side by side, convergence."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _COLORS = {"R": GREY, "A": "#b04a4a", "B": "#c98a3d", "C": "#5f9e6e", "D": BLUE,
 
 
 def ablation_figures(predicted: PredictedBody | None, trained: AblationBody | None) -> list[Figure]:
-    """Figures of `ablation_predicted.json` and `ablation.json`, each where it exists."""
+    """Figures for `ablation_predicted.json` and `ablation.json`, as far as they exist."""
     drawn = []
     if predicted:
         for name, model in predicted.models.items():
@@ -41,7 +41,7 @@ def _lengths_figures(batch: Sequence[tuple[int, int]], rows: Sequence[SchemeRow]
 
 
 def random_batch(batch: Sequence[tuple[int, int]], title: str) -> Figure:
-    """Figure 1: the two padded tensors of a batch put together without care; rows are (ms, tokens)."""
+    """Figure 1: the two padded tensors of a random batch; rows are (ms, tokens)."""
     durations, tokens = np.array(batch, np.float64).T
     durations /= 1000
 
@@ -65,13 +65,13 @@ def random_batch(batch: Sequence[tuple[int, int]], title: str) -> Figure:
     shares = [1 - values.sum() / (len(values) * values.max()) for values in (durations, tokens)]
     sentence = (
         f"{len(batch)} utterances drawn at random: {shares[0]:.0%} of the audio tensor and {shares[1]:.0%} of the "
-        "token tensor hold nothing."
+        "token tensor are padding."
     )
     return Figure(f"A random batch ({title})", draw(paint), sentence)
 
 
 def memory_over_steps(rows: Sequence[SchemeRow], title: str) -> Figure:
-    """Figure 2: what steps take of the budget under scheme A, and under the last scheme."""
+    """Figure 2: how much of the budget steps use under scheme A and under the last scheme."""
 
     def paint(axes: Axes) -> None:
         for row in rows:
@@ -83,13 +83,13 @@ def memory_over_steps(rows: Sequence[SchemeRow], title: str) -> Figure:
         axes.legend(frameon=True, fontsize=8, loc="lower right")
 
     parts = [f"{row.scheme} uses {row.memory_mean:.0%} of it on average" for row in rows]
-    sentence = f"The dashed line is the budget: {', '.join(parts)}. What lies under it is paid for and does nothing."
+    sentence = f"The dashed line is the budget: {', '.join(parts)}. The gap below it is unused memory."
     return Figure(f"Memory over steps ({title}, predicted)", draw(paint), sentence)
 
 
 @dataclass(frozen=True)
 class _Panel:
-    """Bars of one measure, a bar for each scheme; `headroom` over the highest, as matplotlib thinks best if None."""
+    """Bars of one measure, one per scheme; `headroom` above the highest, matplotlib's default if None."""
 
     title: str
     values: list[float]
@@ -127,7 +127,7 @@ def side_by_side(rows: Sequence[SchemeRow], title: str) -> Figure:
     )
     if "A" in by_name and last.scheme != "A":
         times = last.mean_batch / by_name["A"].mean_batch
-        sentence += f"; batches are {times:.1f} times as large as under A"
+        sentence += f"; its batches are {times:.1f} times as large as under A"
     drawing = _draw_panels([row.scheme for row in rows], panels, width=7.2)
     return Figure(f"Schemes side by side ({title})", drawing, f"{sentence}.")
 
@@ -139,11 +139,11 @@ def _gpus(plans: Sequence[GpuPlan], gpus: int, title: str) -> Figure:
     )
     last = plans[-1]
     sentence = (
-        f"Where scheme A takes {gpus} GPUs, {last.scheme} holds the same global batch on {last.gpus_same_batch}, "
-        f"and on as many GPUs as A it sees {last.throughput:.2f} times as many utterances a second."
+        f"Where scheme A needs {gpus} GPUs, {last.scheme} fits the same global batch on {last.gpus_same_batch}, "
+        f"and on as many GPUs as A it processes {last.throughput:.2f} times as many utterances per second."
     )
     drawing = _draw_panels([plan.scheme for plan in plans], panels)
-    return Figure(f"GPUs ({title}, by assumption on a step's time)", drawing, sentence)
+    return Figure(f"GPUs ({title}, for an assumed step time)", drawing, sentence)
 
 
 def _convergence(body: AblationBody) -> list[Figure]:
@@ -177,17 +177,17 @@ def _curves(trials: Sequence[TrialResult], target_wer: float, title: str, senten
 def _fastest_sentence(trials: Sequence[TrialResult], target_wer: float) -> str:
     times = {trial.scheme: trial.seconds_to_target for trial in trials if trial.seconds_to_target is not None}
     if not times:
-        return f"No scheme came to the target of {target_wer:.0%}."
+        return f"No scheme reached the target of {target_wer:.0%}."
     scheme, seconds = min(times.items(), key=lambda item: item[1])
     return (
-        f"{scheme} is the first at {target_wer:.0%} WER, after {seconds / 60:.1f} "
-        "minutes; every scheme is shown at the learning rate that suits it best."
+        f"{scheme} is the first to reach {target_wer:.0%} WER, after {seconds / 60:.1f} "
+        "minutes; every scheme is shown at its best learning rate."
     )
 
 
 def _pair_sentence(pair: Sequence[TrialResult], target_wer: float) -> str:
     random, last = sorted(pair, key=lambda trial: trial.scheme != "R")
     if random.seconds_to_target is None or last.seconds_to_target is None:
-        return f"Not both came to the target of {target_wer:.0%}."
+        return f"Not both reached the target of {target_wer:.0%}."
     share = last.seconds_to_target / random.seconds_to_target
-    return f"{last.scheme} comes to {target_wer:.0%} WER in {share:.0%} of the time of random batches."
+    return f"{last.scheme} reaches {target_wer:.0%} WER in {share:.0%} of the time that random batches need."

@@ -1,4 +1,5 @@
-"""What `ablation_predicted.json` and `ablation.json` hold: `raytrain.experiments` writes it, the report draws it."""
+"""The contents of `ablation_predicted.json` and `ablation.json`: `raytrain.experiments` writes them, the report draws
+them."""
 
 from __future__ import annotations
 
@@ -9,7 +10,7 @@ from raytrain.lengths.schemes import SCHEMES, GpuPlan, Hardware, SchemeRow
 
 @dataclass(frozen=True)
 class ModelPrediction:
-    """The schemes for one model, what each needs of GPUs, how far the memory surface is from what was traced, and a
+    """The schemes for one model, the GPUs each needs, the error of the memory surface relative to the traces, and a
     batch of scheme R: durations (ms) and tokens."""
 
     schemes: list[SchemeRow]
@@ -20,8 +21,8 @@ class ModelPrediction:
 
 @dataclass(frozen=True)
 class PredictedBody:
-    """What `ablation_predicted.json` holds: schemes by prediction, for models by name. Scheme A, with which the others
-    are compared, trains on `gpus` for `steps`."""
+    """The body of `ablation_predicted.json`: predicted schemes, by model name. Scheme A, the baseline, trains on `gpus`
+    for `steps`."""
 
     utterances: int
     hours: float
@@ -35,7 +36,7 @@ class PredictedBody:
 
 @dataclass(frozen=True)
 class CurvePoint:
-    """A validation: the step, seconds of training, and what it measured."""
+    """A validation: the step, seconds of training, and its measurements."""
 
     step: int
     seconds: float
@@ -45,8 +46,8 @@ class CurvePoint:
 
 @dataclass(frozen=True)
 class TrainingOutcome:
-    """What the metrics of a training say: `steps` and `seconds` of it, the lowest validation WER, when it was at the
-    target, the highest peak of memory, means over its steps, and all validations."""
+    """A summary of a training run's metrics: its `steps` and `seconds`, the lowest validation WER, when it reached the
+    target, the highest memory peak, means over its steps, and all validations."""
 
     steps: int
     seconds: float | None
@@ -64,7 +65,7 @@ class TrainingOutcome:
 
 @dataclass(frozen=True)
 class SchemeTrial:
-    """Which training a trial is, and `why` it failed where it did."""
+    """Which training run a trial is, and `why` it failed if it did."""
 
     scheme: str
     label: str
@@ -79,8 +80,8 @@ class TrialResult(TrainingOutcome, SchemeTrial):
 
 @dataclass(frozen=True)
 class AblationBody:
-    """What `ablation.json` holds: schemes as planned and as trained, on a device of `device_gib` for a step. `best` has
-    the index of each scheme's best trial."""
+    """The body of `ablation.json`: schemes as planned and as trained, on a device with `device_gib` for a step. `best`
+    has the index of each scheme's best trial."""
 
     target_wer: float
     device_gib: float

@@ -14,7 +14,7 @@ _Row = TypeVar("_Row")
 
 @dataclass(frozen=True)
 class Table:
-    """A table with its heading and what to know of it."""
+    """A table with its heading and an explanatory note."""
 
     title: str
     note: str
@@ -25,8 +25,8 @@ class Table:
 def ablation_tables(
     predicted: PredictedBody | None, trained: AblationBody | None, *, titles: bool = True
 ) -> list[Table]:
-    """Tables of `ablation_predicted.json` and `ablation.json`, each where it exists; `titles` say in every row what
-    the scheme is."""
+    """Tables for `ablation_predicted.json` and `ablation.json`, as far as they exist; with `titles`, every row says
+    what the scheme is."""
     tables = []
     if predicted:
         for name, model in predicted.models.items():
@@ -46,18 +46,18 @@ def model_on(name: str, hardware: Hardware) -> str:
 
 
 def gpu_note(hardware: Hardware, gpus: int, steps: int) -> str:
-    """The arithmetic behind the table of GPUs, and what it assumes."""
+    """The arithmetic behind the table of GPUs, and its assumptions."""
     return (
-        f"Scheme A trains on {gpus} GPUs for {steps} steps. A step takes {hardware.overhead_seconds:g} s whatever "
-        f"its batch, and its operations at {hardware.utilisation:.0%} of {hardware.peak_flops / 1e12:g} TFLOP/s: "
-        "assumptions: trust ratios more than hours. GPUs for A's global batch: A's mean batch · GPUs / the scheme's. "
-        "Throughput: mean batch per second of a step. Hours on A's GPUs: A's hours / throughput. GPUs for A's hours: "
-        "A's GPUs / throughput."
+        f"Scheme A trains on {gpus} GPUs for {steps} steps. A step takes {hardware.overhead_seconds:g} s regardless "
+        f"of its batch, plus its FLOPs at {hardware.utilisation:.0%} of {hardware.peak_flops / 1e12:g} TFLOP/s; these "
+        "are assumptions, so trust ratios more than hours. GPUs for A's global batch: A's mean batch · GPUs / the "
+        "scheme's. Throughput: mean batch per second of a step. Hours on A's GPUs: A's hours / throughput. GPUs for "
+        "A's hours: A's GPUs / throughput."
     )
 
 
 def _table(title: str, note: str, rows: Sequence[_Row], columns: Mapping[str, Callable[[_Row], str]]) -> Table:
-    """A table from its columns: how each shows a row."""
+    """A table from its columns, each a function that formats a row's cell."""
     return Table(title, note, list(columns), [[show(row) for show in columns.values()] for row in rows])
 
 
@@ -115,7 +115,7 @@ def trial_table(body: AblationBody) -> Table:
         f"minutes to {body.target_wer:.0%} WER": lambda trial: _minutes(trial.seconds_to_target),
         "lowest WER": lambda trial: format_or_none(trial.best_wer, ".1%"),
     }
-    note = f"Each scheme was trained at the learning rates {rates}; the row is of the best. All else is equal."
+    note = f"Each scheme was trained at the learning rates {rates}; the row shows the best. Everything else is equal."
     return _table("Schemes for this run, trained", note, body.best_trials(), columns)
 
 
@@ -124,5 +124,5 @@ def _minutes(seconds: float | None) -> str:
 
 
 def format_or_none(value: float | None, shown: str) -> str:
-    """The number as `format` has it, `none` where there is none."""
+    """The number in `format`, or `none`."""
     return "none" if value is None else format(value, shown)

@@ -1,5 +1,5 @@
-"""`errors.html`: the worst utterances of a test word by word, and what is confused most often, on one page that needs
-nothing else and no script."""
+"""`errors.html`: the worst utterances of a test set word by word, and the most frequent confusions, on one
+self-contained page without scripts."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from raytrain.report.rendering import write_page
 def write_errors(out: Path, *, title: str, scores: Mapping[str, Any], worst: Worst) -> Path:
     """Write the page from the body of `scores.json` and the worst utterances; returns its path.
 
-    Its size is bounded as `worst` is. Languages are numbered, for their names, which come from outside, can't be used
+    Its size is bounded because `worst` is. Languages are numbered because their names are untrusted and can't be used
     in a style sheet.
     """
     shown: list[WorstTranscription | WorstTranslation] = [*worst.most_errors, *worst.highest_rates, *worst.translations]

@@ -1,4 +1,4 @@
-"""Figures of a run as inline SVG, each with the sentence that says what to see, computed from the numbers."""
+"""Figures of a run as inline SVG, each with a caption computed from the numbers."""
 
 from __future__ import annotations
 
@@ -32,14 +32,14 @@ _STYLE: dict[RcKeyType, Any] = {
     "grid.color": "#e6e8eb",
     "grid.linewidth": 0.6,
     "svg.fonttype": "path",
-    "svg.hashsalt": "raytrain",  # equal runs give equal bytes
+    "svg.hashsalt": "raytrain",  # equal runs produce equal bytes
 }
-_MOST_LABELS, _MOST_POINTS = 11, 2000  # labels never overlap; more points than a screen has pixels show nothing
+_MOST_LABELS, _MOST_POINTS = 11, 2000  # labels never overlap; more points than pixels show nothing new
 
 
 @dataclass(frozen=True)
 class Figure:
-    """A drawing with its heading and the sentence below it."""
+    """A drawing with its heading and caption."""
 
     title: str
     svg: str
@@ -47,7 +47,7 @@ class Figure:
 
 
 def draw(paint: Callable[[Axes], None], width: float = 6.4, height: float = 3.2) -> str:
-    """What `paint` draws on axes, as SVG."""
+    """The SVG of what `paint` draws on axes."""
     with plt.rc_context(_STYLE):
         figure, axes = plt.subplots(figsize=(width, height), layout="constrained")
         paint(axes)
@@ -59,7 +59,7 @@ def draw(paint: Callable[[Axes], None], width: float = 6.4, height: float = 3.2)
 
 
 def _stride(number: int, most: int = _MOST_LABELS) -> int:
-    """The step through `number` items that leaves at most `most`."""
+    """The stride through `number` items that leaves at most `most`."""
     return max(1, -(-number // most))
 
 
@@ -67,7 +67,7 @@ def lengths(durations_ms: np.ndarray, tokens: np.ndarray, counts: np.ndarray, gr
     """The length histogram with the bucket grid over it; arrays (N,) of histogram cells."""
 
     def paint(axes: Axes) -> None:
-        # Rasterized: as vectors the page would grow with the number of cells.
+        # Rasterized, because as vectors the page would grow with the number of cells.
         marks = axes.scatter(
             durations_ms / 1000, tokens, c=counts, s=9, marker="s", cmap="Blues", vmin=0, linewidths=0, rasterized=True
         )
@@ -141,7 +141,7 @@ def batch_profile(grid: Grid, profile: Profile) -> Figure:
     """Batch size and peak memory of every bucket."""
     sizes, peaks = profile.batch_sizes, profile.peak_gib
     if len(sizes) != len(grid.buckets):
-        raise ValueError(f"{len(sizes)} sizes for {len(grid.buckets)} buckets: it is of another plan")
+        raise ValueError(f"{len(sizes)} sizes for {len(grid.buckets)} buckets: it belongs to another plan")
     budget = profile.setting.budget_gib
 
     def paint(axes: Axes) -> None:
@@ -176,7 +176,7 @@ def curve(
     scale: float = 1.0,
     percent: bool = False,
 ) -> Figure:
-    """Lines of metrics over steps (`by="step"`) or minutes (`by="time_s"`); `labels` are by the metrics' names."""
+    """Lines of metrics over steps (`by="step"`) or minutes (`by="time_s"`); `labels` are keyed by metric name."""
 
     def paint(axes: Axes) -> None:
         for color, (metric, label) in zip((BLUE, ORANGE, GREY), labels.items(), strict=False):

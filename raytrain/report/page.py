@@ -1,7 +1,7 @@
-"""`report.html`: the run's own story from the files of its folder, one page that needs nothing else.
+"""`report.html`: a self-contained page about the run, made from the files in its folder.
 
-What a stage did not write, or what can't be read or drawn, is reported on the page in plain words: a report on a run
-that went wrong is when it is needed most.
+Anything that a stage did not write, or that can't be read or drawn, is stated on the page: reports matter most for runs
+that went wrong.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from raytrain.report.views import Grid, Interval, ProbedCorpus, Profile, Profile
 from raytrain.storage.artifacts import view_of
 
 _Shown = TypeVar("_Shown")
-# What reading artifacts raises that hold something other than what their stages write.
+# What reading artifacts with unexpected contents raises.
 _NONSENSE = (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError)
 _NOTHING: dict[str, object] = {"scores": None, "rejected": [], "audio": [], "probed": {}, "replaced": []}
 
@@ -57,7 +57,7 @@ def write_report(run_dir: Path, out: Path, *, title: str) -> Path:
 
 
 def _made(name: str, make: Callable[[], list[_Shown]], notes: list[str]) -> list[_Shown]:
-    """What `make` gives, nothing where its artifacts are damaged, which is noted."""
+    """The result of `make`; if its artifacts are damaged, nothing, and a note is added."""
     try:
         return make()
     except _NONSENSE as error:
@@ -66,7 +66,7 @@ def _made(name: str, make: Callable[[], list[_Shown]], notes: list[str]) -> list
 
 
 def _probed(files: RunFiles) -> list[tuple[str, int]]:
-    """Recordings of each corpus whose headers were read."""
+    """The recordings of each corpus whose headers were read."""
     corpora = view_of((files.statistics or {}).get("audio", {}), dict[str, ProbedCorpus])
     return [(name, corpus.probed) for name, corpus in corpora.items()]
 
@@ -116,12 +116,12 @@ def _with_interval(name: str, ends: Interval | None, scale: float) -> str:
 
 
 def _figures(files: RunFiles) -> tuple[list[figures.Figure], list[str]]:
-    """All figures that the artifacts allow, and a sentence for each that is missing."""
+    """All figures that the artifacts allow, and a sentence per missing figure."""
     drawn: list[figures.Figure] = []
     missing: list[str] = []
 
     def add(name: str, draw: Callable[[], list[figures.Figure]]) -> None:
-        # One bad file must not cost the other figures.
+        # One bad file must not affect the other figures.
         try:
             drawn.extend(draw())
         except (*_NONSENSE, OSError) as error:

@@ -1,4 +1,4 @@
-"""The files of a run folder as they are, for the report; a file that can't be read leaves a note instead."""
+"""The files of a run folder, read for the report; an unreadable file produces a note instead."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 from raytrain.report.views import Metrics
 from raytrain.storage.artifacts import is_count, lines_of, parse_json, read_at_once
 
-Body = Mapping[str, Any]  # an artifact's, as its file holds it: None where there is none
+Body = Mapping[str, Any]  # an artifact's body as in its file
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class RunFiles:
 
     @classmethod
     def read(cls, folder: Path, notes: list[str]) -> RunFiles:
-        """What the folder holds; `notes` get a sentence for each file that can't be read."""
+        """Read the folder; `notes` receives a sentence per file that can't be read."""
         return cls(
             folder,
             read_body(folder / "statistics.json", notes),
@@ -64,7 +64,7 @@ def read_body(path: Path, notes: list[str]) -> Body | None:
 
 
 def read_lines(path: Path, notes: list[str]) -> list[Body]:
-    """The whole lines of a JSON Lines file; a killed writer leaves half a line, which is counted."""
+    """The complete lines of a JSON Lines file; partial lines left by a killed writer are counted."""
     rows: list[Body] = []
     broken = 0
     for line in lines_of(path):
@@ -76,5 +76,5 @@ def read_lines(path: Path, notes: list[str]) -> list[Body]:
         if isinstance(row, dict):
             rows.append(row)
     if broken:
-        notes.append(f"{path.name} has {broken} broken lines, which are left out here.")
+        notes.append(f"{path.name} has {broken} broken lines, which are omitted here.")
     return rows

@@ -1,4 +1,4 @@
-"""Transcripts of the test set to look at, with the words that differ from the reference marked."""
+"""Sample transcripts of the test set, with the words that differ from the reference marked."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ NUM_SAMPLES = 12
 
 @dataclass(frozen=True)
 class Sample:
-    """A transcript: `words` of the hypothesis with whether they differ."""
+    """A transcript: `words` of the hypothesis, each with whether it differs."""
 
     lang: str
     text: str
@@ -36,7 +36,7 @@ def samples_of(hypotheses: Sequence[Body]) -> list[Sample]:
 
 
 def marked(reference: str, hypothesis: str) -> list[tuple[str, bool]]:
-    """Words of the hypothesis with whether they differ; a lost word shows as a gap."""
+    """Words of the hypothesis, each with whether it differs; a deleted word appears as a gap."""
     old, new = reference.split(), hypothesis.split()
     words: list[tuple[str, bool]] = []
     for kind, _, _, start, end in difflib.SequenceMatcher(None, old, new, autojunk=False).get_opcodes():

@@ -1,4 +1,4 @@
-"""Training's curves from the lines of `metrics.jsonl`: loss, error rate, learning rate, batch size, memory."""
+"""Training curves from the lines of `metrics.jsonl`: loss, error rate, learning rate, batch size, memory."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from raytrain.report.views import Metrics
 
 
 def training_figures(metrics: Sequence[Metrics]) -> list[Figure]:
-    """A figure for each metric that the lines have."""
+    """A figure per metric in the lines."""
     steps = [line for line in metrics if "loss" in line]
     validations = [line for line in metrics if "wer" in line]
     return [
@@ -55,7 +55,7 @@ def _batch_size(steps: Sequence[Metrics]) -> list[Figure]:
     sizes = [line["batch_size"] for line in steps if "batch_size" in line]
     if not sizes:
         return []
-    sentence = f"A step takes {sum(sizes) / len(sizes):.1f} utterances over all workers on average."
+    sentence = f"A step averages {sum(sizes) / len(sizes):.1f} utterances over all workers."
     labels = {"batch_size": "utterances over all workers"}
     return [curve("Batch size", steps, labels, "utterances per step", sentence)]
 

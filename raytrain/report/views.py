@@ -1,4 +1,4 @@
-"""What the report reads of a run's artifacts: frozen views with just these fields, whatever else the files hold."""
+"""What the report reads from a run's artifacts: frozen views of just these fields."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ Metrics = Mapping[str, float]  # a line of metrics.jsonl
 
 @dataclass(frozen=True)
 class Totals:
-    """Of `statistics.json`: the training data's size."""
+    """From `statistics.json`: the training data's size."""
 
     utterances: int
     hours: float
@@ -19,7 +19,7 @@ class Totals:
 
 @dataclass(frozen=True)
 class RateBin:
-    """Of `statistics.json`: tokens per second of the utterances between two durations."""
+    """From `statistics.json`: tokens per second of the utterances between two durations."""
 
     from_ms: int
     to_ms: int
@@ -29,21 +29,21 @@ class RateBin:
 
 @dataclass(frozen=True)
 class ProbedCorpus:
-    """Of `statistics.json`: how many recordings of a corpus had their headers read."""
+    """From `statistics.json`: how many recordings of a corpus had their headers read."""
 
     probed: int
 
 
 @dataclass(frozen=True)
 class Grid:
-    """Of `bucket_plan.json`: each bucket's longest duration (ms) and most tokens."""
+    """From `bucket_plan.json`: each bucket's longest duration (ms) and most tokens."""
 
     buckets: list[tuple[int, int]]
 
 
 @dataclass(frozen=True)
 class ProfileDevice:
-    """Of `batch_profile.json`: the device, and the share of its memory that a step may take."""
+    """From `batch_profile.json`: the device, and the fraction of its memory that a step may use."""
 
     device_name: str
     device_gib: float
@@ -51,7 +51,7 @@ class ProfileDevice:
 
     @property
     def budget_gib(self) -> float:
-        """What a step may take."""
+        """The bytes that a step may use."""
         return self.device_gib * self.memory_fraction
 
 

@@ -1,4 +1,4 @@
-"""Training batches of a run: how often corpora are repeated, the schedule, and what reads the audio of its steps."""
+"""Training batches of a run: how often corpora are repeated, the schedule, and the reader of its steps' audio."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ if TYPE_CHECKING:
 
 
 def corpus_repeats(workspace: Workspace, corpora: Sequence[str]) -> tuple[float, ...]:
-    """How often an epoch goes through each corpus: once, or as weights and temperature say.
+    """How often an epoch repeats each corpus: once, or according to weights and temperature.
 
-    Raises `ConfigError` where the temperature is between languages and a corpus has several.
+    Raises `ConfigError` if the temperature applies to languages and a corpus has several.
     """
     data = workspace.config.data
     configured = {corpus.name: corpus.weight for corpus in data.train}
@@ -47,7 +47,7 @@ def _statistics_of(workspace: Workspace, corpora: Sequence[str]) -> dict[str, Co
     counted = workspace.statistics().by_corpus
     if missing := [name for name in corpora if name not in counted]:
         raise ArtifactError(
-            f"statistics.json does not know the corpus {missing[0]}",
+            f"statistics.json has no corpus {missing[0]}",
             got=", ".join(sorted(counted)),
             remedy="run statistics again",
         )
@@ -65,12 +65,12 @@ def _check_single_languages(corpora: dict[str, CorpusStatistics]) -> None:
 
 
 def make_mixture(workspace: Workspace, assignment: Assignment) -> Mixture:
-    """The corpora as an epoch mixes them. Raises as `corpus_repeats`."""
+    """The corpora as an epoch mixes them. Raises what `corpus_repeats` raises."""
     return Mixture(assignment.rows_by_corpus, corpus_repeats(workspace, assignment.corpora))
 
 
 def make_schedule(workspace: Workspace, assignment: Assignment, batch_sizes: tuple[int, ...]) -> BatchSchedule:
-    """The run's schedule for batch sizes of a profile."""
+    """The run's schedule for a profile's batch sizes."""
     config = workspace.config
     return BatchSchedule(config.seed, make_mixture(workspace, assignment), batch_sizes, config.train.max_epochs)
 
@@ -78,7 +78,7 @@ def make_schedule(workspace: Workspace, assignment: Assignment, batch_sizes: tup
 def make_step_reader(
     workspace: Workspace, assignment: Assignment | None, quarantine: Quarantine, num_threads: int
 ) -> StepReader:
-    """What reads the audio of steps, with the run's augmentation."""
+    """The reader of steps' audio, with the run's augmentation."""
     augment, sample_rate = workspace.config.augment, workspace.config.model.sample_rate
     return StepReader(
         [(bucket.max_duration_ms, bucket.max_tokens) for bucket in workspace.plan.grid.buckets],
@@ -101,8 +101,8 @@ def make_loader(
     work: Iterator[StepWork] | None = None,
     local_workers: int = 1,
 ) -> BatchLoader:
-    """Batches of a worker's `shares` of each step from `state` on (from the start without one), or those of `work`,
-    read by threads. The node has `local_workers` training workers."""
+    """Batches of a worker's `shares` of each step, starting at `state` (from the beginning if None), or those of
+    `work`, read by threads. The node has `local_workers` training workers."""
     assignment = None
     if work is None:
         assignment = workspace.assignment()
@@ -120,7 +120,7 @@ def make_loader(
 
 
 def make_stream(workspace: Workspace, batch_sizes: tuple[int, ...], num_shares: int) -> StreamSampler:
-    """The sampler of steps for all workers where training reads the corpora without assignment."""
+    """The sampler of steps for all workers if training reads the corpora without assignment."""
     from raytrain.data.stream import StreamSampler
 
     config, settings = workspace.config, workspace.config.data.stream

@@ -8,6 +8,6 @@ from raytrain.training.mirror import CheckpointMirror
 
 
 def mirror_of(config: Config) -> CheckpointMirror | None:
-    """The copies of the run's checkpoints, None where the configuration keeps none."""
+    """The copies of the run's checkpoints, or None if the configuration keeps none."""
     path = config.train.storage_path
     return CheckpointMirror(absolute(f"{path.rstrip('/')}/{config.name}/checkpoints")) if path else None

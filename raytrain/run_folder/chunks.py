@@ -26,13 +26,13 @@ def chunks_of(config: Config, split: str) -> list[Chunk]:
     size = config.data.chunk_bytes or DEFAULT_CHUNK_BYTES
     chunks = plan_chunks(corpora, size)
     if config.data.chunk_bytes is None and len(chunks) > MAX_CHUNKS:
-        # Each chunk becomes a file in every bucket, and a note on the driver.
+        # Each chunk produces a file in every bucket and a note on the driver.
         chunks = plan_chunks(corpora, size * -(-len(chunks) // MAX_CHUNKS))
     return chunks
 
 
 def numbered_chunks(workspace: Workspace, chunks: list[Chunk]) -> list[Chunk]:
-    """The chunks with the `first_line` that statistics counted; as they are if those were cut otherwise."""
+    """The chunks with the `first_line` that statistics counted; unchanged if statistics used different chunks."""
     counted = workspace.read("chunks.json", CHUNKS_FORMAT, list[Chunk]).body
     return counted if _without_lines(counted) == _without_lines(chunks) else chunks
 
@@ -43,12 +43,14 @@ def _without_lines(chunks: Sequence[Chunk]) -> list[Chunk]:
 
 def split_inputs(config: Config, split: str) -> dict[str, Any]:
     """What a split's rows depend on, as JSON values. The folder counts: rows hold absolute audio paths."""
-    corpora = [asdict(replace(corpus, weight=1.0)) for corpus in config.data.corpora(split)]  # weights change no row
+    corpora = [
+        asdict(replace(corpus, weight=1.0)) for corpus in config.data.corpora(split)
+    ]  # weights don't affect rows
     chunks = chunks_of(config, split)
     manifests = sorted({chunk.path for chunk in chunks})
     sources = sorted({chunk.audio for chunk in chunks} - {"", *manifests})
     stamps = [*zip(manifests, fingerprints(manifests), strict=True), *zip(sources, fingerprints(sources), strict=True)]
-    # A small manifest counts as changed when its content does, all else when its size or time of change does.
+    # A small manifest is compared by content, anything else by size and modification time.
     small = {
         name for name, stamp in stamps[: len(manifests)] if stamp and not is_uri(name) and stamp[0] <= _HASHED_BYTES
     }

@@ -1,4 +1,4 @@
-"""The JSON artifacts of a run folder: their formats, and what is read again of each."""
+"""The JSON artifacts of a run folder: their formats, and the fields that are read back."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ Body = TypeVar("Body")
 
 @dataclass(frozen=True)
 class Artifact(Generic[Body]):
-    """An artifact's content id and what it holds."""
+    """An artifact's content id and its body."""
 
     id: str
     body: Body
@@ -38,7 +38,7 @@ def read_artifact(path: Path, format: str, kind: type[Body]) -> Artifact[Body]:
 
 @dataclass(frozen=True)
 class CorpusStatistics:
-    """What `statistics.json` says of a corpus, as far as it is read again."""
+    """A corpus in `statistics.json`: the fields that are read back."""
 
     hours: float
     utterances: int
@@ -47,7 +47,7 @@ class CorpusStatistics:
 
 @dataclass(frozen=True)
 class StatisticsBody:
-    """What `statistics.json` holds, as far as it is read again."""
+    """`statistics.json`: the fields that are read back."""
 
     rows: int
     histogram_id: str
@@ -57,14 +57,14 @@ class StatisticsBody:
 
 @dataclass(frozen=True)
 class PlanBody:
-    """What `bucket_plan.json` holds."""
+    """The body of `bucket_plan.json`."""
 
     plan: BucketPlanBody
 
 
 @dataclass(frozen=True)
 class ProfileBody:
-    """What `batch_profile.json` holds."""
+    """The body of `batch_profile.json`."""
 
     profiles: list[BatchProfile]
 

@@ -1,4 +1,5 @@
-"""What a training depends on: a checkpoint is of one lineage, and training resumes only from checkpoints of its own."""
+"""What training depends on: a checkpoint has a lineage, and training resumes only from checkpoints of the same
+lineage."""
 
 from __future__ import annotations
 
@@ -17,7 +18,8 @@ LINEAGE_NOTE = "checkpoints/lineage.json"
 
 
 def training_lineage(workspace: Workspace) -> str:
-    """Names what a checkpoint is learned from: training can't resume from checkpoints of another lineage."""
+    """The id of everything that a checkpoint is learned from: training can't resume from checkpoints of another
+    lineage."""
     config = workspace.config
     settings = lineage_settings(config.train)
     if config.train.schedule == "cosine":  # which ends at max_steps
@@ -38,7 +40,7 @@ def training_lineage(workspace: Workspace) -> str:
 
 
 def _rows_id(workspace: Workspace) -> str:
-    """Names the rows that training reads."""
+    """The id of the rows that training reads."""
     stream = workspace.config.data.stream
     if stream is None:
         return workspace.assigned_rows_id
@@ -46,7 +48,7 @@ def _rows_id(workspace: Workspace) -> str:
 
 
 def _mixing(workspace: Workspace) -> list[object]:
-    """What the repeats of corpora depend on."""
+    """What the repetition of corpora depends on."""
     data = workspace.config.data
     mixing: list[object] = [
         data.temperature,
@@ -54,13 +56,13 @@ def _mixing(workspace: Workspace) -> list[object]:
         [[corpus.name, corpus.weight] for corpus in data.train],
     ]
     if data.temperature != 1 or len({corpus.weight for corpus in data.train}) > 1:
-        by_corpus = workspace.statistics().by_corpus  # with rows that assign rejects
+        by_corpus = workspace.statistics().by_corpus  # includes rows that assign rejects
         mixing.append([by_corpus[corpus.name].hours for corpus in data.train])
     return mixing
 
 
 def training_key(workspace: Workspace) -> list[object]:
-    """All that a training depends on, as JSON values."""
+    """Everything that training depends on, as JSON values."""
     return [training_lineage(workspace), workspace.config.section("train"), *_validation(workspace)]
 
 
@@ -88,12 +90,12 @@ def training_meta(workspace: Workspace) -> CheckpointMeta:
 
 @dataclass(frozen=True)
 class LineageNote:
-    """What `checkpoints/lineage.json` holds."""
+    """The body of `checkpoints/lineage.json`."""
 
     lineage: str
 
 
 def noted_lineage(path: Path) -> str | None:
-    """The lineage of the checkpoints beside a note; None where the note is missing or can't be read."""
+    """The lineage of the checkpoints next to a note; None if the note is missing or can't be read."""
     note = read_state(path, LineageNote)
     return note and note["lineage"]

@@ -1,4 +1,4 @@
-"""`previous/`: checkpoints and metrics of other settings are the user's until newer ones replace them there."""
+"""`previous/`: checkpoints and metrics of earlier settings are kept here until newer ones replace them."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _MOVED = ("checkpoints", "metrics.jsonl")
 
 
 def set_aside_stale(workspace: Workspace, lineage: str) -> bool:
-    """Move checkpoints and metrics of another lineage to `previous/`, and note `lineage` as that of those to come;
+    """Move checkpoints and metrics of another lineage to `previous/`, and record `lineage` for the coming ones; returns
     whether anything was moved."""
     store = workspace.store
     note = store.refresh(LINEAGE_NOTE)
@@ -33,7 +33,7 @@ def set_aside_stale(workspace: Workspace, lineage: str) -> bool:
 
 def _set_aside_local(workspace: Workspace) -> None:
     previous = workspace.path("previous")
-    if any(workspace.path("checkpoints").glob("step_*")):  # else there is nothing that could replace the older ones
+    if any(workspace.path("checkpoints").glob("step_*")):  # otherwise nothing would replace the older ones
         shutil.rmtree(previous, ignore_errors=True)
     make_folder(previous)
     for name in _MOVED:

@@ -1,4 +1,4 @@
-"""`batch_probes.json`: what probes of batch sizes came to, so that a search that was stopped resumes."""
+"""`batch_probes.json`: the answers of batch size probes, so that an interrupted search can resume."""
 
 from __future__ import annotations
 
@@ -19,23 +19,23 @@ from raytrain.training.memory.coordinator import (
 
 @dataclass(frozen=True)
 class ProbesNote:
-    """What the file holds: the answers of each job, by the job's id."""
+    """The file's body: the answers of each job, by job id."""
 
     jobs: dict[str, list[AnswerNote]]
 
 
 def read_answers(path: Path, job: ProbeJob) -> list[Answer]:
-    """The answers that a stopped process left for an equal job; none where the file has none that can be read."""
+    """The answers that an interrupted process left for an equal job; empty if the file has none that can be read."""
     try:
         answers = answers_from_json(_read_jobs(path).get(job.id, []))
-        ProbeCoordinator(job, answers)  # which learns from them, where they are answers to this job
+        ProbeCoordinator(job, answers)  # raises if they are not answers to this job
     except (ArithmeticError, AssertionError, LookupError, TypeError, ValueError):
         return []
     return answers
 
 
 def write_answers(path: Path, job: ProbeJob, answers: list[Answer]) -> None:
-    """Put a job's answers in place of those that the file has for it."""
+    """Replace the file's answers for a job."""
     jobs = {**_read_jobs(path), job.id: answers_to_json(answers)}
     atomic_write_bytes(path, canonical_json({"jobs": jobs}))
 

@@ -1,6 +1,6 @@
 """`quarantine.jsonl`: recordings that could not be read in training.
 
-In a run folder at a URI each process writes a file of its own, which the driver puts together when training is over.
+In a run folder at a URI each process writes its own file, and the driver merges them when training is over.
 """
 
 from __future__ import annotations
@@ -18,20 +18,20 @@ _FOLDER = "quarantine"
 
 
 def open_quarantine(store: RunStore) -> Quarantine:
-    """Where this process names broken recordings."""
+    """The file in which this process records broken recordings."""
     if not store.is_remote:
         return Quarantine(store.local / QUARANTINE)
     return Quarantine(make_folder(store.local / _FOLDER) / f"{socket.gethostname()}-{os.getpid()}.jsonl")
 
 
 def share_quarantine(store: RunStore) -> None:
-    """Put the recordings that this process named where the run folder is."""
+    """Upload this process's records to the run folder."""
     for path in (store.local / _FOLDER).glob(f"*-{os.getpid()}.jsonl") if store.is_remote else ():
         store.share(f"{_FOLDER}/{path.name}")
 
 
 def gather_quarantine(store: RunStore) -> None:
-    """Put the recordings that all processes named into `quarantine.jsonl`."""
+    """Merge the records of all processes into `quarantine.jsonl`."""
     if not store.is_remote:
         return
     store.refresh_all(_FOLDER, "*.jsonl")
@@ -41,5 +41,5 @@ def gather_quarantine(store: RunStore) -> None:
 
 
 def num_quarantined(path: Path) -> int:
-    """Recordings that a quarantine file names; several workers may name the same one."""
+    """The number of distinct recordings in a quarantine file; several workers may record the same recording."""
     return len(set(lines_of(path)))

@@ -1,4 +1,4 @@
-"""Rows that something is scored on: the dev and test splits, encoded without assignment, and how they are decoded."""
+"""Rows used for scoring: the dev and test splits, encoded without assignment, and how they are decoded."""
 
 from __future__ import annotations
 
@@ -33,15 +33,15 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class EncodedSplit:
-    """The rows of a small split, and those that can't be used."""
+    """The usable rows of a small split, and the rejected ones."""
 
     rows: list[Row]
     rejected: RejectedRows
 
 
 def encode_split(workspace: Workspace, split: str, limit: int | None = None) -> EncodedSplit:
-    """Encoded rows of a small split (dev, test), at most `limit`, as many of each corpus as of the rest where it has
-    them."""
+    """Encoded rows of a small split (dev, test), at most `limit`, spread evenly over corpora as far as they have enough
+    rows."""
     config, rejected = workspace.config, RejectedRows()
     encoder = BlockEncoder(workspace.tokenizer, config.model.prompt_format, by_words=config.tokenizer.by_words)
     by_corpus: dict[str, list[Row]] = {}
@@ -62,7 +62,7 @@ def _is_full(rows: list[Row], limit: int | None) -> bool:
 
 
 def _checked_blocks(chunk: Chunk, encoder: BlockEncoder, rejected: RejectedRows) -> Iterator[Block]:
-    """The chunk's usable rows, block by block; the rest is counted."""
+    """The chunk's usable rows, block by block; rejected rows are counted."""
     for raw in read_blocks(chunk):
         block = encoder.check(raw)
         rejected.num_rows += len(block) + len(block.bad)
@@ -74,17 +74,17 @@ def _checked_blocks(chunk: Chunk, encoder: BlockEncoder, rejected: RejectedRows)
 def _encoded_rows(block: Block, encoder: BlockEncoder, finder: AudioLocator, max_positions: int) -> Iterator[Row]:
     table, problems = row_table(block, encoder.encode(block), finder)
     for row, member, problem in zip(rows_of(table), block.paths, problems, strict=True):
-        # Without its offset in the tar the reader would take all of it for the recording.
+        # Without its offset, the reader would treat the whole tar as the recording.
         path = row.audio_path if problem is None else f"{row.audio_path}/{member}"
-        # What the decoder has no position for stays out of the validation loss, not of the WER.
+        # Rows longer than the decoder's positions are excluded from the validation loss, but not from the WER.
         yield row._replace(audio_path=path, tokens=row.tokens[: max_positions + 1])
 
 
 def checked_split(workspace: Workspace, split: str, limit: int | None = None) -> EncodedSplit:
-    """`encode_split` for rows that something is to be scored on.
+    """`encode_split` for rows used for scoring.
 
-    Raises `ManifestError` where the split or one of its corpora has no usable row, or where it has more bad ones than
-    `data.max_bad_fraction`.
+    Raises `ManifestError` if the split or one of its corpora has no usable row, or if more than `data.max_bad_fraction`
+    of its rows are bad.
     """
     encoded, data = encode_split(workspace, split, limit), workspace.config.data
     corpora = data.corpora(split)
@@ -96,15 +96,14 @@ def checked_split(workspace: Workspace, split: str, limit: int | None = None) ->
         raise ManifestError(
             f"corpus {unused[0].name} of data.{split} has no usable row",
             got=", ".join(unused[0].paths),
-            why="a score of the other corpora would not be that of all",
-            remedy=f"check the file, or leave the corpus out of data.{split}"
-            + "".join(f"\n  {line}" for line in lines),
+            why="a score over the other corpora would not represent the split",
+            remedy=f"check the file, or remove the corpus from data.{split}" + "".join(f"\n  {line}" for line in lines),
         )
     return encoded
 
 
 def is_translation(workspace: Workspace, row: Row) -> bool:
-    """Whether a row's text is in another language than its speech, as its prompt says."""
+    """Whether, according to its prompt, a row's text is in a different language than its speech."""
     prompt = row.tokens[: row.prompt_length]
     source, target = prompt_languages(workspace.tokenizer, prompt, workspace.config.model.prompt_format)
     return source != target
@@ -123,9 +122,9 @@ def decode_settings(config: Config) -> DecodeSettings:
 
 @dataclass(frozen=True)
 class DevBatches:
-    """A rank's batches of the dev rows, read anew each time; see `Validator.batches`.
+    """A rank's batches of the dev rows, read from disk each time; see `Validator.batches`.
 
-    `on_batch` is told of each batch, and `mark` of its size (see `FaultNotes.marking`).
+    `on_batch` is called with each batch, and `mark` with its size (see `FaultNotes.marking`).
     """
 
     workspace: Workspace
@@ -159,9 +158,9 @@ def make_validator(
     on_batch: Callable[[str], None] = lambda doing: None,
     mark: Callable[[None, int, int], None] = lambda step, phase, size: None,
 ) -> Validator | None:
-    """Validation on the dev manifests, or None where there are none.
+    """Validation on the dev manifests, or None if there are none.
 
-    Batches that do not fit are halved, which `notes` keep for the next time; for `on_batch` and `mark` see
+    Batches that do not fit are halved, and `notes` record that for the next time; for `on_batch` and `mark` see
     `DevBatches`.
     """
     from raytrain.training.validation import Validator
@@ -169,7 +168,7 @@ def make_validator(
     config, tokenizer = workspace.config, workspace.tokenizer
     if not config.data.dev:
         return None
-    # Longest first and dealt out in turn, so that every rank gets about the same work.
+    # Longest first and dealt round-robin, so that every rank gets about the same work.
     rows = encode_split(workspace, "dev", config.train.max_validation_utterances).rows
     rows = sorted(rows, key=lambda row: -row.duration_ms)[rank::world_size]
     return Validator(

@@ -1,4 +1,4 @@
-"""The checkpoints that training ended with, as `checkpoints/last.json` notes them, and the model to decode with."""
+"""The final checkpoints of training, as recorded in `checkpoints/last.json`, and the model to decode with."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ _TRAIN_AGAIN = "run `raytrain train` with this configuration, then `raytrain eva
 
 @dataclass(frozen=True)
 class TrainedNote:
-    """What `last.json` records of the checkpoints that training ended with: steps, and ids of files by name; `files`
-    are those of the best one."""
+    """The body of `last.json` about training's final checkpoints: steps, and file ids by name; `files` belong to the
+    best checkpoint."""
 
     lineage: str
     last_step: int
@@ -31,34 +31,34 @@ class TrainedNote:
 
     @classmethod
     def of(cls, lineage: str, last: Checkpoint, best: Checkpoint) -> TrainedNote:
-        """The note of two checkpoints."""
+        """The note for these two checkpoints."""
         return cls(lineage, last.step, last.meta["files"], best.step, best.meta["files"])
 
     @classmethod
     def read(cls, path: Path) -> TrainedNote:
-        """The note in a file. Raises `CheckpointError`."""
+        """Read a note from a file. Raises `CheckpointError`."""
         note = read_state(path, cls)
         if note is None:
             raise CheckpointError(
-                f"{path} can't be read", why="it holds something else than training writes", remedy=_TRAIN_AGAIN
+                f"{path} can't be read", why="it is not in the format that training writes", remedy=_TRAIN_AGAIN
             )
         return cls(**{field.name: note[field.name] for field in fields(cls)})
 
     def write(self, path: Path) -> None:
-        """Write the note as `read` reads it."""
+        """Write the note that `read` reads."""
         atomic_write_bytes(path, canonical_json(asdict(self)))
 
 
 def trained_checkpoint(workspace: Workspace, which: str) -> Checkpoint:
-    """The `best` or the `last` checkpoint that training noted when it ended; the newest where there is no note, as in
-    a trial's folder. Raises `CheckpointError` where it is not what training wrote."""
+    """The `best` or `last` checkpoint that training recorded when it ended, or the newest if there is no note, as in a
+    trial's folder. Raises `CheckpointError` if it is not what training wrote."""
     folder = workspace.checkpoints()
     workspace.store.fetch(TRAINED_NOTE)
     path = workspace.path(TRAINED_NOTE)
     if not path.exists():
         checkpoint = folder.to_decode(which)
         if checkpoint is None:
-            raise CheckpointError(f"{folder.folder} holds no whole checkpoint", remedy=_TRAIN_AGAIN)
+            raise CheckpointError(f"{folder.folder} has no complete checkpoint", remedy=_TRAIN_AGAIN)
         return checkpoint
     note = TrainedNote.read(path)
     step, files = (note.best_step, note.files) if which == "best" else (note.last_step, note.last_files)
@@ -66,7 +66,7 @@ def trained_checkpoint(workspace: Workspace, which: str) -> Checkpoint:
     if checkpoint.meta["files"] != files:
         raise CheckpointError(
             f"{checkpoint.folder} is not the checkpoint that training wrote",
-            why=f"its files have other ids than {TRAINED_NOTE} records; another process may have written them",
+            why=f"its files' ids differ from those in {TRAINED_NOTE}; another process may have written them",
             remedy=_TRAIN_AGAIN,
         )
     return checkpoint

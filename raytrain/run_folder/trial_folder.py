@@ -1,4 +1,4 @@
-"""The run folder of a trial, which sees the artifacts of the run that it belongs to, and the settings that it tries."""
+"""The run folder of a trial, which shares the artifacts of the run it belongs to, and the settings it tries."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ _SEARCHED_SECTIONS = ("train", "model", "augment")
 
 @dataclass(frozen=True)
 class TrialJob:
-    """A trial: the `config` as JSON, the `run_dir` whose artifacts it sees, and where the folders of trials and the
-    tracking server are. `settings` by their dotted names override the configuration, `files` stand for artifacts of
-    the run by name, and `label` tells trials apart in a comparison."""
+    """A trial: the `config` as JSON, the `run_dir` whose artifacts it shares, and the locations of the trials' folders
+    and the tracking server. `settings`, by dotted name, override the configuration; `files`, by name, replace artifacts
+    of the run; `label` identifies the trial in a comparison."""
 
     config: dict[str, Any]
     run_dir: str
@@ -41,11 +41,11 @@ class TrialJob:
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> TrialJob:
-        """The job in a JSON object, which may hold more."""
+        """The job in a JSON object, which may have other keys."""
         return cls(**{part.name: values[part.name] for part in fields(cls) if part.name in values})
 
     def folder(self, settings: Mapping[str, Any], lineage: str) -> Path:
-        """The trial's run folder, made where it is not there; the same one for the same settings and inputs."""
+        """The trial's run folder, created if necessary; the same one for the same settings and inputs."""
         files = {name: Path(self.run_dir) / name for name in SHARED}
         files |= {name: Path(path) for name, path in self.files.items()}
         identity = content_id([settings, lineage, self.label, file_id(files["batch_profile.json"])])
@@ -58,10 +58,10 @@ class TrialJob:
 
 
 def with_settings(config: Config, settings: Mapping[str, Any], source: str = "trial") -> Config:
-    """The configuration with a trial's settings by their dotted names. Raises `ConfigError` for those that would
+    """The configuration with a trial's settings, given by dotted name. Raises `ConfigError` for settings that would
     change the artifacts that trials share."""
     values = config.model_dump(mode="json")
-    values["train"]["storage_path"] = None  # the best settings are trained again; trials are not worth keeping
+    values["train"]["storage_path"] = None  # the best settings are trained again; trials are disposable
     for name, value in settings.items():
         _check_searched(name, source)
         node = values
@@ -80,8 +80,8 @@ def _check_searched(name: str, source: str) -> None:
         raise ConfigError(
             f"{source} can't search {name}",
             allowed="train.…, augment.… and model.spec_augment.…",
-            why="anything else changes the artifacts that trials share",
-            remedy=f"take {name} out of tune.space, and set it for the whole run instead",
+            why="any other setting changes the artifacts that trials share",
+            remedy=f"remove {name} from tune.space, and set it for the whole run instead",
         )
 
 
@@ -89,7 +89,7 @@ def check_on_disk(config: Config, what: str) -> None:
     """Raises `ConfigError` for a run folder at a URI, where trials can't read each other's artifacts."""
     if is_uri(config.run_location):
         raise ConfigError(
-            f"{what} needs a run folder on a disk that all nodes share",
+            f"{what} needs a run folder on a shared disk",
             got=f"run.root {config.run_location.rpartition('/')[0]}",
             why="its trials read one another's artifacts in place",
             remedy="set run.root to a shared folder for this command",

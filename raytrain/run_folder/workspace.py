@@ -1,4 +1,4 @@
-"""`Workspace`: the artifacts of one run by name, and what identifies them.
+"""`Workspace`: the artifacts of one run by name, and their ids.
 
 Batches are built from it in `batches`, dev and test rows in `scored_rows`; what a training depends on is in `lineage`.
 """
@@ -53,7 +53,7 @@ class Workspace:
         return self.run_dir.joinpath(*parts)
 
     def read(self, name: str, format: str, kind: type[Body]) -> Artifact[Body]:
-        """The JSON artifact of a name as it is now. Raises `ArtifactError`."""
+        """The JSON artifact of a name in its current state. Raises `ArtifactError`."""
         self.store.fetch(name)
         return read_artifact(self.path(name), format, kind)
 
@@ -64,7 +64,7 @@ class Workspace:
         return CanaryTokenizer.load(self.path("tokenizer"))
 
     def statistics(self) -> StatisticsBody:
-        """What statistics counted. Raises `ArtifactError` where it has not run."""
+        """What statistics counted. Raises `ArtifactError` if it has not run."""
         return self.read("statistics.json", STATISTICS_FORMAT, StatisticsBody).body
 
     @cached_property
@@ -82,18 +82,18 @@ class Workspace:
         return self._plan_document.id
 
     def assignment(self) -> Assignment:
-        """The assigned rows. Raises `ArtifactError` where assign has not run."""
+        """The assigned rows. Raises `ArtifactError` if assign has not run."""
         self.store.fetch("assignment/index.json")
         return Assignment(self.path("assignment"), self.store)
 
     @cached_property
     def assigned_rows_id(self) -> str:
-        """The content id of all assigned rows. Raises `ArtifactError` where assign has not run."""
+        """The content id of all assigned rows. Raises `ArtifactError` if assign has not run."""
         return self.read("assignment/index.json", INDEX_FORMAT, IndexBody).body.rows_id
 
     def profiles(self) -> list[BatchProfile]:
-        """The batch profiles, one for each kind of device. Raises `ProfileError` where they were made for another plan
-        or model."""
+        """The batch profiles, one per kind of device. Raises `ProfileError` if they were made for another plan or
+        model."""
         profiles = self.read("batch_profile.json", PROFILE_FORMAT, ProfileBody).body.profiles
         for profile in profiles:
             profile.check_matches(plan_id=self.plan_id, model_id=self.model_id())
@@ -106,7 +106,7 @@ class Workspace:
 
     @cached_property
     def quarantine(self) -> Quarantine:
-        """Where this process names broken recordings, each once."""
+        """Where this process records broken recordings, each once."""
         return open_quarantine(self.store)
 
     def model_config(self) -> ModelConfig:
@@ -118,6 +118,6 @@ class Workspace:
         )
 
     def model_id(self) -> str:
-        """Names the model's shape: what a batch profile depends on. What is masked takes no memory."""
+        """The id of the model's shape, which a batch profile depends on. Masking takes no memory."""
         values = asdict(self.model_config())
         return content_id({name: value for name, value in values.items() if name != "spec_augment"})

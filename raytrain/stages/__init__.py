@@ -1,5 +1,5 @@
-"""The pipeline's stages in files of their names, each with `key` (what it depends on) and `run` (what it does).
+"""The pipeline's stages, one file each, with `key` (what the stage depends on) and `run` (what it does).
 
-A stage reads artifacts of the run folder, asks pure functions, hands dataclasses to one function in `cluster/`, and
-writes the artifact; it may import all rooms below. Open `pipeline.py` first: `STAGES` lists them in order.
+A stage reads artifacts from the run folder, calls pure functions, passes dataclasses to one function in `cluster/`, and
+writes its artifact; it may import all rooms below. Start with `pipeline.py`: `STAGES` lists the stages in order.
 """

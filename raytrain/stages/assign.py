@@ -44,8 +44,8 @@ def key(workspace: Workspace) -> object:
 
 
 def is_whole(workspace: Workspace) -> bool:
-    """Whether every chunk's note stands (who finds a part changed removes its note), audio that was missing still is,
-    and no more rows are bad than may be now."""
+    """Whether every chunk's note is present (the note of a changed part is removed), missing audio is still missing,
+    and the bad rows are within the current limit."""
     index = read_artifact(workspace.path(INDEX), INDEX_FORMAT, IndexBody).body
     names = workspace.store.names(f"{FOLDER}/parts", "*.json")
     stand = all(Path(note_name(chunk)).name in names for chunk in range(len(index.notes)))
@@ -103,7 +103,7 @@ def settings_of(config: Config) -> AssignSettings:
 
 
 def bad_rows(index: IndexBody) -> RejectedRows:
-    """The bad rows that an index names. What fits no bucket is not bad, unless there is nothing else."""
+    """The bad rows that an index lists. A row that fits no bucket is not bad, unless no row fits."""
     rows = RejectedRows(num_rows=index.rows + sum(index.rejected.values()))
     for entry in index.rejected_examples:
         if entry.reason in _BAD_ROWS or not index.rows:
@@ -112,6 +112,6 @@ def bad_rows(index: IndexBody) -> RejectedRows:
 
 
 def _assigned_corpora(index: IndexBody) -> set[str]:
-    """Corpora with rows in a bucket."""
+    """Corpora that have rows in a bucket."""
     corpus_of = [name for name, num_chunks in index.corpora for _ in range(num_chunks)]
     return {corpus_of[chunk] for rows in index.buckets for chunk, number in enumerate(rows) if number}

@@ -1,5 +1,5 @@
-"""The batch profile of a device: sizes that are predicted, confirmed by real steps where the device is there, and what
-is shown of them."""
+"""The batch profile of a device: predicted sizes, confirmed by real steps if the device is available, and how they are
+displayed."""
 
 from __future__ import annotations
 
@@ -28,9 +28,10 @@ Needs = list[tuple[float, float]]  # the predicted memory of each bucket's step:
 def find_profiles(
     workspace: Workspace, device: Device, kept: Path, on_progress: Progress, make_meter: MakeMeter = step_meter
 ) -> tuple[list[BatchProfile], ProbeOutcome | None]:
-    """The profiles of a device, one for each name of its GPUs, and what was probed (None where it is only named).
+    """The profiles of a device, one per GPU name, and the outcome of probing (None if the device is not in the
+    cluster).
 
-    A stopped search resumes with the answers in the file `kept`.
+    An interrupted search resumes with the answers in the file `kept`.
     """
     began = time.monotonic()
     config, plan, model = workspace.config, workspace.plan, workspace.model_config()
@@ -51,7 +52,7 @@ def find_profiles(
 
 
 def traced_profile(plan_id: str, setting: ProbeSetting, predictions: Sequence[Prediction]) -> BatchProfile:
-    """The profile that predictions alone make."""
+    """The profile from predictions alone."""
     return BatchProfile(
         plan_id=plan_id,
         setting=setting,
@@ -62,7 +63,7 @@ def traced_profile(plan_id: str, setting: ProbeSetting, predictions: Sequence[Pr
 
 
 def probe_job(config: Config, model: ModelConfig, plan: BucketPlan, device: Device, needs: Needs) -> ProbeJob:
-    """What probing processes are to find out."""
+    """The job for the probing processes."""
     section = config.oomptimize
     return ProbeJob(
         model=model,
@@ -91,7 +92,7 @@ def confirm(
 ) -> ProbeOutcome:
     """The outcome of probes on the device's GPUs.
 
-    Raises `ProfileError` where a process fails, and where not even one utterance of a bucket fits.
+    Raises `ProfileError` if a process fails, or if not even one utterance of a bucket fits.
     """
     outcome = probe_all(
         job,
@@ -109,7 +110,7 @@ def confirm(
 
 
 def _confirmed(traced: BatchProfile, outcome: ProbeOutcome, needs: Needs, plan: BucketPlan) -> BatchProfile:
-    """The profile with the outcome of probes."""
+    """The profile from the outcome of probing."""
     sizes, buckets = outcome.batch_sizes, outcome.buckets
     seconds = [bucket.seconds_at(size) for bucket, size in zip(buckets, sizes, strict=True)]
     durations = [bucket.max_duration_ms / 1000 for bucket in plan.grid.buckets]
@@ -131,7 +132,7 @@ def _confirmed(traced: BatchProfile, outcome: ProbeOutcome, needs: Needs, plan: 
 
 
 def probe_setting(config: Config, model_id: str, device: Device) -> ProbeSetting:
-    """Under what a device's sizes hold."""
+    """The conditions for which a device's sizes are valid."""
     import torch
 
     return ProbeSetting(
@@ -157,7 +158,7 @@ Cell = str | int | float | None
 
 
 def profile_table(plan: BucketPlan, profile: BatchProfile) -> list[dict[str, Cell]]:
-    """One row for each bucket: edges, batch size, and what was predicted and measured."""
+    """One row per bucket: edges, batch size, and the predicted and measured values."""
     rows = []
     for number, bucket in enumerate(plan.grid.buckets):
         row: dict[str, Cell] = {

@@ -25,7 +25,7 @@ def key(workspace: Workspace) -> object:
 
 
 def run(context: Context) -> str:
-    """Write `bucket_plan.json`, with the padding of several ways to batch."""
+    """Write `bucket_plan.json`, with the padding of several batching schemes."""
     workspace, config = context.workspace, context.config
     histogram = read_histogram(context.path(HISTOGRAM))
     histogram_id = workspace.statistics().histogram_id

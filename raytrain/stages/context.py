@@ -14,7 +14,7 @@ from raytrain.tracking.runs import RunTracking
 
 @dataclass(frozen=True)
 class Context:
-    """What a stage works with; `key` is the hash of all that it depends on."""
+    """What a stage works with; `key` is the hash of everything it depends on."""
 
     workspace: Workspace
     console: Console

@@ -1,4 +1,5 @@
-"""What batch sizes are for: the kinds of GPU in the cluster, or a device that is only named."""
+"""The devices that batch sizes are for: the kinds of GPU in the cluster, or a hypothetical device given by its
+memory."""
 
 from __future__ import annotations
 
@@ -14,9 +15,9 @@ GIB = 2**30
 
 @dataclass(frozen=True)
 class Device:
-    """GPUs of the cluster (`kinds`), or without them a device that is only named.
+    """GPUs of the cluster (`kinds`), or, if there are none, a hypothetical device.
 
-    There are several kinds where weights are sharded over all of them: sizes must then fit the smallest.
+    There are several kinds if weights are sharded over all of them: sizes must then fit the smallest.
     """
 
     name: str
@@ -25,15 +26,15 @@ class Device:
 
     @property
     def is_real(self) -> bool:
-        """Whether the cluster has it."""
+        """Whether the cluster has the device."""
         return bool(self.kinds)
 
     def budget(self, config: Config) -> int:
-        """Bytes that a training step may take."""
+        """Bytes that a training step may use."""
         return int(self.total_bytes * config.oomptimize.memory_fraction)
 
     def step_device(self, config: Config) -> str:
-        """The type of device that training steps run on: cuda or cpu."""
+        """The device type that training steps run on: cuda or cpu."""
         return "cuda" if self.is_real or config.train.device == "cuda" else "cpu"
 
 
@@ -43,24 +44,24 @@ def traced_device(total_bytes: int) -> Device:
 
 
 def find_devices(config: Config) -> list[Device]:
-    """The kinds of GPU in the nodes that are for training, or the named device where there is none.
+    """The kinds of GPU in the training nodes, or the configured hypothetical device if there are none.
 
-    Raises `ConfigError` with neither a GPU nor a named device, for an objective that needs a GPU's time, and where no
-    node is for training; `ClusterError` where torch can't use a node's GPUs.
+    Raises `ConfigError` if there is neither a GPU nor a configured device, if the objective requires timing on a GPU,
+    or if there is no training node; `ClusterError` if torch can't use a node's GPUs.
     """
     named = config.oomptimize.device_memory
     if config.train.device != "cpu" and has_gpus(Placement.train(config.cluster)):
         return _real_devices(config, find_gpus(Placement.train(config.cluster)))
     if named is None:
         raise ConfigError(
-            "there is no GPU here to measure memory on",
-            remedy="name the device to plan for, for example oomptimize.device_memory: 16GiB",
+            "no GPU is available to measure memory on",
+            remedy="set the memory of the device to plan for, for example oomptimize.device_memory: 16GiB",
         )
     if config.oomptimize.objective == "throughput":
         raise ConfigError(
             "oomptimize.objective: throughput needs a GPU",
-            why="without one the memory of a step is traced, but nobody knows its time",
-            remedy="set it to memory, or run where the GPUs are",
+            why="without one a step's memory can be traced, but not its duration",
+            remedy="set it to memory, or run on a cluster with GPUs",
         )
     return [traced_device(named)]
 
@@ -84,12 +85,12 @@ def _real_devices(config: Config, kinds: list[GpuKind]) -> list[Device]:
 
 
 def sharded_world(config: Config) -> int:
-    """Over how many workers the model's weights are spread, at the least; 1 where each has all of them."""
+    """The minimum number of workers that the model's weights are sharded over; 1 if they are not sharded."""
     return config.train.least_workers if config.train.shard else 1
 
 
 def probe_placements(config: Config, device: Device, num_buckets: int) -> list[Placement]:
-    """Where the probing processes run: one for each GPU, no more than there are buckets; one group for sharded
+    """Where the probing processes run: one per GPU, but no more than there are buckets; one group for sharded
     weights."""
     train = Placement.train(config.cluster)
     if sharded_world(config) > 1:

@@ -1,6 +1,6 @@
 """Stage `evaluate`: decode the test manifests on Ray Data (`raytrain.cluster.inference`) and score the hypotheses.
 
-A recording that can't be read gets an error instead of a hypothesis, is counted, and stays out of the scores.
+A recording that can't be read gets an error instead of a hypothesis; it is counted but excluded from the scores.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def run(context: Context) -> str:
     test = checked_split(context.workspace, "test")
     for reason, number in test.rejected.by_reason().items():
         context.console.warn(f"{number} test row(s) left out: {reason}")
-    for name in (SCORES, ERRORS):  # of other hypotheses than those that are written next
+    for name in (SCORES, ERRORS):  # they belong to earlier hypotheses
         context.workspace.store.discard(name)
     results = _transcribe(context, test)
     atomic_write_bytes(context.path(HYPOTHESES), b"".join(orjson.dumps(result) + b"\n" for result in results))
@@ -57,8 +57,8 @@ def run(context: Context) -> str:
         context.console.warn(f"{scores['unreadable']} recording(s) can't be read; hypotheses.jsonl says why")
     if scores["references_changed"]:
         context.console.warn(
-            f"{scores['references_changed']} of {len(results) - scores['unreadable']} references are compared as the "
-            "tokenizer's normalizer writes them; hypotheses.jsonl has both"
+            f"{scores['references_changed']} of {len(results) - scores['unreadable']} references are scored "
+            "as normalized by the tokenizer; hypotheses.jsonl has both forms"
         )
     return ", ".join(_summary(scores))
 
@@ -91,7 +91,7 @@ def transcribe_rows(config: Config, location: str, rows: list[Row]) -> Iterator[
     device = "auto" if config.train.device != "cpu" else "cpu"
     pool = find_pool(evaluate.num_workers, device, None, config.cluster)
     load = partial(load_run, config.model_dump(mode="json"), location, evaluate.checkpoint)
-    # Whole rows, as in training and validation: what is longer than a window is not cut here.
+    # Whole rows, as in training and validation: long recordings are not cut into windows here.
     job = Job(
         load,
         decode_settings(config),
@@ -142,7 +142,7 @@ def check_unreadable(results: Sequence[Result], limit: float) -> None:
         f"{len(unreadable)} of {len(results)} test recordings can't be read",
         got=f"{len(unreadable) / len(results):.2%}" if results else None,
         allowed=f"data.max_bad_fraction = {limit:.2%}, and at least one that can be read",
-        why="a score of what is left would not be the test's",
+        why="a score over the remaining recordings would not represent the test set",
         remedy="check data.test, data.root and that every worker sees the audio, or raise the limit; hypotheses.jsonl "
         "has the texts of the others" + "".join(f"\n  {result['error']}" for result in unreadable[:_NUM_EXAMPLES]),
     )

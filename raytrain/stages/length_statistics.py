@@ -1,4 +1,4 @@
-"""What `statistics.json` says of the counted lengths: totals, quantiles and speaking rates, by language and corpus."""
+"""The summary of lengths in `statistics.json`: totals, quantiles and speaking rates, by language and corpus."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _QUANTILES = (0.01, 0.25, 0.5, 0.75, 0.99, 1.0)
 
 
 def statistics_body(counts: Counts, corpora: Sequence[str], unknown: Sequence[UnknownPieces]) -> dict[str, Any]:
-    """What `statistics.json` holds, but for the histogram's id."""
+    """The contents of `statistics.json`, except the histogram's id."""
     histograms = {group: histogram.total() for group, histogram in sorted(counts.groups.items())}
     total = LengthHistogram.sum(list(histograms.values()))
     return {
@@ -62,7 +62,7 @@ def _sum_of(
     source: str | None = None,
     target: str | None = None,
 ) -> LengthHistogram:
-    """The sum of the groups with these values; None stands for all."""
+    """The sum of the groups with these values; None matches all."""
     wanted = (corpus, source, target)
     chosen = [
         histogram

@@ -1,8 +1,9 @@
 """Stage `oomptimize`: the largest batch of every bucket that fits the memory budget, predicted and then confirmed.
 
-Sizes are predicted by tracing (`predicted_sizes`). Where there are GPUs, a process on each of them then runs real steps
-(`raytrain.cluster.probing`): searches that start at the prediction and narrow each other, timing of smaller batches,
-and a soak that mixes all buckets as training does. Each kind of GPU in the cluster gets a profile (`batch_profiles`).
+Sizes are predicted by tracing (`predicted_sizes`). If there are GPUs, a process on each of them then runs real steps
+(`raytrain.cluster.probing`): searches that start at the prediction and narrow each other's bounds, timing of smaller
+batches, and a soak that mixes all buckets as training does. Each kind of GPU in the cluster gets its own profile
+(`batch_profiles`).
 """
 
 from __future__ import annotations
@@ -37,12 +38,12 @@ def key(workspace: Workspace) -> object:
         [train.average_decay is not None, train.accumulate > 1, train.shard],
         workspace.plan_id,
         workspace.model_id(),
-        device_names(config),  # sizes of another device would waste memory or run out of it
+        device_names(config),  # another device's sizes would waste memory or run out of it
     ]
 
 
 def run(context: Context) -> str:
-    """Write `batch_profile.json`, and a table for each kind of device."""
+    """Write `batch_profile.json`, and a table per kind of device."""
     workspace = context.workspace
     workspace.store.refresh(_PROBES)
     profiles: list[BatchProfile] = []
@@ -65,7 +66,7 @@ def tracing_progress(console: Console) -> Iterator[Callable[[str, int, int], Non
 
 
 def _track(context: Context, profile: BatchProfile, outcome: ProbeOutcome | None) -> None:
-    """Curves over buckets, a table, what each part took, and a run for each bucket with its probes as steps."""
+    """Log curves over buckets, a table, the seconds of each part, and a run per bucket with its probes as steps."""
     rows, tracker, device = profile_table(context.workspace.plan, profile), context.tracker, profile.setting.device_name
     _write_table(context, rows, device)
     for number, row in enumerate(rows):
@@ -101,5 +102,5 @@ def _probe_metrics(probe: Probe) -> dict[str, float]:
 
 
 def seconds_by_part(seconds: Mapping[str, float]) -> str:
-    """What the parts of a search took, for a person: those of several processes overlap."""
+    """The seconds of each part of a search, as text; parts of several processes overlap."""
     return ", ".join(f"{part} {spent:.1f} s" for part, spent in seconds.items() if spent >= 0.05)

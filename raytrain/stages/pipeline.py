@@ -1,8 +1,8 @@
-"""The pipeline: stages in order, each run only where its settings or inputs changed.
+"""The pipeline: stages in order, each run only if its settings or inputs changed.
 
-A stage has a key: a hash of the settings it reads and the ids of the artifacts it reads. `stages.json` keeps
-each finished stage's key and the ids of what it wrote. The same key and the same files mean there is nothing
-to do; and a stage that runs again but writes what it wrote before leaves the stages after it alone.
+A stage has a key: a hash of the settings and the ids of the artifacts it reads. `stages.json` keeps each finished
+stage's key and the ids of its outputs. If the key and the files are unchanged there is nothing to do, and a stage that
+runs again but writes the same output does not invalidate later stages.
 """
 
 from __future__ import annotations
@@ -35,9 +35,9 @@ _STATE = "stages.json"
 
 @dataclass(frozen=True)
 class Stage:
-    """`key` names what the stage depends on (JSON values), with `key_names_gpus` also the cluster's GPUs; `run` does
-    it; `outputs` are files it writes, by name or pattern; `is_whole` tells whether what these name is as it was.
-    `resumes` tells whether the stage continues what it did the last time."""
+    """`key` returns what the stage depends on (JSON values), including the cluster's GPUs if `key_names_gpus` is set;
+    `run` runs it; `outputs` are the files it writes, by name or pattern; `is_whole` checks that the outputs are intact;
+    `resumes` checks whether the stage can continue an earlier attempt."""
 
     name: str
     needs: tuple[str, ...]
@@ -93,21 +93,21 @@ STAGE_NAMES = tuple(stage.name for stage in STAGES)
 
 @dataclass(frozen=True)
 class StageRecord:
-    """What `stages.json` keeps of a finished stage: its key, and the ids of its outputs by name."""
+    """A finished stage's entry in `stages.json`: its key, and the ids of its outputs by name."""
 
     key: str
     outputs: dict[str, str]
 
 
-Records = Mapping[str, StageRecord]  # by the stage's name
+Records = Mapping[str, StageRecord]  # by stage name
 
 
 @owning
 def run_pipeline(config: Config, console: Console, names: tuple[str, ...] = STAGE_NAMES) -> list[str]:
     """Run the named stages that are not up to date; returns the names of those that ran.
 
-    Raises `ArtifactError` where a stage that is not among `names` has not run before, and `OwnedError` where another
-    process owns the run folder, unless it is told to `take_over`.
+    Raises `ArtifactError` if an earlier stage that is not among `names` has not run, and `OwnedError` if another
+    process owns the run folder, unless `take_over` is set.
     """
     store = RunStore(config.run_location, config.run.cache_size)
     store.sync()
@@ -115,8 +115,8 @@ def run_pipeline(config: Config, console: Console, names: tuple[str, ...] = STAG
     resolved = yaml.safe_dump(redacted(config.model_dump(mode="json")), sort_keys=False)
     atomic_write_bytes(run_dir / "config.yaml", resolved.encode())
     store.share("config.yaml")
-    # Ray starts with the first stage that needs it and stays until the last: each start costs seconds, and a shutdown
-    # in mid-run can catch a thread of Ray Data or Tune that still asks for something, which ends the process.
+    # Ray starts with the first stage that needs it and stays up until the last: each start costs seconds, and a
+    # shutdown in mid-run can catch a thread of Ray Data or Tune that still calls Ray, which kills the process.
     with RunTracking(config, run_dir) as tracking, contextlib.ExitStack() as ray:
         pipeline = _Pipeline(config, console, store, tracking, ray, names)
         ran = [stage.name for stage in STAGES if stage.name in names and pipeline.refresh(stage)]
@@ -126,7 +126,7 @@ def run_pipeline(config: Config, console: Console, names: tuple[str, ...] = STAG
 
 
 class _Pipeline:
-    """The stages `names` of one run folder."""
+    """Runs the stages `names` of one run folder."""
 
     def __init__(
         self,
@@ -143,22 +143,22 @@ class _Pipeline:
         self._done = read_stages(self._run_dir)
 
     def refresh(self, stage: Stage) -> bool:
-        """Run a stage where it is not up to date; whether it ran."""
+        """Run a stage if it is not up to date; returns whether it ran."""
         config = self._config
         if not stage.applies(config):
-            self._console.say(f"  {stage.name} is left out: with data.stream training reads the corpora as they are")
+            self._console.say(f"  {stage.name} is skipped: with data.stream, training reads the corpora directly")
             return False
         _check_needs(stage, config, self._done)
         kept = {name: record for name, record in self._done.items() if name not in self._names}
         _check_unchanged(stage, self._run_dir, kept)
-        workspace = Workspace(config, self._run_dir)  # artifacts may have changed since the stage before
+        workspace = Workspace(config, self._run_dir)  # the previous stage may have changed artifacts
         if stage.key_names_gpus and may_train_on_gpus(config):
             self._ray.enter_context(ray_session(config.cluster))
         key = content_id({"stage": stage.name, "depends_on": stage.key(workspace)})
         if _is_current(self._run_dir, stage, self._done.get(stage.name), key) and stage.is_whole(workspace):
             self._console.skipped(stage.name)
             return False
-        # From here on the old result is void; a stage that is stopped half-way runs again.
+        # From here on the old result is invalid; a stage that is interrupted runs again.
         self._done.pop(stage.name, None)
         _write_state(self._store, self._done)
         self._run(stage, Context(workspace, self._console, self._tracking, key))
@@ -182,14 +182,14 @@ def _check_needs(stage: Stage, config: Config, done: Records) -> None:
     missing = [name for name in stage.needs if name not in done and name not in left_out]
     if missing:
         raise ArtifactError(
-            f"{stage.name} needs what {', '.join(missing)} would have written to {config.run_location}",
+            f"{stage.name} needs the output of {', '.join(missing)} in {config.run_location}",
             remedy=f"run `raytrain {missing[0]}` with this configuration first, or `raytrain run` for all stages",
         )
 
 
 def _check_unchanged(stage: Stage, run_dir: Path, records: Records) -> None:
-    """Raise `ArtifactError` where a file is no longer what a stage before this one wrote. `records` are those of stages
-    that do not run now; one that does writes its files anew."""
+    """Raise `ArtifactError` if a file is no longer what an earlier stage wrote. `records` are those of stages that do
+    not run now; the others rewrite their files."""
     for writer in (before.name for before in STAGES[: STAGES.index(stage)] if before.name in records):
         for name, identity in records[writer].outputs.items():
             if not _is_same(run_dir / name, identity):
@@ -203,7 +203,7 @@ def _check_unchanged(stage: Stage, run_dir: Path, records: Records) -> None:
 def _is_same(path: Path, identity: str) -> bool:
     try:
         return file_id(path) == identity
-    except (OSError, ValueError):  # ValueError: a name that no file can have
+    except (OSError, ValueError):  # ValueError: an invalid file name
         return False
 
 
@@ -214,7 +214,7 @@ def _is_current(run_dir: Path, stage: Stage, record: StageRecord | None, key: st
 
 
 def _has_all(outputs: Mapping[str, str], stage: Stage) -> bool:
-    """Whether a record names every file that the stage writes, and some file for each of its patterns."""
+    """Whether a record names every file that the stage writes, and at least one file per pattern."""
     return all(fnmatch.filter(outputs, name) for name in stage.outputs)
 
 
@@ -225,13 +225,13 @@ def _identities(run_dir: Path, stage: Stage) -> dict[str, str]:
 
 
 def read_stages(run_dir: Path) -> dict[str, StageRecord]:
-    """The finished stages' records by name; none where they can't be read, and all run again."""
+    """The finished stages' records by name; empty if they can't be read, in which case all stages run again."""
     records = read_state(run_dir / _STATE, dict[str, StageRecord]) or {}
     return {name: StageRecord(record["key"], record["outputs"]) for name, record in records.items()}
 
 
 def write_stages(run_dir: Path, records: Records) -> None:
-    """Write the records as `read_stages` reads them."""
+    """Write the records that `read_stages` reads."""
     atomic_write_bytes(run_dir / _STATE, canonical_json({name: asdict(record) for name, record in records.items()}))
 
 

@@ -1,5 +1,5 @@
-"""Plans that can be looked at before anything runs: policies side by side, batch sizes of a GPU that need not be there,
-and the schedule. Nothing is written."""
+"""Plans to inspect before anything runs: policies side by side, batch sizes for a GPU that need not be present, and the
+schedule. Nothing is written."""
 
 from __future__ import annotations
 
@@ -24,18 +24,18 @@ from raytrain.training.memory.prediction import Prediction
 
 
 def compare_plans(config: Config) -> list[PolicyRow]:
-    """Policies side by side on the run's histogram. Raises `ArtifactError` where statistics have not run."""
+    """Policies side by side on the run's histogram. Raises `ArtifactError` if statistics has not run."""
     workspace = Workspace(config, config.run_dir)
     workspace.store.fetch(HISTOGRAM)
     path = workspace.path(HISTOGRAM)
     if not path.exists():
-        raise ArtifactError(f"{path} is missing", remedy="run raytrain statistics first")
+        raise ArtifactError(f"{path} is missing", remedy="run `raytrain statistics` first")
     return compare_policies(read_histogram(path), config.buckets, cost_of(workspace.model_config()))
 
 
 @dataclass(frozen=True)
 class DryBucket:
-    """A bucket's batch size by prediction, and what is live at the peak of its step by phase and by module (MiB)."""
+    """A bucket's predicted batch size, and the live memory at its step's peak, by phase and by module (MiB)."""
 
     bucket: int
     max_duration_ms: int
@@ -49,9 +49,9 @@ class DryBucket:
 
 
 def plan_dry(config: Config, console: Console, device_memory: int) -> list[DryBucket]:
-    """Batch sizes for a GPU of `device_memory` bytes that need not be there, bucket by bucket.
+    """Batch sizes for a GPU of `device_memory` bytes that need not be present, bucket by bucket.
 
-    Raises `ArtifactError` where there is no bucket plan yet, and `ProfileError` where not even 1 fits.
+    Raises `ArtifactError` if there is no bucket plan yet, and `ProfileError` if not even one utterance fits.
     """
     workspace = Workspace(config, config.run_dir)
     kind = "cpu" if config.train.device == "cpu" else "cuda"
@@ -85,7 +85,7 @@ def _in_mib(sizes: Mapping[str, int]) -> dict[str, float]:
 
 @dataclass(frozen=True)
 class ScheduledCorpus:
-    """How often an epoch goes through a corpus with so many assigned rows."""
+    """How often an epoch repeats a corpus, and its number of assigned rows."""
 
     corpus: str
     rows: int
@@ -97,12 +97,12 @@ def describe_schedule(
 ) -> tuple[list[ScheduledCorpus], Simulation | None]:
     """Rows and repeats of each corpus, and `steps` simulated steps (None for 0) with the first batch profile.
 
-    Raises `ArtifactError` where assign or oomptimize have not run, and `ConfigError` for a stream.
+    Raises `ArtifactError` if assign or oomptimize has not run, and `ConfigError` for a stream.
     """
     if config.data.stream is not None:
         raise ConfigError(
-            "a stream has no schedule to describe",
-            why="its batches are what is in the buffer when they are drawn",
+            "a stream has no schedule",
+            why="its batches depend on the buffer's contents when they are drawn",
             remedy="unset data.stream and run assign",
         )
     workspace = Workspace(config, config.run_dir)

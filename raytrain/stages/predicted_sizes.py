@@ -1,4 +1,4 @@
-"""Batch sizes by prediction: training steps are traced on meta tensors, bucket by bucket, on Ray Data's workers."""
+"""Predicted batch sizes: training steps are traced on meta tensors, bucket by bucket, on Ray Data's workers."""
 
 from __future__ import annotations
 
@@ -35,14 +35,14 @@ def predict_buckets(
     budget: int,
     max_size: int,
 ) -> list[Prediction]:
-    """Predictions for a few buckets; runs on a worker, which keeps what it learns for the next."""
+    """Predictions for a few buckets; runs on a worker, which caches traces for the next call."""
     import torch
 
     torch.set_num_threads(1)
     key = content_id([asdict(model), asdict(train), precision, device_type, budget])
     if key not in _TRACERS:
         _TRACERS.clear()
-        # Of the numbers of workers that training may have, the one in which a rank takes most.
+        # The permitted number of workers for which a rank needs the most memory.
         world_size = train.least_workers if train.shard else train.most_workers
         tracer = StepTracer(model, train, precision=precision, world_size=world_size, device_type=device_type)
         _TRACERS[key] = tracer, NeighborLines()
@@ -63,7 +63,7 @@ def predict(
     on_progress: Progress,
     device_type: str | None = None,
 ) -> list[Prediction]:
-    """A prediction for each bucket. Raises `ProfileError` where not even one utterance fits."""
+    """A prediction per bucket. Raises `ProfileError` if not even one utterance fits."""
     kind = device_type or device.step_device(config)
     edges = edges_of(plan)
     function = partial(
@@ -92,7 +92,7 @@ def edges_of(plan: BucketPlan) -> list[Edges]:
 
 
 def _bytes_with_checkpointing(config: Config, function: Callable[..., list[Prediction]], edges: Edges) -> int | None:
-    """What one utterance of a bucket needs with activation checkpointing, None where that is on."""
+    """What one utterance of a bucket needs with activation checkpointing; None if that is already on."""
     if config.train.activation_checkpointing:
         return None
     saving = partial(function, train=replace(config.train, activation_checkpointing=True))
@@ -101,7 +101,8 @@ def _bytes_with_checkpointing(config: Config, function: Callable[..., list[Predi
 
 
 def _at_least(number: int, predictions: Sequence[Prediction], edges: Sequence[Edges]) -> Prediction:
-    """A bucket's prediction, with what a bucket of longer edges can take: traces end a little below the largest."""
+    """A bucket's prediction, raised to what a bucket with longer edges can hold: traces stop slightly below the
+    maximum."""
     prediction, (duration, tokens) = predictions[number], edges[number]
     size = max(
         longer.batch_size or 0
@@ -123,10 +124,10 @@ def does_not_fit(
     alternative: int | None = None,
     why: str | None = None,
 ) -> ProfileError:
-    """The error that not even one utterance of a bucket fits; with activation checkpointing it would need the
-    `alternative`."""
+    """The error for a bucket in which not even one utterance fits; with activation checkpointing it would need
+    `alternative` bytes."""
     budget = device.budget(config)
-    remedies = ["lower buckets.max_duration_ms or buckets.max_tokens", "take a smaller model"]
+    remedies = ["lower buckets.max_duration_ms or buckets.max_tokens", "use a smaller model"]
     if not config.train.activation_checkpointing:
         saved = f" (it then needs {alternative / GIB:.2f} GiB)" if alternative else ""
         remedies.insert(0, f"set train.activation_checkpointing: true{saved}")

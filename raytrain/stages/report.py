@@ -1,4 +1,4 @@
-"""Stage `report`: one HTML page of what the stages before it wrote."""
+"""Stage `report`: one HTML page about the output of the earlier stages."""
 
 from __future__ import annotations
 

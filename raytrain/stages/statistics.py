@@ -1,4 +1,4 @@
-"""Stage `statistics`: train the tokenizer where none is given, then count lengths, rejected rows and unknown pieces.
+"""Stage `statistics`: train the tokenizer if none is given, then count lengths, rejected rows and unknown pieces.
 
 Corpora are cut into chunks (byte ranges, shards), which workers count (`raytrain.cluster.counting`).
 """
@@ -48,7 +48,7 @@ def key(workspace: Workspace) -> object:
 
 
 def is_whole(workspace: Workspace) -> bool:
-    """Whether audio that was missing still is."""
+    """Whether missing audio is still missing."""
     return not came_back(workspace.statistics().rejected_examples)
 
 
@@ -95,13 +95,15 @@ def _warn(context: Context, counts: Counts, unknown: list[UnknownPieces]) -> Non
     warn_of_unused_corpora(context, {corpus.name for corpus in context.config.data.train} - used)
     if unknown:
         listing = listing_of(unknown)
-        context.console.warn(f"the tokenizer can't write all characters of the texts, nor will a model:{listing}")
+        context.console.warn(
+            f"the tokenizer can't encode all characters of the texts, so a model can't produce them:{listing}"
+        )
     for entry in counts.contradicted.summary():
         _warn_of_audio(context, entry, counts.probed[entry.corpus])
 
 
 def _warn_of_audio(context: Context, contradicted: RejectedExamples, probed: int) -> None:
-    """What the headers of the sample say against the manifests."""
+    """Warn where the sample's audio headers contradict the manifests."""
     first = contradicted.first[0]
     what = "are shorter than their rows say" if contradicted.reason == SHORT else "can't be read"
     context.console.warn(
@@ -121,7 +123,7 @@ def make_tokenizer(
 ) -> CanaryTokenizer:
     """Load the configured tokenizer, or train one per language on a sample of the training texts; save it in `folder`.
 
-    `on_chunks` is told of chunks as they are sampled. Raises `ManifestError` as `check_bad_rows` does.
+    `on_chunks` is called as chunks are sampled. Raises `ManifestError` as `check_bad_rows` does.
     """
     section = config.tokenizer
     if section.path:
@@ -147,7 +149,7 @@ def _given_tokenizer(path: Path, prompt_format: str, folder: Path) -> CanaryToke
         tokenizer = CanaryTokenizer.load(path)
     else:
         tokenizer = CanaryTokenizer(load_model(path).tokenizers)
-    # A tokenizer of the other prompt format lacks tokens: an error now is better than one for every row.
+    # A tokenizer for another prompt format lacks tokens: one error now is better than one per row.
     language = tokenizer.languages[0]
     prompt_ids(tokenizer, language, language, prompt_format=prompt_format)
     tokenizer.save(folder)
@@ -155,11 +157,11 @@ def _given_tokenizer(path: Path, prompt_format: str, folder: Path) -> CanaryToke
 
 
 def check_bad_rows(counts: Counts, config: Config, usable: int) -> None:
-    """Raise `ManifestError` that names the first bad lines where more than `data.max_bad_fraction` of all rows are bad
-    or none is `usable`.
+    """Raise `ManifestError`, naming the first bad lines, if more than `data.max_bad_fraction` of all rows are bad or no
+    row is `usable`.
 
-    Rows whose audio can't be read count as bad, since training would replace them: of a corpus' usable rows the least
-    share that the sample, whose headers were read, makes sure of.
+    Rows whose audio can't be read count as bad, since training would replace them: their share of a corpus' usable rows
+    is a lower bound estimated from the sample whose headers were read.
     """
     bad = RejectedRows(num_rows=counts.num_rows.total())
     bad.merge(counts.rejected)

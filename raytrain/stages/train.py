@@ -1,4 +1,4 @@
-"""Stage `train`: plan the training from the artifacts, run it on the cluster, note the checkpoints at its end."""
+"""Stage `train`: plan the training from the artifacts, run it on the cluster, and record its final checkpoints."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ _LOWERED = "batch_profile_lowered.json"
 
 @dataclass(frozen=True)
 class TrainingPlan:
-    """What is trained: the `lineage` of its checkpoints, what each of them records as `meta`, and the checkpoint that
-    it resumes from, None where it begins."""
+    """A training plan: the `lineage` of its checkpoints, the `meta` that each of them records, and the checkpoint it
+    resumes from (None for a fresh start)."""
 
     lineage: str
     meta: CheckpointMeta
@@ -37,7 +37,7 @@ class TrainingPlan:
 
     @property
     def step(self) -> int:
-        """Steps that were done before."""
+        """Steps completed earlier."""
         return self.checkpoint.step if self.checkpoint else 0
 
 
@@ -47,15 +47,15 @@ def key(workspace: Workspace) -> object:
 
 
 def resumes(workspace: Workspace) -> bool:
-    """Whether training has checkpoints of these settings to resume from."""
+    """Whether there is a checkpoint with these settings to resume from."""
     newest = workspace.checkpoints().about("newest")
     return newest is not None and newest.lineage == training_lineage(workspace)
 
 
 def plan_training(workspace: Workspace, lineage: str, newest: Checkpoint | None) -> TrainingPlan:
-    """The plan of a training that resumes from the `newest` checkpoint, if there is any.
+    """The plan of a training that resumes from the `newest` checkpoint, if there is one.
 
-    Raises `CheckpointError` where that is of another lineage.
+    Raises `CheckpointError` if its lineage differs.
     """
     if newest is not None:
         newest.check_lineage(lineage)
@@ -67,7 +67,9 @@ def run(context: Context) -> str:
     workspace = context.workspace
     lineage = training_lineage(workspace)
     if set_aside_stale(workspace, lineage):
-        context.console.say("  settings changed: training starts from scratch, the old checkpoints are in previous/")
+        context.console.say(
+            "  settings changed: training starts from scratch, the old checkpoints were moved to previous/"
+        )
     plan = plan_training(workspace, lineage, _newest_checkpoint(context, lineage))
     if plan.checkpoint is not None:
         context.console.say(f"  training resumes from step {plan.step}")
@@ -98,7 +100,7 @@ def _newest_checkpoint(context: Context, lineage: str) -> Checkpoint | None:
 
 
 def _gather(context: Context) -> None:
-    """Bring what the workers wrote beside checkpoints."""
+    """Fetch what the workers wrote besides checkpoints."""
     lowered, store = context.path(_LOWERED), context.workspace.store
     if lowered.exists():
         context.tracker.log_artifact(lowered)
@@ -106,12 +108,12 @@ def _gather(context: Context) -> None:
     gather_quarantine(store)
     if broken := num_quarantined(context.path(QUARANTINE)):
         context.console.warn(
-            f"{broken} recording(s) can't be read (quarantine.jsonl names them); in training others take their place"
+            f"{broken} recording(s) can't be read (quarantine.jsonl names them); training replaces them with others"
         )
 
 
 def _checkpoints_of(folder: CheckpointFolder, lineage: str) -> tuple[Checkpoint, Checkpoint]:
-    """The last and the best checkpoint of a training that is over."""
+    """The last and the best checkpoint of a finished training."""
     last = folder.about("newest")
     if last is None:
         raise TrainingError("training ended without a checkpoint", remedy="see the messages above")
@@ -123,7 +125,7 @@ def _checkpoints_of(folder: CheckpointFolder, lineage: str) -> tuple[Checkpoint,
 
 @contextlib.contextmanager
 def _training_progress(context: Context, step: int) -> Iterator[Callable[[Mapping[str, float]], None]]:
-    """A progress bar from `step` on, and the function that takes lines of metrics for it."""
+    """A progress bar that starts at `step`; yields the function that receives lines of metrics."""
     total, monitor = context.config.train.max_steps, DataWaitMonitor(_data_path(context.config))
     with context.console.progress("training", total) as update:
         update(completed=step)
@@ -133,7 +135,7 @@ def _training_progress(context: Context, step: int) -> Iterator[Callable[[Mappin
             shown.update({name: line[name] for name in _SHOWN_METRICS if name in line})
             text = "training  " + "  ".join(f"{name} {value:.3f}" for name, value in shown.items())
             update(completed=line["step"], text=text)
-            # The lines of a run that resumes come first.
+            # When a run resumes, its earlier lines come first.
             if line["step"] > step and (warning := monitor.check(line)) is not None:
                 context.console.warn(warning)
 

@@ -1,4 +1,4 @@
-"""Which texts the tokenizer can't write, and where they are too many."""
+"""Which texts the tokenizer can't encode, and whether there are too many."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ _NUM_CHARACTERS, _NUM_SHOWN = 40, 10
 
 @dataclass(frozen=True)
 class UnknownPieces:
-    """Of a corpus' texts in a language: their `tokens`, how many are `unknown` and which `fraction` that is, and the
-    most frequent `characters` that the tokenizer can't write as (character, times)."""
+    """Counts for a corpus' texts in a language: their `tokens`, how many are `unknown` and what `fraction` that is, and
+    the most frequent `characters` that the tokenizer can't encode, as (character, count)."""
 
     corpus: str
     language: str
@@ -31,7 +31,7 @@ class UnknownPieces:
 
 
 def unknown_pieces(counts: Counts) -> list[UnknownPieces]:
-    """Corpora and languages with texts that the tokenizer can't write, the worst first."""
+    """Corpora and languages with texts that the tokenizer can't encode, worst first."""
     groups = []
     for (corpus, language), unknown in counts.unknown.items():
         characters = sorted(counts.characters[corpus, language].items(), key=lambda entry: (-entry[1], entry[0]))
@@ -42,12 +42,12 @@ def unknown_pieces(counts: Counts) -> list[UnknownPieces]:
 
 
 def listing_of(groups: Sequence[UnknownPieces]) -> str:
-    """A line for each group, after a line break."""
+    """One line per group, each after a line break."""
     return "".join(f"\n  {group}" for group in groups)
 
 
 def check_unknown(unknown: Sequence[UnknownPieces], section: TokenizerSection) -> None:
-    """Raise `ManifestError` where more than `max_unknown_fraction` of the tokens of a corpus' texts in a language are
+    """Raise `ManifestError` if more than `max_unknown_fraction` of the tokens in a corpus' texts in a language are
     unknown pieces."""
     limit = section.max_unknown_fraction
     bad = [group for group in unknown if group.fraction > limit]
@@ -57,16 +57,16 @@ def check_unknown(unknown: Sequence[UnknownPieces], section: TokenizerSection) -
     further = f"\n  and {len(bad) - _NUM_SHOWN} more" if len(bad) > _NUM_SHOWN else ""
     if section.path:
         remedy = (
-            "write the texts as those that the tokenizer was trained on (lower case, the same script), leave out rows "
-            "in another language, or take a tokenizer that has these characters: one with byte_fallback, or one that "
+            "normalize the texts like those that the tokenizer was trained on (lower case, same script), remove rows "
+            "in other languages, or use a tokenizer that has these characters: one with byte_fallback, or one that "
             "is trained on these texts (unset tokenizer.path)"
         )
     else:
         remedy = "raise tokenizer.max_sentences, fix the texts"
     raise ManifestError(
-        f"the tokenizer can't write the texts of corpus {bad[0].corpus} in {bad[0].language}",
+        f"the tokenizer can't encode the texts of corpus {bad[0].corpus} in {bad[0].language}",
         got=f"{bad[0].fraction:.2%} unknown pieces",
         allowed=f"tokenizer.max_unknown_fraction = {limit:.2%}",
-        why="a model learns nothing of characters that the tokenizer has no piece for",
+        why="a model can't learn characters that the tokenizer has no piece for",
         remedy=f"{remedy}, or allow more:{listing}{further}",
     )

@@ -1,4 +1,4 @@
-"""Messages on rows and corpora that training can't use, as `statistics` and `assign` count them."""
+"""Messages about rows and corpora that training can't use, as counted by `statistics` and `assign`."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ _NUM_FILES = 3
 
 
 def show_rejected(context: Context, rejected: Iterable[RejectedExamples]) -> None:
-    """A table of rejected rows by corpus and reason, with the first of each."""
+    """Print a table of rejected rows by corpus and reason, with the first example of each."""
     rows = []
     for entry in rejected:
         first = entry.first[0]
@@ -21,7 +21,7 @@ def show_rejected(context: Context, rejected: Iterable[RejectedExamples]) -> Non
 
 
 def warn_of_unused_corpora(context: Context, names: set[str]) -> None:
-    """Warn of corpora without a usable row, which neither their weights nor the report show."""
+    """Warn about corpora without a usable row, which neither their weights nor the report would reveal."""
     for corpus in context.config.data.corpora("train"):
         if corpus.name in names:
             files = ", ".join(corpus.paths[:_NUM_FILES])

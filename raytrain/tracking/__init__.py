@@ -1,7 +1,7 @@
-"""Experiment tracking behind a protocol: numbers go to JSON lines first, then to MLflow.
+"""Experiment tracking behind a protocol: metrics go to JSON lines first, then to MLflow.
 
-Nothing reads back from a tracking server. Open `base.py` first (the protocol), then `runs.py` (a pipeline's runs) and
-`mlflow.py`, the only file that imports MLflow.
+Nothing is read back from a tracking server. Start with `base.py` (the protocol), then read `runs.py` (a pipeline's
+runs) and `mlflow.py`, the only file that imports MLflow.
 """
 
 from raytrain.tracking.base import (

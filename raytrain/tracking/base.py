@@ -1,4 +1,4 @@
-"""Where numbers go: a small protocol, and trackers that drop everything, write JSON lines, or pass on to several."""
+"""The tracker protocol, and trackers that drop everything, write JSON lines, or forward to several trackers."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from typing import Any, Protocol
 
 from raytrain.storage.artifacts import is_count, is_number, lines_of, make_folder, storage_error
 
-Line = dict[str, Any]  # `step` and `time_s`, and numbers by name, of which a loss may be NaN or None
+Line = dict[str, Any]  # `step`, `time_s`, and metrics by name; a loss may be NaN or None
 
 
 @dataclass(frozen=True)
 class MlflowRun:
-    """A run on an MLflow server that another process is to write into; see `MlflowTracker.open`."""
+    """A run on an MLflow server that another process will write to; see `MlflowTracker.open`."""
 
     tracking_uri: str
     experiment: str
@@ -25,19 +25,19 @@ class MlflowRun:
 
 
 class Tracker(Protocol):
-    """Takes the numbers and files of a run. No method raises because a server is unavailable."""
+    """Receives a run's metrics and files. No method raises because a server is unavailable."""
 
     def log_params(self, params: Mapping[str, object]) -> None:
-        """Settings, once."""
+        """Log settings, once."""
 
     def log_metrics(self, metrics: Mapping[str, float], step: int, seconds: float) -> None:
-        """Numbers at an optimizer step and at a training time."""
+        """Log metrics at an optimizer step and a training time."""
 
     def log_artifact(self, path: Path) -> None:
-        """A file worth keeping with the run."""
+        """Log a file worth keeping with the run."""
 
     def close(self, status: str = "FINISHED") -> None:
-        """Write what is left; `status` is FINISHED or FAILED."""
+        """Write what is still pending; `status` is FINISHED or FAILED."""
 
 
 class NullTracker:
@@ -53,7 +53,7 @@ class NullTracker:
         """Drop it."""
 
     def close(self, status: str = "FINISHED") -> None:
-        """Nothing is open."""
+        """Nothing to close."""
 
 
 class JsonLinesTracker(NullTracker):
@@ -68,7 +68,7 @@ class JsonLinesTracker(NullTracker):
         self._path = path
 
     def log_metrics(self, metrics: Mapping[str, float], step: int, seconds: float) -> None:
-        """Append one line. Raises `StorageError` where the disk is full."""
+        """Append one line. Raises `StorageError` if the disk is full."""
         line = {"step": step, "time_s": round(seconds, 3), **metrics}
         try:
             self._file.write(json.dumps(line).encode() + b"\n")
@@ -82,15 +82,15 @@ class JsonLinesTracker(NullTracker):
 
 
 def read_metrics(path: Path) -> list[Line]:
-    """The lines of `JsonLinesTracker` that are whole, each with `step` and numbers; [] without the file.
+    """The complete lines of a `JsonLinesTracker`, each with `step` and metrics; [] if there is no file.
 
-    A writer that was killed leaves half a line, and a damaged disk worse ones: these are left out.
+    Partial or damaged lines, left by a killed writer or a bad disk, are skipped.
     """
     return [line for line in map(metrics_of, lines_of(path)) if line is not None]
 
 
 def metrics_of(line: bytes) -> Line | None:
-    """One line of `JsonLinesTracker`, None where it is not one."""
+    """One line of a `JsonLinesTracker`, or None if it is not valid."""
     try:
         values = json.loads(line)
     except (ValueError, RecursionError):
@@ -102,7 +102,7 @@ def metrics_of(line: bytes) -> Line | None:
 
 
 class MultiTracker:
-    """Passes everything on to several trackers in order."""
+    """Forwards everything to several trackers in order."""
 
     def __init__(self, *trackers: Tracker) -> None:
         self.trackers = trackers

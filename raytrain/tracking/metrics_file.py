@@ -1,4 +1,4 @@
-"""The run's `metrics.jsonl`: written by training's rank 0, cut back to the checkpoint that training resumes from, and
+"""The run's `metrics.jsonl`: written by training's rank 0, truncated to the checkpoint that training resumes from, and
 followed by the driver."""
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ _FOLLOW_SECONDS, _FOLLOW_REMOTE_SECONDS = 0.5, 3.0
 
 @contextlib.contextmanager
 def metrics_log(store: RunStore, step: int, mlflow: MlflowRun | None) -> Iterator[Log]:
-    """A function that logs metrics, a step and seconds of training to the run's metrics file, from `step` on, and to an
-    MLflow run, if there is one."""
+    """A function that logs metrics, a step and seconds of training to the run's metrics file, starting at `step`, and
+    to an MLflow run, if there is one."""
     path = store.growing_file(METRICS)
     if store.is_remote:
         path.unlink(missing_ok=True)
@@ -32,7 +32,7 @@ def metrics_log(store: RunStore, step: int, mlflow: MlflowRun | None) -> Iterato
     keep_metrics_until(path, step)
     trackers: list[Tracker] = [JsonLinesTracker(path)]
     if mlflow:
-        from raytrain.tracking.mlflow import MlflowTracker  # its imports take seconds
+        from raytrain.tracking.mlflow import MlflowTracker  # importing it takes seconds
 
         server = MlflowTracker.open(**asdict(mlflow))
         trackers.append(server)
@@ -53,12 +53,12 @@ def no_log() -> Iterator[Log]:
 
 
 def keep_metrics_until(path: Path, step: int) -> None:
-    """Drop lines past the step that training resumes from; they will be written again."""
+    """Drop lines after the step that training resumes from; they will be written again."""
     if not path.exists():
         return
     kept = []
     for line in lines_of(path):
-        metrics = metrics_of(line)  # a killed writer leaves half a line
+        metrics = metrics_of(line)  # a killed writer may leave a partial line
         if metrics is not None and metrics["step"] <= step:
             kept.append(line)
     atomic_write_bytes(path, b"".join(kept))
@@ -67,7 +67,7 @@ def keep_metrics_until(path: Path, step: int) -> None:
 @contextlib.contextmanager
 def follow_metrics(store: RunStore, on_metrics: Callable[[dict[str, Any]], None]) -> Iterator[None]:
     """Call `on_metrics` for each new line of the run's metrics while the body runs."""
-    last = (-1, False)  # a step's validation comes after its other metrics
+    last = (-1, False)  # a step's validation follows its other metrics
 
     def read() -> None:
         nonlocal last

@@ -1,8 +1,9 @@
 """MLflow behind a queue: training never waits for the tracking server and never fails because of it.
 
-One background thread sends what the queue holds. When the server does not answer, it warns once, keeps what it could
-not send and tries again, opening the run included; only what a full queue can't take is lost (metrics.jsonl has it
-all). What the server or the disk refuses (a missing artifact, a changed parameter) costs that item only.
+One background thread sends the queue's entries. When the server does not answer, it warns once, keeps unsent entries
+and retries, including opening the run; only entries that do not fit in a full queue are lost (metrics.jsonl has
+everything). If the server or the disk refuses an entry (a missing artifact, a changed parameter), only that entry is
+lost.
 
     tracker = MlflowTracker.open(tracking_uri="sqlite:////runs/a/mlflow.db", experiment="raytrain", run_name="a")
     child = MlflowTracker.open(..., run_name="train", parent_run_id=tracker.run_id)
@@ -37,12 +38,12 @@ _LOG = logging.getLogger("raytrain.tracking")
 _RETRY_SECONDS = 30.0
 _SYSTEM_SECONDS = 10.0
 _CLOSE_SECONDS = 20.0
-_LAST_TRIES_SECONDS = 8.0  # of those, for an unavailable server
+_LAST_TRIES_SECONDS = 8.0  # of those, spent on an unavailable server
 _MAX_QUEUED = 10_000
 _MAX_BATCH = 500  # metrics in one request; the server takes 1000
 _UNAVAILABLE = "MLflow is unavailable (%s); metrics.jsonl keeps everything"
-_DAMAGED = "MLflow's database is damaged (%s); move it away, and a new one is made; metrics.jsonl keeps everything"
-# The server is there and said no: the next item may well go through.
+_DAMAGED = "MLflow's database is damaged (%s); move it away to have a new one created; metrics.jsonl keeps everything"
+# The server answered with a refusal: the next entry may succeed.
 _REFUSALS = {"INVALID_PARAMETER_VALUE", "BAD_REQUEST", "RESOURCE_DOES_NOT_EXIST", "RESOURCE_ALREADY_EXISTS"}
 
 
@@ -51,18 +52,18 @@ class _End:
     status: str
 
 
-# Metrics, which may share a request, a call, or the end.
+# Metrics (which may share a request), a call, or the end marker.
 _Item: TypeAlias = "list[Metric] | Callable[[], object] | _End | None"
 
 
 class MlflowTracker:
-    """One MLflow run. Made by `open`; `run_id` is None where the server was unavailable at that time."""
+    """One MLflow run, created by `open`; `run_id` is None if the server was unavailable at that time."""
 
     def __init__(self, connect: Callable[[], tuple[MlflowClient, str, dict[str, int]]], patience: float = 0.0) -> None:
-        """`connect` returns client, run id and the last step of each metric; it may raise and is tried again, for
-        `patience` seconds before this returns."""
+        """`connect` returns the client, the run id and the last step of each metric; if it raises it is retried, for up
+        to `patience` seconds before this returns."""
         self._connect = connect
-        self._client: Any = None  # an `MlflowClient` once that the run is open
+        self._client: Any = None  # an `MlflowClient` once the run is open
         self.run_id: str | None = None
         self._last_steps: dict[str, int] = {}
         self._queue: queue.Queue[_Item] = queue.Queue(_MAX_QUEUED)
@@ -70,7 +71,7 @@ class MlflowTracker:
         self._given_up = False
         self._warned: set[str] = set()
         self._closed = threading.Event()
-        self._insist(lambda: None)  # opens the run here, so that a child can name its parent
+        self._insist(lambda: None)  # opens the run now, so that children can refer to it
         self._give_up_at = math.inf
         self._thread = threading.Thread(target=self._send, name="mlflow", daemon=True)
         self._thread.start()
@@ -88,9 +89,9 @@ class MlflowTracker:
         system_metrics: bool = False,
         patience: float = 0.0,
     ) -> MlflowTracker:
-        """Start a run, or resume `run_id` where it is on the server; metrics up to the steps already there are not
-        sent again. With `system_metrics` this machine's CPU, memory, disk, network and GPU load too, every ten seconds.
-        A server that does not answer is asked again for `patience` seconds; after that the run is opened in the
+        """Start a run, or resume `run_id` if the server has it; metrics up to the steps already there are not sent
+        again. With `system_metrics`, also log this machine's CPU, memory, disk, network and GPU load every ten seconds.
+        A server that does not answer is retried for `patience` seconds; after that the run is opened in the
         background."""
         os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
         os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "5")
@@ -112,7 +113,7 @@ class MlflowTracker:
         return tracker
 
     def log_params(self, params: Mapping[str, object]) -> None:
-        """Flat settings, without secrets; values are cut at MLflow's limit."""
+        """Log flat settings, with secrets redacted; values are truncated to MLflow's limit."""
         from mlflow.entities import Param
 
         entries = [Param(str(key), redacted(str(value))[:500]) for key, value in params.items()]
@@ -121,11 +122,11 @@ class MlflowTracker:
             self._put(functools.partial(self._send_batch, params=part))
 
     def log_metrics(self, metrics: Mapping[str, float], step: int, seconds: float) -> None:
-        """Numbers by step; WER also by wall time, as `wer_by_second`."""
+        """Log metrics by step; WER also by wall time, as `wer_by_second`."""
         from mlflow.entities import Metric
 
         now = int(time.time() * 1000)
-        # A None would raise here, in the training loop; MLflow has no use for one.
+        # A None would raise here, in the training loop, and MLflow can't store it.
         new = {
             key: float(value)
             for key, value in metrics.items()
@@ -137,7 +138,7 @@ class MlflowTracker:
         self._put(points)
 
     def catch_up(self, lines: Iterable[Mapping[str, Any]]) -> None:
-        """Log what `metrics.jsonl` has and the run has not: a process that was killed may not have sent all."""
+        """Log the metrics in `metrics.jsonl` that the run lacks: a killed process may not have sent everything."""
         if self._client is None:
             return
         for line in lines:
@@ -150,7 +151,7 @@ class MlflowTracker:
         self._put(lambda: self._client.log_artifact(self.run_id, str(path)))
 
     def _watch_system(self, tracking_uri: str) -> None:
-        """MLflow's own monitor would end with the first request that fails; its readings go through the queue here."""
+        """MLflow's own monitor would stop at the first failed request, so its readings go through the queue."""
         from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
 
         monitor = SystemMetricsMonitor(self.run_id, tracking_uri=with_credentials(tracking_uri))
@@ -190,13 +191,13 @@ class MlflowTracker:
         while not ended:
             points: list[Metric] = []
             item = self._queue.get()
-            # Take all waiting metrics into one request; anything else keeps its position in the order.
+            # Combine all pending metrics into one request; other entries keep their order.
             while isinstance(item, list):
                 points += item
                 full = len(points) >= _MAX_BATCH
                 item = None if full or self._queue.empty() else self._queue.get()
             if points:
-                # Sent twice, because an answer was lost, a point is the same point to MLflow.
+                # If a response was lost and a point is sent twice, MLflow treats it as the same point.
                 self._insist(functools.partial(self._send_batch, metrics=points))
             if isinstance(item, _End):
                 ended = True
@@ -211,7 +212,8 @@ class MlflowTracker:
         self._client.set_terminated(self.run_id, status)
 
     def _insist(self, call: Callable[[], object]) -> None:
-        """Call until the server accepts or refuses it, or it is time to give up, at the end on all later items too."""
+        """Call until the server accepts or refuses, or until time runs out; at the end, also give up on all later
+        entries."""
         wait = 0.5
         while not self._given_up and not self._try(call):
             if time.monotonic() > self._give_up_at:
@@ -221,7 +223,7 @@ class MlflowTracker:
             wait = min(2 * wait, _RETRY_SECONDS)
 
     def _try(self, call: Callable[[], object]) -> bool:
-        """Whether the server accepted or refused it."""
+        """Whether the server answered, by accepting or refusing."""
         try:
             if self._client is None:
                 self._client, self.run_id, self._last_steps = self._connect()
@@ -233,7 +235,7 @@ class MlflowTracker:
                 return True
             if (damage := _damage(error)) is not None:
                 self._warn(_short(damage), _DAMAGED)
-                self._given_up = True  # it will be no better later
+                self._given_up = True  # retrying would not help
                 return False
             self._warn(_short(error))
             return False
@@ -246,13 +248,13 @@ class MlflowTracker:
 
 
 def _damage(error: BaseException | None) -> sqlite3.DatabaseError | None:
-    """What SQLite says of a file that is not a database, or a damaged one; None for any other error."""
+    """SQLite's message about a damaged file or one that is not a database; None for any other error."""
     seen: set[int] = set()
     while error is not None and id(error) not in seen:
         seen.add(id(error))
-        original = getattr(error, "orig", None)  # SQLAlchemy's errors hold the database's
+        original = getattr(error, "orig", None)  # SQLAlchemy's errors wrap the database's
         for candidate in (error, original):
-            # Of its kinds, an OperationalError may pass: a lock, a full disk.
+            # An OperationalError may be temporary: a lock, a full disk.
             if type(candidate) is sqlite3.DatabaseError:
                 return candidate
         error = error.__cause__ or error.__context__
@@ -260,7 +262,7 @@ def _damage(error: BaseException | None) -> sqlite3.DatabaseError | None:
 
 
 def _is_resumed(client: MlflowClient, run_id: str) -> bool:
-    """Whether a run is on the server, and runs again. It is not after the database was moved away."""
+    """Whether a run is on the server and was set to running again; false after the database was moved away."""
     from mlflow.exceptions import MlflowException
 
     try:
@@ -279,7 +281,7 @@ def _last_steps(client: MlflowClient, run_id: str) -> dict[str, int]:
 
 def _start_run(client: MlflowClient, experiment: str, run_name: str, parent: str | None, location: str | None) -> str:
     existing = client.get_experiment_by_name(experiment)
-    # Else its pages open as those of a chat application, without the list of runs.
+    # Otherwise the UI opens in its chat application view, without the list of runs.
     kind = {"mlflow.experimentKind": "custom_model_development"}
     experiment_id = existing.experiment_id if existing else client.create_experiment(experiment, location, tags=kind)
     tags = {"mlflow.parentRunId": parent} if parent else {}

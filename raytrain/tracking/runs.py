@@ -1,4 +1,4 @@
-"""MLflow for a pipeline: one parent run, a child run per stage; nothing reads back from it."""
+"""MLflow for a pipeline: one parent run and a child run per stage; nothing is read back from it."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ _PATIENCE_SECONDS = 60.0
 
 
 def tracking_uri(config: Config, run_dir: Path) -> str:
-    """The configured server, or an absolute SQLite address: workers have other current folders.
+    """The configured server, or an absolute SQLite URI, since workers have different working directories.
 
-    Its credentials are hidden, for it is written to files; `MlflowTracker` finds them in the environment.
+    Credentials are removed because the URI is written to files; `MlflowTracker` finds them in the environment.
     """
     return _server(config) or f"sqlite:///{run_dir / 'mlflow.db'}"
 
@@ -36,7 +36,7 @@ def _server(config: Config) -> str:
 
 @dataclass(frozen=True)
 class RunNote:
-    """What `mlflow_run.json` keeps: the server, the run's id there, and those of its stages."""
+    """The body of `mlflow_run.json`: the server, the run's id there, and those of its stages."""
 
     uri: str
     run_id: str
@@ -62,7 +62,7 @@ class RunTracking:
 
     @contextlib.contextmanager
     def stage(self, name: str, resumes: bool = False) -> Iterator[None]:
-        """A child run around a stage, the run of its last time where it `resumes`; FAILED where the body raises."""
+        """Context with a child run for a stage, reusing the previous run if it `resumes`; FAILED if the body raises."""
         if not self._config.tracking.enabled:
             yield
             return
@@ -86,12 +86,12 @@ class RunTracking:
 
     @property
     def child_id(self) -> str | None:
-        """The current stage's run, None without tracking."""
+        """The current stage's run, or None without tracking."""
         return self._child_id
 
     @contextlib.contextmanager
     def trial(self, name: str) -> Iterator[Tracker]:
-        """A run below the stage's, for one of its trials."""
+        """A child run of the stage's run, for one of its trials."""
         if self._child_id is None:
             yield NullTracker()
             return
@@ -102,7 +102,7 @@ class RunTracking:
             tracker.close()
 
     def training_run(self) -> MlflowRun | None:
-        """The current child run, for rank 0 to write into; None without tracking."""
+        """The current child run, for rank 0 to write to; None without tracking."""
         if self._child_id is None:
             return None
         uri, experiment = tracking_uri(self._config, self._run_dir), self._config.tracking.experiment
@@ -118,7 +118,7 @@ class RunTracking:
         return parent
 
     def _note(self) -> RunNote | None:
-        """Ids of this run folder's runs on the configured server, by which they are resumed."""
+        """Ids of this run folder's runs on the configured server, used to resume them."""
         values = read_state(self._run_dir / RUN_NOTE, RunNote)
         if not values or values["uri"] != tracking_uri(self._config, self._run_dir):
             return None
@@ -141,7 +141,7 @@ class RunTracking:
             run_id=run_id,
             parent_run_id=parent,
             artifact_location=location,
-            # A server that has these runs already is expected to come back.
+            # A server that already has these runs is expected to recover.
             patience=_PATIENCE_SECONDS if run_id or parent else 0.0,
         )
 

@@ -1,4 +1,4 @@
-"""The command line as a process of its own, and what they leave behind."""
+"""The command line in a separate process, and what commands leave behind."""
 
 import os
 import subprocess

@@ -1,4 +1,4 @@
-"""A signal ends a command in time with its exit code, one sentence, and nothing left, whatever the command does."""
+"""A signal ends any command in time with its exit code, one message, and nothing left behind."""
 
 import os
 import random
@@ -66,9 +66,9 @@ def test_every_command_ends(body, number):
     child = psutil.Process(int(process.stdout.readline().split()[1]))
     time.sleep(0.3)  # until it is in its body
     process.send_signal(number)
-    _, said = process.communicate(timeout=20)
+    _, output = process.communicate(timeout=20)
     assert process.returncode == 128 + number
-    assert said == "stopped; run the same command again to resume\n"
+    assert output == "stopped; run the same command again to resume\n"
     assert not child.is_running() or child.status() == psutil.STATUS_ZOMBIE
 
 
@@ -87,8 +87,8 @@ def test_a_second_signal_ends_at_once():
     assert process.stdout.readline() == "on\n"
     time.sleep(0.3)
     process.send_signal(signal.SIGINT)
-    _, said = process.communicate(timeout=10)
-    assert process.returncode == 130 and said.count("stopped") == 1
+    _, output = process.communicate(timeout=10)
+    assert process.returncode == 130 and output.count("stopped") == 1
 
 
 def stop_stage(stage: str, seconds: float, number: int, corpus, root) -> None:
@@ -101,15 +101,15 @@ def stop_stage(stage: str, seconds: float, number: int, corpus, root) -> None:
     if process.poll() is None:
         process.send_signal(number)
     began = time.monotonic()
-    _, said = process.communicate(timeout=30)
-    assert process.returncode == 128 + number, said
-    assert time.monotonic() - began < 12 and said.endswith("stopped; run the same command again to resume\n")
-    assert "Traceback" not in said
+    _, output = process.communicate(timeout=30)
+    assert process.returncode == 128 + number, output
+    assert time.monotonic() - began < 12 and output.endswith("stopped; run the same command again to resume\n")
+    assert "Traceback" not in output
     left = []
-    for one in psutil.process_iter():
+    for candidate in psutil.process_iter():
         try:
-            if one.environ().get("STOPPED") == mark and one.status() != psutil.STATUS_ZOMBIE:
-                left.append(one)
+            if candidate.environ().get("STOPPED") == mark and candidate.status() != psutil.STATUS_ZOMBIE:
+                left.append(candidate)
         except psutil.Error:
             pass
     assert not left

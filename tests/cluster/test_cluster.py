@@ -1,7 +1,7 @@
 """Nodes that share nothing but S3 and a tracking server, and what goes wrong in the middle of a pipeline.
 
 One pipeline runs undisturbed. Another one loses a node while it assigns and one while it trains, its driver is killed
-twice, S3 refuses in both stages, and the tracking server once. Both must come to the same.
+twice, S3 refuses in both stages, and the tracking server once. Both must give the same results.
 """
 
 import json

@@ -1,4 +1,4 @@
-"""The operators' files in configs/cluster/: they parse, say what they have to, and the Slurm script runs."""
+"""The operators' files in configs/cluster/: they parse, contain the required settings, and the Slurm script runs."""
 
 import json
 import os
@@ -24,13 +24,13 @@ LOCK = dict(line.split("==") for line in (ROOT / "requirements.lock").read_text(
 @pytest.fixture(scope="module")
 def kuberay() -> dict[str, dict]:
     """The documents of the KubeRay file by kind."""
-    return {one["kind"]: one for one in yaml.safe_load_all((FILES / "kuberay-rayjob.yaml").read_text())}
+    return {document["kind"]: document for document in yaml.safe_load_all((FILES / "kuberay-rayjob.yaml").read_text())}
 
 
 def groups(kuberay: dict) -> dict[str, dict]:
     """Head and worker groups by name."""
     spec = kuberay["RayJob"]["spec"]["rayClusterSpec"]
-    return {"head": spec["headGroupSpec"]} | {one["groupName"]: one for one in spec["workerGroupSpecs"]}
+    return {"head": spec["headGroupSpec"]} | {group["groupName"]: group for group in spec["workerGroupSpecs"]}
 
 
 def test_kuberay_job_is_retried_and_leaves_nothing(kuberay):
@@ -52,13 +52,13 @@ def test_kuberay_pods(kuberay, name):
     resources = container["resources"]
     assert resources["requests"] == resources["limits"]
     assert pod["securityContext"]["runAsNonRoot"] and not container["securityContext"]["allowPrivilegeEscalation"]
-    environment = {one["name"]: one for one in container["env"]}
+    environment = {entry["name"]: entry for entry in container["env"]}
     assert environment["RAY_memory_monitor_refresh_ms"]["value"] == "0"
-    for secret, one in environment.items():
+    for secret, entry in environment.items():
         if re.search("KEY|PASSWORD|SECRET|TOKEN|USERNAME", secret):
-            assert "secretKeyRef" in one["valueFrom"] and "value" not in one
-    volumes = {one["name"]: one for one in pod["volumes"]}
-    mounts = {one["mountPath"]: volumes[one["name"]] for one in container["volumeMounts"]}
+            assert "secretKeyRef" in entry["valueFrom"] and "value" not in entry
+    volumes = {entry["name"]: entry for entry in pod["volumes"]}
+    mounts = {entry["mountPath"]: volumes[entry["name"]] for entry in container["volumeMounts"]}
     assert mounts["/dev/shm"]["emptyDir"]["medium"] == "Memory"
     sizes = mounts["/dev/shm"]["emptyDir"]["sizeLimit"], resources["limits"]["memory"]
     shm, memory = (int(size.removesuffix("Gi")) for size in sizes)
@@ -77,9 +77,9 @@ def test_kuberay_configuration_is_one(kuberay):
     spec = kuberay["RayJob"]["spec"]
     pod = spec["rayClusterSpec"]["headGroupSpec"]["template"]["spec"]
     assert {"name": "config", "configMap": {"name": kuberay["ConfigMap"]["metadata"]["name"]}} in pod["volumes"]
-    (place,) = [one["mountPath"] for one in pod["containers"][0]["volumeMounts"] if one["name"] == "config"]
-    assert spec["entrypoint"] == f"python -m pipelines.run --config {place}/config.yaml"
-    # All GPUs that the group may come to are of use.
+    (mount_path,) = [mount["mountPath"] for mount in pod["containers"][0]["volumeMounts"] if mount["name"] == "config"]
+    assert spec["entrypoint"] == f"python -m pipelines.run --config {mount_path}/config.yaml"
+    # All GPUs that the group may scale to can be used.
     gpu = groups(kuberay)["gpu"]
     each = int(gpu["template"]["spec"]["containers"][0]["resources"]["limits"]["nvidia.com/gpu"])
     assert config.train.most_workers == each * gpu["maxReplicas"]
@@ -100,32 +100,32 @@ def test_ray_up_fits_rays_own_schema():
     assert "--env RAY_AUTH_MODE=token" in options and "--env RAY_memory_monitor_refresh_ms=0" in options
     assert config["file_mounts"]["/home/ray/.ray/auth_token"] == "~/.ray/auth_token"
     assert "--dashboard-host=127.0.0.1" in config["head_start_ray_commands"][1]
-    # Where none is named Ray makes one that is open to SSH from everywhere.
+    # If none is named, Ray creates one that is open to SSH from everywhere.
     assert head["node_config"]["SecurityGroupIds"] == gpu["node_config"]["SecurityGroupIds"]
 
 
 def instructions(path: Path) -> list[tuple[str, str]]:
     """A Dockerfile's instructions with their arguments."""
-    text = re.sub(r"\\\n", " ", "\n".join(one for one in path.read_text().splitlines() if not one.startswith("#")))
+    text = re.sub(r"\\\n", " ", "\n".join(line for line in path.read_text().splitlines() if not line.startswith("#")))
     return [tuple(line.split(maxsplit=1)) for line in text.splitlines() if line.strip()]
 
 
 def test_dockerfile_is_made_of_the_lock_file():
-    found = instructions(FILES / "Dockerfile")
-    ((_, base),) = [one for one in found if one[0] == "FROM"]
+    steps = instructions(FILES / "Dockerfile")
+    ((_, base),) = [step for step in steps if step[0] == "FROM"]
     assert re.fullmatch(r"python:3\.11\.\d+-slim-\w+", base)  # Ray needs the same x.y.z everywhere
     ignored = (FILES / "Dockerfile.dockerignore").read_text().split("\n")
-    for name, arguments in found:
+    for name, arguments in steps:
         if name in ("COPY", "ADD"):
             *sources, _ = arguments.split()
             for source in sources:
                 source = source.removeprefix("./")
                 assert (ROOT / source).exists()
                 assert f"!{source}" in ignored
-    commands = " ".join(arguments for name, arguments in found if name == "RUN")
+    commands = " ".join(arguments for name, arguments in steps if name == "RUN")
     assert "pip install --no-cache-dir -r requirements.lock" in commands
     assert "torch" not in commands and "ray==" not in commands  # one place has their versions
-    assert [arguments for name, arguments in found if name == "USER"][-1] == "ray"
+    assert [arguments for name, arguments in steps if name == "USER"][-1] == "ray"
     assert not re.search(r"(KEY|PASSWORD|SECRET|TOKEN)=", (FILES / "Dockerfile").read_text())
     assert f"torch=={LOCK['torch']}" in (ROOT / "pyproject.toml").read_text()
 
@@ -193,18 +193,18 @@ def test_slurm_script_makes_a_cluster_of_two_nodes_and_ends_it(corpus, tmp_path)
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)
         _, left = psutil.wait_procs(processes_of(job), timeout=10)
-        for one in left:
-            one.kill()
+        for process in left:
+            process.kill()
         shutil.rmtree(f"/tmp/ray-{job}", ignore_errors=True)
     steps = seen.read_text().splitlines()
     assert steps[0].startswith("node-1 ") and steps[1].startswith("node-2 ") and len(steps) == 2
     assert (tmp_path / "seen.run").read_text() == f"run --config {config} --set train.max_steps=5\n1\n"
     report = json.loads((tmp_path / "seen.doctor").read_text())
-    failed = {one["name"] for one in report["checks"] if one["status"] == "fail"}
+    failed = {entry["name"] for entry in report["checks"] if entry["status"] == "fail"}
     assert failed <= {"shared memory", "temp folder", "cache folder", "open files"}  # these are the machine's
-    assert len(report["nodes"]) == 2 and sum(one["is_head"] for one in report["nodes"]) == 1
-    by_name = {one["name"]: one for one in report["checks"]}
-    assert by_name["Jobs API"]["seen"].endswith("asks for the token") and by_name["authentication"]["status"] == "ok"
+    assert len(report["nodes"]) == 2 and sum(entry["is_head"] for entry in report["nodes"]) == 1
+    by_name = {entry["name"]: entry for entry in report["checks"]}
+    assert by_name["Jobs API"]["seen"].endswith("requires the token") and by_name["authentication"]["status"] == "ok"
     assert all(node["storage"]["sees_driver"] and node["memory_monitor"] == "0" for node in report["nodes"])
     assert by_name["MLflow"]["status"] == "warn"  # a file, and two nodes
     assert not left
@@ -212,8 +212,8 @@ def test_slurm_script_makes_a_cluster_of_two_nodes_and_ends_it(corpus, tmp_path)
 
 def processes_of(job: int) -> list[psutil.Process]:
     """Those of the job's Ray, by the folder that they name."""
-    found = []
+    matches = []
     for process in psutil.process_iter(["cmdline"]):
-        if any(f"/tmp/ray-{job}/" in one for one in process.info["cmdline"] or ()):
-            found.append(process)
-    return found
+        if any(f"/tmp/ray-{job}/" in argument for argument in process.info["cmdline"] or ()):
+            matches.append(process)
+    return matches

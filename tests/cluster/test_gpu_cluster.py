@@ -46,7 +46,7 @@ def commands(config: str, manifest: str, root: Path) -> list[dict]:
     def stage(name: str, *options: str) -> tuple[str, ...]:
         return (name, "--config", config, *options)
 
-    one = on("a100", train__num_workers="[1, 2]", train__max_steps=8)
+    single_gpu = on("a100", train__num_workers="[1, 2]", train__max_steps=8)
     mixed = on("in(h100, a100)", train__num_workers=3, train__shard="true", train__max_steps=10)
     return [
         command("run", *stage("run")),
@@ -66,8 +66,8 @@ def commands(config: str, manifest: str, root: Path) -> list[dict]:
         command("doctor", "doctor", "--config", config),
         command("too many", *stage("train", *on("h100", train__num_workers=5))),
         command("busy", *stage("train", *on("h100", train__max_steps=7)), busy=True, interrupt_at="waiting for other"),
-        command("one GPU: sizes", *stage("oomptimize", *one)),
-        command("one GPU: train", *stage("train", *one)),
+        command("one GPU: sizes", *stage("oomptimize", *single_gpu)),
+        command("one GPU: train", *stage("train", *single_gpu)),
         command("mixed: sizes", *stage("oomptimize", *mixed)),
         command("mixed: train", *stage("train", *mixed)),
         command("tune", *stage("tune", *on("h100", train__num_workers=1, train__max_steps=2))),
@@ -104,7 +104,7 @@ def results(corpus, tmp_path_factory) -> dict:
 
 def profiles(results: dict, name: str) -> dict[str, dict]:
     """The batch profiles after a command, by the GPU's name."""
-    return {one["setting"]["device_name"]: one for one in results[name]["profiles"]}
+    return {single_gpu["setting"]["device_name"]: single_gpu for single_gpu in results[name]["profiles"]}
 
 
 def said(results: dict, name: str) -> str:
@@ -128,13 +128,13 @@ def test_batch_transcription_runs_on_gpus(results):
 
 
 def test_the_doctor_counts_room_where_training_runs(results):
-    assert "the 4 workers of training fit (1 CPU, 1 GPU each)" in said(results, "doctor")
+    assert "all 4 training workers fit (1 CPU, 1 GPU each)" in said(results, "doctor")
     assert "torch sees 0" not in said(results, "doctor")
 
 
 def test_more_workers_than_gpus_is_an_error_at_once(results):
     assert results["too many"]["code"] == 1
-    assert "more training workers than the cluster has room for (1 CPU, 1 GPU each); got 5" in said(results, "too many")
+    assert "does not have room for that many training workers (1 CPU, 1 GPU each); got 5" in said(results, "too many")
 
 
 def test_gpus_that_torch_can_not_use_are_named_with_the_reason(results):

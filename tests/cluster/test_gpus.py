@@ -17,7 +17,7 @@ A100, H100 = Device("cuda", "cuda:0", "A100", 40 * GIB), Device("cuda", "cuda:0"
 
 @pytest.fixture
 def answers(monkeypatch):
-    """Says what each node answers."""
+    """Replaces each node's answer."""
 
     def set_answers(**by_node):
         monkeypatch.setattr(

@@ -40,12 +40,12 @@ def test_ray_data_gives_the_batches_of_the_threads(prepared):
         expected = list(batches)
     state = expected[2].state.to_dict()
     with RayBatches(workspace, RankInput(sizes, state, [1], 2, world_size=2)) as batches:
-        found = list(batches)
-    assert len(found) == len(expected) - 3 > 3
-    for one, other in zip(found, expected[3:], strict=True):
-        assert (one.plan, one.state, one.is_last) == (other.plan, other.state, other.is_last)
-        assert one.samples_by_corpus == other.samples_by_corpus
-        for mine, theirs in zip(one.batch.tensors(), other.batch.tensors(), strict=True):
+        steps = list(batches)
+    assert len(steps) == len(expected) - 3 > 3
+    for actual, reference in zip(steps, expected[3:], strict=True):
+        assert (actual.plan, actual.state, actual.is_last) == (reference.plan, reference.state, reference.is_last)
+        assert actual.samples_by_corpus == reference.samples_by_corpus
+        for mine, theirs in zip(actual.batch.tensors(), reference.batch.tensors(), strict=True):
             assert torch.equal(mine, theirs) and mine.dtype == theirs.dtype
 
 
@@ -106,7 +106,7 @@ def test_training_on_a_stream_needs_no_assignment_and_resumes(corpus, tmp_path, 
     assert run_pipeline(check_config(values(8)), Console(quiet=True), ("train",)) == ["train"]
     kept = CheckpointFolder(config.run_dir / "checkpoints", 2).newest()
     assert kept.step == 8 and sum(steps for _, steps in kept.meta["schedule"]["segments"]) == 8
-    # The stream goes on where it was: the same rows as in one go.
+    # The stream resumes where it was, with the same rows as without interruption.
     workspace = Workspace(config, config.run_dir)
     sizes = workspace.profiles()[0].batch_sizes
     whole = [step.state for step in islice(make_stream(workspace, sizes, 2).steps(StreamState()), 8)]

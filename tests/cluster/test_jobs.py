@@ -47,7 +47,7 @@ def test_a_submitted_stage_leaves_its_artefact_and_no_secret(head, written, tmp_
     from ray.job_submission import JobSubmissionClient
 
     arguments = ["submit", "statistics", "--config", str(written), "--address", head, "--python", sys.executable]
-    # RAY_ADDRESS would win over the address in Ray's own client.
+    # RAY_ADDRESS would override the address in Ray's own client.
     set_by_others = tuple(name for name in os.environ if name.startswith(("AWS_", "RAYTRAIN_")))
     done = call(
         *arguments,
@@ -126,11 +126,11 @@ def test_ctrl_c_ends_the_following_and_stop_the_job(head, tmp_path):
     try:
         assert any("begun" in line for line in follower.stdout)
         follower.send_signal(signal.SIGINT)
-        _, said = follower.communicate(timeout=30)
+        _, output = follower.communicate(timeout=30)
     finally:
         follower.kill()
     assert follower.returncode == 130
-    assert f"raytrain stop {name}" in said and f"raytrain logs --follow {name}" in said
+    assert f"raytrain stop {name}" in output and f"raytrain logs --follow {name}" in output
     assert Jobs(head).get(name).state == "RUNNING"
     done = CliRunner().invoke(app, ["stop", name, "--address", head])
     assert f"{name} is STOPPED" in done.stderr
@@ -150,13 +150,13 @@ def test_without_the_token_the_server_refuses_and_the_error_says_so(head, tmp_pa
 
 def test_an_unknown_job_is_named(head):
     done = call("logs", "nobody", "--address", head)
-    assert done.returncode == 1 and "knows no job nobody" in done.stderr and "Traceback" not in done.stderr
+    assert done.returncode == 1 and "has no job nobody" in done.stderr and "Traceback" not in done.stderr
 
 
 def test_no_server_and_no_jobs_server_are_told_apart():
     with pytest.raises(ClusterError, match="no Jobs server answers at http://127.0.0.1:1;"):
         Jobs("http://127.0.0.1:1")
-    with serving(b"<html>hello</html>") as (address, _), pytest.raises(ClusterError, match="is no Jobs server"):
+    with serving(b"<html>hello</html>") as (address, _), pytest.raises(ClusterError, match="is not a Jobs server"):
         Jobs(address)
     with pytest.raises(ClusterError, match="begins with http"):
         Jobs("ray://127.0.0.1:10001")
@@ -165,11 +165,11 @@ def test_no_server_and_no_jobs_server_are_told_apart():
 def test_a_server_that_asks_for_no_token_gets_none_and_is_warned_of(monkeypatch):
     monkeypatch.setenv("RAY_AUTH_TOKEN", "t" * 64)
     monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
-    said = []
+    messages = []
     with serving(json.dumps({"ray_version": "2.60.0"}).encode()) as (address, headers):
-        Jobs(address, said.append)
-    assert headers and all("Authorization" not in one for one in headers)
-    assert len(said) == 1 and "run code there" in said[0]
+        Jobs(address, messages.append)
+    assert headers and all("Authorization" not in header for header in headers)
+    assert len(messages) == 1 and "can run code as its user" in messages[0]
 
 
 class serving:
@@ -223,16 +223,16 @@ def test_only_named_secrets_go_along(tmp_path):
         "HF_TOKEN": "t",
         "OTHER": "1",
     }
-    found = submission.variables([], here)
-    assert found.values == {"AWS_REGION": "eu-north-1", "RAYTRAIN_DATA_ROOT": "/data"}
-    assert found.secret == () and set(found.kept) == {
+    passed = submission.variables([], here)
+    assert passed.values == {"AWS_REGION": "eu-north-1", "RAYTRAIN_DATA_ROOT": "/data"}
+    assert passed.secret == () and set(passed.kept) == {
         "AWS_ENDPOINT_URL",
         "MLFLOW_TRACKING_URI",
         "AWS_SECRET_ACCESS_KEY",
     }
-    found = submission.variables(["AWS_SECRET_ACCESS_KEY", "MODE=x=y", "RAYTRAIN_DATA_ROOT=s3://b"], here)
-    assert found.values["AWS_SECRET_ACCESS_KEY"] == SECRET and found.secret == ("AWS_SECRET_ACCESS_KEY",)
-    assert (found.values["MODE"], found.values["RAYTRAIN_DATA_ROOT"]) == ("x=y", "s3://b")
+    passed = submission.variables(["AWS_SECRET_ACCESS_KEY", "MODE=x=y", "RAYTRAIN_DATA_ROOT=s3://b"], here)
+    assert passed.values["AWS_SECRET_ACCESS_KEY"] == SECRET and passed.secret == ("AWS_SECRET_ACCESS_KEY",)
+    assert (passed.values["MODE"], passed.values["RAYTRAIN_DATA_ROOT"]) == ("x=y", "s3://b")
     with pytest.raises(ConfigError, match="--env ABSENT has no value"):
         submission.variables(["ABSENT"], here)
 
@@ -283,8 +283,8 @@ with ray_session(ClusterSection(num_cpus=1)):
     mode = ray.remote(lambda: os.environ["RAY_AUTH_MODE"])
     print(ray.get(mode.remote()), len(os.environ["RAY_AUTH_TOKEN"]))
     family = [psutil.Process(), *psutil.Process().children(recursive=True)]
-    open_ports = [one for process in family for one in process.net_connections() if one.status == "LISTEN"]
-    print(len(open_ports), {one.laddr.ip for one in open_ports})
+    open_ports = [socket for process in family for socket in process.net_connections() if socket.status == "LISTEN"]
+    print(len(open_ports), {socket.laddr.ip for socket in open_ports})
 print(os.environ.get("RAY_AUTH_MODE"), os.environ.get("RAY_AUTH_TOKEN"))
 """
 

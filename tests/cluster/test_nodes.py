@@ -79,7 +79,7 @@ def test_training_goes_on_with_one_node_less(apart, nodes):
         nodes.lose(node)
 
     train_while(config, lose)
-    # Whoever is left takes both shares of each step.
+    # The remaining worker takes both shares of each step.
     assert all(line["batch_size"] >= 2 for line in steps_of(config))
     assert seen[0] < config.train.max_steps
 
@@ -159,13 +159,13 @@ finally:
 """
 
 
-@pytest.mark.slow  # needs much memory and a machine where nobody else takes some at that time
+@pytest.mark.slow  # needs much memory and an otherwise idle machine
 def test_training_goes_on_after_ray_killed_a_worker_for_its_memory(copy_of, tmp_path):
     if psutil.virtual_memory().available < 10 << 30:
         pytest.skip("needs 10 GiB of free memory to use up 3.5 of them")
     config = copy_of("memory", train={**TRAIN, "num_workers": 1, "max_failures": 5})
     (tmp_path / "config.json").write_text(config.model_dump_json())
-    # A cluster of its own, beside the local Ray: the monitor is a setting of a whole cluster.
+    # A separate cluster next to the local Ray: the monitor is a setting of a whole cluster.
     paths = [str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
     environment = {**os.environ, "RAY_TRAIN_V2_ENABLED": "1", "PYTHONPATH": os.pathsep.join(filter(None, paths))}
     command = [sys.executable, "-c", MEMORY, str(tmp_path / "config.json")]
@@ -174,7 +174,7 @@ def test_training_goes_on_after_ray_killed_a_worker_for_its_memory(copy_of, tmp_
     assert (config.run_dir / "killed").exists()
     steps_of(config)
     assert len(list((config.run_dir / "ray").glob("train-*"))) > 1  # Ray Train itself had given up
-    # The monitor ends several processes; where the worker's controller went first, nobody knows its bucket.
+    # The monitor kills several processes; if the worker's controller died first, the bucket is unknown.
     lowered = config.run_dir / "batch_profile_lowered.json"
     if lowered.exists():
         assert "a worker was killed for its memory" in json.loads(lowered.read_bytes())["notes"][0]

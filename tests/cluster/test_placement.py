@@ -1,4 +1,4 @@
-"""Where work runs: on the nodes that the configuration names, on a cluster of its own with a node for each kind."""
+"""Where work runs: on the nodes that the configuration names, on a separate cluster with a node of each kind."""
 
 import json
 import os
@@ -68,13 +68,13 @@ def meter(job, group):
 
 def where():
     "Names of tasks by the node that each ran on."
-    time.sleep(2)  # what ran is told every second
-    found = {}
+    time.sleep(2)  # task events are flushed every second
+    tasks = {}
     for event in ray._private.state.state._get_all_task_events():
         node = nodes.get(event.state_updates.node_id.hex())
         if node and event.HasField("task_info"):
-            found.setdefault(node, set()).add(event.task_info.name)
-    return {node: sorted(names) for node, names in found.items()}
+            tasks.setdefault(node, set()).add(event.task_info.name)
+    return {node: sorted(names) for node, names in tasks.items()}
 
 
 try:
@@ -121,11 +121,11 @@ def test_every_stage_runs_on_the_nodes_that_are_for_it(corpus, tmp_path):
     environment = {**os.environ, "RAY_TRAIN_V2_ENABLED": "1"}
     done = subprocess.run(command, capture_output=True, text=True, timeout=280, env=environment)
     assert done.returncode == 0, done.stderr[-5000:]
-    found = json.loads(out.read_bytes())
-    assert found["ran"] == ["oomptimize", "train", "evaluate", "report"]
+    outcome = json.loads(out.read_bytes())
+    assert outcome["ran"] == ["oomptimize", "train", "evaluate", "report"]
 
     def ran_on(name: str) -> set[str]:
-        return {node for node, tasks in found["where"].items() if name in tasks}
+        return {node for node, tasks in outcome["where"].items() if name in tasks}
 
     # Counting, assigning and tracing are `work`; then training's audio, evaluation's audio, evaluation's model.
     for name in ("work", "decode", "read"):
@@ -135,11 +135,11 @@ def test_every_stage_runs_on_the_nodes_that_are_for_it(corpus, tmp_path):
     assert ran_on("ImplicitFunc.train") == set(KINDS)
     assert ran_on("RayTrainWorker.run_train_fn") == {"T4"}
     # Each kind of GPU has its own profile, by probes on its own node.
-    assert {one["setting"]["device_name"]: one["setting"]["device_gib"] for one in found["profiles"]} == {
+    assert {profile["setting"]["device_name"]: profile["setting"]["device_gib"] for profile in outcome["profiles"]} == {
         f"fake {kind}": gib for kind, gib in KINDS.items()
     }
-    a100, t4 = found["profiles"]
-    assert all(one > other for one, other in zip(a100["batch_sizes"], t4["batch_sizes"], strict=True))
+    a100, t4 = outcome["profiles"]
+    assert all(a100_size > t4_size for a100_size, t4_size in zip(a100["batch_sizes"], t4["batch_sizes"], strict=True))
     for work in ("trial", "soak"):
         lines = {line for line in (tmp_path / f"out.json.{work}").read_text().splitlines()}
         assert lines == {f"{gib} {kind}" for kind, gib in KINDS.items()}
@@ -155,7 +155,7 @@ def node(name: str, cpus: float = 1, labels: dict | None = None, **resources: fl
 
 @pytest.fixture
 def up(monkeypatch):
-    """Says which nodes are up."""
+    """Sets which nodes are up."""
     return lambda *nodes: monkeypatch.setattr(placement, "alive", lambda: list(nodes))
 
 
@@ -172,8 +172,8 @@ def test_labels_select_as_ray_says():
         ({"data_labels": {"ro le": "a"}}, "data_labels: label 'ro le' is not a valid name"),
         ({"data_labels": {"role": True}}, "data_labels.role: input should be a valid string"),
         ({"train_label": {"role": "a"}}, "train_label: unknown key; did you mean train_labels"),
-        ({"train_resources": {"GPU": 1}}, "train_resources: resource GPU is Ray's own"),
-        ({"data_resources": {"CPU": 1}}, "data_resources: resource CPU is Ray's own"),
+        ({"train_resources": {"GPU": 1}}, "train_resources: resource GPU is built into Ray"),
+        ({"data_resources": {"CPU": 1}}, "data_resources: resource CPU is built into Ray"),
         ({"train_resources": {"accelerator_type:A100": 1}}, "set accelerator_type: A100"),
         ({"data_resources": {"cpu_host": 0}}, "cpu_host must be at least 0.0001, got 0"),
         ({"accelerator_type": "A 100"}, "accelerator_type: string should match"),
@@ -247,6 +247,6 @@ def test_a_pool_leaves_each_node_what_reading_needs(up):
 def test_nodes_that_ray_train_would_count_by_mistake(up):
     labelled = {"train_labels": {"role": "train"}}
     up(node("a", 1, {"role": "train"}, gpu_host=1), node("b", 1, {"role": "data"}))
-    assert [one["NodeID"] for one in Placement.train(ClusterSection(**labelled)).misled()] == ["b"]
+    assert [node["NodeID"] for node in Placement.train(ClusterSection(**labelled)).misled()] == ["b"]
     assert not Placement.train(ClusterSection(**labelled)).misled(gpus=1)
     assert not Placement.train(ClusterSection(**labelled, train_resources={"gpu_host": 1})).misled()

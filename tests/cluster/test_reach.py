@@ -1,4 +1,4 @@
-"""A cluster that can't be joined is told of in time, with the reason: no host, no listener, no Ray, no token."""
+"""A cluster that can't be joined is reported quickly, with the reason: no host, no listener, no Ray, no token."""
 
 import contextlib
 import socket
@@ -55,28 +55,28 @@ def refusal(address: str, token: str | None = None) -> str:
 
 def test_nobody_there():
     assert "refused" in refusal(f"127.0.0.1:{free_port()}")
-    assert "host.invalid is not known" in refusal("host.invalid:6379")
+    assert "the host host.invalid is unknown" in refusal("host.invalid:6379")
     for address in ("host", "127.0.0.1:99999", "ray://127.0.0.1:10001", ":6379", "a b:1"):
         assert "cluster" in refusal(address)
 
 
 def test_somebody_else_there():
     with socket.create_server(("127.0.0.1", 0)) as silent:
-        said = refusal(f"127.0.0.1:{silent.getsockname()[1]}")
-        assert "is no Ray cluster" in said and "did not answer within 1 s" in said
+        message = refusal(f"127.0.0.1:{silent.getsockname()[1]}")
+        assert "is not a Ray cluster" in message and "did not answer within 1 s" in message
     server = HTTPServer(("127.0.0.1", 0), BaseHTTPRequestHandler)
     threading.Thread(target=server.serve_forever, daemon=True).start()
-    said = refusal(f"127.0.0.1:{server.server_address[1]}")
+    message = refusal(f"127.0.0.1:{server.server_address[1]}")
     server.shutdown()
     server.server_close()
-    assert "does not speak Ray's protocol" in said and "8265 is the port of the Jobs server" in said
+    assert "does not speak Ray's protocol" in message and "8265 is the port of the Jobs server" in message
 
 
 def test_tokens_on_one_side_only():
     with cluster(None) as address:
         reach.check_cluster(address, None)
-        assert "asks for no token, but there is one here" in refusal(address, TOKEN)
+        assert "does not use a token, but this machine has one" in refusal(address, TOKEN)
     with cluster(TOKEN) as address:
         reach.check_cluster(address, TOKEN)
-        assert "asks for its token; got none" in refusal(address)
+        assert "requires its token; got none" in refusal(address)
         assert "got another token" in refusal(address, "00" * 32)

@@ -16,7 +16,7 @@ EACH = "1 CPU, 1 GPU"
         ((1, 2), Room(1, 1, 1), (1, 2)),  # Ray Train takes the one there is
         ((1, 2), Room(4, 4, 4), (1, 2)),
         ((3, 3), Room(4, 4, 4), 3),
-        (4, Room(0, 0, 8), 4),  # the autoscaler brings nodes
+        (4, Room(0, 0, 8), 4),  # the autoscaler adds nodes
         ((2, 8), Room(0, 0, 4), (2, 8)),
         ((1, 2), Room(1, 1, 1, strays=True), 1),  # Ray Train would count nodes without the labels
         ((1, 8), Room(3, 3, 3, strays=True), 3),
@@ -30,7 +30,7 @@ def test_a_range_takes_what_there_is(wanted, room, workers):
     ("wanted", "room"), [(2, Room(1, 1, 1)), ((2, 4), Room(1, 1, 1)), (9, Room(0, 0, 8)), (1, Room(0, 0, 0))]
 )
 def test_too_little_room_is_an_error_before_anything_waits(wanted, room):
-    with pytest.raises(TrainingError, match=rf"more training workers.*\({EACH} each\).*lower train.num_workers"):
+    with pytest.raises(TrainingError, match=rf"that many training workers.*\({EACH} each\).*lower train.num_workers"):
         choose_workers(wanted, room, EACH)
 
 

@@ -1,4 +1,4 @@
-"""Ray's sockets have names that fit, whatever TMPDIR is."""
+"""Ray's sockets have names that are short enough for any TMPDIR."""
 
 import os
 import tempfile

@@ -1,4 +1,4 @@
-"""A local Ray ends with its driver, and the sessions of killed drivers are told from those of others."""
+"""A local Ray ends with its driver, and the sessions of killed drivers are distinguished from others."""
 
 from __future__ import annotations
 
@@ -79,14 +79,14 @@ def test_processes_of_a_session_end_with_it_and_no_others(tells, ends, tmp_path,
     """Killed, killed while Ray starts, or shut down."""
     code = textwrap.dedent(DRIVER).format(root=str(tmp_path), tells=tells, ends=ends)
     driver = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
-    agent, *others, _ = children = list(map(int, driver.stdout.readline().split()))
+    agent, *servers, _ = children = list(map(int, driver.stdout.readline().split()))
     try:
         if not ends:
             driver.kill()
             driver.wait()
         wait_for(lambda: not _lives(agent), "the agent has ended", 10)
         wait_for(lambda: ends != any(tmp_path.glob("session_*")), "logs stay where something went wrong", 10)
-        assert all(map(_lives, others))
+        assert all(map(_lives, servers))
     finally:
         for pid in children:
             with contextlib.suppress(ProcessLookupError):

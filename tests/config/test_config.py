@@ -38,7 +38,7 @@ def test_all_unknown_keys_are_named_at_once_with_a_suggestion():
 
 def test_sections_that_contradict_each_other_are_named(tmp_path):
     run = {**MINIMAL, "run": {"root": str(tmp_path)}, "model": {"max_positions": 512}}
-    with pytest.raises(ConfigError, match=r"max_tokens is 1024, but the model ends at 513.*own folder"):
+    with pytest.raises(ConfigError, match=r"max_tokens is 1024, but the model has positions for 513.*own folder"):
         check_config({**run, "train": {"init_from": str(tmp_path / "a" / "checkpoints")}})
 
 

@@ -1,11 +1,11 @@
-"""A checkpoint can be resumed under other settings, unless these decide what is learnt."""
+"""Training can resume with different settings, unless they determine what is learned."""
 
 from dataclasses import replace
 
 from raytrain.config.lineage import lineage_settings
 from raytrain.training.settings import TrainSettings
 
-LEARNT = {
+LEARNED = {
     "precision",
     "learning_rate",
     "min_learning_rate",
@@ -23,7 +23,7 @@ LEARNT = {
 
 def test_lineage_is_what_decides_what_is_learnt():
     # A change of this list makes all earlier checkpoints ones of another lineage.
-    assert set(lineage_settings(TrainSettings())) == LEARNT
+    assert set(lineage_settings(TrainSettings())) == LEARNED
 
 
 def test_settings_apart_from_it_leave_the_lineage_as_it_is():

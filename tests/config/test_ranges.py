@@ -32,10 +32,10 @@ def numbers(kind, name: str = ""):
     """(dotted name, number of values in a tuple or list or None, range or None) of every number below a type."""
     if isinstance(kind, type) and issubclass(kind, BaseModel) or dataclasses.is_dataclass(kind):
         for field, hint in typing.get_type_hints(kind, include_extras=True).items():
-            if field in (getattr(kind, "model_fields", None) or {one.name for one in dataclasses.fields(kind)}):
+            if field in (getattr(kind, "model_fields", None) or {item.name for item in dataclasses.fields(kind)}):
                 yield from numbers(hint, f"{name}.{field}" if name else field)
         return
-    arguments = [one for one in typing.get_args(kind) if one is not type(None)]
+    arguments = [item for item in typing.get_args(kind) if item is not type(None)]
     origin = typing.get_origin(kind)
     if origin is dict:
         yield from numbers(arguments[1], f"{name}.x")
@@ -43,14 +43,16 @@ def numbers(kind, name: str = ""):
         inner = list(numbers(arguments[0], f"{name}.0"))
         length = 1 if origin is list or Ellipsis in arguments else len(arguments)
         yield from (
-            (name, length, found) if path == f"{name}.0" else (path, size, found) for path, size, found in inner
+            (name, length, limits) if path == f"{name}.0" else (path, size, limits) for path, size, limits in inner
         )
     elif origin is typing.Annotated:
-        found = next((one for one in kind.__metadata__ if isinstance(one, Range)), None)
-        yield from ((path, length, found or own) for path, length, own in numbers(arguments[0], name))
+        limits = next((item for item in kind.__metadata__ if isinstance(item, Range)), None)
+        yield from (
+            (path, length, limits or inner_limits) for path, length, inner_limits in numbers(arguments[0], name)
+        )
     elif origin in (typing.Union, types.UnionType):
-        for one in arguments:
-            yield from numbers(one, name)
+        for item in arguments:
+            yield from numbers(item, name)
     elif kind in (int, float):
         yield name, None, None
 
@@ -72,11 +74,11 @@ def with_value(dotted: str, value) -> dict:
 
 def test_all_numbers_have_a_range():
     assert len(NUMBERS) > 90
-    assert [path for path, _, found in NUMBERS if found is None] == []
+    assert [path for path, _, limits in NUMBERS if limits is None] == []
 
 
-@pytest.mark.parametrize(("path", "length", "found"), NUMBERS, ids=[path for path, _, _ in NUMBERS])
-def test_a_number_out_of_its_range_is_refused_by_its_name(path, length, found):
+@pytest.mark.parametrize(("path", "length", "limits"), NUMBERS, ids=[path for path, _, _ in NUMBERS])
+def test_a_number_out_of_its_range_is_refused_by_its_name(path, length, limits):
     negative = [] if path in MAY_BE_NEGATIVE else [-1]
     for wrong in (*NOWHERE, *negative):
         value = wrong if length is None else [wrong] * length
@@ -84,8 +86,8 @@ def test_a_number_out_of_its_range_is_refused_by_its_name(path, length, found):
             check_config(with_value(path, value))
         text = str(caught.value)
         assert path in text, text
-        if found is not None and isinstance(wrong, int):
-            assert str(found) in text, text
+        if limits is not None and isinstance(wrong, int):
+            assert str(limits) in text, text
 
 
 @pytest.mark.parametrize("path", sorted(path for path, _, _ in NUMBERS))
@@ -104,8 +106,8 @@ def test_ranges_hold_without_pydantic(kind):
     whole = kind(**given)
     assert setting_problems(whole) == []
     for name, hint in typing.get_type_hints(kind, include_extras=True).items():
-        found = [one for path, _, one in numbers(hint, name) if path == name and one is not None]
-        for wrong in (math.nan, math.inf, -(10**30), b"x") if found else ():
+        limits = [item for path, _, item in numbers(hint, name) if path == name and item is not None]
+        for wrong in (math.nan, math.inf, -(10**30), b"x") if limits else ():
             with pytest.raises(ValueError, match=f"{name} must be"):
                 dataclasses.replace(whole, **{name: wrong})
 

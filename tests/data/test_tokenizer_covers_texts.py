@@ -214,7 +214,7 @@ def test_statistics_train_on_all_languages_and_refuse_texts_that_are_not_covered
     upper = write_rows(tmp_path / "upper.jsonl", [{**row, "text": row["text"].upper()} for row in rows])
     section = {"path": str(next((tmp_path / "202").glob("*/tokenizer")))}
     given = {"data": {"train": [upper], "audio_sample": 0}, "tokenizer": section}
-    with pytest.raises(ManifestError, match="can't write the texts of corpus upper in de(?s:.)*'T'"):
+    with pytest.raises(ManifestError, match="can't encode the texts of corpus upper in de(?s:.)*'T'"):
         statistics(tiny_config(corpus, tmp_path / "upper", **given))
     given["tokenizer"] = {**section, "max_unknown_fraction": 1.0}
     body, _ = statistics(tiny_config(corpus, tmp_path / "allowed", **given))

@@ -444,7 +444,7 @@ def test_impossible_pools_are_rejected(local_ray):
     assert find_pool(2, "cpu", None).budget_bytes == pytest.approx(pool.budget_bytes / 2, rel=0.01)
     with pytest.raises(ConfigError, match="no room for so many workers; got 50"):
         find_pool(50, "cpu", None)
-    with pytest.raises(ConfigError, match="unavailable device; got cuda"):
+    with pytest.raises(ConfigError, match="the device is unavailable; got cuda"):
         find_pool(1, "cuda", None)
 
 
@@ -522,11 +522,11 @@ def test_an_error_not_caused_by_a_row_ends_the_job_at_once(checkpoint, corpus, f
     [
         ([], "not both"),
         (["a.wav", "--manifest", "m.jsonl"], "not both"),
-        (["a.wav", "--output", "o.jsonl"], "goes with --manifest"),
+        (["a.wav", "--output", "o.jsonl"], "requires --manifest"),
         (["a.wav", "--device-memory", "1GiB"], "--device-memory"),
         (["--manifest", "m.jsonl"], "--output"),
         (["--manifest", "m.jsonl", "--output", "o", "--n-best", "2", "--beam-size", "2"], "--n-best"),
-        (["--manifest", "m.jsonl", "--output", "o", "--audio", "a", "--audio", "b"], "2 for 1 manifests"),
+        (["--manifest", "m.jsonl", "--output", "o", "--audio", "a", "--audio", "b"], "2 times for 1 manifests"),
         (["--manifest", "m.jsonl", "--output", "o", "--device-memory", "much"], "is not a size"),
     ],
 )

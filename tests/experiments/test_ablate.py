@@ -81,12 +81,12 @@ def test_each_scheme_pads_less_or_fills_more_than_the_one_before():
     for row in rows.values():
         assert 0 < row.memory_mean <= row.memory_worst <= 1
         assert max(row.memory_trace) <= row.memory_worst + 1e-4
-    # What the surface says of a step is what a trace of that step says.
+    # The surface predicts what a trace of the step gives.
     tracer = StepTracer(MODEL, train, precision="fp32", world_size=2, device_type="cpu")
     for size, duration, tokens in ((20, 3000, 20), (9, 17000, 90), (4, 38000, 290)):
         traced = tracer.trace(size, duration, tokens).peak_bytes
-        said = float(surface(np.array([size]), np.array([duration]), np.array([tokens]))[0])
-        assert said == pytest.approx(traced, rel=0.05)
+        fitted = float(surface(np.array([size]), np.array([duration]), np.array([tokens]))[0])
+        assert fitted == pytest.approx(traced, rel=0.05)
 
 
 @settings(max_examples=25, deadline=None)
@@ -161,10 +161,10 @@ def test_predicting_needs_manifests_alone(corpus, tmp_path, local_ray):
     command = ["ablate", "--predict", "--json", "--model", "own", "--config", path]
     result = CliRunner().invoke(app, command)
     assert result.exit_code == 0, result.output
-    found = json.loads(next(line for line in result.output.splitlines() if line.startswith("{")))
-    assert found == read_json(tmp_path / "tiny" / "ablation_predicted.json", PREDICTED_FORMAT)["body"]
-    assert list(found["models"]) == ["own"] and found["utterances"] == 96
-    for model in found["models"].values():
+    printed = json.loads(next(line for line in result.output.splitlines() if line.startswith("{")))
+    assert printed == read_json(tmp_path / "tiny" / "ablation_predicted.json", PREDICTED_FORMAT)["body"]
+    assert list(printed["models"]) == ["own"] and printed["utterances"] == 96
+    for model in printed["models"].values():
         assert [row["scheme"] for row in model["schemes"]] == list(SCHEMES)
         assert len(model["gpu_plans"]) == len(SCHEMES) and 0 <= model["memory_fit_error"] < 0.1
     unknown = CliRunner().invoke(app, ["ablate", "--predict", "--model", "canary-9b", "--config", path])
@@ -188,15 +188,15 @@ def test_schemes_are_trained_and_compared_and_a_second_call_trains_nothing(corpu
     path, run_dir = write(values, tmp_path), tmp_path / "tiny"
     result = CliRunner().invoke(app, ["ablate", "--json", "--config", path])
     assert result.exit_code == 0, (result.output, result.exception)
-    found = json.loads(next(line for line in result.output.splitlines() if line.startswith("{")))
-    assert found == read_json(run_dir / "ablation.json", ABLATION_FORMAT)["body"]
-    assert [(one["scheme"], one["learning_rate"]) for one in found["trials"]] == [("A", 1e-3), ("D+", 1e-3)]
-    assert [one["why"] for one in found["trials"]] == [None, None]
-    assert all([point["step"] for point in one["curve"]] == [2, 4] for one in found["trials"])
-    assert list(found["best"]) == ["A", "D+"]
-    by_name = {row["scheme"]: row for row in found["schemes"]}
+    printed = json.loads(next(line for line in result.output.splitlines() if line.startswith("{")))
+    assert printed == read_json(run_dir / "ablation.json", ABLATION_FORMAT)["body"]
+    assert [(one["scheme"], one["learning_rate"]) for one in printed["trials"]] == [("A", 1e-3), ("D+", 1e-3)]
+    assert [one["why"] for one in printed["trials"]] == [None, None]
+    assert all([point["step"] for point in one["curve"]] == [2, 4] for one in printed["trials"])
+    assert list(printed["best"]) == ["A", "D+"]
+    by_name = {row["scheme"]: row for row in printed["schemes"]}
     assert by_name["A"]["mean_batch"] < by_name["D+"]["mean_batch"]
-    # Trained batches are those that were planned: no bucket has more.
+    # Trained batches are the planned ones: no bucket exceeds its size.
     for scheme, folder in (("A", "A"), ("D+", "D-plus")):
         sized = json.loads((run_dir / "ablate" / folder / "batch_profile_sized.json").read_bytes())
         assert sized["body"]["profiles"][0]["batch_sizes"] == list(by_name[scheme]["batch_sizes"])
@@ -205,7 +205,7 @@ def test_schemes_are_trained_and_compared_and_a_second_call_trains_nothing(corpu
     runs = client.search_runs([client.get_experiment_by_name("raytrain").experiment_id])
     (parent,) = (one for one in runs if one.info.run_name == "ablate")
     children = [one for one in runs if one.data.tags.get("mlflow.parentRunId") == parent.info.run_id]
-    assert sorted(one.info.run_name for one in children) == sorted(one["label"] for one in found["trials"])
+    assert sorted(one.info.run_name for one in children) == sorted(one["label"] for one in printed["trials"])
     assert all("wer" in one.data.metrics and one.info.status == "FINISHED" for one in children)
 
     stamps = {path: path.stat().st_mtime_ns for path in run_dir.glob("ablate/trials/*/metrics.jsonl")}
@@ -222,13 +222,13 @@ def test_schemes_are_trained_and_compared_and_a_second_call_trains_nothing(corpu
 def test_decoder_depths_are_counted_trained_and_timed(corpus, tmp_path, local_ray):
     ablate = {"max_steps": 2, "validate_every_steps": 2}
     path = write(tiny_values(corpus, tmp_path, ablate=ablate, train={"num_workers": 1}), tmp_path)
-    found = {}
+    printed = {}
     for depths, more in (("2,1", ["--predict"]), ("1", [])):
         command = ["ablate", "--decoder-depths", depths, "--json", "--config", path, *more]
         result = CliRunner().invoke(app, command)
         assert result.exit_code == 0, (result.output, result.exception)
-        found[depths] = json.loads(next(line for line in result.output.splitlines() if line.startswith("{")))["rows"]
-    (deep, shallow), (trained,) = found["2,1"], found["1"]
+        printed[depths] = json.loads(next(line for line in result.output.splitlines() if line.startswith("{")))["rows"]
+    (deep, shallow), (trained,) = printed["2,1"], printed["1"]
     assert [(row["encoder_layers"], row["decoder_layers"]) for row in (deep, shallow)] == [(1, 2), (1, 1)]
     assert deep["parameters"] > shallow["parameters"] == trained["parameters"]
     assert deep["training_compute"] == 1 > shallow["training_compute"]
@@ -258,10 +258,10 @@ def test_decoder_depths_are_counted_trained_and_timed(corpus, tmp_path, local_ra
 
 
 def test_what_an_ablation_needs_is_said(corpus, tmp_path):
-    with pytest.raises(ConfigError, match="must be different ones of R, A, B, C, D, D\\+, got R, E"):
+    with pytest.raises(ConfigError, match="must be distinct values of R, A, B, C, D, D\\+, got R, E"):
         check_config(tiny_values(corpus, tmp_path, ablate={"schemes": ["R", "E"]}))
     values = tiny_values(corpus, tmp_path)
     values["data"]["dev"] = []
-    found = CliRunner().invoke(app, ["ablate", "--config", write(values, tmp_path)])
-    assert isinstance(found.exception, ConfigError) and "needs data.dev" in str(found.exception)
+    printed = CliRunner().invoke(app, ["ablate", "--config", write(values, tmp_path)])
+    assert isinstance(printed.exception, ConfigError) and "needs data.dev" in str(printed.exception)
     assert asdict(PUBLISHED["canary-1b"])["decoder_layers"] == 24

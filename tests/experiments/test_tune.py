@@ -81,7 +81,7 @@ def test_a_search_trains_what_it_draws_and_keeps_the_best(copy_of, tmp_path):
     assert 4 <= last < 100_000
     (ended,) = client.search_runs(runs[0].info.experiment_id.split(), "attributes.run_name = 'ended'")
     assert ended.info.status == "KILLED"
-    # It would go on from there.
+    # It would resume from there.
     assert CheckpointFolder(trial.folder / "checkpoints").newest().step == last
 
 

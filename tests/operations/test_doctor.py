@@ -34,10 +34,10 @@ NODE = NodeFacts(
 )
 
 
-def status(found: list[checks.Check]) -> list[str]:
-    """Statuses; whatever is wrong has a remedy, whatever is not has none."""
-    assert all(bool(one.remedy) == (one.status != OK) for one in found)
-    return [one.status for one in found]
+def status(results: list[checks.Check]) -> list[str]:
+    """The statuses; every problem has a remedy, and nothing else has one."""
+    assert all(bool(check.remedy) == (check.status != OK) for check in results)
+    return [check.status for check in results]
 
 
 @pytest.mark.parametrize(
@@ -48,8 +48,11 @@ def status(found: list[checks.Check]) -> list[str]:
         ({**VERSIONS, "python": "3.11.8"}, FAIL),
         ({**VERSIONS, "ray": "2.59.0"}, FAIL),
         ({**VERSIONS, "mlflow": "2"}, WARN),
-        ({name: one for name, one in VERSIONS.items() if name != "mlflow"}, WARN),
-        ({name: one for name, one in VERSIONS.items() if name != "raytrain"}, OK),  # the job brought the same files
+        ({name: version for name, version in VERSIONS.items() if name != "mlflow"}, WARN),
+        (
+            {name: version for name, version in VERSIONS.items() if name != "raytrain"},
+            OK,
+        ),  # the job uploaded the same files
         ({**VERSIONS, "code": "b"}, WARN),
         ({**VERSIONS, "code": "b", "raytrain": "0.2.0"}, FAIL),
     ],
@@ -71,10 +74,10 @@ def test_versions_that_differ(versions, expected):
     ],
 )
 def test_gpus_of_ray_and_torch(facts, expected):
-    found = checks.check_gpus(replace(NODE, **facts))
-    assert status(found) == [expected]
+    results = checks.check_gpus(replace(NODE, **facts))
+    assert status(results) == [expected]
     if len(facts.get("gpus", ())) == 8 and expected == OK:
-        assert found[0].seen == "8 × H100, 80 GiB, sm_90; driver 580.1"
+        assert results[0].seen == "8 × H100, 80 GiB, sm_90; driver 580.1"
 
 
 @pytest.mark.parametrize(
@@ -91,7 +94,7 @@ def test_gpus_of_ray_and_torch(facts, expected):
         (checks.check_clock, {"clock_s": 3600.0}, FAIL),
         (checks.check_disks, {}, OK),
         (checks.check_disks, {"temp_folder": replace(TEMP, free=10 * GIB, total=50 * GIB)}, WARN),
-        (checks.check_disks, {"temp_folder": replace(TEMP, free=10 * GIB)}, FAIL),  # Ray spills no more
+        (checks.check_disks, {"temp_folder": replace(TEMP, free=10 * GIB)}, FAIL),  # Ray stops spilling
         (checks.check_disks, {"temp_folder": replace(TEMP, writable=False)}, FAIL),
         (checks.check_decoders, {}, OK),
         (checks.check_decoders, {"decoders": Decoders("l", ("MP3",))}, WARN),
@@ -115,15 +118,15 @@ def test_the_way_to_more_open_files_depends_on_the_hard_limit():
 def test_access():
     def access(mode="token", token=True, answers=401, node_mode="token"):
         jobs = JobsApi("http://10.0.0.1:8265/api/jobs/", answers)
-        found = checks.check_authentication([replace(NODE, jobs_api=jobs, auth_mode=node_mode)], mode, token)
-        return status(found), " ".join(one.seen + one.remedy for one in found)
+        results = checks.check_authentication([replace(NODE, jobs_api=jobs, auth_mode=node_mode)], mode, token)
+        return status(results), " ".join(check.seen + check.remedy for check in results)
 
     assert access()[0] == [OK, OK]
     assert access(answers=None)[0] == [OK, OK]
     assert access(token=False)[0] == [FAIL, OK]
     assert access(node_mode="disabled")[0] == [FAIL, OK]
-    found, text = access(mode="disabled", node_mode="disabled", answers=200)
-    assert found == [FAIL, FAIL]
+    statuses, text = access(mode="disabled", node_mode="disabled", answers=200)
+    assert statuses == [FAIL, FAIL]
     assert "CVE-2023-48022" in text and "RAY_AUTH_MODE=token" in text
 
 
@@ -132,9 +135,9 @@ def test_storage_of_several_nodes():
     alone = replace(NODE, host="n2", storage=Storage(sees_driver=False))
     slow = replace(NODE, host="n3", storage=Storage(sees_driver=True, speed=replace(SPEED, read_mib_s=5.0)))
     broken = replace(NODE, host="n4", storage=Storage(error="Access Denied"))
-    found = checks.check_storage([shared, alone, slow, broken], "/runs", shared=True)
-    assert status(found) == [OK, FAIL, WARN, FAIL]
-    assert "do not share run.root" in found[1].seen and "s3://" in found[1].remedy
+    results = checks.check_storage([shared, alone, slow, broken], "/runs", shared=True)
+    assert status(results) == [OK, FAIL, WARN, FAIL]
+    assert "do not share run.root" in results[1].seen and "s3://" in results[1].remedy
     assert status(checks.check_storage([NODE], "s3://b/runs", shared=False)) == [OK]
 
 
@@ -143,8 +146,8 @@ def test_manifests_and_mlflow_of_several_nodes():
     blind = Storage(manifests=(Manifest("mls", "p", "no such file"),), mlflow=Mlflow(error="no answer"))
     nodes = [replace(NODE, storage=sees), replace(NODE, host="n2", storage=blind)]
     assert status(checks.check_manifests(nodes)) == [OK, FAIL]
-    found = checks.check_mlflow(nodes, "http://m:5000", Mlflow("answers"))
-    assert status(found) == [FAIL] and found[0].where == "n2"
+    results = checks.check_mlflow(nodes, "http://m:5000", Mlflow("answers"))
+    assert status(results) == [FAIL] and results[0].where == "n2"
     assert status(checks.check_mlflow([NODE, NODE], "sqlite:////r/mlflow.db", Mlflow())) == [WARN]
     assert status(checks.check_mlflow([NODE], "sqlite:////r/mlflow.db", Mlflow())) == [OK]
     assert checks.check_mlflow([NODE], "", None) == []
@@ -153,12 +156,12 @@ def test_manifests_and_mlflow_of_several_nodes():
 def test_room_for_the_workers():
     assert status(checks.check_room(8, 8, "1 CPU, 1 GPU")) == [OK]
     (check,) = checks.check_room(8, 4, "1 CPU, 1 GPU")
-    assert check.status == WARN and check.seen == "4 of the 8 workers of training fit (1 CPU, 1 GPU each)"
+    assert check.status == WARN and check.seen == "4 of 8 training workers fit (1 CPU, 1 GPU each)"
 
 
 def test_nodes_that_do_not_answer_or_are_not_there():
-    found = checks.check_answer(NodeFacts(host="n1", error="ModuleNotFoundError: No module named 'raytrain'"))
-    assert status(found) == [FAIL] and "install raytrain" in found[0].remedy
+    results = checks.check_answer(NodeFacts(host="n1", error="ModuleNotFoundError: No module named 'raytrain'"))
+    assert status(results) == [FAIL] and "install raytrain" in results[0].remedy
     assert checks.check_answer(NODE) == []
     assert status(checks.check_nodes(2, 4)) == [FAIL] and status(checks.check_nodes(4, 4)) == [OK]
 
@@ -169,18 +172,18 @@ def test_nodes_that_do_not_answer_or_are_not_there():
         ("Version mismatch: The cluster was started with Ray: 2.59", "same Python"),
         ("Token authentication is enabled but no authentication token was found", "RAY_AUTH_TOKEN"),
         ("Failed to connect to Ray cluster at 10.0.0.1:6379", "RAY_AUTH_TOKEN"),  # without the token
-        ("nobody answers at a:6379", "ray start"),
+        ("nothing answers at a:6379", "ray start"),
     ],
 )
 def test_a_ray_that_lets_nobody_in(why, remedy):
-    found = checks.check_connection(why)
-    assert found.status == FAIL and remedy in found.remedy
+    check = checks.check_connection(why)
+    assert check.status == FAIL and remedy in check.remedy
 
 
 def test_equal_findings_of_many_nodes_are_one_line():
     nodes = [replace(NODE, host=f"n{number}", memory_monitor="0" if number else None) for number in range(9)]
-    folded = checks.fold(one for node in nodes for one in checks.check_memory_monitor(node))
-    assert [(one.status, one.where) for one in folded] == [(WARN, "n0"), (OK, "n1 and 7 more")]
+    folded = checks.fold(check for node in nodes for check in checks.check_memory_monitor(node))
+    assert [(check.status, check.where) for check in folded] == [(WARN, "n0"), (OK, "n1 and 7 more")]
 
 
 STUB_TORCH = """
@@ -200,12 +203,12 @@ def test_gpus_are_asked_of_torch_as_ray_was_started(tmp_path, monkeypatch, fails
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")  # what Ray makes of it for a task without GPUs
     monkeypatch.setattr(machine, "nvidia_gpus", lambda: (8, "580.1"))
-    found = machine.gpu_facts(2, "4,5")
-    assert found.installed == 2 and found.driver == "580.1"
+    gpus = machine.gpu_facts(2, "4,5")
+    assert gpus.installed == 2 and gpus.driver == "580.1"
     if fails:
-        assert "no kernel image" in found.error
+        assert "no kernel image" in gpus.error
     else:
-        assert found.gpus == (Gpu("Stub", 80 * GIB, "90"),) * 2
+        assert gpus.gpus == (Gpu("Stub", 80 * GIB, "90"),) * 2
         assert len(machine.gpu_facts(3, None).gpus) == 3
 
 
@@ -246,16 +249,16 @@ def test_a_run_in_an_object_store(corpus, s3, local_ray, monkeypatch):
         tracking={"enabled": False},
     )
     report = examine(config, ClusterSection())
-    found = by_name(report)
-    assert found["run.root"].seen.startswith(f"{s3}/doctor-runs: written at")
-    assert found["manifests"].status == found["authentication"].status == found["memory monitor"].status == OK
+    named = by_name(report)
+    assert named["run.root"].seen.startswith(f"{s3}/doctor-runs: written at")
+    assert named["manifests"].status == named["authentication"].status == named["memory monitor"].status == OK
     assert report.nodes[0].storage.speed.bytes == 12 << 20
     import pyarrow.fs
 
     filesystem, path = pyarrow.fs.FileSystem.from_uri(s3)
     place = pyarrow.fs.FileSelector(f"{path}/doctor-runs", recursive=True, allow_not_found=True)
     left = filesystem.get_file_info(place)
-    assert not [one for one in left if one.is_file]
+    assert not [entry for entry in left if entry.is_file]
 
 
 def test_the_command_on_a_run_in_a_folder(corpus, tmp_path, local_ray):
@@ -265,13 +268,13 @@ def test_the_command_on_a_run_in_a_folder(corpus, tmp_path, local_ray):
     path = tmp_path / "a.yaml"
     path.write_text(json.dumps(values))
     done = CliRunner().invoke(app, ["doctor", "--config", str(path), "--json"])
-    found = json.loads(done.stdout)
-    assert done.exit_code == (not found["ok"]), done.output
-    (node,) = found["nodes"]
-    assert node["is_head"] and node["cpus"] == 2 and node["versions"] == found["driver"]
+    document = json.loads(done.stdout)
+    assert done.exit_code == (not document["ok"]), done.output
+    (node,) = document["nodes"]
+    assert node["is_head"] and node["cpus"] == 2 and node["versions"] == document["driver"]
     assert abs(node["clock_s"]) < 2 and node["auth_mode"] == "token" and node["error"] == ""
     assert node["storage"]["bytes"] == 64 << 20 and node["storage"]["write_mib_s"] > 0
-    names = {check["name"] for check in found["checks"]}
+    names = {check["name"] for check in document["checks"]}
     assert {"Ray", "versions", "GPUs", "run.root", "manifests", "MLflow", "room"} <= names
     assert sorted(tmp_path.iterdir()) == [path]  # folders made for the look are gone
 
@@ -286,10 +289,10 @@ def test_a_node_that_breaks_is_a_finding(local_ray, monkeypatch):
 
     monkeypatch.setattr(doctor, "measure_node", broken)
     report = examine(None, ClusterSection())
-    assert not report.ok and [one.name for one in report.checks if one.status == FAIL] == ["node"]
+    assert not report.ok and [check.name for check in report.checks if check.status == FAIL] == ["node"]
     assert "no such device" in by_name(report)["node"].seen
 
 
 def test_an_address_where_nobody_is():
     report = examine(None, ClusterSection(address="127.0.0.1:9"))
-    assert not report.ok and "nobody answers" in by_name(report)["Ray"].seen
+    assert not report.ok and "nothing answers" in by_name(report)["Ray"].seen

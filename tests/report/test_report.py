@@ -1,4 +1,4 @@
-"""The report: one file, nothing from outside, everything escaped, and a page whatever is missing."""
+"""The report: one file, no external resources, everything escaped, and a page even if artifacts are missing."""
 
 from __future__ import annotations
 
@@ -31,17 +31,17 @@ _BUCKETS = [[2000, 20], [2000, 40], [6000, 40], [6000, 90]]
 
 @pytest.fixture
 def run_dir(tmp_path: Path) -> Path:
-    """A whole run folder, small, with markup in every text that comes from outside."""
+    """A whole run folder, small, with markup in every untrusted text."""
     folder = tmp_path / "run"
     folder.mkdir()
     _write_histogram(folder, 600)
     for name, body in _bodies().items():
         write_json(folder / f"{name}.json", f"raytrain.{Path(name).name}/1", body)
     _write_lines(folder / "metrics.jsonl", _metrics())
-    heard = [("three one two", "three five two"), (_EVIL, f"{_EVIL} more"), ("lost word", "lost")]
+    hypotheses = [("three one two", "three five two"), (_EVIL, f"{_EVIL} more"), ("lost word", "lost")]
     rows = [
-        {"id": str(number), "lang": "en", "text": said, "hypothesis": got, "duration_ms": 900, "wer": 0.3}
-        for number, (said, got) in enumerate(heard)
+        {"id": str(number), "lang": "en", "text": expected, "hypothesis": got, "duration_ms": 900, "wer": 0.3}
+        for number, (expected, got) in enumerate(hypotheses)
     ]
     _write_lines(folder / "hypotheses.jsonl", rows)
     return folder
@@ -132,7 +132,7 @@ def test_the_whole_story_is_there(run_dir: Path) -> None:
     ):
         assert f"<h3>{title}</h3>" in page
     assert page.count("<figure>") == page.count('class="sentence"') == 10
-    for said in (
+    for expected in (
         "12.5 %",
         "in 4 buckets",
         "Random batches spend 50% of the audio",
@@ -141,7 +141,7 @@ def test_the_whole_story_is_there(run_dir: Path) -> None:
         "after 2.0 minutes",
         "from 5.80 to 2.00",
     ):
-        assert said in page
+        assert expected in page
 
 
 def test_nothing_is_fetched_from_outside(run_dir: Path) -> None:

@@ -24,18 +24,18 @@ def save(folder: CheckpointFolder, step: int, lineage: str, value: float = 0.0):
 
 @pytest.mark.parametrize("rank", [0, 1])
 def test_checkpoint_of_another_lineage_is_refused_by_all_ranks(rank, tmp_path, monkeypatch):
-    said = []
+    values = []
 
     def broadcast(value):
-        said.append(value)
-        return said[0]
+        values.append(value)
+        return values[0]
 
     monkeypatch.setattr("ray.train.collective.broadcast_from_rank_zero", broadcast)
     folder = CheckpointFolder(tmp_path, keep=9)
     save(folder, 3, "mine")
     assert agree_on_checkpoint(folder, 0, {"ids": {"lineage": "mine"}}).step == 3
     assert agree_on_checkpoint(folder, 1, {"ids": {"lineage": "mine"}}).step == 3
-    said.clear()
+    values.clear()
     save(folder, 5, "theirs")
     with pytest.raises(GaveUp, match=r"step_00000005.*got lineage theirs; allowed: lineage mine"):
         agree_on_checkpoint(folder, 0, {"ids": {"lineage": "mine"}})
@@ -95,7 +95,7 @@ def test_trial_without_a_note_is_as_its_checkpoints_say(run):
 
 
 def test_worker_refuses_and_training_is_not_tried_again(copy_of):
-    """Whoever put the checkpoint there did so after the driver had looked."""
+    """The checkpoint was put there after the driver had checked."""
     config = copy_of("refused", train={"num_workers": 1, "max_failures": 3})
     folder = CheckpointFolder(config.run_dir / "checkpoints")
     folder.save(3, {"model": {}, "optimizer": {}}, {"ids": {"lineage": "theirs"}})

@@ -27,12 +27,12 @@ def test_a_trial_sees_the_runs_artifacts_and_the_files_that_stand_for_some(job, 
 def test_what_a_trial_depends_on_names_its_folder(job):
     folder = job.folder({"train.learning_rate": 1e-4}, "lineage")
     assert job.folder({"train.learning_rate": 1e-4}, "lineage") == folder
-    others = [
+    changed_jobs = [
         job.folder({"train.learning_rate": 1e-3}, "lineage"),
         job.folder({"train.learning_rate": 1e-4}, "another"),
         TrialJob(**{**vars(job), "label": "x"}).folder({"train.learning_rate": 1e-4}, "lineage"),
     ]
-    assert len({folder, *others}) == 4
+    assert len({folder, *changed_jobs}) == 4
 
 
 def test_a_job_is_read_from_a_json_object_that_may_hold_more(job):

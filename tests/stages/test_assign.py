@@ -1,4 +1,4 @@
-"""Statistics and assignment: nothing lost, nothing twice, the same rows whatever the cut, kills survived."""
+"""Statistics and assignment: nothing lost, nothing duplicated, the same rows for any chunking, kills survived."""
 
 import io
 import json
@@ -53,8 +53,8 @@ def lines(path: Path) -> list[dict]:
 
 
 def absolute_lines(corpus: Path) -> list[dict]:
-    found = lines(corpus / "train.jsonl")
-    return [{**row, "audio_filepath": str(corpus / row["audio_filepath"])} for row in found]
+    rows = lines(corpus / "train.jsonl")
+    return [{**row, "audio_filepath": str(corpus / row["audio_filepath"])} for row in rows]
 
 
 def write_lines(path: Path, rows: list) -> Path:
@@ -95,7 +95,9 @@ def test_every_row_is_in_one_bucket_or_rejected_and_the_cut_does_not_matter(corp
     text = mixed.read_text().splitlines()
     assert text[where["bad_json"] - 1] == "{oops" and '"xx"' in text[where["unknown_language"] - 1]
     assert '"duration": 30.0' in text[where["too_long"] - 1] and where["too_many_tokens"] == where["too_long"] + 1
-    shown = {(one["corpus"], one["reason"]): one["first"][0]["line"] for one in index["rejected_examples"]}
+    shown = {
+        (example["corpus"], example["reason"]): example["first"][0]["line"] for example in index["rejected_examples"]
+    }
     assert shown == {("mixed", reason): line for reason, line in where.items()}
     expected = all_rows(assignment)
     assert len({row.audio_path for rows in expected for row in rows}) == index["rows"]
@@ -106,9 +108,9 @@ def test_every_row_is_in_one_bucket_or_rejected_and_the_cut_does_not_matter(corp
     assert all_rows(again) == expected
     numbers = [row["line"] for path in sorted((again.folder / "rejected").iterdir()) for row in lines(path)]
     assert sorted(numbers) == sorted(where.values())
-    bodies = [read_json(one.run_dir / "statistics.json", STATISTICS_FORMAT)["body"] for one in (config, cut)]
+    bodies = [read_json(run.run_dir / "statistics.json", STATISTICS_FORMAT)["body"] for run in (config, cut)]
     assert bodies[0] == bodies[1]
-    assert {one["reason"]: one["first"][0]["line"] for one in bodies[0]["rejected_examples"]} == {
+    assert {example["reason"]: example["first"][0]["line"] for example in bodies[0]["rejected_examples"]} == {
         reason: where[reason] for reason in ("bad_json", "empty_text", "skipme", "unknown_language")
     }
 
@@ -140,13 +142,15 @@ def test_corpora_are_counted_by_name_and_language(corpus, tmp_path):
         "small": sum(row["duration"] for row in german) / 3600,
         "en": sum(row["duration"] for row in english) / 3600,
     }
-    assert {name: one["hours"] for name, one in body["by_corpus"].items()} == pytest.approx(hours, abs=1e-4)
+    assert {name: corpus_body["hours"] for name, corpus_body in body["by_corpus"].items()} == pytest.approx(
+        hours, abs=1e-4
+    )
     assert body["by_language"]["de"]["utterances"] == len(german) == body["by_pair"]["de-de"]["utterances"]
     masses = {"small": 3 * hours["small"] ** 0.5, "en": hours["en"] ** 0.5}
     mixture = make_mixture(Workspace(config, config.run_dir), assignment)
-    heard = {name: repeat * hours[name] for name, repeat in zip(assignment.corpora, mixture.repeats, strict=True)}
+    hours_seen = {name: repeat * hours[name] for name, repeat in zip(assignment.corpora, mixture.repeats, strict=True)}
     for name, mass in masses.items():
-        assert heard[name] / sum(heard.values()) == pytest.approx(mass / sum(masses.values()), abs=1e-3)
+        assert hours_seen[name] / sum(hours_seen.values()) == pytest.approx(mass / sum(masses.values()), abs=1e-3)
     assert [sum(rows) for rows in zip(*assignment.rows_by_corpus, strict=True)] == [len(german), len(english)]
     for bucket, rows in enumerate(assignment.rows_by_corpus):
         numbers = np.arange(sum(rows))
@@ -187,8 +191,8 @@ def test_audio_is_copied_beside_the_rows(corpus, tmp_path):
     for row, copy in zip(readable, copies, strict=True):
         assert (row.text, row.tokens, row.duration_ms) == (copy.text, copy.tokens, copy.duration_ms)
         assert copy.audio_path.endswith(".tar") and copy.offset_ms == 0
-        expected, found = load_row(row, 16000), load_row(copy, 16000)
-        assert len(expected) == len(found) and np.abs(expected - found).max() <= 1.01 / 32768
+        expected, actual = load_row(row, 16000), load_row(copy, 16000)
+        assert len(expected) == len(actual) and np.abs(expected - actual).max() <= 1.01 / 32768
     # A person can open the copies.
     with tarfile.open(copies[0].audio_path) as tar:
         first = tar.next()
@@ -216,11 +220,11 @@ def test_a_tarred_set_is_read_by_range(corpus, tmp_path):
     assert index["rejected"] == {"bad_audio": 2}
     assert "has no member lost.wav" in index["rejected_examples"][0]["first"][0]["detail"]
     originals = {row["text"] + str(row["duration"]): row["audio_filepath"] for row in rows}
-    found = [row for rows in all_rows(assignment) for row in rows]
-    assert len(found) == 20
+    assigned = [row for rows in all_rows(assignment) for row in rows]
+    assert len(assigned) == 20
     samples = {read_audio(path, sample_rate=16000).tobytes() for path in originals.values()}
     assert {
-        read_audio(r.audio_path, start=r.audio_start, size=r.audio_size, sample_rate=16000).tobytes() for r in found
+        read_audio(r.audio_path, start=r.audio_start, size=r.audio_size, sample_rate=16000).tobytes() for r in assigned
     } == (samples)
 
 
@@ -251,10 +255,10 @@ def test_audio_inside_parquet_has_to_be_copied(corpus, tmp_path):
     with pytest.raises(RaytrainError, match="set assign.materialize to true"):
         run(tiny_config(corpus, tmp_path / "ranges", data=data))
     config = tiny_config(corpus, tmp_path / "copies", data=data, assign={"materialize": True})
-    found = sum(all_rows(run(config)), [])
-    assert sorted(row.text for row in found) == sorted(columns["text"])
+    assigned = sum(all_rows(run(config)), [])
+    assert sorted(row.text for row in assigned) == sorted(columns["text"])
     dev = {row.text: row for row in encode_split(Workspace(config, config.run_dir), "dev").rows}
-    for row in found:
+    for row in assigned:
         # A small split is read from the Parquet file itself.
         assert np.abs(load_row(row, 16000) - load_row(dev[row.text], 16000)).max() <= 1.01 / 32768
 
@@ -297,7 +301,7 @@ def test_a_killed_job_goes_on_without_doing_parts_again(corpus, tmp_path):
     after = {path.name: path.stat().st_mtime_ns for path in notes.glob("*.json")}
     assert len(after) == num_chunks and {name: after[name] for name in finished} == finished
     assert not list(assignment.folder.glob("*/.*"))  # what was half written is gone
-    found = Counter((row.text, row.duration_ms) for rows in all_rows(assignment) for row in rows)
+    counts = Counter((row.text, row.duration_ms) for rows in all_rows(assignment) for row in rows)
     undisturbed = tiny_config(corpus, tmp_path / "undisturbed")
     expected = Counter((row.text, row.duration_ms) for rows in all_rows(run(undisturbed)) for row in rows)
-    assert found == Counter({row: number * copies for row, number in expected.items()})
+    assert counts == Counter({row: number * copies for row, number in expected.items()})

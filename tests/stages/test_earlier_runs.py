@@ -1,4 +1,4 @@
-"""A run folder that an earlier version of the code began goes on with this version: no artefact changed its format.
+"""A run folder started by an earlier version of the code resumes with this version: no artifact changed its format.
 
 `fixtures/earlier_run.tar.xz` holds a corpus of 16 utterances and the run folder of its whole pipeline with 4 training
 steps, made by the code before the package was divided into its present folders. Rows hold absolute paths of audio, so

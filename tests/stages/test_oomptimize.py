@@ -66,7 +66,7 @@ class Law:
         return Probe(batch_size, False, why=self.at_limit)
 
 
-# --- processes of their own
+# --- separate processes
 
 
 def isolated(**law):
@@ -188,11 +188,11 @@ def test_training_takes_the_profile_of_its_gpu():
     a100 = profile("NVIDIA A100-SXM4-80GB", 79.2, [10, 5], True)
     h200 = profile("NVIDIA H200", 139.8, [18, 9], True)
     small, large = profile("traced", 24, [3, 1], False), profile("traced", 80, [9, 4], False)
-    known = [h200, a100, small, large]
-    assert choose_profile(known, "NVIDIA A100-SXM4-80GB", 79.2) is a100
-    assert choose_profile(known, "NVIDIA H100 80GB HBM3", 79.1) is large
-    assert choose_profile(known, "NVIDIA L4", 24.0) is small
-    assert choose_profile(known, None, 0) is h200
+    candidates = [h200, a100, small, large]
+    assert choose_profile(candidates, "NVIDIA A100-SXM4-80GB", 79.2) is a100
+    assert choose_profile(candidates, "NVIDIA H100 80GB HBM3", 79.1) is large
+    assert choose_profile(candidates, "NVIDIA L4", 24.0) is small
+    assert choose_profile(candidates, None, 0) is h200
     with pytest.raises(ProfileError, match="no batch profile for NVIDIA L4.*NVIDIA H200"):
         choose_profile([h200], "NVIDIA L4", 22.0)
     assert least_sizes([a100, replace(h200, batch_sizes=(8, 9))]) == (8, 5)

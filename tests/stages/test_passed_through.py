@@ -97,8 +97,8 @@ def test_the_output_is_no_input(order, tmp_path, link, overwrite):
         Corpus("m", f"file://{manifest}"),
         Corpus("m", str(tmp_path / "m*.jsonl")),
     ):
-        said = refusal(replace(order, corpora=(corpus,), output=output, overwrite=overwrite))
-        assert "the output is a file that the command reads" in said and "to do: name another --output" in said
+        message = refusal(replace(order, corpora=(corpus,), output=output, overwrite=overwrite))
+        assert "the output is a file that the command reads" in message and "to do: name another --output" in message
     assert manifest.read_bytes() == before
 
 
@@ -119,8 +119,8 @@ def test_what_is_no_file_is_never_replaced(order, tmp_path):
     (tmp_path / "null").symlink_to("/dev/null")
     for name in ("pipe", "null"):
         for overwrite in (False, True):
-            said = refusal(replace(order, output=tmp_path / name, overwrite=overwrite))
-            assert "exists already; because it is not a file" in said
+            message = refusal(replace(order, output=tmp_path / name, overwrite=overwrite))
+            assert "exists already; because it is not a file" in message
     assert "can't write" in refusal(replace(order, output=tmp_path / ("x" * 300)))
 
 
@@ -128,8 +128,8 @@ def test_what_the_command_reads_is_never_replaced(order, tmp_path):
     model = tmp_path / "model"
     model.mkdir()
     (model / "model.pt").write_text("weights")
-    said = refusal(replace(order, checkpoint=model, output=model / "model.pt", overwrite=True))
-    assert "the output is a file that the command reads" in said
+    message = refusal(replace(order, checkpoint=model, output=model / "model.pt", overwrite=True))
+    assert "the output is a file that the command reads" in message
     output = tmp_path / "a.wav"
     output.write_text("audio")
     parts = FinishedParts(output, "key", overwrite=True)

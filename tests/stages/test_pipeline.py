@@ -101,7 +101,7 @@ def test_mlflow_has_a_parent_and_a_child_for_each_stage(finished):
     } <= set(train.data.metrics)
     assert len(client.get_metric_history(train.info.run_id, "loss")) == 6
     assert {"test_wer", "test_cer"} <= set(children["evaluate"].data.metrics)
-    assert "errors.html" in {one.path for one in client.list_artifacts(children["evaluate"].info.run_id)}
+    assert "errors.html" in {artifact.path for artifact in client.list_artifacts(children["evaluate"].info.run_id)}
     parent = client.get_run(train.data.tags["mlflow.parentRunId"])
     assert parent.data.params["train.max_steps"] == "6"
 
@@ -209,7 +209,7 @@ def test_bad_rows_are_counted_up_to_the_limit_then_an_error(corpus, tmp_path):
     run(config, "statistics", "buckets", "assign")
     statistics = read_json(config.run_dir / "statistics.json", "raytrain.statistics/4")["body"]
     assert statistics["rejected"] == {"bad_duration": 1, "bad_json": 1, "empty_text": 1}
-    first = {one["reason"]: one["first"][0]["line"] for one in statistics["rejected_examples"]}
+    first = {example["reason"]: example["first"][0]["line"] for example in statistics["rejected_examples"]}
     assert first == {"bad_duration": 7, "bad_json": 6, "empty_text": 8}
     rejected = lines(config.run_dir / "assignment" / "rejected" / "part-00000.jsonl")
     assert {row["reason"] for row in rejected} >= {"bad_duration", "bad_json", "empty_text"}
@@ -285,34 +285,34 @@ def test_augmented_batches_stay_in_their_buckets_and_are_the_same_for_any_worker
     workspace = Workspace(config, config.run_dir)
     plain = Workspace(config.model_copy(update={"augment": AugmentSettings()}), config.run_dir)
     sizes, edges = workspace.profiles()[0].batch_sizes, Assignment(config.run_dir / "assignment").edges
-    heard = []
-    for one, workers in ((workspace, 1), (workspace, 2), (plain, 1)):
+    sums_by_run = []
+    for source, workers in ((workspace, 1), (workspace, 2), (plain, 1)):
         sums = {}
         for rank in range(workers):
-            with make_loader(one, sizes, None, [rank], workers) as batches:
+            with make_loader(source, sizes, None, [rank], workers) as batches:
                 for loaded in batches:
                     lengths = loaded.batch.audio_lengths
                     assert lengths.max() <= edges[loaded.plan.bucket][0] * 16
                     start = loaded.plan.start + sum(loaded.plan.sizes[:rank])
                     for place, total in enumerate(loaded.batch.audio.abs().sum(1).tolist()):
                         sums[loaded.plan.bucket, start + place] = total
-        heard.append(sums)
-    both = heard[0].keys() & heard[1].keys()
-    assert len(both) > 0.9 * len(heard[0])
-    assert all(heard[0][key] == pytest.approx(heard[1][key], rel=1e-4) for key in both)
-    assert sum(heard[0][key] != heard[2][key] for key in both) > 0.9 * len(both)
+        sums_by_run.append(sums)
+    both = sums_by_run[0].keys() & sums_by_run[1].keys()
+    assert len(both) > 0.9 * len(sums_by_run[0])
+    assert all(sums_by_run[0][key] == pytest.approx(sums_by_run[1][key], rel=1e-4) for key in both)
+    assert sum(sums_by_run[0][key] != sums_by_run[2][key] for key in both) > 0.9 * len(both)
 
 
 def test_a_schedule_is_described_and_simulated(finished):
     arguments = ["schedule", "-c", str(finished.run_dir / "config.yaml")]
     result = CliRunner().invoke(app, [*arguments, "--simulate", "--workers", "3", "--steps", "20", "--json"])
     assert result.exit_code == 0, result.stderr
-    found = json.loads(result.stdout)
-    assert found["steps"] == 20 and found["world_size"] == 3 and found["bucket_agreement"] == 1.0
-    assert found["audio_share"] == [1.0] and found["corpora"][0]["repeats"] == 1.0
-    assert 0 < found["audio_padding"] < 0.5 and found["slowest_rank"] >= 1
+    simulation = json.loads(result.stdout)
+    assert simulation["steps"] == 20 and simulation["world_size"] == 3 and simulation["bucket_agreement"] == 1.0
+    assert simulation["audio_share"] == [1.0] and simulation["corpora"][0]["repeats"] == 1.0
+    assert 0 < simulation["audio_padding"] < 0.5 and simulation["slowest_rank"] >= 1
     shown = CliRunner().invoke(app, [*arguments, "--simulate", "--steps", "5"], env={"COLUMNS": "100"}).stdout
-    assert "times an epoch" in shown and "workers in one bucket" in shown
+    assert "repeats per epoch" in shown and "workers in one bucket" in shown
     assert "simulated" not in CliRunner().invoke(app, arguments).stdout
 
 
@@ -358,16 +358,16 @@ def test_training_starts_from_another_model_with_another_tokenizer(finished, cor
     assert read_json(config.run_dir / "statistics.json", "raytrain.statistics/4")["body"]["prompt_tokens_mean"] == 5
     (line,) = [row for row in lines(config.run_dir / "metrics.jsonl") if "loss" in row]
     assert line["share_once"] + line["share_often"] == pytest.approx(1) and line["share_often"] > line["share_once"]
-    found = load_model(config.run_dir)
-    assert found.config.vocab_size < source.config.vocab_size
+    model = load_model(config.run_dir)
+    assert model.config.vocab_size < source.config.vocab_size
     for name in ("encoder.layers.0.feed_forward1.linear1.weight", "transf_decoder._decoder.final_layer_norm.bias"):
-        torch.testing.assert_close(found.state[name], source.state[name], atol=1e-6, rtol=0)
-    old, new = pieces_of(source.tokenizers), pieces_of(found.tokenizers)
+        torch.testing.assert_close(model.state[name], source.state[name], atol=1e-6, rtol=0)
+    old, new = pieces_of(source.tokenizers), pieces_of(model.tokenizers)
     stayed = [piece for piece in new if piece in old]
     assert {"<|en|>", "<|de|>", "<|endoftext|>"} <= {piece for _, piece in stayed} and len(stayed) < len(old)
     for name in ("transf_decoder._embedding.token_embedding.weight", "log_softmax.mlp.layer0.bias"):
-        rows = [found.state[name][new[piece]] for piece in stayed]
+        rows = [model.state[name][new[piece]] for piece in stayed]
         wanted = [source.state[name][old[piece]] for piece in stayed]
         torch.testing.assert_close(torch.stack(rows), torch.stack(wanted), atol=1e-6, rtol=0)
     with pytest.raises(CheckpointError, match="decoder_width 32.*decoder_width 48"):
-        initialize_from(Canary(replace(found.config, decoder_width=48)), found.tokenizers, source)
+        initialize_from(Canary(replace(model.config, decoder_width=48)), model.tokenizers, source)

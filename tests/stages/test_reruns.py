@@ -28,7 +28,7 @@ from raytrain.run_folder.lineage import training_meta
 from raytrain.run_folder.workspace import Workspace
 from raytrain.training.conversion import model_stamp
 
-LEARNT = ["train", "evaluate", "report"]
+LEARNED = ["train", "evaluate", "report"]
 IN_PLACE = settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
@@ -40,7 +40,7 @@ def run():
 
 @pytest.fixture(scope="module")
 def base(run, corpus, tmp_path_factory) -> Config:
-    """A finished run with a tokenizer that is given, on a corpus of its own."""
+    """A finished run with a given tokenizer, on its own corpus."""
     folder = tmp_path_factory.mktemp("base")
     shutil.copytree(corpus, folder / "corpus")
     first = tiny_config(corpus, folder / "first", tracking={"enabled": False})
@@ -54,7 +54,7 @@ def base(run, corpus, tmp_path_factory) -> Config:
         train={"ctc_weight": 0.5, "device": "cpu", "init_from": str(folder / "init.nemo")},
         evaluate={"beam_size": 2},
     )
-    assert run(config) == ["statistics", "buckets", "assign", "oomptimize", *LEARNT]
+    assert run(config) == ["statistics", "buckets", "assign", "oomptimize", *LEARNED]
     return config
 
 
@@ -104,11 +104,11 @@ def leave_out_a_row_twice(rows: list[dict]) -> None:
     "manifest, edit, expected",
     [
         ("train.jsonl", None, []),
-        ("train.jsonl", reverse_words, ["statistics", "assign", *LEARNT]),
-        ("train.jsonl", rotate_recordings, ["statistics", "assign", *LEARNT]),
-        ("train.jsonl", swap_two_rows, ["statistics", "assign", *LEARNT]),
+        ("train.jsonl", reverse_words, ["statistics", "assign", *LEARNED]),
+        ("train.jsonl", rotate_recordings, ["statistics", "assign", *LEARNED]),
+        ("train.jsonl", swap_two_rows, ["statistics", "assign", *LEARNED]),
         ("train.jsonl", leave_out_a_row_twice, ["statistics", "assign", "report"]),
-        ("dev.jsonl", reverse_words, ["train"]),  # it goes on, and ends with the same weights
+        ("dev.jsonl", reverse_words, ["train"]),  # it resumes, and ends with the same weights
         ("test.jsonl", reverse_words, ["evaluate", "report"]),
         ("test.jsonl", rotate_recordings, ["evaluate", "report"]),
     ],
@@ -143,7 +143,7 @@ def test_a_millisecond_is_noticed(base, run, changed, tmp_path):
     rows = rows_of(path)
     shorten_by_a_millisecond(rows)
     write_rows(path, rows)
-    assert {"statistics", "assign", *LEARNT} <= set(run(config))
+    assert {"statistics", "assign", *LEARNED} <= set(run(config))
 
 
 @pytest.mark.parametrize("materialize", [False, True])
@@ -171,7 +171,7 @@ def test_a_tar_counts_by_its_audio_where_members_lie_where_they_lay(base, run, t
     os.utime(tmp_path / "audio_0.tar")
     assert run(config) == ["statistics", "assign"]  # a time is no content
     write_tar(samples[::-1])
-    assert run(config) == ["statistics", "assign", *LEARNT]
+    assert run(config) == ["statistics", "assign", *LEARNED]
     assert run(config) == []
 
 
@@ -237,28 +237,28 @@ def test_a_model_counts_wherever_it_lies(base, run, tmp_path):
     moved = tmp_path / "moved.nemo"
     shutil.copy(base.train.init_from, moved)
     changes = changes_of(base, with_value(base, "train.init_from", str(moved)))
-    assert changes == {"train"}  # it goes on
+    assert changes == {"train"}  # it resumes
     moved.write_bytes(b"another")
     assert changes_of(base, with_value(base, "train.init_from", str(moved))) == {"train", "anew"}
 
 
 def test_trials_are_of_the_rows_validation_and_batches_that_they_trained_on(base, run, changed, tmp_path):
     config = copied(base, tmp_path)
-    found = [training_inputs(config, config.run_dir)]
-    assert training_inputs(config, config.run_dir) == found[0]
+    inputs = [training_inputs(config, config.run_dir)]
+    assert training_inputs(config, config.run_dir) == inputs[0]
     for manifest in ("train.jsonl", "dev.jsonl"):
         rows = rows_of(changed(manifest))
         reverse_words(rows)
         write_rows(changed(manifest), rows)
         run(config)
-        found.append(training_inputs(config, config.run_dir))
+        inputs.append(training_inputs(config, config.run_dir))
     (config.run_dir / "batch_profile.json").write_text("other batches")
-    found.append(training_inputs(config, config.run_dir))
-    assert all(one != other for one, other in itertools.pairwise(found))
+    inputs.append(training_inputs(config, config.run_dir))
+    assert all(before != after for before, after in itertools.pairwise(inputs))
 
 
 # Stages whose key a setting changes, and values that change it. Stages after these run where what they read differs
-# then. `anew`: training does not go on from its checkpoints.
+# then. `anew`: training does not resume from its checkpoints.
 SETTINGS = [
     (
         "",
@@ -375,7 +375,7 @@ SETTINGS = [
             "train.ctc_weight": 0.3,
         },
     ),
-    ("train report anew", {"data.stream": {}}),  # which leaves assign out
+    ("train report anew", {"data.stream": {}}),  # which skips assign
     ("train anew", {"data.stream.buffer_size": 100, "data.stream.concurrent": True}),
     ("buckets train anew", {"seed": 2}),
     (

@@ -146,10 +146,10 @@ def test_a_real_server_gets_it_all(tmp_path: Path) -> None:
     command += ["--workers", "1", "--backend-store-uri", f"sqlite:///{tmp_path / 'server.db'}"]
     command += ["--artifacts-destination", (tmp_path / "served").as_uri()]
     with open(tmp_path / "server.log", "wb") as log:
-        # A session of its own: the server starts workers, and all of them must go with it.
+        # A separate session: the server starts workers, and all of them must end with it.
         server = subprocess.Popen(command, stdout=log, stderr=log, cwd=tmp_path, start_new_session=True)
     try:
-        # /health answers before the store is ready; the first look-up is the one that takes long.
+        # /health answers before the store is ready; the first lookup is slow.
         _wait_for(f"{uri}/api/2.0/mlflow/experiments/get-by-name?experiment_name=Default", server)
         tracker = MlflowTracker.open(tracking_uri=uri, experiment="raytrain", run_name="train")
         tracker.log_metrics({"loss": 1.5}, 7, 1.0)
