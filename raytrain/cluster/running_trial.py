@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 from raytrain.cluster.trainer import run_training
 from raytrain.config import Config, check_config
 from raytrain.run_folder.lineage import training_key, training_meta
+from raytrain.run_folder.scored_rows import check_dev_split
+from raytrain.run_folder.training_plan import TrainingPlan
 from raytrain.run_folder.trial_folder import TrialJob, with_settings
 from raytrain.run_folder.workspace import Workspace
 from raytrain.storage.artifacts import atomic_write_bytes, canonical_json, content_id, file_id, read_state
@@ -98,7 +100,8 @@ class RunningTrial:
 
     def _train(self, config: Config, meta: CheckpointMeta, mlflow: MlflowRun | None) -> None:
         try:
-            run_training(config, self.folder, meta=meta, mlflow=mlflow, on_metrics=self._lines.put)
+            check_dev_split(Workspace(config, self.folder))
+            run_training(TrainingPlan(config, str(self.folder), meta, mlflow), self._lines.put)
             self._lines.put(None)
         except Exception as error:
             self._lines.put(error)

@@ -6,7 +6,6 @@ import contextlib
 import os
 import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from raytrain.cluster.failures import Failure, decide, failure_of, readable, stalled
@@ -16,13 +15,10 @@ from raytrain.cluster.room import Workers, choose_workers, describe_worker, find
 from raytrain.cluster.training_job import TrainingJob, make_job
 from raytrain.config import Config
 from raytrain.errors import RaytrainError
-from raytrain.run_folder.scored_rows import checked_split
-from raytrain.run_folder.workspace import Workspace
+from raytrain.run_folder.training_plan import TrainingPlan
 from raytrain.storage.leftovers import RAY_FOLDER
 from raytrain.storage.run_store import RunStore
-from raytrain.tracking.base import MlflowRun
 from raytrain.tracking.metrics_file import follow_metrics
-from raytrain.training.checkpoint_meta import CheckpointMeta
 from raytrain.training.faults import FaultNotes
 from raytrain.training.run_notes import GAVE_UP, LOWERED, STOP, fetch_fault_notes, noted_error, shared_fault_notes
 
@@ -36,24 +32,15 @@ _LEAST_COLLECTIVE_SECONDS = 600
 
 
 def run_training(
-    config: Config,
-    location: Path | str,
-    *,
-    meta: CheckpointMeta,
-    mlflow: MlflowRun | None,
-    on_metrics: Callable[[dict[str, Any]], None],
-    say: Callable[[str], None] = lambda line: None,
+    plan: TrainingPlan, on_metrics: Callable[[dict[str, Any]], None], say: Callable[[str], None] = lambda line: None
 ) -> None:
-    """Train to completion in the run folder at `location`, a path or a URI. Raises `ManifestError` for dev manifests
-    without any rows to score.
+    """Train to the end; `on_metrics` gets each line of metrics, and `say` each message.
 
-    Also restarts where Ray Train gives up although training could continue: after a step that ran out of memory, and
-    after Ray's memory monitor killed a worker. Raises the worker's own error if it is readable.
+    Restarts even if Ray Train gives up for good although training could continue: after a step that ran out of memory,
+    and after a worker that Ray's memory monitor killed. Raises the worker's own error if it has a readable one.
     """
-    if config.data.dev:
-        checked_split(Workspace(config, location), "dev", config.train.max_validation_utterances)
-    store = RunStore(location, config.run.cache_size)
-    job = make_job(config, store, meta, mlflow)
+    config, store = plan.config, RunStore(plan.location, plan.config.run.cache_size)
+    job = make_job(plan, store)
     for name in (GAVE_UP, LOWERED, STOP):
         store.discard(name)
     workers = _choose_workers(config, job.cuda, say)

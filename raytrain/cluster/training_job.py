@@ -10,6 +10,7 @@ from raytrain.cluster.placement import Placement, total
 from raytrain.cluster.room import trains_on_gpus
 from raytrain.config import Config
 from raytrain.errors import TrainingError
+from raytrain.run_folder.training_plan import TrainingPlan
 from raytrain.storage.artifacts import file_id
 from raytrain.storage.locations import absolute
 from raytrain.storage.run_store import RunStore
@@ -37,8 +38,9 @@ class TrainingJob:
     profile_id: str
 
 
-def make_job(config: Config, store: RunStore, meta: CheckpointMeta, mlflow: MlflowRun | None = None) -> TrainingJob:
-    """The job of a run folder. Raises `TrainingError` if the cluster can't run it."""
+def make_job(plan: TrainingPlan, store: RunStore) -> TrainingJob:
+    """What the workers of a training get. Raises `TrainingError` if the cluster can't train like this."""
+    config = plan.config
     cuda = trains_on_gpus(config)
     cpus = int(total(Placement.train(config.cluster).nodes(), "CPU"))
     if config.data.workers == "ray" and free_cpus(config, config.train.most_workers) < 1:
@@ -51,8 +53,8 @@ def make_job(config: Config, store: RunStore, meta: CheckpointMeta, mlflow: Mlfl
     return TrainingJob(
         config=_with_absolute_paths(config),
         location=store.location,
-        meta=meta,
-        mlflow=mlflow,
+        meta=plan.meta,
+        mlflow=plan.mlflow,
         cuda=cuda,
         backend=backend(config, cuda),
         cpus=cpus,

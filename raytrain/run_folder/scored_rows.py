@@ -150,6 +150,13 @@ class DevBatches:
             yield readable, batch
 
 
+def check_dev_split(workspace: Workspace) -> None:
+    """Raises `ManifestError` if there are dev manifests in which nothing can be scored."""
+    config = workspace.config
+    if config.data.dev:
+        checked_split(workspace, "dev", config.train.max_validation_utterances)
+
+
 def make_validator(
     workspace: Workspace,
     rank: int,

@@ -4,41 +4,25 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
 
 from raytrain.cluster.trainer import run_training
 from raytrain.config import Config
 from raytrain.errors import TrainingError
 from raytrain.run_folder.checkpoint_mirror import mirror_of
-from raytrain.run_folder.lineage import training_key, training_lineage, training_meta
+from raytrain.run_folder.lineage import training_key, training_lineage
 from raytrain.run_folder.previous import set_aside_stale
 from raytrain.run_folder.quarantine import QUARANTINE, gather_quarantine, num_quarantined
 from raytrain.run_folder.trained import TRAINED_NOTE, TrainedNote
+from raytrain.run_folder.training_plan import plan_training
 from raytrain.run_folder.workspace import Workspace
 from raytrain.stages.context import Context
 from raytrain.storage.artifacts import make_folder
 from raytrain.tracking.metrics_file import METRICS
 from raytrain.training.checkpoint import Checkpoint, CheckpointFolder
-from raytrain.training.checkpoint_meta import CheckpointMeta
 from raytrain.training.data_wait import DataPath, DataWaitMonitor
+from raytrain.training.run_notes import LOWERED
 
 _SHOWN_METRICS = ("loss", "wer", "bleu")
-_LOWERED = "batch_profile_lowered.json"
-
-
-@dataclass(frozen=True)
-class TrainingPlan:
-    """A training plan: the `lineage` of its checkpoints, the `meta` that each of them records, and the checkpoint it
-    resumes from (None for a fresh start)."""
-
-    lineage: str
-    meta: CheckpointMeta
-    checkpoint: Checkpoint | None
-
-    @property
-    def step(self) -> int:
-        """Steps completed earlier."""
-        return self.checkpoint.step if self.checkpoint else 0
 
 
 def key(workspace: Workspace) -> object:
@@ -52,40 +36,31 @@ def resumes(workspace: Workspace) -> bool:
     return newest is not None and newest.lineage == training_lineage(workspace)
 
 
-def plan_training(workspace: Workspace, lineage: str, newest: Checkpoint | None) -> TrainingPlan:
-    """The plan of a training that resumes from the `newest` checkpoint, if there is one.
-
-    Raises `CheckpointError` if its lineage differs.
-    """
-    if newest is not None:
-        newest.check_lineage(lineage)
-    return TrainingPlan(lineage, training_meta(workspace), newest)
-
-
 def run(context: Context) -> str:
     """Write checkpoints, and `checkpoints/last.json` that names the last and the best."""
     workspace = context.workspace
     lineage = training_lineage(workspace)
     if set_aside_stale(workspace, lineage):
-        context.console.say(
-            "  settings changed: training starts from scratch, the old checkpoints were moved to previous/"
-        )
-    plan = plan_training(workspace, lineage, _newest_checkpoint(context, lineage))
-    if plan.checkpoint is not None:
-        context.console.say(f"  training resumes from step {plan.step}")
-    with _training_progress(context, plan.step) as on_metrics:
-        run_training(
-            context.config,
-            workspace.store.location,
-            meta=plan.meta,
-            mlflow=context.tracking.training_run(),
-            on_metrics=on_metrics,
-            say=context.console.say,
-        )
+        context.console.say("  settings changed: training starts from scratch, the old checkpoints are in previous/")
+    step = _resumed_step(context, lineage)
+    plan = plan_training(workspace, context.tracking.training_run())
+    with _training_progress(context, step) as on_metrics:
+        run_training(plan, on_metrics, context.console.say)
     _gather(context)
     last, best = _checkpoints_of(workspace.checkpoints(), lineage)
     TrainedNote.of(lineage, last, best).write(context.path(TRAINED_NOTE))
     return f"{last.step} steps, {last.meta.get('seconds', 0.0) / 60:.1f} min; best checkpoint at step {best.step}"
+
+
+def _resumed_step(context: Context, lineage: str) -> int:
+    """The step that training resumes from, 0 if it starts. Raises `CheckpointError` if that checkpoint is of another
+    lineage."""
+    newest = _newest_checkpoint(context, lineage)
+    if newest is None:
+        return 0
+    newest.check_lineage(lineage)
+    context.console.say(f"  training resumes from step {newest.step}")
+    return newest.step
 
 
 def _newest_checkpoint(context: Context, lineage: str) -> Checkpoint | None:
@@ -101,7 +76,7 @@ def _newest_checkpoint(context: Context, lineage: str) -> Checkpoint | None:
 
 def _gather(context: Context) -> None:
     """Fetch what the workers wrote besides checkpoints."""
-    lowered, store = context.path(_LOWERED), context.workspace.store
+    lowered, store = context.path(LOWERED), context.workspace.store
     if lowered.exists():
         context.tracker.log_artifact(lowered)
     store.refresh(METRICS)

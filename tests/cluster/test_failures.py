@@ -16,8 +16,8 @@ KILLED, ANY = Failure.KILLED_FOR_MEMORY, Failure.ANY
         (ANY, ["bucket 3 takes 9"], 0, Restart(0, "bucket 3 takes 9")),
         (KILLED, ["bucket 3 takes 9", "bucket 1 takes 4"], 2, Restart(2, "bucket 1 takes 4")),
         # A worker that was killed in the middle of anything else may be killed again.
-        (KILLED, [], 2, Restart(1, "a worker was killed for its memory")),
-        (KILLED, [], 1, Restart(0, "a worker was killed for its memory")),
+        (KILLED, [], 2, Restart(1, "a worker ran out of host memory and was killed")),
+        (KILLED, [], 1, Restart(0, "a worker ran out of host memory and was killed")),
         (KILLED, [], 0, None),
         # Ray Train has used up its own attempts.
         (ANY, [], 3, None),

@@ -12,6 +12,7 @@ from raytrain.cluster.ranks import agree_on_checkpoint
 from raytrain.cluster.trainer import run_training
 from raytrain.errors import CheckpointError
 from raytrain.run_folder.trained import trained_checkpoint
+from raytrain.run_folder.training_plan import TrainingPlan
 from raytrain.storage.artifacts import canonical_json
 from raytrain.storage.run_store import RunStore
 from raytrain.training.checkpoint import CheckpointFolder
@@ -101,13 +102,7 @@ def test_worker_refuses_and_training_is_not_tried_again(copy_of):
     folder.save(3, {"model": {}, "optimizer": {}}, {"ids": {"lineage": "theirs"}})
     lines: list[str] = []
     with pytest.raises(CheckpointError, match=r"got lineage theirs; allowed: lineage mine.*to do"):
-        run_training(
-            config,
-            config.run_dir,
-            meta={"ids": {"lineage": "mine"}},
-            mlflow=None,
-            on_metrics=lambda line: None,
-            say=lines.append,
-        )
+        plan = TrainingPlan(config, str(config.run_dir), {"ids": {"lineage": "mine"}})
+        run_training(plan, lambda line: None, lines.append)
     assert lines == [] and json.loads((folder.folder / "step_00000003" / "meta.json").read_bytes())["step"] == 3
     assert not (config.run_dir / "metrics.jsonl").exists()
