@@ -17,9 +17,9 @@ from raytrain.run_folder.training_plan import TrainingPlan
 from raytrain.run_folder.trial_folder import TrialJob, with_settings
 from raytrain.run_folder.workspace import Workspace
 from raytrain.storage.artifacts import atomic_write_bytes, canonical_json, content_id, file_id, read_state
+from raytrain.storage.run_files import BATCH_PROFILE, METRICS
 from raytrain.tracking import read_metrics
 from raytrain.tracking.base import MlflowRun
-from raytrain.tracking.metrics_file import METRICS
 from raytrain.training.checkpoint_meta import CheckpointMeta
 from raytrain.training.run_notes import STOP
 
@@ -33,7 +33,7 @@ _STOP_SECONDS = 180
 
 def training_inputs(config: Config, run_dir: Path, files: Mapping[str, str] | None = None) -> list[Any]:
     """An id for everything that training on the artifacts in `run_dir` depends on; `files` replace artifacts there."""
-    profile = Path((files or {}).get("batch_profile.json", run_dir / "batch_profile.json"))
+    profile = Path((files or {}).get(BATCH_PROFILE, run_dir / BATCH_PROFILE))
     return [training_key(Workspace(config, run_dir)), file_id(profile)]
 
 

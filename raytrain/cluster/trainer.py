@@ -17,10 +17,11 @@ from raytrain.config import Config
 from raytrain.errors import RaytrainError
 from raytrain.run_folder.training_plan import TrainingPlan
 from raytrain.storage.leftovers import RAY_FOLDER
+from raytrain.storage.run_files import LOWERED_PROFILE
 from raytrain.storage.run_store import RunStore
 from raytrain.tracking.metrics_file import follow_metrics
 from raytrain.training.faults import FaultNotes
-from raytrain.training.run_notes import GAVE_UP, LOWERED, STOP, fetch_fault_notes, noted_error, shared_fault_notes
+from raytrain.training.run_notes import GAVE_UP, STOP, fetch_fault_notes, noted_error, shared_fault_notes
 
 if TYPE_CHECKING:
     from ray.actor import ActorHandle
@@ -41,12 +42,12 @@ def run_training(
     """
     config, store = plan.config, RunStore(plan.location, plan.config.run.cache_size)
     job = make_job(plan, store)
-    for name in (GAVE_UP, LOWERED, STOP):
+    for name in (GAVE_UP, LOWERED_PROFILE, STOP):
         store.discard(name)
     workers = _choose_workers(config, job.cuda, say)
     with _without_ray_folder(store), follow_metrics(store, on_metrics):
         _train_with_restarts(config, store, job, workers, say)
-    store.refresh(LOWERED)
+    store.refresh(LOWERED_PROFILE)
     if (error := noted_error(store)) is not None:
         raise error
 

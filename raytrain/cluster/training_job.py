@@ -13,6 +13,7 @@ from raytrain.errors import TrainingError
 from raytrain.run_folder.training_plan import TrainingPlan
 from raytrain.storage.artifacts import file_id
 from raytrain.storage.locations import absolute
+from raytrain.storage.run_files import BATCH_PROFILE
 from raytrain.storage.run_store import RunStore
 from raytrain.tracking.base import MlflowRun
 from raytrain.training.checkpoint_meta import CheckpointMeta
@@ -59,7 +60,7 @@ def make_job(plan: TrainingPlan, store: RunStore) -> TrainingJob:
         backend=backend(config, cuda),
         cpus=cpus,
         num_shares=config.train.most_workers * config.train.accumulate,
-        profile_id=file_id(store.local / "batch_profile.json"),
+        profile_id=file_id(store.local / BATCH_PROFILE),
     )
 
 

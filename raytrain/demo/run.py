@@ -17,6 +17,19 @@ from raytrain.lengths.compare import PaddingRow
 from raytrain.report.views import Grid, ProfileSizes, Score, Totals
 from raytrain.stages.pipeline import run_pipeline
 from raytrain.storage.artifacts import view_of
+from raytrain.storage.run_files import (
+    ASSIGNMENT_INDEX,
+    BATCH_PROFILE,
+    BUCKET_PLAN,
+    ERRORS_PAGE,
+    HISTOGRAM,
+    HYPOTHESES,
+    METRICS,
+    REPORT,
+    SCORES,
+    STATISTICS,
+    TRAINED_NOTE,
+)
 from raytrain.storage.yaml_loading import read_yaml
 
 _Kind = TypeVar("_Kind")
@@ -24,17 +37,17 @@ UTTERANCES = {"train": 2400, "dev": 80, "test": 160}
 MAX_WER = 0.20
 ARTIFACTS = (
     "tokenizer/tokenizer.json",
-    "histogram.parquet",
-    "statistics.json",
-    "bucket_plan.json",
-    "assignment/index.json",
-    "batch_profile.json",
-    "checkpoints/last.json",
-    "metrics.jsonl",
-    "hypotheses.jsonl",
-    "scores.json",
-    "errors.html",
-    "report.html",
+    HISTOGRAM,
+    STATISTICS,
+    BUCKET_PLAN,
+    ASSIGNMENT_INDEX,
+    BATCH_PROFILE,
+    TRAINED_NOTE,
+    METRICS,
+    HYPOTHESES,
+    SCORES,
+    ERRORS_PAGE,
+    REPORT,
     "mlflow.db",
 )
 
@@ -66,7 +79,7 @@ def _show(config: Config, console: Console) -> int:
     if missing:
         console.warn(f"the demo did not write {', '.join(missing)}")
         return 1
-    scores = _read(run_dir / "scores.json", _Scores)
+    scores = _read(run_dir / SCORES, _Scores)
     out = console.rich
     out.print(_summary(run_dir, scores))
     out.print(_transcripts(run_dir))
@@ -114,11 +127,11 @@ class _Profiles:
 
 
 def _summary(run_dir: Path, scores: _Scores) -> Table:
-    totals = _read(run_dir / "statistics.json", Totals)
-    plan = _read(run_dir / "bucket_plan.json", _Plan)
-    sizes = _read(run_dir / "batch_profile.json", _Profiles).profiles[0].batch_sizes
+    totals = _read(run_dir / STATISTICS, Totals)
+    plan = _read(run_dir / BUCKET_PLAN, _Plan)
+    sizes = _read(run_dir / BATCH_PROFILE, _Profiles).profiles[0].batch_sizes
     before, after = plan.padding_by_scheme[0], plan.padding_by_scheme[-1]
-    last = json.loads((run_dir / "metrics.jsonl").read_text().splitlines()[-1])
+    last = json.loads((run_dir / METRICS).read_text().splitlines()[-1])
     table = Table(title="What the demo did", show_header=False, title_justify="left")
     rows = [
         ("training speech", f"{totals.hours:.2f} h, {totals.utterances} utterances"),
@@ -139,7 +152,7 @@ def _transcripts(run_dir: Path) -> Table:
     table = Table(title="Five transcripts", title_justify="left")
     for heading in ("language", "said", "transcribed"):
         table.add_column(heading)
-    for line in (run_dir / "hypotheses.jsonl").read_text().splitlines()[:5]:
+    for line in (run_dir / HYPOTHESES).read_text().splitlines()[:5]:
         item = json.loads(line)
         table.add_row(item["lang"], item["text"], item["hypothesis"] or f"({item.get('error', '')})")
     return table

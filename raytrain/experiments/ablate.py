@@ -30,6 +30,7 @@ from raytrain.run_folder.trial_folder import check_on_disk
 from raytrain.run_folder.workspace import Workspace
 from raytrain.storage.artifacts import read_json, write_json
 from raytrain.storage.ownership import owned
+from raytrain.storage.run_files import BATCH_PROFILE, REPORT
 from raytrain.storage.run_store import RunStore
 from raytrain.tracking.runs import RunTracking
 from raytrain.training.memory.surface import MemorySurface
@@ -121,7 +122,7 @@ def _traced(console: Console, label: str, trace: Callable[..., MemorySurface]) -
 
 
 def _report(config: Config, console: Console) -> None:
-    path = write_report(config.run_dir, config.run_dir / "report.html", title=f"raytrain: {config.name}")
+    path = write_report(config.run_dir, config.run_dir / REPORT, title=f"raytrain: {config.name}")
     console.say(f"  the figures are in {path}")
 
 
@@ -198,10 +199,10 @@ def _prepare(config: Config, console: Console, planned: SchemePlan) -> list[Tria
     name, settings = scheme.replace("+", "-plus"), scheme_settings(scheme, config.buckets)
     candidate = prepare_run(config, console, name, {"buckets": settings})
     sized = candidate.run_dir / "batch_profile_sized.json"
-    document = read_json(candidate.run_dir / "batch_profile.json", PROFILE_FORMAT, ProfileBody)
+    document = read_json(candidate.run_dir / BATCH_PROFILE, PROFILE_FORMAT, ProfileBody)
     document["body"]["profiles"][0]["batch_sizes"] = list(planned.sizes)
     write_json(sized, PROFILE_FORMAT, document["body"], document["parents"])
-    files = {"batch_profile.json": str(sized)}
+    files = {BATCH_PROFILE: str(sized)}
     return [
         TrialJob(f"{scheme} lr {rate:g}", candidate, {"train.learning_rate": rate}, files, scheme)
         for rate in _rates(config)

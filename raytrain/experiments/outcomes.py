@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from raytrain.report.ablation_results import CurvePoint, TrainingOutcome, TrialResult
+from raytrain.storage.run_files import METRICS
 from raytrain.tracking import read_metrics
 
 _MEANS = ("batch_size", "audio_padding", "token_padding", "audio_seconds_per_second", "steps_per_second")
@@ -14,7 +15,7 @@ _MEANS = ("batch_size", "audio_padding", "token_padding", "audio_seconds_per_sec
 
 def read_outcome(folder: Path | None, target_wer: float) -> TrainingOutcome:
     """A summary of the metrics in a trial's folder; for a trial without a folder, of no training."""
-    lines = read_metrics(folder / "metrics.jsonl") if folder else []
+    lines = read_metrics(folder / METRICS) if folder else []
     steps = [line for line in lines if {"loss", "time_s", *_MEANS} <= line.keys()]
     validations = [line for line in lines if {"wer", "val_loss", "time_s"} <= line.keys()]
     at_target = next((line for line in validations if line["wer"] <= target_wer), None)

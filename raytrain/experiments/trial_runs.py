@@ -14,13 +14,14 @@ from raytrain.lengths.histogram import LengthHistogram
 from raytrain.run_folder.histograms import read_histogram
 from raytrain.stages.pipeline import read_stages, run_pipeline, write_stages
 from raytrain.storage.artifacts import make_folder
+from raytrain.storage.run_files import CHUNKS, HISTOGRAM, STATISTICS
 from raytrain.tracking.runs import tracking_uri
 
 
 def histogram_of(config: Config, console: Console) -> LengthHistogram:
     """The corpus' lengths, counted if necessary."""
     run_pipeline(config, console, ("statistics",))
-    return read_histogram(config.run_dir / "histogram.parquet")
+    return read_histogram(config.run_dir / HISTOGRAM)
 
 
 def training_limits(config: Config) -> Config:
@@ -48,7 +49,7 @@ def prepare_run(config: Config, console: Console, name: str, update: Mapping[str
 
 def _share_statistics(source: Path, target: Path) -> None:
     """The artifacts that all candidates share, and the record that their stages are done."""
-    for name in ("tokenizer", "histogram.parquet", "statistics.json", "chunks.json"):
+    for name in ("tokenizer", HISTOGRAM, STATISTICS, CHUNKS):
         if not (target / name).exists():
             (target / name).symlink_to(source / name)
     shared = {name: record for name, record in read_stages(source).items() if name == "statistics"}

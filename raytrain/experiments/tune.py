@@ -21,6 +21,7 @@ from raytrain.errors import ArtifactError, ConfigError, TrainingError
 from raytrain.run_folder.trial_folder import SHARED, check_on_disk, with_settings
 from raytrain.storage.artifacts import atomic_write_bytes, write_json
 from raytrain.storage.ownership import owned
+from raytrain.storage.run_files import TUNE
 from raytrain.tracking.runs import RunTracking
 
 TUNE_FORMAT = "raytrain.tune/1"
@@ -42,10 +43,10 @@ def run_tune(config: Config, console: Console, take_over: bool = False) -> list[
     ):
         trials = _best_first(search_settings(config, console, tracking.child_id))
         best = trials[0]
-        write_json(config.run_dir / "tune.json", TUNE_FORMAT, [asdict(trial) for trial in trials], {})
+        write_json(config.run_dir / TUNE, TUNE_FORMAT, [asdict(trial) for trial in trials], {})
         atomic_write_bytes(config.run_dir / "tune_best.yaml", yaml.safe_dump(nested(best.settings)).encode())
         tracking.current.log_metrics({"best_error": _error(best)}, 0, 0.0)
-        for name in ("tune.json", "tune_best.yaml"):
+        for name in (TUNE, "tune_best.yaml"):
             tracking.current.log_artifact(config.run_dir / name)
         finish(f"{len(trials)} trials; lowest validation error {_error(best):.1%}")
     return trials

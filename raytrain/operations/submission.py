@@ -20,8 +20,8 @@ from raytrain.config import DATA_ROOT_VARIABLE, RUN_ROOT_VARIABLE, Config
 from raytrain.errors import ConfigError
 from raytrain.redaction import MLFLOW_VARIABLE, TRACKING_VARIABLE, is_secret, redacted
 from raytrain.storage.locations import absolute
+from raytrain.storage.run_files import CONFIG
 
-CONFIG_FILE = "config.yaml"
 # Locations; credentials must be set on the nodes or named with --env.
 PASSED = (
     "AWS_ENDPOINT_URL",
@@ -98,7 +98,7 @@ def job_settings(config: Config, given: Mapping[str, str]) -> dict[str, Any]:
 
 def pack(folder: Path, settings: Mapping[str, Any], with_source: bool) -> None:
     """Write the files of a job's working directory."""
-    (folder / CONFIG_FILE).write_text(yaml.safe_dump(dict(settings), sort_keys=False))
+    (folder / CONFIG).write_text(yaml.safe_dump(dict(settings), sort_keys=False))
     if with_source:
         for name in _SOURCE:
             ignored = shutil.ignore_patterns("__pycache__", "*.pyc")
@@ -121,7 +121,7 @@ def version() -> str:
 def entrypoint(stages: Sequence[str], python: str, take_over: bool = False) -> str:
     """The job's shell command."""
     options = ["--take-over"] if take_over else []
-    return shlex.join([python, "-m", "pipelines.run", "--config", CONFIG_FILE, *options, *stages])
+    return shlex.join([python, "-m", "pipelines.run", "--config", CONFIG, *options, *stages])
 
 
 def _source_root() -> Path:

@@ -10,6 +10,7 @@ from typing import Any
 
 from raytrain.report.views import Metrics
 from raytrain.storage.artifacts import is_count, lines_of, parse_json, read_at_once
+from raytrain.storage.run_files import BATCH_PROFILE, BUCKET_PLAN, HYPOTHESES, METRICS, QUARANTINE, SCORES, STATISTICS
 
 Body = Mapping[str, Any]  # an artifact's body as in its file
 
@@ -35,16 +36,16 @@ class RunFiles:
         """Read the folder; `notes` receives a sentence per file that can't be read."""
         return cls(
             folder,
-            read_body(folder / "statistics.json", notes),
-            read_body(folder / "bucket_plan.json", notes),
-            read_body(folder / "batch_profile.json", notes),
-            read_body(folder / "scores.json", notes),
+            read_body(folder / STATISTICS, notes),
+            read_body(folder / BUCKET_PLAN, notes),
+            read_body(folder / BATCH_PROFILE, notes),
+            read_body(folder / SCORES, notes),
             read_body(folder / "ablation_predicted.json", notes),
             read_body(folder / "ablation.json", notes),
             read_body(folder / "assignment" / "index.json", notes),
-            [line for line in read_lines(folder / "metrics.jsonl", notes) if is_count(line.get("step"))],
-            read_lines(folder / "hypotheses.jsonl", notes),
-            [line for line in read_lines(folder / "quarantine.jsonl", notes) if "error" in line],
+            [line for line in read_lines(folder / METRICS, notes) if is_count(line.get("step"))],
+            read_lines(folder / HYPOTHESES, notes),
+            [line for line in read_lines(folder / QUARANTINE, notes) if "error" in line],
         )
 
 

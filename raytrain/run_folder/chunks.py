@@ -15,6 +15,7 @@ from raytrain.run_folder.workspace import Workspace
 from raytrain.storage.artifacts import file_id
 from raytrain.storage.filesystem import fingerprints
 from raytrain.storage.locations import is_uri
+from raytrain.storage.run_files import CHUNKS
 
 MAX_CHUNKS = 4096
 _HASHED_BYTES = 64 << 20
@@ -33,7 +34,7 @@ def chunks_of(config: Config, split: str) -> list[Chunk]:
 
 def numbered_chunks(workspace: Workspace, chunks: list[Chunk]) -> list[Chunk]:
     """The chunks with the `first_line` that statistics counted; unchanged if statistics used different chunks."""
-    counted = workspace.read("chunks.json", CHUNKS_FORMAT, list[Chunk]).body
+    counted = workspace.read(CHUNKS, CHUNKS_FORMAT, list[Chunk]).body
     return counted if _without_lines(counted) == _without_lines(chunks) else chunks
 
 

@@ -10,7 +10,6 @@ from raytrain.errors import ArtifactError, DataError
 from raytrain.lengths.histogram import LengthHistogram
 from raytrain.storage.artifacts import atomic_write
 
-HISTOGRAM = "histogram.parquet"
 _COLUMNS = ("duration_ms", "tokens", "count")
 _REAL_DURATION = "real_duration_ms"
 

@@ -11,10 +11,9 @@ from raytrain.run_folder.chunks import split_inputs
 from raytrain.run_folder.scored_rows import decode_settings
 from raytrain.run_folder.workspace import Workspace
 from raytrain.storage.artifacts import content_id, file_id, read_state
+from raytrain.storage.run_files import BATCH_PROFILE
 from raytrain.training.checkpoint_meta import CheckpointMeta
 from raytrain.training.conversion import model_stamp
-
-LINEAGE_NOTE = "checkpoints/lineage.json"
 
 
 def training_lineage(workspace: Workspace) -> str:
@@ -81,7 +80,7 @@ def training_meta(workspace: Workspace) -> CheckpointMeta:
             "bucket_plan": workspace.plan_id,
             "tokenizer": workspace.tokenizer.id,
             "model": workspace.model_id(),
-            "batch_profile": file_id(workspace.path("batch_profile.json")),
+            "batch_profile": file_id(workspace.path(BATCH_PROFILE)),
             "validation": content_id([*_validation(workspace), config.train.max_validation_utterances]),
         },
         "model": asdict(workspace.model_config()),

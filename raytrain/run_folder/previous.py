@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import shutil
 
-from raytrain.run_folder.lineage import LINEAGE_NOTE, noted_lineage
+from raytrain.run_folder.lineage import noted_lineage
 from raytrain.run_folder.workspace import Workspace
 from raytrain.storage.artifacts import atomic_write_bytes, canonical_json, make_folder
+from raytrain.storage.run_files import LINEAGE_NOTE, METRICS
 
-_MOVED = ("checkpoints", "metrics.jsonl")
+_MOVED = ("checkpoints", METRICS)
 
 
 def set_aside_stale(workspace: Workspace, lineage: str) -> bool:
@@ -20,7 +21,7 @@ def set_aside_stale(workspace: Workspace, lineage: str) -> bool:
     if store.is_remote:
         moved = noted_lineage(note) != lineage and _set_aside_remote(workspace)
     elif not workspace.path("checkpoints").exists():
-        workspace.path("metrics.jsonl").unlink(missing_ok=True)
+        workspace.path(METRICS).unlink(missing_ok=True)
     elif noted_lineage(note) == lineage:
         return False
     else:
@@ -46,7 +47,7 @@ def _set_aside_remote(workspace: Workspace) -> bool:
     store = workspace.store
     if workspace.checkpoints().about("newest") is None:
         store.clear("checkpoints")
-        store.discard("metrics.jsonl")
+        store.discard(METRICS)
         return False
     store.clear("previous")
     store.set_aside(*_MOVED)

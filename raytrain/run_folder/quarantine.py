@@ -11,9 +11,9 @@ from pathlib import Path
 
 from raytrain.data.quarantine import Quarantine
 from raytrain.storage.artifacts import atomic_write_bytes, lines_of, make_folder
+from raytrain.storage.run_files import QUARANTINE
 from raytrain.storage.run_store import RunStore
 
-QUARANTINE = "quarantine.jsonl"
 _FOLDER = "quarantine"
 
 

@@ -12,9 +12,9 @@ from raytrain.errors import CheckpointError
 from raytrain.model.canary import Canary
 from raytrain.run_folder.workspace import Workspace
 from raytrain.storage.artifacts import atomic_write_bytes, canonical_json, read_state
+from raytrain.storage.run_files import TRAINED_NOTE
 from raytrain.training.checkpoint import Checkpoint
 
-TRAINED_NOTE = "checkpoints/last.json"
 _TRAIN_AGAIN = "run `raytrain train` with this configuration, then `raytrain evaluate`"
 
 

@@ -12,13 +12,14 @@ from raytrain.config import Config, check_config
 from raytrain.errors import ConfigError
 from raytrain.storage.artifacts import content_id, file_id, make_folder
 from raytrain.storage.locations import is_uri
+from raytrain.storage.run_files import BATCH_PROFILE, BUCKET_PLAN, CHUNKS, STATISTICS
 
 SHARED = (
     "tokenizer",
-    "chunks.json",
-    "statistics.json",
-    "bucket_plan.json",
-    "batch_profile.json",
+    CHUNKS,
+    STATISTICS,
+    BUCKET_PLAN,
+    BATCH_PROFILE,
     "assignment",
 )
 _SEARCHED_SECTIONS = ("train", "model", "augment")
@@ -48,7 +49,7 @@ class TrialJob:
         """The trial's run folder, created if necessary; the same one for the same settings and inputs."""
         files = {name: Path(self.run_dir) / name for name in SHARED}
         files |= {name: Path(path) for name, path in self.files.items()}
-        identity = content_id([settings, lineage, self.label, file_id(files["batch_profile.json"])])
+        identity = content_id([settings, lineage, self.label, file_id(files[BATCH_PROFILE])])
         folder = make_folder(Path(self.trials_dir) / f"trial-{identity[:12]}")
         for name, path in files.items():
             with contextlib.suppress(FileExistsError):

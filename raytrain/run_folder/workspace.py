@@ -31,6 +31,7 @@ from raytrain.run_folder.documents import (
 from raytrain.run_folder.quarantine import open_quarantine
 from raytrain.storage.artifacts import content_id
 from raytrain.storage.locations import is_uri
+from raytrain.storage.run_files import ASSIGNMENT_INDEX, BATCH_PROFILE, BUCKET_PLAN, STATISTICS
 from raytrain.storage.run_store import RunStore
 from raytrain.training.mirror import checkpoints_of
 
@@ -65,11 +66,11 @@ class Workspace:
 
     def statistics(self) -> StatisticsBody:
         """What statistics counted. Raises `ArtifactError` if it has not run."""
-        return self.read("statistics.json", STATISTICS_FORMAT, StatisticsBody).body
+        return self.read(STATISTICS, STATISTICS_FORMAT, StatisticsBody).body
 
     @cached_property
     def _plan_document(self) -> Artifact[PlanBody]:
-        return self.read("bucket_plan.json", PLAN_FORMAT, PlanBody)
+        return self.read(BUCKET_PLAN, PLAN_FORMAT, PlanBody)
 
     @property
     def plan(self) -> BucketPlan:
@@ -83,18 +84,18 @@ class Workspace:
 
     def assignment(self) -> Assignment:
         """The assigned rows. Raises `ArtifactError` if assign has not run."""
-        self.store.fetch("assignment/index.json")
+        self.store.fetch(ASSIGNMENT_INDEX)
         return Assignment(self.path("assignment"), self.store)
 
     @cached_property
     def assigned_rows_id(self) -> str:
         """The content id of all assigned rows. Raises `ArtifactError` if assign has not run."""
-        return self.read("assignment/index.json", INDEX_FORMAT, IndexBody).body.rows_id
+        return self.read(ASSIGNMENT_INDEX, INDEX_FORMAT, IndexBody).body.rows_id
 
     def profiles(self) -> list[BatchProfile]:
         """The batch profiles, one per kind of device. Raises `ProfileError` if they were made for another plan or
         model."""
-        profiles = self.read("batch_profile.json", PROFILE_FORMAT, ProfileBody).body.profiles
+        profiles = self.read(BATCH_PROFILE, PROFILE_FORMAT, ProfileBody).body.profiles
         for profile in profiles:
             profile.check_matches(plan_id=self.plan_id, model_id=self.model_id())
         return profiles

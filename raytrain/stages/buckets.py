@@ -9,12 +9,11 @@ from raytrain.lengths import make_plan, padding_by_scheme
 from raytrain.lengths.compare import PaddingRow
 from raytrain.model.cost import cost_of
 from raytrain.run_folder.documents import PLAN_FORMAT
-from raytrain.run_folder.histograms import HISTOGRAM, read_histogram
+from raytrain.run_folder.histograms import read_histogram
 from raytrain.run_folder.workspace import Workspace
 from raytrain.stages.context import Context
 from raytrain.storage.artifacts import write_json
-
-PLAN = "bucket_plan.json"
+from raytrain.storage.run_files import BUCKET_PLAN, HISTOGRAM
 
 
 def key(workspace: Workspace) -> object:
@@ -32,7 +31,7 @@ def run(context: Context) -> str:
     plan = make_plan(histogram, config.buckets, histogram_id, cost_of(workspace.model_config()))
     padding = padding_by_scheme(histogram, plan, seed=config.seed)
     body = {"plan": plan.to_body(), "padding_by_scheme": [asdict(row) for row in padding]}
-    write_json(context.path(PLAN), PLAN_FORMAT, body, {"histogram": histogram_id})
+    write_json(context.path(BUCKET_PLAN), PLAN_FORMAT, body, {"histogram": histogram_id})
     _track(context, padding)
     first, last = padding[0], padding[-1]
     return (
@@ -46,4 +45,4 @@ def _track(context: Context, padding: Sequence[PaddingRow]) -> None:
         name = row.scheme.replace(" ", "_")
         metrics = {f"audio_padding.{name}": row.audio_padding, f"token_padding.{name}": row.token_padding}
         context.tracker.log_metrics(metrics, 0, 0.0)
-    context.tracker.log_artifact(context.path(PLAN))
+    context.tracker.log_artifact(context.path(BUCKET_PLAN))

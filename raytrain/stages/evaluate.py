@@ -26,12 +26,12 @@ from raytrain.report.errors import write_errors
 from raytrain.run_folder.chunks import split_inputs
 from raytrain.run_folder.documents import SCORES_FORMAT
 from raytrain.run_folder.scored_rows import EncodedSplit, checked_split, decode_settings, is_translation
-from raytrain.run_folder.trained import TRAINED_NOTE, load_run
+from raytrain.run_folder.trained import load_run
 from raytrain.run_folder.workspace import Workspace
 from raytrain.stages.context import Context
 from raytrain.storage.artifacts import atomic_write_bytes, file_id, write_json
+from raytrain.storage.run_files import ERRORS_PAGE, HYPOTHESES, SCORES, TRAINED_NOTE
 
-HYPOTHESES, SCORES, ERRORS = "hypotheses.jsonl", "scores.json", "errors.html"
 _NUM_EXAMPLES = 3
 
 
@@ -47,7 +47,7 @@ def run(context: Context) -> str:
     test = checked_split(context.workspace, "test")
     for reason, number in test.rejected.by_reason().items():
         context.console.warn(f"{number} test row(s) left out: {reason}")
-    for name in (SCORES, ERRORS):  # they belong to earlier hypotheses
+    for name in (SCORES, ERRORS_PAGE):  # they belong to earlier hypotheses
         context.workspace.store.discard(name)
     results = _transcribe(context, test)
     atomic_write_bytes(context.path(HYPOTHESES), b"".join(orjson.dumps(result) + b"\n" for result in results))
@@ -78,9 +78,9 @@ def _write_scores(context: Context, results: Sequence[Result]) -> Mapping[str, A
     scores = score(texts).to_dict()
     parents = {"checkpoint": file_id(context.path(TRAINED_NOTE))}
     write_json(context.path(SCORES), SCORES_FORMAT, scores, parents)
-    write_errors(context.path(ERRORS), title=context.config.name, scores=scores, worst=worst(texts))
+    write_errors(context.path(ERRORS_PAGE), title=context.config.name, scores=scores, worst=worst(texts))
     context.tracker.log_metrics(_test_metrics(scores), 0, 0.0)
-    for name in (SCORES, HYPOTHESES, ERRORS):
+    for name in (SCORES, HYPOTHESES, ERRORS_PAGE):
         context.tracker.log_artifact(context.path(name))
     return scores
 

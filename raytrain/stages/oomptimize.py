@@ -20,12 +20,10 @@ from raytrain.stages.batch_profiles import Cell, find_profiles, profile_summary,
 from raytrain.stages.context import Context
 from raytrain.stages.devices import GIB, find_devices
 from raytrain.storage.artifacts import atomic_write_bytes, write_json
+from raytrain.storage.run_files import BATCH_PROBES, BATCH_PROFILE
 from raytrain.training.memory.coordinator import ProbeOutcome
 from raytrain.training.memory.meter import Probe
 from raytrain.training.memory.tracer import TRACER_VERSION
-
-PROFILE = "batch_profile.json"
-_PROBES = "batch_probes.json"
 
 
 def key(workspace: Workspace) -> object:
@@ -45,16 +43,16 @@ def key(workspace: Workspace) -> object:
 def run(context: Context) -> str:
     """Write `batch_profile.json`, and a table per kind of device."""
     workspace = context.workspace
-    workspace.store.refresh(_PROBES)
+    workspace.store.refresh(BATCH_PROBES)
     profiles: list[BatchProfile] = []
     for device in find_devices(context.config):
         with tracing_progress(context.console) as show:
-            of_device, outcome = find_profiles(workspace, device, context.path(_PROBES), show)
+            of_device, outcome = find_profiles(workspace, device, context.path(BATCH_PROBES), show)
         profiles += of_device
         _track(context, of_device[0], outcome)
     body = {"profiles": [profile.to_body() for profile in profiles]}
-    write_json(context.path(PROFILE), PROFILE_FORMAT, body, {"bucket_plan": workspace.plan_id})
-    context.tracker.log_artifact(context.path(PROFILE))
+    write_json(context.path(BATCH_PROFILE), PROFILE_FORMAT, body, {"bucket_plan": workspace.plan_id})
+    context.tracker.log_artifact(context.path(BATCH_PROFILE))
     return "; ".join(map(profile_summary, profiles))
 
 

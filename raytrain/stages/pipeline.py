@@ -21,16 +21,25 @@ from raytrain.config import Config
 from raytrain.console import Console
 from raytrain.errors import ArtifactError
 from raytrain.redaction import redacted
-from raytrain.run_folder.trained import TRAINED_NOTE
 from raytrain.run_folder.workspace import Workspace
 from raytrain.stages import assign, buckets, evaluate, oomptimize, report, statistics, train
 from raytrain.stages.context import Context
 from raytrain.storage.artifacts import atomic_write_bytes, canonical_json, content_id, file_id, make_folder, read_state
 from raytrain.storage.ownership import owning
+from raytrain.storage.run_files import (
+    BATCH_PROFILE,
+    BUCKET_PLAN,
+    CONFIG,
+    ERRORS_PAGE,
+    HYPOTHESES,
+    MLFLOW_RUN,
+    REPORT,
+    SCORES,
+    STAGE_RECORDS,
+    TRAINED_NOTE,
+)
 from raytrain.storage.run_store import RunStore
-from raytrain.tracking.runs import RUN_NOTE, RunTracking
-
-_STATE = "stages.json"
+from raytrain.tracking.runs import RunTracking
 
 
 @dataclass(frozen=True)
@@ -60,7 +69,7 @@ STAGES: tuple[Stage, ...] = (
         statistics.run,
         is_whole=statistics.is_whole,
     ),
-    Stage("buckets", ("statistics",), (buckets.PLAN,), buckets.key, buckets.run, uses_ray=False),
+    Stage("buckets", ("statistics",), (BUCKET_PLAN,), buckets.key, buckets.run, uses_ray=False),
     Stage(
         "assign",
         ("statistics", "buckets"),
@@ -70,19 +79,19 @@ STAGES: tuple[Stage, ...] = (
         applies=lambda config: config.data.stream is None,
         is_whole=assign.is_whole,
     ),
-    Stage("oomptimize", ("buckets",), (oomptimize.PROFILE,), oomptimize.key, oomptimize.run, key_names_gpus=True),
+    Stage("oomptimize", ("buckets",), (BATCH_PROFILE,), oomptimize.key, oomptimize.run, key_names_gpus=True),
     Stage("train", ("assign", "oomptimize"), (TRAINED_NOTE,), train.key, train.run, resumes=train.resumes),
     Stage(
         "evaluate",
         ("train",),
-        (evaluate.HYPOTHESES, evaluate.SCORES, evaluate.ERRORS),
+        (HYPOTHESES, SCORES, ERRORS_PAGE),
         evaluate.key,
         evaluate.run,
     ),
     Stage(
         "report",
         ("statistics", "buckets", "assign", "oomptimize", "train", "evaluate"),
-        (report.REPORT,),
+        (REPORT,),
         report.key,
         report.run,
         uses_ray=False,
@@ -113,8 +122,8 @@ def run_pipeline(config: Config, console: Console, names: tuple[str, ...] = STAG
     store.sync()
     run_dir = make_folder(config.run_dir)
     resolved = yaml.safe_dump(redacted(config.model_dump(mode="json")), sort_keys=False)
-    atomic_write_bytes(run_dir / "config.yaml", resolved.encode())
-    store.share("config.yaml")
+    atomic_write_bytes(run_dir / CONFIG, resolved.encode())
+    store.share(CONFIG)
     # Ray starts with the first stage that needs it and stays up until the last: each start costs seconds, and a
     # shutdown in mid-run can catch a thread of Ray Data or Tune that still calls Ray, which kills the process.
     with RunTracking(config, run_dir) as tracking, contextlib.ExitStack() as ray:
@@ -171,8 +180,8 @@ class _Pipeline:
             self._ray.enter_context(ray_session(self._config.cluster))
         resumes = stage.resumes(context.workspace)
         with self._console.stage(stage.name) as finish, self._tracking.stage(stage.name, resumes):
-            if (self._run_dir / RUN_NOTE).exists():
-                self._store.share(RUN_NOTE)
+            if (self._run_dir / MLFLOW_RUN).exists():
+                self._store.share(MLFLOW_RUN)
             finish(stage.run(context))
             self._store.publish()
 
@@ -226,15 +235,17 @@ def _identities(run_dir: Path, stage: Stage) -> dict[str, str]:
 
 def read_stages(run_dir: Path) -> dict[str, StageRecord]:
     """The finished stages' records by name; empty if they can't be read, in which case all stages run again."""
-    records = read_state(run_dir / _STATE, dict[str, StageRecord]) or {}
+    records = read_state(run_dir / STAGE_RECORDS, dict[str, StageRecord]) or {}
     return {name: StageRecord(record["key"], record["outputs"]) for name, record in records.items()}
 
 
 def write_stages(run_dir: Path, records: Records) -> None:
     """Write the records that `read_stages` reads."""
-    atomic_write_bytes(run_dir / _STATE, canonical_json({name: asdict(record) for name, record in records.items()}))
+    atomic_write_bytes(
+        run_dir / STAGE_RECORDS, canonical_json({name: asdict(record) for name, record in records.items()})
+    )
 
 
 def _write_state(store: RunStore, done: Records) -> None:
     write_stages(store.local, done)
-    store.share(_STATE)
+    store.share(STAGE_RECORDS)

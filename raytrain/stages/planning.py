@@ -15,11 +15,12 @@ from raytrain.lengths.grid import Bucket
 from raytrain.lengths.simulate import Simulation, simulate
 from raytrain.model.cost import cost_of
 from raytrain.run_folder.batches import make_schedule
-from raytrain.run_folder.histograms import HISTOGRAM, read_histogram
+from raytrain.run_folder.histograms import read_histogram
 from raytrain.run_folder.workspace import Workspace
 from raytrain.stages.devices import GIB, traced_device
 from raytrain.stages.oomptimize import tracing_progress
 from raytrain.stages.predicted_sizes import predict
+from raytrain.storage.run_files import HISTOGRAM
 from raytrain.training.memory.prediction import Prediction
 
 

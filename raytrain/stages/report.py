@@ -3,20 +3,27 @@
 from __future__ import annotations
 
 from raytrain.report.page import write_report
-from raytrain.run_folder.trained import TRAINED_NOTE
 from raytrain.run_folder.workspace import Workspace
 from raytrain.stages.context import Context
 from raytrain.storage.artifacts import file_id
-
-REPORT = "report.html"
+from raytrain.storage.run_files import (
+    ASSIGNMENT_INDEX,
+    BATCH_PROFILE,
+    BUCKET_PLAN,
+    HYPOTHESES,
+    REPORT,
+    SCORES,
+    STATISTICS,
+    TRAINED_NOTE,
+)
 
 
 def key(workspace: Workspace) -> object:
     """What the stage depends on, as JSON values."""
-    names = ["statistics.json", "bucket_plan.json", "batch_profile.json"]
+    names = [STATISTICS, BUCKET_PLAN, BATCH_PROFILE]
     if workspace.config.data.stream is None:
-        names.append("assignment/index.json")
-    results = (TRAINED_NOTE, "hypotheses.jsonl", "scores.json")
+        names.append(ASSIGNMENT_INDEX)
+    results = (TRAINED_NOTE, HYPOTHESES, SCORES)
     return [[name, file_id(workspace.path(name))] for name in (*names, *results)]
 
 

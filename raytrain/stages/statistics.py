@@ -21,16 +21,17 @@ from raytrain.data.text.tokenizer import FORMAT as TOKENIZER_FORMAT
 from raytrain.data.text.tokenizer import CanaryTokenizer, train_tokenizer
 from raytrain.run_folder.chunks import chunks_of, split_inputs
 from raytrain.run_folder.documents import CHUNKS_FORMAT, STATISTICS_FORMAT
-from raytrain.run_folder.histograms import HISTOGRAM, write_histogram
+from raytrain.run_folder.histograms import write_histogram
 from raytrain.run_folder.workspace import Workspace
 from raytrain.stages.context import Context
 from raytrain.stages.length_statistics import length_totals, statistics_body
 from raytrain.stages.unknown_pieces import UnknownPieces, check_unknown, listing_of, unknown_pieces
 from raytrain.stages.unused_rows import show_rejected, warn_of_unused_corpora
 from raytrain.storage.artifacts import file_id, write_json
+from raytrain.storage.run_files import CHUNKS, HISTOGRAM, STATISTICS
 from raytrain.training.conversion import load_model, model_stamp
 
-OUTPUTS = ("tokenizer/tokenizer.json", "tokenizer/*.model", HISTOGRAM, "statistics.json", "chunks.json")
+OUTPUTS = ("tokenizer/tokenizer.json", "tokenizer/*.model", HISTOGRAM, STATISTICS, CHUNKS)
 
 
 def key(workspace: Workspace) -> object:
@@ -83,10 +84,10 @@ def _write(
     write_histogram(context.path(HISTOGRAM), counts.histogram)
     body = statistics_body(counts, [corpus.name for corpus in context.config.data.train], unknown)
     body["histogram_id"] = file_id(context.path(HISTOGRAM))
-    write_json(context.path("statistics.json"), STATISTICS_FORMAT, body, {"tokenizer": tokenizer_id})
-    write_json(context.path("chunks.json"), CHUNKS_FORMAT, [asdict(chunk) for chunk in chunks])
+    write_json(context.path(STATISTICS), STATISTICS_FORMAT, body, {"tokenizer": tokenizer_id})
+    write_json(context.path(CHUNKS), CHUNKS_FORMAT, [asdict(chunk) for chunk in chunks])
     context.tracker.log_metrics(length_totals(counts.histogram), 0, 0.0)
-    context.tracker.log_artifact(context.path("statistics.json"))
+    context.tracker.log_artifact(context.path(STATISTICS))
 
 
 def _warn(context: Context, counts: Counts, unknown: list[UnknownPieces]) -> None:

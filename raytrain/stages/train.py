@@ -11,16 +11,15 @@ from raytrain.errors import TrainingError
 from raytrain.run_folder.checkpoint_mirror import mirror_of
 from raytrain.run_folder.lineage import training_key, training_lineage
 from raytrain.run_folder.previous import set_aside_stale
-from raytrain.run_folder.quarantine import QUARANTINE, gather_quarantine, num_quarantined
-from raytrain.run_folder.trained import TRAINED_NOTE, TrainedNote
+from raytrain.run_folder.quarantine import gather_quarantine, num_quarantined
+from raytrain.run_folder.trained import TrainedNote
 from raytrain.run_folder.training_plan import plan_training
 from raytrain.run_folder.workspace import Workspace
 from raytrain.stages.context import Context
 from raytrain.storage.artifacts import make_folder
-from raytrain.tracking.metrics_file import METRICS
+from raytrain.storage.run_files import LOWERED_PROFILE, METRICS, QUARANTINE, TRAINED_NOTE
 from raytrain.training.checkpoint import Checkpoint, CheckpointFolder
 from raytrain.training.data_wait import DataPath, DataWaitMonitor
-from raytrain.training.run_notes import LOWERED
 
 _SHOWN_METRICS = ("loss", "wer", "bleu")
 
@@ -76,7 +75,7 @@ def _newest_checkpoint(context: Context, lineage: str) -> Checkpoint | None:
 
 def _gather(context: Context) -> None:
     """Fetch what the workers wrote besides checkpoints."""
-    lowered, store = context.path(LOWERED), context.workspace.store
+    lowered, store = context.path(LOWERED_PROFILE), context.workspace.store
     if lowered.exists():
         context.tracker.log_artifact(lowered)
     store.refresh(METRICS)

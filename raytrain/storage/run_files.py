@@ -6,7 +6,7 @@ Notes that only one module reads and writes (`files.json`, `owner.json`, `trial.
 from __future__ import annotations
 
 CONFIG = "config.yaml"  # the resolved configuration
-STAGES = "stages.json"  # finished stages: their keys, and ids of what they wrote
+STAGE_RECORDS = "stages.json"  # finished stages: their keys, and ids of what they wrote
 MLFLOW_RUN = "mlflow_run.json"  # ids of the run on the tracking server
 
 # statistics, beside the folder tokenizer/

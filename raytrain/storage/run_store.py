@@ -26,6 +26,17 @@ from raytrain.errors import ArtifactError, StorageError
 from raytrain.storage.artifacts import content_id, file_id, make_folder, read_json, write_json
 from raytrain.storage.filesystem import download, list_files, move_files, remove_file, remove_files, upload
 from raytrain.storage.locations import is_uri
+from raytrain.storage.run_files import (
+    ASSIGNMENT_INDEX,
+    CONFIG,
+    HYPOTHESES,
+    LINEAGE_NOTE,
+    METRICS,
+    MLFLOW_RUN,
+    QUARANTINE,
+    STAGE_RECORDS,
+    TRAINED_NOTE,
+)
 from raytrain.waiting import repeating
 
 CACHE_VARIABLE = "RAYTRAIN_CACHE"
@@ -37,15 +48,15 @@ _PUBLISHED = (
     "*.parquet",
     "*.csv",
     "*.html",
-    "hypotheses.jsonl",
-    "quarantine.jsonl",
+    HYPOTHESES,
+    QUARANTINE,
     "tokenizer/*",
-    "assignment/index.json",
-    "checkpoints/lineage.json",
-    "checkpoints/last.json",
+    ASSIGNMENT_INDEX,
+    LINEAGE_NOTE,
+    TRAINED_NOTE,
 )
 # Changed in place, so that their ids are not known in advance.
-_STATE = ("stages.json", "config.yaml", "mlflow_run.json", "metrics.jsonl")
+_STATE = (STAGE_RECORDS, CONFIG, MLFLOW_RUN, METRICS)
 _CONNECTIONS = 16
 _PARTS = "runs/*/assignment/bucket=*/*"
 

@@ -11,11 +11,11 @@ from typing import Any
 
 from raytrain.errors import RaytrainError
 from raytrain.storage.artifacts import atomic_write_bytes, lines_of
+from raytrain.storage.run_files import METRICS
 from raytrain.storage.run_store import RunStore
 from raytrain.tracking.base import JsonLinesTracker, MlflowRun, MultiTracker, Tracker, metrics_of, read_metrics
 from raytrain.waiting import repeating
 
-METRICS = "metrics.jsonl"
 Log = Callable[[Mapping[str, float], int, float], None]
 _FOLLOW_SECONDS, _FOLLOW_REMOTE_SECONDS = 0.5, 3.0
 

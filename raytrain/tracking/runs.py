@@ -12,13 +12,13 @@ from typing import TYPE_CHECKING
 from raytrain.config import Config
 from raytrain.redaction import MLFLOW_VARIABLE, without_credentials
 from raytrain.storage.artifacts import atomic_write_bytes, canonical_json, read_state
+from raytrain.storage.run_files import MLFLOW_RUN
 from raytrain.tracking import NullTracker, Tracker
 from raytrain.tracking.base import MlflowRun
 
 if TYPE_CHECKING:
     from raytrain.tracking.mlflow import MlflowTracker
 
-RUN_NOTE = "mlflow_run.json"
 _PATIENCE_SECONDS = 60.0
 
 
@@ -119,7 +119,7 @@ class RunTracking:
 
     def _note(self) -> RunNote | None:
         """Ids of this run folder's runs on the configured server, used to resume them."""
-        values = read_state(self._run_dir / RUN_NOTE, RunNote)
+        values = read_state(self._run_dir / MLFLOW_RUN, RunNote)
         if not values or values["uri"] != tracking_uri(self._config, self._run_dir):
             return None
         return RunNote(values["uri"], values["run_id"], values.get("stages", {}))
@@ -128,7 +128,7 @@ class RunTracking:
         values = asdict(note)
         if not note.stages:
             del values["stages"]
-        atomic_write_bytes(self._run_dir / RUN_NOTE, canonical_json(values))
+        atomic_write_bytes(self._run_dir / MLFLOW_RUN, canonical_json(values))
 
     def _open(self, name: str, parent: str | None, run_id: str | None = None) -> MlflowTracker:
         from raytrain.tracking.mlflow import MlflowTracker

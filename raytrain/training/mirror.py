@@ -17,6 +17,7 @@ from raytrain.errors import CheckpointError, RaytrainError, StorageError, first_
 from raytrain.storage.artifacts import file_id, make_folder
 from raytrain.storage.filesystem import download, list_entries, list_files, remove_file, upload
 from raytrain.storage.locations import StorageReadError, locate
+from raytrain.storage.run_files import METRICS
 from raytrain.storage.run_store import RunStore
 from raytrain.training.checkpoint import (
     BEST,
@@ -106,7 +107,7 @@ class SharedCheckpoints(CheckpointFolder):
 
     def save(self, step: int, parts: Mapping[str, StateDict], meta: CheckpointMeta) -> Checkpoint:
         """Like `CheckpointFolder.save`; log lines up to the step are uploaded first."""
-        metrics = self._store.growing_file("metrics.jsonl")
+        metrics = self._store.growing_file(METRICS)
         if metrics.exists():
             with contextlib.suppress(StorageError):  # the upload of the checkpoint will report it
                 self._store.share(metrics.name, metrics)

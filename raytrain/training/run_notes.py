@@ -15,11 +15,11 @@ from pathlib import Path
 
 from raytrain.errors import CheckpointError, RaytrainError, TrainingError
 from raytrain.storage.artifacts import atomic_write_bytes, read_state
+from raytrain.storage.run_files import LOWERED_PROFILE
 from raytrain.storage.run_store import RunStore
 from raytrain.training.faults import KILLED_FOR_MEMORY, FaultNotes
 
 GAVE_UP = "gave_up.json"
-LOWERED = "batch_profile_lowered.json"
 STOP = "stop"
 _FAULTS = "faults"
 
@@ -76,7 +76,7 @@ class LoweredNote:
 
 def note_lowered(store: RunStore, note: LoweredNote) -> None:
     """Record that training uses smaller batches than the profile's."""
-    _write(store, LOWERED, asdict(note))
+    _write(store, LOWERED_PROFILE, asdict(note))
 
 
 def _write(store: RunStore, name: str, body: object) -> None:

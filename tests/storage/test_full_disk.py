@@ -14,8 +14,9 @@ import torch
 from raytrain.config import check_config
 from raytrain.errors import StorageError
 from raytrain.storage.artifacts import atomic_write_bytes, canonical_json
+from raytrain.storage.run_files import MLFLOW_RUN
 from raytrain.tracking.mlflow import MlflowTracker, _damage
-from raytrain.tracking.runs import RUN_NOTE, RunTracking, tracking_uri
+from raytrain.tracking.runs import RunTracking, tracking_uri
 from raytrain.training import checkpoint
 from raytrain.training.checkpoint import CheckpointFolder, CheckpointWriter
 
@@ -95,7 +96,7 @@ def test_runs_start_over_after_the_database_was_moved_away(tmp_path, monkeypatch
     config, ids = check_config(values), []
     uri = tracking_uri(config, config.run_dir)
     lost = {"uri": uri, "run_id": "0" * 32, "stages": {"train": "1" * 32}}
-    atomic_write_bytes(config.run_dir / RUN_NOTE, canonical_json(lost))
+    atomic_write_bytes(config.run_dir / MLFLOW_RUN, canonical_json(lost))
     for _ in range(2):
         with RunTracking(config, config.run_dir) as tracking, tracking.stage("train", resumes=True):
             note = tracking._note()

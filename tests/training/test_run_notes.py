@@ -6,11 +6,11 @@ import uuid
 import pytest
 
 from raytrain.errors import CheckpointError, DataError, TrainingError
+from raytrain.storage.run_files import LOWERED_PROFILE
 from raytrain.storage.run_store import RunStore
 from raytrain.training.faults import KILLED_FOR_MEMORY
 from raytrain.training.run_notes import (
     GAVE_UP,
-    LOWERED,
     LoweredNote,
     fetch_fault_notes,
     note_giving_up,
@@ -39,7 +39,7 @@ def test_the_error_that_training_gave_up_with_is_raised_by_the_driver(store, kin
 
 def test_lowered_batches_are_listed_next_to_those_of_the_profile(store):
     note_lowered(store, LoweredNote((9, 4), (10, 4), ["bucket 0 takes 9"]))
-    assert json.loads(store.refresh(LOWERED).read_bytes()) == {
+    assert json.loads(store.refresh(LOWERED_PROFILE).read_bytes()) == {
         "batch_sizes": [9, 4],
         "instead_of": [10, 4],
         "notes": ["bucket 0 takes 9"],
