@@ -18,7 +18,7 @@ from raytrain.cli.stages import checked_stages
 if TYPE_CHECKING:
     from datetime import datetime
 
-    from raytrain.cluster.jobs import Job, Jobs
+    from raytrain.cluster.jobs import Jobs, SubmittedJob
     from raytrain.config import Config
     from raytrain.console import Console
     from raytrain.operations.submission import Variables
@@ -130,7 +130,7 @@ def status(
         console.table((jobs[0].id, ""), _details(jobs[0]))
 
 
-def _listed(console: Console, job: str | None, config: Path | None, address: str | None) -> list[Job] | None:
+def _listed(console: Console, job: str | None, config: Path | None, address: str | None) -> list[SubmittedJob] | None:
     """All jobs, or the named one; None, with a message, if no server was named and none answers."""
     from raytrain.cluster.jobs import DEFAULT_ADDRESS, server_address
     from raytrain.config import load_config
@@ -150,17 +150,17 @@ def _listed(console: Console, job: str | None, config: Path | None, address: str
     return server.list() if job is None else [server.get(job)]
 
 
-def _values(job: Job) -> dict[str, object]:
+def _values(job: SubmittedJob) -> dict[str, object]:
     from dataclasses import asdict
 
     return {**asdict(job), "since": job.since}
 
 
-def _job_rows(jobs: Sequence[Job]) -> list[tuple[str, ...]]:
+def _job_rows(jobs: Sequence[SubmittedJob]) -> list[tuple[str, ...]]:
     return [(job.id, job.run, job.stages, job.state, _local(job.since)) for job in jobs]
 
 
-def _details(job: Job) -> list[tuple[str, str]]:
+def _details(job: SubmittedJob) -> list[tuple[str, str]]:
     """The description of a job, line by line."""
     rows = [
         ("run", job.run),

@@ -87,7 +87,7 @@ def buckets(
         _run(config, set, ("buckets",), take_over)
         return
     from raytrain.cli import tables
-    from raytrain.stages.planning import compare_plans
+    from raytrain.stages.previews import compare_plans
 
     loaded, console = _loaded(config, set)
     console.table(*tables.policies(compare_plans(loaded)))
@@ -119,7 +119,7 @@ def oomptimize(
 
 def _plan_dry(config: Path, overrides: list[str], json: bool) -> None:
     from raytrain.cli import tables
-    from raytrain.stages.planning import plan_dry
+    from raytrain.stages.previews import plan_dry
 
     loaded, console = _loaded(config, overrides)
     if loaded.oomptimize.device_memory is None:
@@ -152,7 +152,7 @@ def schedule(
     from dataclasses import asdict
 
     from raytrain.cli import tables
-    from raytrain.stages.planning import describe_schedule
+    from raytrain.stages.previews import describe_schedule
 
     loaded, console = _loaded(config, set)
     ranks = workers or loaded.train.most_workers

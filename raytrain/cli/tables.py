@@ -9,7 +9,7 @@ if TYPE_CHECKING:
     from raytrain.cluster.tuning import TuneTrial
     from raytrain.lengths.compare import PolicyRow
     from raytrain.lengths.simulate import Simulation
-    from raytrain.stages.planning import DryBucket, ScheduledCorpus
+    from raytrain.stages.previews import DryBucket, ScheduledCorpus
 
 Table = tuple[Sequence[str], Sequence[Sequence[str]]]
 _SMALLEST_SHARE = 0.002  # of memory, to get its own line

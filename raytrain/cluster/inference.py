@@ -17,7 +17,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
 from typing import TYPE_CHECKING
 
-from raytrain.cluster.inference_worker import Batch, Job, RecognizedBatch, RecognizerActor, read_batch
+from raytrain.cluster.inference_worker import Batch, RecognitionJob, RecognizedBatch, RecognizerActor, read_batch
 from raytrain.cluster.mapping import results_of_workers
 from raytrain.cluster.pool import Pool
 from raytrain.decoding.batching import sorted_batches
@@ -45,7 +45,9 @@ def batch_sizes(config: ModelConfig, settings: DecodeSettings, pool: Pool, max_s
     return BatchSizes(tracer, pool.budget_bytes, max_size)
 
 
-def make_batches(numbered: Sequence[tuple[int, Request]], sizes: BatchSizes, job: Job, pool: Pool) -> list[Batch]:
+def make_batches(
+    numbered: Sequence[tuple[int, Request]], sizes: BatchSizes, job: RecognitionJob, pool: Pool
+) -> list[Batch]:
     """(id, request) pairs as batches of similar lengths, the longest first, so that each worker gets at least one."""
     if not numbered:
         return []
@@ -62,7 +64,7 @@ def make_batches(numbered: Sequence[tuple[int, Request]], sizes: BatchSizes, job
     return batches
 
 
-def recognize(batches: Iterable[Batch], job: Job, pool: Pool) -> Iterator[RecognizedBatch]:
+def recognize(batches: Iterable[Batch], job: RecognitionJob, pool: Pool) -> Iterator[RecognizedBatch]:
     """The texts of batches, in order. Batches are submitted several thousand at a time.
 
     Raises `RaytrainError` if workers can't load the model, or fail.
@@ -72,7 +74,7 @@ def recognize(batches: Iterable[Batch], job: Job, pool: Pool) -> Iterator[Recogn
         yield from _recognize(chunk, job, pool)
 
 
-def _recognize(batches: list[Batch], job: Job, pool: Pool) -> Iterator[RecognizedBatch]:
+def _recognize(batches: list[Batch], job: RecognitionJob, pool: Pool) -> Iterator[RecognizedBatch]:
     import ray
 
     rows = report_waits(_dataset(batches, job, pool).iter_rows(), results_of_workers)
@@ -90,7 +92,7 @@ def _recognize(batches: list[Batch], job: Job, pool: Pool) -> Iterator[Recognize
         yield pickle.loads(row["result"])  # made by our own workers a moment ago
 
 
-def _dataset(batches: list[Batch], job: Job, pool: Pool) -> Dataset:
+def _dataset(batches: list[Batch], job: RecognitionJob, pool: Pool) -> Dataset:
     """One row per batch, in order, with its `RecognizedBatch`.
 
     Workers get one row at a time. Whole blocks (None) would be equivalent, since a block has one row, but Ray Data

@@ -35,7 +35,7 @@ _REMOTE_READERS = 16
 
 
 @dataclass(frozen=True)
-class Job:
+class RecognitionJob:
     """What all workers need to know. `load` returns the model and its tokenizer, and must be importable on workers.
 
     Recordings longer than `window_s` are cut into windows that overlap by `overlap_s`; if it is None nothing is cut.
@@ -109,7 +109,7 @@ class ReadNote:
 # --- in a task of Ray Data
 
 
-def read_batch(batch: Batch, job: Job) -> pa.Table:
+def read_batch(batch: Batch, job: RecognitionJob) -> pa.Table:
     """A batch's recordings, cut into pieces and collated, as a table of one row for `RecognizerActor`."""
     start = time.perf_counter()
     audios = _read_all(batch.requests, job)
@@ -131,13 +131,13 @@ def read_batch(batch: Batch, job: Job) -> pa.Table:
     return pack_batch(_collated(pieces, batch.requests, job.pad_id), pickle.dumps(note))
 
 
-def _read_all(requests: Sequence[Request], job: Job) -> list[np.ndarray | AudioError]:
+def _read_all(requests: Sequence[Request], job: RecognitionJob) -> list[np.ndarray | AudioError]:
     num_threads = _REMOTE_READERS if any(is_uri(request.audio_path) for request in requests) else 1
     with ThreadPoolExecutor(num_threads) as threads:
         return list(threads.map(lambda request: _read(request, job), requests))
 
 
-def _read(request: Request, job: Job) -> np.ndarray | AudioError:
+def _read(request: Request, job: RecognitionJob) -> np.ndarray | AudioError:
     try:
         return load_row(request, job.sample_rate)
     except AudioError as error:
@@ -150,7 +150,7 @@ def _read(request: Request, job: Job) -> np.ndarray | AudioError:
         )
 
 
-def _spans(audio: np.ndarray, job: Job) -> list[tuple[int, int]]:
+def _spans(audio: np.ndarray, job: RecognitionJob) -> list[tuple[int, int]]:
     if job.window_s is None:
         return [(0, len(audio))]
     return windows(audio, job.sample_rate, window_s=job.window_s, overlap_s=job.overlap_s)
@@ -169,7 +169,7 @@ def _collated(pieces: Sequence[tuple[Piece, np.ndarray]], requests: Sequence[Req
 class RecognizerActor:
     """Holds one model and turns tables from `read_batch` into texts."""
 
-    def __init__(self, job: Job, cuda: bool, threads: int) -> None:
+    def __init__(self, job: RecognitionJob, cuda: bool, threads: int) -> None:
         import torch
 
         from raytrain.decoding.recognizer import Recognizer

@@ -56,7 +56,7 @@ class JobRequest:
 
 
 @dataclass(frozen=True)
-class Job:
+class SubmittedJob:
     """A job as the server reports it; times are UTC, None if it has not started or ended yet."""
 
     id: str
@@ -135,13 +135,13 @@ class Jobs:
                     raise
             time.sleep(2.0)
 
-    def list(self) -> list[Job]:
+    def list(self) -> list[SubmittedJob]:
         """All submitted jobs, the newest first."""
         with self._readable():
             jobs = [_job(details) for details in self._client.list_jobs() if details.submission_id]
         return sorted(jobs, key=lambda job: (job.started or datetime.now(UTC), job.id), reverse=True)
 
-    def get(self, name: str) -> Job:
+    def get(self, name: str) -> SubmittedJob:
         """One job."""
         with self._readable(name):
             return _job(self._client.get_job_info(name))
@@ -151,7 +151,7 @@ class Jobs:
         with self._readable(name):
             return redacted(self._client.get_job_logs(name))
 
-    def follow(self, name: str, write: Callable[[str], None]) -> Job:
+    def follow(self, name: str, write: Callable[[str], None]) -> SubmittedJob:
         """Pass a job's output to `write`, line by line with secrets redacted, until it ends; returns the job."""
         import aiohttp
 
@@ -168,7 +168,7 @@ class Jobs:
                 return job
             time.sleep(1.0)
 
-    def stop(self, name: str) -> tuple[bool, Job]:
+    def stop(self, name: str) -> tuple[bool, SubmittedJob]:
         """Stop a job; returns whether it was running, and the job after it ended or 20 s passed."""
         with self._readable(name):
             was_running = self._client.stop_job(name)
@@ -262,13 +262,13 @@ class _Lines:
         self._rest = ""
 
 
-def _job(details: JobDetails) -> Job:
+def _job(details: JobDetails) -> SubmittedJob:
     metadata = details.metadata or {}
     started, ended = (
         None if stamp is None else datetime.fromtimestamp(stamp / 1000, UTC)
         for stamp in (details.start_time, details.end_time)
     )
-    return Job(
+    return SubmittedJob(
         details.submission_id or "",
         str(details.status.value),
         metadata.get("run", ""),

@@ -18,7 +18,14 @@ from raytrain.console import Console
 from raytrain.errors import ConfigError
 from raytrain.experiments.outcomes import best_trials, read_outcome
 from raytrain.experiments.prediction import SchemePlan, SchemeSimulator, fit_limits, trace_surface
-from raytrain.experiments.trial_runs import TrialEnd, TrialJob, histogram_of, prepare_run, run_trials, training_limits
+from raytrain.experiments.trial_runs import (
+    PlannedTrial,
+    TrialEnd,
+    histogram_of,
+    prepare_run,
+    train_trials,
+    training_limits,
+)
 from raytrain.lengths.histogram import LengthHistogram
 from raytrain.lengths.schemes import SCHEMES, Hardware, SchemeRow, gpu_plans, random_batch, scheme_settings, title_of
 from raytrain.model.config import ModelConfig
@@ -147,7 +154,7 @@ def run_ablation(config: Config, console: Console, take_over: bool = False) -> A
         jobs = [job for planned in plans for job in _prepare(config, console, planned)]
         begun = (config.run_dir / "ablate" / "trials").exists()
         with console.stage("ablate") as finish, tracking.stage("ablate", resumes=begun):
-            ends = run_trials(config, console, jobs, tracking.child_id)
+            ends = train_trials(config, console, jobs, tracking.child_id)
             body = _body(config, simulator, rows, jobs, ends)
             write_json(config.run_dir / "ablation.json", ABLATION_FORMAT, asdict(body))
             tracking.current.log_artifact(config.run_dir / "ablation.json")
@@ -192,7 +199,7 @@ def _simulator(config: Config, console: Console, histogram: LengthHistogram) -> 
     return SchemeSimulator(histogram, config.buckets, model, surface, budget, most, config.seed)
 
 
-def _prepare(config: Config, console: Console, planned: SchemePlan) -> list[TrialJob]:
+def _prepare(config: Config, console: Console, planned: SchemePlan) -> list[PlannedTrial]:
     """A run folder for a scheme with its batch sizes, and a job per learning rate."""
     scheme = planned.scheme
     console.say(f"  {scheme}: {title_of(scheme)}")
@@ -204,7 +211,7 @@ def _prepare(config: Config, console: Console, planned: SchemePlan) -> list[Tria
     write_json(sized, PROFILE_FORMAT, document["body"], document["parents"])
     files = {BATCH_PROFILE: str(sized)}
     return [
-        TrialJob(f"{scheme} lr {rate:g}", candidate, {"train.learning_rate": rate}, files, scheme)
+        PlannedTrial(f"{scheme} lr {rate:g}", candidate, {"train.learning_rate": rate}, files, scheme)
         for rate in _rates(config)
     ]
 
@@ -217,7 +224,7 @@ def _body(
     config: Config,
     simulator: SchemeSimulator,
     rows: Mapping[str, SchemeRow],
-    jobs: list[TrialJob],
+    jobs: list[PlannedTrial],
     ends: list[TrialEnd],
 ) -> AblationBody:
     target, rates = config.ablate.target_wer, _rates(config)
@@ -234,7 +241,7 @@ def _body(
     )
 
 
-def _result(job: TrialJob, end: TrialEnd, target_wer: float) -> TrialResult:
+def _result(job: PlannedTrial, end: TrialEnd, target_wer: float) -> TrialResult:
     outcome = read_outcome(end.folder, target_wer)
     return TrialResult(job.scheme or "", job.label, job.settings["train.learning_rate"], end.why, **vars(outcome))
 

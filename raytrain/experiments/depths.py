@@ -21,7 +21,14 @@ from raytrain.console import Console
 from raytrain.errors import ConfigError
 from raytrain.experiments.decoding_speed import DecodingSpeed, measure_decoding
 from raytrain.experiments.outcomes import read_outcome
-from raytrain.experiments.trial_runs import TrialEnd, TrialJob, histogram_of, prepare_run, run_trials, training_limits
+from raytrain.experiments.trial_runs import (
+    PlannedTrial,
+    TrialEnd,
+    histogram_of,
+    prepare_run,
+    train_trials,
+    training_limits,
+)
 from raytrain.lengths.histogram import LengthHistogram
 from raytrain.model.canary import Canary
 from raytrain.model.config import ModelConfig
@@ -169,18 +176,18 @@ def _train(config: Config, console: Console, models: Sequence[ModelConfig]) -> l
     with RunTracking(config, config.run_dir) as tracking:
         jobs = [_prepare(config, console, model) for model in models]
         with console.stage("ablate") as finish, tracking.stage("ablate depths"):
-            ends = run_trials(config, console, jobs, tracking.child_id)
+            ends = train_trials(config, console, jobs, tracking.child_id)
             trainings = [_training(config, model, end) for model, end in zip(models, ends, strict=True)]
             finish(f"{len(trainings)} training runs")
     return trainings
 
 
-def _prepare(config: Config, console: Console, model: ModelConfig) -> TrialJob:
+def _prepare(config: Config, console: Console, model: ModelConfig) -> PlannedTrial:
     """A run folder for a depth, and its job."""
     encoder, decoder = model.encoder_layers, model.decoder_layers
     layers = replace(config.model, encoder_layers=encoder, decoder_layers=decoder)
     candidate = prepare_run(config, console, f"encoder-{encoder}-decoder-{decoder}", {"model": layers})
-    return TrialJob(f"encoder {encoder}, decoder {decoder}", candidate)
+    return PlannedTrial(f"encoder {encoder}, decoder {decoder}", candidate)
 
 
 def _training(config: Config, model: ModelConfig, end: TrialEnd) -> DepthTraining:

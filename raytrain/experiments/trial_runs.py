@@ -57,7 +57,7 @@ def _share_statistics(source: Path, target: Path) -> None:
 
 
 @dataclass(frozen=True)
-class TrialJob:
+class PlannedTrial:
     """A training run of `candidate`, from `prepare_run`, with additional `settings`; `files`, by name, replace
     artifacts of its run folder. `scheme` is the scheme it trains, if any."""
 
@@ -92,7 +92,9 @@ class TrialEnd:
     why: str | None
 
 
-def run_trials(config: Config, console: Console, jobs: Sequence[TrialJob], parent_run_id: str | None) -> list[TrialEnd]:
+def train_trials(
+    config: Config, console: Console, jobs: Sequence[PlannedTrial], parent_run_id: str | None
+) -> list[TrialEnd]:
     """Train every job as far as possible; returns each outcome, in order. A finished trial is not repeated."""
     folder = config.run_dir / "ablate"
     trials = run_grid(config, console, [job.to_json(config) for job in jobs], folder, parent_run_id)

@@ -25,9 +25,9 @@ from raytrain.cluster.gpu_driver import has_amd_driver, nvidia_gpus
 from raytrain.errors import last_line
 from raytrain.model.device import emulated_gpu
 from raytrain.operations.facts import Decoders, Folder, Gpu, GpuFacts, JobsApi, NodeFacts
+from raytrain.storage.run_store import cache_folder
 
 PACKAGES = ("ray", "torch", "raytrain", "pyarrow", "lhotse", "mlflow", "numpy", "sentencepiece", "soundfile")
-CACHE_VARIABLE = "RAYTRAIN_CACHE"
 _FORMATS = {"WAV", "FLAC", "OGG", "MP3"}
 _HTTP_SECONDS = 5.0
 _GPU_SECONDS = 60.0
@@ -73,7 +73,7 @@ def measure_node(question: NodeQuestion) -> tuple[NodeFacts, float]:
         shm_free=shm.free if shm else 0,
         open_files=resource.getrlimit(resource.RLIMIT_NOFILE),
         temp_folder=folder_facts(question.temp_folder),
-        cache_folder=folder_facts(os.environ.get(CACHE_VARIABLE) or "~/.cache/raytrain"),
+        cache_folder=folder_facts(str(cache_folder())),
         decoders=decoders(),
         auth_mode=auth_mode(),
         memory_monitor=raylet.get("RAY_memory_monitor_refresh_ms"),

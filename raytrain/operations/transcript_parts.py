@@ -17,7 +17,7 @@ from typing import Any
 import orjson
 
 from raytrain.cluster.inference import make_batches, recognize
-from raytrain.cluster.inference_worker import Batch, Job, RecognizedText
+from raytrain.cluster.inference_worker import Batch, RecognitionJob, RecognizedText
 from raytrain.cluster.pool import Pool
 from raytrain.decoding.requests import ManifestRow
 from raytrain.errors import ConfigError
@@ -117,7 +117,9 @@ def cut_parts(rows: Iterable[ManifestRow], part_rows: int) -> Iterator[Part]:
 class PartTranscriber:
     """Transcribes rows and writes their parts to `store`; holds the parts in progress."""
 
-    def __init__(self, store: FinishedParts, job: Job, pool: Pool, sizes: BatchSizes, update: Progress) -> None:
+    def __init__(
+        self, store: FinishedParts, job: RecognitionJob, pool: Pool, sizes: BatchSizes, update: Progress
+    ) -> None:
         self.store = store
         self._job, self._pool, self._sizes, self._update = job, pool, sizes, update
         self._part_of: dict[int, Part] = {}

@@ -14,7 +14,7 @@ from functools import partial
 from pathlib import Path
 
 from raytrain.cluster.inference import MAX_BATCH, batch_sizes
-from raytrain.cluster.inference_worker import Job
+from raytrain.cluster.inference_worker import RecognitionJob
 from raytrain.cluster.pool import find_pool
 from raytrain.cluster.session import ray_session
 from raytrain.config import ClusterSection
@@ -90,7 +90,9 @@ def transcribe_manifests(spec: TranscriptionSpec, console: Console) -> Summary:
     chunks = [replace(chunk, language=language, target_language=spec.target_language) for chunk in chunks]
     prompts = Prompts(tokenizer, config.prompt_format, config.max_positions, spec.pnc)
     load = partial(load_parts, str(spec.model_path))
-    job = Job(load, spec.settings, config.sample_rate, tokenizer.pad_id, spec.window_s, overlap_s, spec.precision)
+    job = RecognitionJob(
+        load, spec.settings, config.sample_rate, tokenizer.pad_id, spec.window_s, overlap_s, spec.precision
+    )
     with ray_session(spec.cluster), console.progress("transcribing", None) as update:
         parts = _start(spec, config, job, update)
         summary = parts.transcribe(read_requests(chunks, prompts), spec.part_rows)
@@ -100,7 +102,7 @@ def transcribe_manifests(spec: TranscriptionSpec, console: Console) -> Summary:
     return summary
 
 
-def _start(spec: TranscriptionSpec, config: ModelConfig, job: Job, update: Progress) -> PartTranscriber:
+def _start(spec: TranscriptionSpec, config: ModelConfig, job: RecognitionJob, update: Progress) -> PartTranscriber:
     """The parts of the output, and the workers to fill them."""
     pool = find_pool(spec.workers, spec.device, spec.device_memory, spec.cluster)
     sizes = batch_sizes(config, spec.settings, pool, spec.max_batch)

@@ -16,7 +16,7 @@ from raytrain.lengths.plan import BucketPlan
 from raytrain.lengths.profile import BatchProfile, ProbeSetting
 from raytrain.model.config import ModelConfig
 from raytrain.run_folder.workspace import Workspace
-from raytrain.stages.devices import GIB, Device, probe_placements, sharded_world
+from raytrain.stages.devices import GIB, TargetDevice, probe_placements, sharded_world
 from raytrain.stages.predicted_sizes import does_not_fit, edges_of, predict
 from raytrain.training.memory.coordinator import ProbeJob, ProbeOutcome
 from raytrain.training.memory.prediction import Prediction
@@ -26,7 +26,7 @@ Needs = list[tuple[float, float]]  # the predicted memory of each bucket's step:
 
 
 def find_profiles(
-    workspace: Workspace, device: Device, kept: Path, on_progress: Progress, make_meter: MakeMeter = step_meter
+    workspace: Workspace, device: TargetDevice, kept: Path, on_progress: Progress, make_meter: MakeMeter = step_meter
 ) -> tuple[list[BatchProfile], ProbeOutcome | None]:
     """The profiles of a device, one per GPU name, and the outcome of probing (None if the device is not in the
     cluster).
@@ -62,7 +62,7 @@ def traced_profile(plan_id: str, setting: ProbeSetting, predictions: Sequence[Pr
     )
 
 
-def probe_job(config: Config, model: ModelConfig, plan: BucketPlan, device: Device, needs: Needs) -> ProbeJob:
+def probe_job(config: Config, model: ModelConfig, plan: BucketPlan, device: TargetDevice, needs: Needs) -> ProbeJob:
     """The job for the probing processes."""
     section = config.oomptimize
     return ProbeJob(
@@ -85,7 +85,7 @@ def probe_job(config: Config, model: ModelConfig, plan: BucketPlan, device: Devi
 def confirm(
     config: Config,
     job: ProbeJob,
-    device: Device,
+    device: TargetDevice,
     kept: Path,
     on_progress: Progress,
     make_meter: MakeMeter = step_meter,
@@ -131,7 +131,7 @@ def _confirmed(traced: BatchProfile, outcome: ProbeOutcome, needs: Needs, plan: 
     )
 
 
-def probe_setting(config: Config, model_id: str, device: Device) -> ProbeSetting:
+def probe_setting(config: Config, model_id: str, device: TargetDevice) -> ProbeSetting:
     """The conditions for which a device's sizes are valid."""
     import torch
 

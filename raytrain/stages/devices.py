@@ -14,7 +14,7 @@ GIB = 2**30
 
 
 @dataclass(frozen=True)
-class Device:
+class TargetDevice:
     """GPUs of the cluster (`kinds`), or, if there are none, a hypothetical device.
 
     There are several kinds if weights are sharded over all of them: sizes must then fit the smallest.
@@ -38,12 +38,12 @@ class Device:
         return "cuda" if self.is_real or config.train.device == "cuda" else "cpu"
 
 
-def traced_device(total_bytes: int) -> Device:
+def traced_device(total_bytes: int) -> TargetDevice:
     """A device that the cluster does not have."""
-    return Device(f"traced for {total_bytes / GIB:g} GiB", total_bytes)
+    return TargetDevice(f"traced for {total_bytes / GIB:g} GiB", total_bytes)
 
 
-def find_devices(config: Config) -> list[Device]:
+def find_devices(config: Config) -> list[TargetDevice]:
     """The kinds of GPU in the training nodes, or the configured hypothetical device if there are none.
 
     Raises `ConfigError` if there is neither a GPU nor a configured device, if the objective requires timing on a GPU,
@@ -66,13 +66,13 @@ def find_devices(config: Config) -> list[Device]:
     return [traced_device(named)]
 
 
-def _real_devices(config: Config, kinds: list[GpuKind]) -> list[Device]:
+def _real_devices(config: Config, kinds: list[GpuKind]) -> list[TargetDevice]:
     def planned(total_bytes: int) -> int:
         return min(config.oomptimize.device_memory or total_bytes, total_bytes)
 
     world_size = sharded_world(config)
     if world_size == 1:
-        return [Device(kind.name, planned(kind.total_bytes), (kind,)) for kind in kinds]
+        return [TargetDevice(kind.name, planned(kind.total_bytes), (kind,)) for kind in kinds]
     gpus = sum(kind.num_gpus for kind in kinds)
     if gpus < world_size:
         raise ConfigError(
@@ -81,7 +81,7 @@ def _real_devices(config: Config, kinds: list[GpuKind]) -> list[Device]:
             remedy="lower train.num_workers, or add GPUs",
         )
     smallest = min(kinds, key=lambda kind: kind.total_bytes)
-    return [Device(smallest.name, planned(least_bytes(kinds)), tuple(kinds))]
+    return [TargetDevice(smallest.name, planned(least_bytes(kinds)), tuple(kinds))]
 
 
 def sharded_world(config: Config) -> int:
@@ -89,7 +89,7 @@ def sharded_world(config: Config) -> int:
     return config.train.least_workers if config.train.shard else 1
 
 
-def probe_placements(config: Config, device: Device, num_buckets: int) -> list[Placement]:
+def probe_placements(config: Config, device: TargetDevice, num_buckets: int) -> list[Placement]:
     """Where the probing processes run: one per GPU, but no more than there are buckets; one group for sharded
     weights."""
     train = Placement.train(config.cluster)

@@ -12,7 +12,7 @@ from typing import Any
 import orjson
 
 from raytrain.cluster.inference import batch_sizes, make_batches, recognize
-from raytrain.cluster.inference_worker import Job, RecognizedText
+from raytrain.cluster.inference_worker import RecognitionJob, RecognizedText
 from raytrain.cluster.pool import find_pool
 from raytrain.config import Config
 from raytrain.data.assignment import Row
@@ -92,7 +92,7 @@ def transcribe_rows(config: Config, location: str, rows: list[Row]) -> Iterator[
     pool = find_pool(evaluate.num_workers, device, None, config.cluster)
     load = partial(load_run, config.model_dump(mode="json"), location, evaluate.checkpoint)
     # Whole rows, as in training and validation: long recordings are not cut into windows here.
-    job = Job(
+    job = RecognitionJob(
         load,
         decode_settings(config),
         config.model.sample_rate,

@@ -13,7 +13,7 @@ from raytrain.config import Config
 from raytrain.errors import ProfileError
 from raytrain.lengths.plan import BucketPlan
 from raytrain.model.config import ModelConfig
-from raytrain.stages.devices import GIB, Device
+from raytrain.stages.devices import GIB, TargetDevice
 from raytrain.storage.artifacts import content_id
 from raytrain.training.memory.prediction import Prediction, predict_batch_size
 from raytrain.training.memory.surface import NeighborLines
@@ -59,7 +59,7 @@ def predict(
     config: Config,
     model: ModelConfig,
     plan: BucketPlan,
-    device: Device,
+    device: TargetDevice,
     on_progress: Progress,
     device_type: str | None = None,
 ) -> list[Prediction]:
@@ -119,7 +119,7 @@ def does_not_fit(
     number: int,
     edges: Edges,
     need: int,
-    device: Device,
+    device: TargetDevice,
     config: Config,
     alternative: int | None = None,
     why: str | None = None,

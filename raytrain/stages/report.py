@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from raytrain.report.page import write_report
 from raytrain.run_folder.workspace import Workspace
 from raytrain.stages.context import Context
 from raytrain.storage.artifacts import file_id
@@ -29,6 +28,8 @@ def key(workspace: Workspace) -> object:
 
 def run(context: Context) -> str:
     """Write `report.html`."""
+    from raytrain.report.page import write_report  # with matplotlib, which no other stage needs
+
     path = write_report(context.workspace.run_dir, context.path(REPORT), title=context.config.name)
     context.tracker.log_artifact(path)
     return str(path)

@@ -23,7 +23,7 @@ from typer.testing import CliRunner
 
 from raytrain.cli.app import app
 from raytrain.cluster.inference import make_batches, recognize
-from raytrain.cluster.inference_worker import Batch, Job, read_batch
+from raytrain.cluster.inference_worker import Batch, RecognitionJob, read_batch
 from raytrain.cluster.pool import Pool, find_pool
 from raytrain.console import Console
 from raytrain.data.corpora.reading import plan_chunks
@@ -196,7 +196,7 @@ def test_predicted_memory_is_that_of_a_process(case):
 
 
 def test_batches_stay_under_the_budget_and_are_larger_for_short_rows():
-    job = Job(load_parts, DecodeSettings(), 16_000, 0, window_s=40.0, overlap_s=4.0)
+    job = RecognitionJob(load_parts, DecodeSettings(), 16_000, 0, window_s=40.0, overlap_s=4.0)
     tracer = DecodeTracer(MODEL, job.settings)
     budget = tracer.trace(40, 5000, tracer.most_tokens(5000)).peak_bytes
     sizes = BatchSizes(tracer, budget)
@@ -267,7 +267,7 @@ def test_rows_of_other_formats_are_requests_for_the_same_audio(parts, corpus, fo
         "cuts": Corpus("c", str(folder / "cuts.jsonl")),
         "shar": Corpus("c", str(folder / "shar")),
     }
-    job = Job(load_parts, DecodeSettings(), 16_000, 0)
+    job = RecognitionJob(load_parts, DecodeSettings(), 16_000, 0)
     audio = {}
     for name, source in corpora.items():
         lines = list(read_requests(plan_chunks([source]), prompts_of(parts)))
@@ -416,7 +416,7 @@ def test_audio_is_decoded_in_separate_processes(parts, checkpoint, corpus, folde
     write(folder / "m.jsonl", *manifest_of(corpus))
     rows = list(read_requests(plan_chunks([Corpus("c", str(folder / "m.jsonl"))]), prompts_of(parts)))
     pool = find_pool(1, "auto", None)
-    job = Job(partial(load_parts, str(checkpoint)), DecodeSettings(beam_size=2), 16_000, 0)
+    job = RecognitionJob(partial(load_parts, str(checkpoint)), DecodeSettings(beam_size=2), 16_000, 0)
     numbered = [(number, row.request) for number, row in enumerate(rows)]
     sizes = BatchSizes(DecodeTracer(parts.config, job.settings), pool.budget_bytes, max_size=3)
     batches = make_batches(numbered, sizes, job, pool)
@@ -430,7 +430,7 @@ def test_a_worker_that_can_not_load_the_model_is_an_error_that_says_so(corpus, f
     write(folder / "m.jsonl", *manifest_of(corpus))
     rows = list(read_requests(plan_chunks([Corpus("c", str(folder / "m.jsonl"))]), prompts_of(parts)))
     pool = find_pool(1, "cpu", None)
-    job = Job(partial(load_parts, str(folder / "nowhere")), DecodeSettings(), 16_000, 0)
+    job = RecognitionJob(partial(load_parts, str(folder / "nowhere")), DecodeSettings(), 16_000, 0)
     sizes = BatchSizes(DecodeTracer(parts.config, job.settings), pool.budget_bytes)
     batches = make_batches([(number, row.request) for number, row in enumerate(rows)], sizes, job, pool)
     with pytest.raises(RaytrainError, match="a worker failed; because .*nowhere.* to do: check"):

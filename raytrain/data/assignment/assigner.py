@@ -21,7 +21,6 @@ from raytrain.data.corpora.reading import read_blocks
 from raytrain.data.corpora.rejected import RejectedRows
 from raytrain.data.corpora.types import BadRow, Chunk
 from raytrain.data.locator import AudioLocator
-from raytrain.data.materialize import make_flacs
 from raytrain.data.probe import NO_LISTING, AudioListing
 from raytrain.data.sequences import BlockEncoder, EncodedBlock
 from raytrain.errors import ManifestError
@@ -181,6 +180,8 @@ class ChunkAssigner:
 
     def _copy_audio(self, rows: _PlacedRows, sample_rate: int, rejected: _RejectedFile, parts: PartsWriter) -> None:
         """Write rows with copies of their audio; those whose audio can't be read are rejected."""
+        from raytrain.data.materialize import make_flacs  # with the audio libraries, which only copies need
+
         flacs = make_flacs(rows.table, sample_rate)
         for bucket in np.unique(rows.buckets).tolist():
             copies: dict[int, bytes] = {}
