@@ -2,6 +2,6 @@
 
 Only this room imports Ray. It may import all rooms below it, and the work it distributes (a training step, a model, a
 file of rows) is defined there. Start with `session.py`, which starts or joins Ray, then read `trainer.py` for training,
-`inference.py` for decoding, `trials.py` and `tuning.py` for Ray Tune. `supervisor.py` and `gpu_driver.py` import no Ray:
-a local Ray needs the first to end with its driver, its nodes the second to count their GPUs.
+`inference.py` for decoding, `trials.py` and `tuning.py` for Ray Tune. Two files serve Ray without importing it:
+`supervisor.py` ends a local Ray with its driver, and `gpu_driver.py` counts a node's GPUs.
 """
