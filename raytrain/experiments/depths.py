@@ -19,16 +19,9 @@ from raytrain.cluster.tasks import call_on_training_worker
 from raytrain.config import Config
 from raytrain.console import Console
 from raytrain.errors import ConfigError
+from raytrain.experiments import trial_runs
 from raytrain.experiments.decoding_speed import DecodingSpeed, measure_decoding
 from raytrain.experiments.outcomes import read_outcome
-from raytrain.experiments.trial_runs import (
-    PlannedTrial,
-    TrialEnd,
-    histogram_of,
-    prepare_run,
-    train_trials,
-    training_limits,
-)
 from raytrain.lengths.histogram import LengthHistogram
 from raytrain.model.canary import Canary
 from raytrain.model.config import ModelConfig
@@ -147,7 +140,7 @@ def run_depths(
 ) -> DepthsBody:
     """The body of `decoder_depths.json`: a row per depth. Without training, rows have only the columns that need none,
     and `model` may differ from the configuration's."""
-    config = training_limits(config)
+    config = trial_runs.training_limits(config)
     if train:
         check_on_disk(config, "raytrain ablate --decoder-depths")
     if train and not config.data.dev:
@@ -158,7 +151,7 @@ def run_depths(
         owned(config.run_location, console.say, take_over),
         ray_session(config.cluster) if train else contextlib.nullcontext(),  # counting parameters may not need Ray
     ):
-        histogram = histogram_of(config, console)
+        histogram = trial_runs.histogram_of(config, console)
         models = depth_models(model or Workspace(config, config.run_dir).model_config(), decoders, encoders)
         costs = [DepthCost.of(depth, histogram) for depth in models]
         base = costs[0].macs_per_epoch
@@ -176,21 +169,21 @@ def _train(config: Config, console: Console, models: Sequence[ModelConfig]) -> l
     with RunTracking(config, config.run_dir) as tracking:
         jobs = [_prepare(config, console, model) for model in models]
         with console.stage("ablate") as finish, tracking.stage("ablate depths"):
-            ends = train_trials(config, console, jobs, tracking.child_id)
+            ends = trial_runs.train_trials(config, console, jobs, tracking.child_id)
             trainings = [_training(config, model, end) for model, end in zip(models, ends, strict=True)]
             finish(f"{len(trainings)} training runs")
     return trainings
 
 
-def _prepare(config: Config, console: Console, model: ModelConfig) -> PlannedTrial:
+def _prepare(config: Config, console: Console, model: ModelConfig) -> trial_runs.PlannedTrial:
     """A run folder for a depth, and its job."""
     encoder, decoder = model.encoder_layers, model.decoder_layers
     layers = replace(config.model, encoder_layers=encoder, decoder_layers=decoder)
-    candidate = prepare_run(config, console, f"encoder-{encoder}-decoder-{decoder}", {"model": layers})
-    return PlannedTrial(f"encoder {encoder}, decoder {decoder}", candidate)
+    candidate = trial_runs.prepare_run(config, console, f"encoder-{encoder}-decoder-{decoder}", {"model": layers})
+    return trial_runs.PlannedTrial(f"encoder {encoder}, decoder {decoder}", candidate)
 
 
-def _training(config: Config, model: ModelConfig, end: TrialEnd) -> DepthTraining:
+def _training(config: Config, model: ModelConfig, end: trial_runs.TrialEnd) -> DepthTraining:
     rtfx = None
     if end.folder:
         values = config.model_copy(update={"model": model}).model_dump(mode="json")
