@@ -101,10 +101,10 @@ def _budget(bench: Bench) -> int:
 
 
 def _predictions(tracer: StepTracer, cells: tuple[Edges, ...], budget: int, max_size: int) -> list[Prediction]:
-    neighbours, predictions = NeighborLines(), []
+    neighbors, predictions = NeighborLines(), []
     for cell in cells:
-        predictions.append(predict_batch_size(tracer, *cell, budget, max_size, neighbours.guess(*cell)))
-        neighbours.add(*cell, predictions[-1].line)
+        predictions.append(predict_batch_size(tracer, *cell, budget, max_size, neighbors.guess(*cell)))
+        neighbors.add(*cell, predictions[-1].line)
     return predictions
 
 

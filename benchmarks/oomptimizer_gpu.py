@@ -59,11 +59,11 @@ def measure_model(name: str, plan: BucketPlan, total: int, memory_fraction: floa
     edges = [(bucket.max_duration_ms, bucket.max_tokens) for bucket in plan.grid.buckets]
     budget = int(total * memory_fraction)
     start = time.perf_counter()
-    tracer, neighbours = StepTracer(model, settings, precision="bf16", world_size=2), NeighborLines()
+    tracer, neighbors = StepTracer(model, settings, precision="bf16", world_size=2), NeighborLines()
     predictions = []
     for edge in edges:
-        predictions.append(predict_batch_size(tracer, *edge, budget, 4096, neighbours.guess(*edge)))
-        neighbours.add(*edge, predictions[-1].line)
+        predictions.append(predict_batch_size(tracer, *edge, budget, 4096, neighbors.guess(*edge)))
+        neighbors.add(*edge, predictions[-1].line)
     predicting = time.perf_counter() - start
     needs = [(one.line.base_bytes, one.line.slope_bytes) for one in predictions]
     result: dict[str, Any] = {"buckets": len(edges), "prediction_seconds": round(predicting, 1)}

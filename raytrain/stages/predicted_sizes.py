@@ -46,12 +46,12 @@ def predict_buckets(
         world_size = train.least_workers if train.shard else train.most_workers
         tracer = StepTracer(model, train, precision=precision, world_size=world_size, device_type=device_type)
         _TRACERS[key] = tracer, NeighborLines()
-    tracer, neighbours = _TRACERS[key]
+    tracer, neighbors = _TRACERS[key]
     predictions = []
     for cell in cells:
-        prediction = predict_batch_size(tracer, *cell, budget, max_size, neighbours.guess(*cell))
+        prediction = predict_batch_size(tracer, *cell, budget, max_size, neighbors.guess(*cell))
         predictions.append(prediction)
-        neighbours.add(*cell, prediction.line)
+        neighbors.add(*cell, prediction.line)
     return predictions
 
 

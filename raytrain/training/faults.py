@@ -110,7 +110,7 @@ class FaultNotes:
         self._write(f"stalled-{time.time_ns()}-{self._rank}.json", canonical_json(body))
 
     def note_kill_for_memory(self) -> None:
-        """Record that the last attempt ended because a worker was killed for its memory."""
+        """Record that the last attempt ended because a worker ran out of host memory and was killed."""
         self._write(KILLED_FOR_MEMORY, b"")
 
     def _write(self, name: str, data: bytes) -> None:
@@ -169,7 +169,7 @@ class FaultNotes:
         if bucket == VALIDATION:
             self.lower_validation(max(1, size))
         elif bucket >= 0 and size > 1:
-            self.lower(bucket, size, "a worker was killed for its memory")
+            self.lower(bucket, size, "a worker ran out of host memory and was killed")
 
     def _notes(self, pattern: str, fields: Mapping[str, Callable[[Any], bool]]) -> Iterator[dict[str, Any]]:
         """Notes with these fields; unreadable and other files are skipped."""

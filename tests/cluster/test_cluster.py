@@ -113,7 +113,7 @@ def test_it_was_disturbed_as_often_as_meant(disturbed):
     assert disturbed["attempts"] == 3
 
 
-def test_artefacts_are_the_same_bytes(calm, disturbed):
+def test_artifacts_are_the_same_bytes(calm, disturbed):
     for name in ("statistics.json", "bucket_plan.json", "batch_profile.json", "assignment/index.json"):
         assert content(calm, name) == content(disturbed, name), name
 

@@ -43,7 +43,7 @@ def written(corpus, tmp_path):
     return path
 
 
-def test_a_submitted_stage_leaves_its_artefact_and_no_secret(head, written, tmp_path):
+def test_a_submitted_stage_leaves_its_artifact_and_no_secret(head, written, tmp_path):
     from ray.job_submission import JobSubmissionClient
 
     arguments = ["submit", "statistics", "--config", str(written), "--address", head, "--python", sys.executable]

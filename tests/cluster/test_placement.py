@@ -245,8 +245,8 @@ def test_a_pool_leaves_each_node_what_reading_needs(up):
 
 
 def test_nodes_that_ray_train_would_count_by_mistake(up):
-    labelled = {"train_labels": {"role": "train"}}
+    labeled = {"train_labels": {"role": "train"}}
     up(node("a", 1, {"role": "train"}, gpu_host=1), node("b", 1, {"role": "data"}))
-    assert [node["NodeID"] for node in Placement.train(ClusterSection(**labelled)).misled()] == ["b"]
-    assert not Placement.train(ClusterSection(**labelled)).misled(gpus=1)
-    assert not Placement.train(ClusterSection(**labelled, train_resources={"gpu_host": 1})).misled()
+    assert [node["NodeID"] for node in Placement.train(ClusterSection(**labeled)).misled()] == ["b"]
+    assert not Placement.train(ClusterSection(**labeled)).misled(gpus=1)
+    assert not Placement.train(ClusterSection(**labeled, train_resources={"gpu_host": 1})).misled()

@@ -21,7 +21,7 @@ LEARNED = {
 }
 
 
-def test_lineage_is_what_decides_what_is_learnt():
+def test_lineage_is_what_decides_what_is_learned():
     # A change of this list makes all earlier checkpoints ones of another lineage.
     assert set(lineage_settings(TrainSettings())) == LEARNED
 

@@ -191,7 +191,7 @@ def test_an_empty_folder_says_which_stages_to_run(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", [*_FILES, "assignment"])
-def test_any_one_artefact_may_be_missing(run_dir: Path, name: str) -> None:
+def test_any_one_artifact_may_be_missing(run_dir: Path, name: str) -> None:
     path = run_dir / name
     if path.is_dir():
         shutil.rmtree(path)

@@ -46,7 +46,7 @@ def lines(path) -> list[dict]:
     return [json.loads(line) for line in path.read_bytes().splitlines()]
 
 
-def test_every_artefact_is_there_and_says_what_it_should(finished, corpus):
+def test_every_artifact_is_there_and_says_what_it_should(finished, corpus):
     run_dir = finished.run_dir
     assert [name for name in ARTIFACTS if not (run_dir / name).exists()] == []
     statistics = read_json(run_dir / "statistics.json", "raytrain.statistics/4")["body"]

@@ -520,7 +520,7 @@ def test_json_is_finite_or_refused(value):
     ],
     ids=lambda value: str(value)[:30],
 )
-def test_an_artefact_that_is_none_is_refused(tmp_path, data, message):
+def test_an_artifact_that_is_none_is_refused(tmp_path, data, message):
     (tmp_path / "a.json").write_bytes(data)
     with pytest.raises(ArtifactError, match=message) as caught:
         read_json(tmp_path / "a.json", "x/1")

@@ -219,7 +219,7 @@ def test_a_bucket_that_takes_too_much_host_memory_gets_smaller_batches(faulty):
     bucket, size = hit[0][2:]
     body = json.loads((config.run_dir / "batch_profile_lowered.json").read_bytes())
     assert body["batch_sizes"][bucket] < size
-    assert "killed for its memory" in body["notes"][0]
+    assert "ran out of host memory" in body["notes"][0]
     assert max(steps_of(config)) == 8
 
 
