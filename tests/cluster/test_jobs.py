@@ -58,7 +58,7 @@ def test_a_submitted_stage_leaves_its_artifact_and_no_secret(head, written, tmp_
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert "96 utterances" in done.stdout and "SUCCEEDED" in done.stderr
-    assert "secret and not passed: AWS_SECRET_ACCESS_KEY" in done.stderr
+    assert "secrets not passed: AWS_SECRET_ACCESS_KEY" in done.stderr
     assert (tmp_path / "tiny" / "statistics.json").exists()
 
     listed = CliRunner().invoke(app, ["status", "--json", "--address", head])
@@ -143,7 +143,7 @@ def test_without_the_token_the_server_refuses_and_the_error_says_so(head, tmp_pa
     nobody = ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH", "RAY_AUTH_MODE")
     done = call("status", "--address", head, without=nobody, HOME=str(tmp_path))
     assert done.returncode == 1 and "Traceback" not in done.stderr
-    assert "asks for the cluster's token; got none; to do: put the token" in " ".join(done.stderr.split())
+    assert "requires the cluster's token; got none; to do: put the cluster's token" in " ".join(done.stderr.split())
     done = call("status", "--address", head, RAY_AUTH_TOKEN="0" * 64)
     assert done.returncode == 1 and "got another token" in done.stderr
 

@@ -264,6 +264,16 @@ def test_a_dry_plan_for_a_gpu_that_is_not_there(finished):
     assert profile.stat().st_mtime_ns == before
 
 
+def test_policies_side_by_side_and_the_schedule_write_nothing(finished):
+    before = {path: path.stat().st_mtime_ns for path in finished.run_dir.rglob("*")}
+    arguments = ["-c", str(finished.run_dir / "config.yaml")]
+    result = CliRunner().invoke(app, ["buckets", "--compare", *arguments], env={"COLUMNS": "120"})
+    assert result.exit_code == 0 and "equal_mass" in result.stdout and "optimal" in result.stdout
+    result = CliRunner().invoke(app, ["schedule", "--simulate", "--steps", "5", *arguments], env={"COLUMNS": "120"})
+    assert result.exit_code == 0 and "train" in result.stdout and "100.0%" in result.stdout
+    assert {path: path.stat().st_mtime_ns for path in finished.run_dir.rglob("*")} == before
+
+
 def test_a_finite_schedule_loads_every_row_once_and_ends(finished):
     config = finished.model_copy(update={"train": replace(finished.train, max_epochs=1)})
     workspace = Workspace(config, config.run_dir)
