@@ -241,7 +241,8 @@ def test_a_kill_for_memory_lowers_the_bucket_it_happened_in(tmp_path):
     mark.__enter__()(7, 2, 40)
     learn({machine: kills + 1})
     assert notes.lowered((50, 50, 50)) == (50, 50, 38)
-    assert notes.reasons() == ["bucket 2 takes 38 utterances instead of 40: a worker ran out of host memory and was killed"]
+    reason = "a worker ran out of host memory and was killed"
+    assert notes.reasons() == [f"bucket 2 takes 38 utterances instead of 40: {reason}"]
     learn({machine: kills + 9})  # no marks, no lesson
     assert notes.lowered((50, 50, 50)) == (50, 50, 38)
     with pytest.raises(ValueError), notes.marking() as write:
