@@ -57,7 +57,7 @@ def test_each_gpu_is_a_place_on_its_node():
     [
         ([A100, H100], r"host-n has several kinds of GPU; got A100 \(40 GiB\), H100 \(80 GiB\).*CUDA_VISIBLE_DEVICES"),
         (ClusterError("torch can't", why="no driver"), r"torch can't \(on host-n\); because no driver"),
-        (NoAnswer("no answer within 120 s"), "the GPUs of host-n can't be asked; because no answer within 120 s"),
+        (NoAnswer("no answer within 120 s"), "the GPUs of host-n can't be queried; because no answer within 120 s"),
     ],
 )
 def test_a_node_whose_gpus_are_no_use_is_named(answers, answer, message):

@@ -39,7 +39,7 @@ def test_a_folder_of_somebody_else_is_not_taken(tmp_path):
 def test_no_folder_is_an_error_that_says_so(monkeypatch):
     monkeypatch.setattr(tempfile, "tempdir", "/tmp/" + "x" * 60)
     monkeypatch.setattr(sockets, "_is_mine", lambda folder: False)
-    with pytest.raises(ClusterError, match="no folder for Ray's sockets.*set TMPDIR"):
+    with pytest.raises(ClusterError, match="no usable folder for Ray's sockets.*set TMPDIR"):
         sockets.socket_folder()
 
 
