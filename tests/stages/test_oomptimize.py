@@ -82,7 +82,7 @@ def test_what_kills_a_probe_is_an_answer():
         search = search_batch_size(lambda size: meter.measure(size, (1000, 10), 1), BatchSizeSearch(100, 1000, 0.0))
         assert search.batch_size == 100
         failed = [probe for probe in search.probes if not probe.fits]
-        assert failed and all("SIGKILL, perhaps by the host for lack of memory" in probe.why for probe in failed)
+        assert failed and all("SIGKILL, perhaps by the host's out-of-memory killer" in probe.why for probe in failed)
         assert meter.measure(5, (1000, 10), 1).fits
 
 

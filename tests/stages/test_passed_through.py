@@ -98,7 +98,7 @@ def test_the_output_is_no_input(order, tmp_path, link, overwrite):
         Corpus("m", str(tmp_path / "m*.jsonl")),
     ):
         message = refusal(replace(order, corpora=(corpus,), output=output, overwrite=overwrite))
-        assert "the output is a file that the command reads" in message and "to do: name another --output" in message
+        assert "the output is a file that the command reads" in message and "to do: choose another --output" in message
     assert manifest.read_bytes() == before
 
 
