@@ -120,7 +120,8 @@ def _describe(item: Mapping[str, Any]) -> str:
             return f"{key}: missing"
     message, value = _message(item), item.get("input")
     shown = "" if isinstance(value, dict) or "got" in message else f"; got {_shown(value)}"
-    return f"{key}: {message[0].lower() + message[1:]}{shown}"
+    text = f"{message[0].lower() + message[1:]}{shown}"
+    return f"{key}: {text}" if key else text  # sections that contradict each other have no key
 
 
 def _message(item: Mapping[str, Any]) -> str:

@@ -165,7 +165,7 @@ def test_values_that_yaml_reads_as_another_type_must_be_quoted(tmp_path, value):
 def test_names_have_no_nul_and_thousands_of_problems_are_counted(tmp_path):
     path = tmp_path / "c.yaml"
     path.write_text('name: a\nrun: {root: "a\\0b"}\ndata: {train: [a.jsonl]}\n')
-    with pytest.raises(ConfigError, match="run.root holds a NUL"):
+    with pytest.raises(ConfigError, match="run.root contains a NUL"):
         load_config(path)
     path.write_text("".join(f"key{number}: 1\n" for number in range(5000)))
     with pytest.raises(ConfigError, match=r"(?s)5002 problem.*\n  … and 4952 more") as caught:
