@@ -254,7 +254,7 @@ def test_decoder_depths_are_counted_trained_and_timed(corpus, tmp_path, local_ra
     assert [round(row["parameters"] / 1e6, 1) for row in rows] == [1016.7, 882.4]
     uneven = ["ablate", "--decoder-depths", "4,2,1", "--encoder-depths", "4,2", "--config", path]
     wrong = CliRunner().invoke(app, uneven)
-    assert isinstance(wrong.exception, ConfigError) and "one for each" in str(wrong.exception)
+    assert isinstance(wrong.exception, ConfigError) and "one each" in str(wrong.exception)
 
 
 def test_what_an_ablation_needs_is_said(corpus, tmp_path):

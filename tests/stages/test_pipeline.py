@@ -221,7 +221,7 @@ def test_bad_rows_are_counted_up_to_the_limit_then_an_error(corpus, tmp_path):
 def test_a_missing_manifest_and_a_missing_stage_are_named(corpus, tmp_path):
     with pytest.raises(ManifestError, match="corpus absent: can't read .*absent.jsonl"):
         run(tiny_config(corpus, tmp_path, data={"train": ["absent.jsonl"]}))
-    with pytest.raises(ArtifactError, match="train needs what assign, oomptimize would have written"):
+    with pytest.raises(ArtifactError, match="train needs the output of assign, oomptimize"):
         run(tiny_config(corpus, tmp_path), "train")
 
 

@@ -20,7 +20,7 @@ from raytrain.cluster.training_worker import train_worker
 from raytrain.config import Config
 from raytrain.console import Console
 from raytrain.errors import TrainingError
-from raytrain.run_folder.lineage import training_meta
+from raytrain.run_folder.training_plan import plan_training
 from raytrain.run_folder.workspace import Workspace
 from raytrain.stages.pipeline import run_pipeline
 from raytrain.training.checkpoint import CheckpointFolder
@@ -51,7 +51,7 @@ def train_in_turn(*configs: Config) -> None:
     jobs = []
     for config in configs:
         workspace = Workspace(config, config.run_dir)
-        jobs.append(make_job(config, workspace.store, training_meta(workspace)))
+        jobs.append(make_job(plan_training(workspace), workspace.store))
         checkpoints = config.run_dir / "checkpoints"
         checkpoints.mkdir(exist_ok=True)
         (checkpoints / "lineage.json").write_text(json.dumps({"lineage": jobs[-1].meta["ids"]["lineage"]}))
