@@ -223,5 +223,5 @@ def test_equal_to_nemo(name):
             wanted = expected[key][row].T if key == "mel" else expected[key][row]
             assert (value[:size] - wanted[:size]).abs().max() < 1e-4, key
         wanted = decoded["beam1"][row]
-        size = min(len(wanted), len(decoded[row]))
+        size = min(len(wanted), len(generated[row]))
         assert size and generated[row][:size] == wanted[:size]
