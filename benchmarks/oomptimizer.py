@@ -311,22 +311,24 @@ def measure_together(meters: list[IsolatedMeter], size: int, edges: tuple[int, i
         return joint_probe(list(pool.map(lambda meter: meter.measure(size, edges, num_steps), meters)))
 
 
+PROCESSOR_MODEL = ModelConfig(
+    encoder_layers=4,
+    encoder_width=256,
+    encoder_heads=4,
+    subsampling_channels=64,
+    decoder_layers=2,
+    decoder_width=256,
+    decoder_heads=4,
+    max_positions=512,
+    vocab_size=1000,
+)  # small enough for float32 steps on a processor
+
+
 def against_processor(
     shapes: Sequence[tuple[int, tuple[int, int]]] = _SHAPES, kinds: Sequence[str] = ("one", "ddp", "sharded")
 ) -> dict[str, Any]:
     """Predicted and measured peak MiB of a 4+2-layer Canary in fp32: alone, in DDP and sharded over two ranks, with and
     without activation checkpointing."""
-    model = ModelConfig(
-        encoder_layers=4,
-        encoder_width=256,
-        encoder_heads=4,
-        subsampling_channels=64,
-        decoder_layers=2,
-        decoder_width=256,
-        decoder_heads=4,
-        max_positions=512,
-        vocab_size=1000,
-    )
     rows = []
     for kind in kinds:
         for checkpointing in (False, True):
@@ -336,7 +338,7 @@ def against_processor(
                 activation_checkpointing=checkpointing,
                 precision="fp32",
             )
-            for row in processor_cells(model, settings, shapes):
+            for row in processor_cells(PROCESSOR_MODEL, settings, shapes):
                 rows.append({"kind": kind, "activation_checkpointing": checkpointing, **row})
                 print(rows[-1], file=sys.stderr)
     result: dict[str, Any] = {}

@@ -65,7 +65,7 @@ def measure_model(name: str, plan: BucketPlan, total: int, memory_fraction: floa
         predictions.append(predict_batch_size(tracer, *edge, budget, 4096, neighbors.guess(*edge)))
         neighbors.add(*edge, predictions[-1].line)
     predicting = time.perf_counter() - start
-    needs = [(one.line.base_bytes, one.line.slope_bytes) for one in predictions]
+    needs = [(prediction.line.base_bytes, prediction.line.slope_bytes) for prediction in predictions]
     result: dict[str, Any] = {"buckets": len(edges), "prediction_seconds": round(predicting, 1)}
     with IsolatedMeter(StepMeter, model, settings, budget) as meter:
         begun = time.perf_counter()
@@ -87,9 +87,9 @@ def measure_model(name: str, plan: BucketPlan, total: int, memory_fraction: floa
             begun, nemo_cells, previous = time.perf_counter(), [], None
             for bucket in reversed(range(len(edges))):
                 search = BatchSizeSearch(32 if previous is None else previous * 2, 4096, TOLERANCE, growth=2.0)
-                found = search_batch_size(lambda size, bucket=bucket: meter.measure(size, edges[bucket], 1), search)
-                nemo_cells.append(_cell(bucket, edges[bucket], predictions[bucket], found.batch_size, found.probes))
-                previous = found.batch_size
+                answer = search_batch_size(lambda size, bucket=bucket: meter.measure(size, edges[bucket], 1), search)
+                nemo_cells.append(_cell(bucket, edges[bucket], predictions[bucket], answer.batch_size, answer.probes))
+                previous = answer.batch_size
             result |= _summary("nemo_rule_", nemo_cells, time.perf_counter() - begun)
             result["nemo_rule_batch_sizes"] = [cell["batch_size"] for cell in reversed(nemo_cells)]
     return result
@@ -124,13 +124,16 @@ def _cell(
 
 def _summary(prefix: str, cells: list[dict[str, Any]], seconds: float) -> dict[str, Any]:
     errors = [abs(cell["error"]) for cell in cells if "error" in cell]
-    found = {
+    summary = {
         f"{prefix}probes_per_bucket": round(statistics.mean(cell["probes"] for cell in cells), 3),
         f"{prefix}seconds": round(seconds, 1),
     }
     if errors:
-        found |= {"largest_absolute_error": max(errors), "median_absolute_error": round(statistics.median(errors), 4)}
-    return found
+        summary |= {
+            "largest_absolute_error": max(errors),
+            "median_absolute_error": round(statistics.median(errors), 4),
+        }
+    return summary
 
 
 def main() -> None:

@@ -53,11 +53,14 @@ def decode(model, request):
 
     def run():
         with torch.inference_mode():
-            found = model.decoding.decode_predictions_tensor(
+            hypotheses = model.decoding.decode_predictions_tensor(
                 encoder_hidden_states=states, encoder_input_mask=mask, decoder_input_ids=prompt
             )
         # The generated tokens, not the text, show whether both sides did the same work.
-        return [len(one[0].y_sequence if isinstance(one, list) else one.y_sequence) for one in found]
+        return [
+            len(hypothesis[0].y_sequence if isinstance(hypothesis, list) else hypothesis.y_sequence)
+            for hypothesis in hypotheses
+        ]
 
     return run
 

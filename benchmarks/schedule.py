@@ -166,10 +166,10 @@ def ours(assignment: Assignment, edges: list[int], sizes: list[int], steps: int)
     start = time.perf_counter()
     fresh = BatchSchedule(1, Assignment(assignment.folder).rows_per_bucket, sizes)
     plan, _ = fresh.step(ScheduleState.from_dict(orjson.loads(kept)), RANKS)
-    found = fresh.rows(plan, 3)
-    Assignment(assignment.folder).rows(plan.bucket, found)
+    numbers = fresh.rows(plan, 3)
+    Assignment(assignment.folder).rows(plan.bucket, numbers)
     resume = time.perf_counter() - start
-    assert found.tolist() == expected, "a resumed schedule returns different rows"
+    assert numbers.tolist() == expected, "a resumed schedule returns different rows"
     lengths = [assignment.lengths(bucket) for bucket in range(len(edges))]
     seen = simulate(schedule, lengths, RANKS, 1000)
     return {
@@ -273,18 +273,18 @@ def lhotse_resume(cuts: Path, edges: list[int], steps: int) -> float:
 def lhotse(cuts: Path, edges: list[int], sizes: list[int], steps: int) -> dict[str, Any]:
     """All ranks, one after the other, and a single rank, which has no other ranks' batches to skip."""
     alone = lhotse_rank(cuts, edges, sizes, 0, 1, steps)
-    found = [lhotse_rank(cuts, edges, sizes, rank, RANKS, steps) for rank in range(RANKS)]
-    together = list(zip(*(one["buckets"] for one in found), strict=True))
+    ranks = [lhotse_rank(cuts, edges, sizes, rank, RANKS, steps) for rank in range(RANKS)]
+    together = list(zip(*(rank["buckets"] for rank in ranks), strict=True))
     agreed = [len(set(buckets)) == 1 for buckets in together]
     return {
-        "lhotse_batches_per_second": round(found[0]["batches_per_second"], 1),
+        "lhotse_batches_per_second": round(ranks[0]["batches_per_second"], 1),
         "lhotse_batches_per_second_alone": round(alone["batches_per_second"], 1),
         "lhotse_first_batch_seconds": round(alone["first"], 3),
         "lhotse_resume_seconds": round(lhotse_resume(cuts, edges, steps), 3),
         "lhotse_steps_before_resume": steps,
         "lhotse_bucket_agreement": round(float(np.mean(agreed)), 4),
         "lhotse_bucket_agreement_last_third": round(float(np.mean(agreed[-(steps // 3) :])), 4),
-        "lhotse_audio_padding": round(float(np.mean([one["padding"] for one in found])), 4),
+        "lhotse_audio_padding": round(float(np.mean([rank["padding"] for rank in ranks])), 4),
     }
 
 

@@ -119,14 +119,14 @@ def assigned(folder: Path, steps: int) -> dict[str, Any]:
     schedule = BatchSchedule(1, assignment.rows_per_bucket, sizes)
     work = scheduled_work(assignment, schedule, schedule.initial(), [0], 1)
     with loader_of(work, plan, pad_id, assignment) as loader:
-        found = timed(loader, steps, start, our_seconds)
+        figures = timed(loader, steps, start, our_seconds)
     state = schedule.initial()
     for _ in range(steps):
         _, state = schedule.step(state, 1)
     start = time.perf_counter()
     with loader_of(scheduled_work(Assignment(out), schedule, state, [0], 1), plan, pad_id, assignment) as loader:
         next(iter(loader))
-    return {**found, "making_it_seconds": round(making, 2), "resume_seconds": round(time.perf_counter() - start, 3)}
+    return {**figures, "making_it_seconds": round(making, 2), "resume_seconds": round(time.perf_counter() - start, 3)}
 
 
 def stream(folder: Path, steps: int, concurrent: bool) -> dict[str, Any]:
@@ -141,18 +141,18 @@ def stream(folder: Path, steps: int, concurrent: bool) -> dict[str, Any]:
 
     def kept(works: Any) -> Any:
         nonlocal last
-        for one in works:
-            last = one
-            yield one
+        for work in works:
+            last = work
+            yield work
 
     last: StepWork | None = None
     start = time.perf_counter()
     with loader_of(kept(work(StreamState())), plan, pad_id) as loader:
-        found = timed(loader, steps, start, our_seconds)
+        figures = timed(loader, steps, start, our_seconds)
     start = time.perf_counter()
     with loader_of(work(last.state), plan, pad_id) as loader:
         next(iter(loader))
-    return {**found, "resume_seconds": round(time.perf_counter() - start, 3)}
+    return {**figures, "resume_seconds": round(time.perf_counter() - start, 3)}
 
 
 def lhotse(folder: Path, steps: int, concurrent: bool) -> dict[str, Any]:
@@ -181,9 +181,9 @@ def lhotse(folder: Path, steps: int, concurrent: bool) -> dict[str, Any]:
     )
     dataset = IterableDatasetWrapper(K2SpeechRecognitionDataset(input_strategy=AudioSamples()), sampler)
     loader = torch.utils.data.DataLoader(dataset, batch_size=None, num_workers=1, prefetch_factor=4)
-    found = timed(loader, steps, start, lambda batch: float(batch["supervisions"]["num_samples"].sum()) / RATE)
+    figures = timed(loader, steps, start, lambda batch: float(batch["supervisions"]["num_samples"].sum()) / RATE)
     workers = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024
-    return {**found, "worker_mib": round(workers)}
+    return {**figures, "worker_mib": round(workers)}
 
 
 PARTS = {
@@ -204,9 +204,9 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.part:
-        found = PARTS[arguments.part](arguments.folder, arguments.steps)
-        found["resident_mib"] = round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
-        print(orjson.dumps(found).decode(), flush=True)
+        figures = PARTS[arguments.part](arguments.folder, arguments.steps)
+        figures["resident_mib"] = round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
+        print(orjson.dumps(figures).decode(), flush=True)
         return
     result: dict[str, Any] = {"rows": arguments.rows, "steps": arguments.steps, "buffer_size": BUFFER}
     with tempfile.TemporaryDirectory() as folder:

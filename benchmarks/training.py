@@ -133,9 +133,9 @@ def overhead(config: Config, steps: int, turns: int) -> dict[str, Any]:
     costs = [loop / step - 1 for loop, step in zip(whole, bare, strict=True)]
     return {
         "steps": steps,
-        "bare_step_audio_seconds_per_second": [round(audio / one, 1) for one in bare],
-        "whole_loop_audio_seconds_per_second": [round(audio / one, 1) for one in whole],
-        "loop_costs": [round(one, 4) for one in costs],
+        "bare_step_audio_seconds_per_second": [round(audio / seconds, 1) for seconds in bare],
+        "whole_loop_audio_seconds_per_second": [round(audio / seconds, 1) for seconds in whole],
+        "loop_costs": [round(cost, 4) for cost in costs],
         "loop_costs_median": round(statistics.median(costs), 4),
     }
 
@@ -143,16 +143,16 @@ def overhead(config: Config, steps: int, turns: int) -> dict[str, Any]:
 def in_folder(config: Config, name: str, **train: Any) -> Config:
     """The same run with other settings in a separate folder."""
     run = config.run.model_copy(update={"root": f"{config.run.root}/{name}"})
-    other = config.model_copy(update={"run": run, "train": replace(config.train, **train)})
-    shutil.copytree(config.run_dir, other.run_dir)
-    return other
+    copy = config.model_copy(update={"run": run, "train": replace(config.train, **train)})
+    shutil.copytree(config.run_dir, copy.run_dir)
+    return copy
 
 
 def scaling(config: Config, steps: int) -> dict[str, Any]:
     """Audio-seconds per second on 1, 2 and 4 workers at the same total batch, after the first ten steps."""
-    found = {}
+    figures = {}
     for workers in (1, 2, 4):
-        one = in_folder(
+        copy = in_folder(
             config,
             f"workers-{workers}",
             num_workers=workers,
@@ -160,16 +160,16 @@ def scaling(config: Config, steps: int) -> dict[str, Any]:
             max_steps=steps,
             log_every_steps=10,
         )
-        run_pipeline(one, Console(quiet=True), ("train",))
-        lines = [json.loads(line) for line in (one.run_dir / "metrics.jsonl").read_bytes().splitlines()]
+        run_pipeline(copy, Console(quiet=True), ("train",))
+        lines = [json.loads(line) for line in (copy.run_dir / "metrics.jsonl").read_bytes().splitlines()]
         rates = [line["audio_seconds_per_second"] for line in lines if line.get("step", 0) > 10]
-        found[f"audio_seconds_per_second_with_{workers}_workers"] = round(statistics.median(rates), 1)
-    return found
+        figures[f"audio_seconds_per_second_with_{workers}_workers"] = round(statistics.median(rates), 1)
+    return figures
 
 
 def recovery(config: Config) -> dict[str, Any]:
     """Seconds from a kill to the next step's beginning."""
-    one = in_folder(config, "recovery", num_workers=2, max_steps=60, checkpoint_every_steps=10, log_every_steps=1)
+    copy = in_folder(config, "recovery", num_workers=2, max_steps=60, checkpoint_every_steps=10, log_every_steps=1)
     killed: list[tuple[float, int]] = []
     seconds: list[float] = []
     stopped = threading.Event()
@@ -177,7 +177,7 @@ def recovery(config: Config) -> dict[str, Any]:
     def watch() -> None:
         while not stopped.wait(0.005):
             with contextlib.suppress(OSError, ValueError):
-                pid, step = map(int, (one.run_dir / "faults" / "doing-1").read_bytes().split()[:2])
+                pid, step = map(int, (copy.run_dir / "faults" / "doing-1").read_bytes().split()[:2])
                 if len(killed) > len(seconds):
                     if pid != killed[-1][1]:
                         seconds.append(time.perf_counter() - killed[-1][0])
@@ -187,10 +187,10 @@ def recovery(config: Config) -> dict[str, Any]:
 
     thread = threading.Thread(target=watch, daemon=True)
     thread.start()
-    run_pipeline(one, Console(quiet=True), ("train",))
+    run_pipeline(copy, Console(quiet=True), ("train",))
     stopped.set()
     thread.join()
-    return {"seconds_from_kill_to_next_step": [round(one, 1) for one in seconds]}
+    return {"seconds_from_kill_to_next_step": [round(delay, 1) for delay in seconds]}
 
 
 def main() -> None:

@@ -1,13 +1,15 @@
 """A small training loop without Ray, and what counts the places where it would wait for a GPU."""
 
+from dataclasses import replace
+
 import torch
+from tiny_models import TINY
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from raytrain.data.assignment import Row
 from raytrain.data.batch import LoadedStep, SpeechBatch
 from raytrain.lengths.schedule import ScheduleState, StepPlan
 from raytrain.model.canary import Canary
-from raytrain.model.config import ModelConfig
 from raytrain.training.checkpoint import CheckpointFolder
 from raytrain.training.hooks import LoopHooks
 from raytrain.training.loop import TrainingLoop
@@ -15,18 +17,7 @@ from raytrain.training.optim import make_optimizer
 from raytrain.training.settings import TrainSettings
 from raytrain.training.state import RankShares, TrainState
 
-MODEL = ModelConfig(
-    encoder_layers=1,
-    encoder_width=32,
-    encoder_heads=2,
-    subsampling_channels=8,
-    decoder_layers=1,
-    decoder_width=32,
-    decoder_heads=2,
-    max_positions=64,
-    vocab_size=40,
-    ctc_head=True,
-)
+MODEL = replace(TINY, ctc_head=True)
 SETTINGS = TrainSettings(
     ctc_weight=0.5,
     warmup_steps=2,

@@ -29,7 +29,7 @@ from raytrain.storage.run_store import cache_folder
 
 PACKAGES = ("ray", "torch", "raytrain", "pyarrow", "lhotse", "mlflow", "numpy", "sentencepiece", "soundfile")
 _FORMATS = {"WAV", "FLAC", "OGG", "MP3"}
-_HTTP_SECONDS = 5.0
+HTTP_SECONDS = 5.0
 _GPU_SECONDS = 60.0
 # In a separate process: a broken driver may hang or abort it, and the worker must not hold GPU memory.
 _ASK_TORCH = """
@@ -170,5 +170,5 @@ def _status(url: str) -> int | None:
     with requests.Session() as session:
         session.trust_env = False  # neither a proxy nor stored credentials
         with contextlib.suppress(requests.RequestException):
-            return session.get(url, timeout=_HTTP_SECONDS).status_code
+            return session.get(url, timeout=HTTP_SECONDS).status_code
     return None

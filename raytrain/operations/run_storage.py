@@ -16,12 +16,11 @@ import requests
 
 from raytrain.errors import RaytrainError
 from raytrain.operations.facts import MIB, Manifest, Mlflow, Speed, Storage
-from raytrain.operations.machine import folder_facts
+from raytrain.operations.machine import HTTP_SECONDS, folder_facts
 from raytrain.storage.filesystem import is_folder, list_files, open_stream
 from raytrain.storage.locations import is_uri, locate
 from raytrain.storage.patterns import expand
 
-_HTTP_SECONDS = 5.0
 _BLOCK = 4 * MIB
 
 
@@ -175,5 +174,5 @@ def _search_experiments(uri: str) -> requests.Response:
         json={"max_results": 1},
         headers={"Authorization": f"Bearer {token}"} if token else {},
         auth=(user, password) if user and password else None,
-        timeout=_HTTP_SECONDS,
+        timeout=HTTP_SECONDS,
     )

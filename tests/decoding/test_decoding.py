@@ -1,11 +1,13 @@
 """Decoding: cached equals uncached, batch equals single, beam 1 equals greedy, NeMo's recorded beams."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 from conftest import SHARED
+from tiny_models import DECODED
 
 from raytrain.decoding.beam import Ranking, beam_search
 from raytrain.decoding.search import decode
@@ -13,21 +15,10 @@ from raytrain.decoding.settings import DecodeSettings
 from raytrain.decoding.steps import PromptGroup
 from raytrain.errors import DataError
 from raytrain.model.canary import Canary
-from raytrain.model.config import ModelConfig
 from raytrain.model.formats.nemo import read_nemo
 
 EOS, PROMPT = 3, [7, 4, 8]
-TINY = ModelConfig(
-    encoder_layers=1,
-    encoder_width=32,
-    encoder_heads=2,
-    subsampling_channels=8,
-    decoder_layers=2,
-    decoder_width=48,
-    decoder_heads=2,
-    max_positions=24,
-    vocab_size=29,
-)
+TINY = replace(DECODED, max_positions=24)
 
 
 @pytest.fixture(scope="module")

@@ -1,9 +1,11 @@
 """Optimizations of decoding change no text: rare synchronization, steps of fixed shape, packed linear layers."""
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
+from tiny_models import DECODED
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 from training_parts import Syncs
@@ -22,17 +24,7 @@ from raytrain.model.config import ModelConfig
 from raytrain.model.linear import PreparedLinear, affine
 
 EOS, PROMPT = 3, [7, 4, 8]
-SMALL = ModelConfig(
-    encoder_layers=1,
-    encoder_width=32,
-    encoder_heads=2,
-    subsampling_channels=8,
-    decoder_layers=2,
-    decoder_width=48,
-    decoder_heads=2,
-    max_positions=160,
-    vocab_size=29,
-)
+SMALL = replace(DECODED, max_positions=160)
 CPU = torch.device("cpu")
 LONG = DecodeSettings(max_generation_delta=90)
 

@@ -8,13 +8,14 @@ import numpy as np
 import pytest
 import torch
 from conftest import SHARED
+from tiny_models import TINY as SMALLEST
 
 from raytrain.config import load_config
 from raytrain.data.batch import SpeechBatch
 from raytrain.decoding.search import decode
 from raytrain.decoding.settings import DecodeSettings
 from raytrain.model.canary import Canary, CanaryOutput, exported_state
-from raytrain.model.config import ModelConfig, SpecAugmentSettings
+from raytrain.model.config import SpecAugmentSettings
 from raytrain.model.dropout import dropout
 from raytrain.model.encoder import shift
 from raytrain.model.features import SpecAugment
@@ -22,18 +23,7 @@ from raytrain.model.formats.nemo import read_nemo
 from raytrain.model.loss import canary_loss
 
 CONFIGS = Path(__file__).parents[2] / "configs"
-TINY = ModelConfig(
-    encoder_layers=2,
-    encoder_width=32,
-    encoder_heads=2,
-    subsampling_channels=8,
-    decoder_layers=2,
-    decoder_width=48,
-    decoder_heads=2,
-    max_positions=64,
-    vocab_size=61,
-    ctc_head=True,
-)
+TINY = replace(SMALLEST, encoder_layers=2, decoder_layers=2, decoder_width=48, vocab_size=61, ctc_head=True)
 
 
 def loss_of(model: Canary, batch: SpeechBatch, smoothing: float = 0.1):

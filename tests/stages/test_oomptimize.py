@@ -9,6 +9,7 @@ import pytest
 import torch
 from conftest import tiny_config
 from ray import cloudpickle
+from tiny_models import TINY
 
 from raytrain.cluster.placement import Placement
 from raytrain.cluster.probing import probe_all
@@ -27,17 +28,7 @@ from raytrain.training.settings import TrainSettings
 
 # Ray's workers and the isolated processes don't know this file by name.
 cloudpickle.register_pickle_by_value(sys.modules[__name__])
-SMALL = ModelConfig(
-    encoder_layers=1,
-    encoder_width=32,
-    encoder_heads=2,
-    subsampling_channels=8,
-    decoder_layers=1,
-    decoder_width=32,
-    decoder_heads=2,
-    max_positions=64,
-    vocab_size=40,
-)
+SMALL = TINY
 EDGES = [(duration, tokens) for duration in (1000, 4000, 16000) for tokens in (10, 40)]
 
 

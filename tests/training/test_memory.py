@@ -5,9 +5,9 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from tiny_models import TINY
 
 from raytrain.model.canary import Canary
-from raytrain.model.config import ModelConfig
 from raytrain.training.memory.live_bytes import cuda_block, rounded
 from raytrain.training.memory.prediction import predict_batch_size
 from raytrain.training.memory.surface import NeighborLines
@@ -15,18 +15,7 @@ from raytrain.training.memory.tracer import StepTracer
 from raytrain.training.parallel import micro_batches
 from raytrain.training.settings import TrainSettings
 
-MODEL = ModelConfig(
-    encoder_layers=3,
-    encoder_width=64,
-    encoder_heads=2,
-    subsampling_channels=32,
-    decoder_layers=1,
-    decoder_width=32,
-    decoder_heads=2,
-    max_positions=64,
-    vocab_size=40,
-    ctc_head=True,
-)
+MODEL = replace(TINY, encoder_layers=3, encoder_width=64, subsampling_channels=32, ctc_head=True)
 SETTINGS = TrainSettings(ctc_weight=0.5, num_workers=1)
 MEASURED = Path(__file__).parents[2] / "benchmarks" / "results" / "oomptimizer_cuda_20261128.json"
 MIB, GIB = 2**20, 2**30

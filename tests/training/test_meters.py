@@ -3,19 +3,20 @@
 import sys
 import threading
 import weakref
+from dataclasses import replace
 from functools import partial
 
 import pytest
 import torch
 from ray import cloudpickle
+from tiny_models import TINY
 from torch.nn.parallel import DistributedDataParallel
 
 from benchmarks._gpu_memory import LAYERS, _inputs, left_over, measured_layer, traced_layer
-from benchmarks.oomptimizer import processor_cells
+from benchmarks.oomptimizer import PROCESSOR_MODEL, processor_cells
 from raytrain.data.batch import SpeechBatch
 from raytrain.errors import TrainingError
 from raytrain.model.canary import Canary
-from raytrain.model.config import ModelConfig
 from raytrain.training.memory.isolated_meter import IsolatedMeter
 from raytrain.training.memory.meter import Probe, ProbeGroup, joint_probe
 from raytrain.training.memory.step_meter import StepMeter, probe_model
@@ -26,17 +27,7 @@ from raytrain.training.settings import TrainSettings
 from raytrain.training.step import autocast, train_step
 
 cloudpickle.register_pickle_by_value(sys.modules[__name__])
-SMALL = ModelConfig(
-    encoder_layers=2,
-    encoder_width=32,
-    encoder_heads=2,
-    subsampling_channels=32,
-    decoder_layers=1,
-    decoder_width=32,
-    decoder_heads=2,
-    max_positions=64,
-    vocab_size=40,
-)
+SMALL = replace(TINY, encoder_layers=2, subsampling_channels=32)
 MIB = 2**20
 
 
@@ -209,19 +200,8 @@ def test_sharded_meters_probe_together_and_are_recreated_after_a_failure(tmp_pat
 
 @pytest.mark.timeout(240)
 def test_a_traced_rank_of_a_sharded_model_takes_what_its_process_takes():
-    model = ModelConfig(
-        encoder_layers=4,
-        encoder_width=256,
-        encoder_heads=4,
-        subsampling_channels=64,
-        decoder_layers=2,
-        decoder_width=256,
-        decoder_heads=4,
-        max_positions=512,
-        vocab_size=1000,
-    )
     settings = TrainSettings(num_workers=2, shard=True, precision="fp32")
-    (row,) = processor_cells(model, settings, [(8, (14_000, 80))])
+    (row,) = processor_cells(PROCESSOR_MODEL, settings, [(8, (14_000, 80))])
     assert abs(row["error"]) < 0.02, row
 
 

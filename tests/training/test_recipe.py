@@ -6,31 +6,19 @@ from dataclasses import replace
 
 import pytest
 import torch
+from tiny_models import TINY
 
 from raytrain.data.batch import SpeechBatch
 from raytrain.errors import CheckpointError, TrainingError
 from raytrain.evaluation.error_counts import ErrorCounts, count_errors
 from raytrain.model.canary import Canary
-from raytrain.model.config import ModelConfig
 from raytrain.training.checkpoint import CheckpointFolder
 from raytrain.training.memory.tracer import StepTracer
 from raytrain.training.optim import learning_rate, make_optimizer
 from raytrain.training.settings import TrainSettings
 from raytrain.training.step import train_step
 
-MODEL = ModelConfig(
-    encoder_layers=1,
-    encoder_width=32,
-    encoder_heads=2,
-    subsampling_channels=8,
-    decoder_layers=1,
-    decoder_width=32,
-    decoder_heads=2,
-    max_positions=64,
-    vocab_size=40,
-    dropout=0.0,
-    ctc_head=True,
-)
+MODEL = replace(TINY, dropout=0.0, ctc_head=True)
 SETTINGS = TrainSettings(ctc_weight=0.5, warmup_steps=10, learning_rate=1e-3)
 
 

@@ -12,10 +12,8 @@ from collections.abc import Iterator
 from operator import itemgetter
 
 from raytrain.data.corpora import lines
-from raytrain.data.corpora.rows import PROMPT_FIELDS
+from raytrain.data.corpora.rows import MAX_DETAIL, PROMPT_FIELDS
 from raytrain.data.corpora.types import Chunk, Fields, Problem, RawRow
-
-_MAX_DETAIL = 500  # characters: a cut may hold anything
 
 
 def read(chunk: Chunk) -> Iterator[tuple[int, list[RawRow]]]:
@@ -28,7 +26,7 @@ def cut_row(cut: Fields, *, in_tar: bool = False) -> Fields | Problem:
     try:
         source = _source(cut, in_tar)
         if isinstance(source, str):
-            return "unsupported_audio", source[:_MAX_DETAIL]
+            return "unsupported_audio", source[:MAX_DETAIL]
         audio = cut["id"] if in_tar else source["source"]
         span = {"audio_filepath": audio, "duration": cut["duration"], "offset": cut.get("start")}
         return {"id": cut.get("id"), **span, **_supervised(cut)}

@@ -46,7 +46,7 @@ _SLOTS = {
 }
 # All fields that determine a row's prompt, or whether it is left out.
 PROMPT_FIELDS = ("_skipme", "source_lang", "lang", "target_lang", "pnc", *_SLOTS)
-_MAX_DETAIL = 500
+MAX_DETAIL = 500  # characters: a row may hold anything
 _NO_TEXT = re.compile(r"[\x00\ud800-\udfff]")  # characters that UTF-8 or a tokenizer can't represent
 
 
@@ -184,7 +184,7 @@ class RowParser:
         try:
             pnc = row.get("pnc") is None or slot_token("pnc", row["pnc"]) == "<|pnc|>"
         except TokenizerError as error:
-            return "bad_slot", str(error)[:_MAX_DETAIL]
+            return "bad_slot", str(error)[:MAX_DETAIL]
         slots = tuple((slot, row[name]) for name, slot in _SLOTS.items() if row.get(name) is not None)
         return PromptKey(source, target, pnc, slots)
 
