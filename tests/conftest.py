@@ -9,6 +9,7 @@ import shutil
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -196,6 +197,7 @@ def head() -> Iterator[str]:
 
     before, port = ray_processes(), free_port()
     address = f"http://127.0.0.1:{port}"
+    temp_folder = tempfile.mkdtemp(prefix="head-", dir="/tmp")
     arguments = [
         "--head",
         "--num-cpus=2",
@@ -206,6 +208,9 @@ def head() -> Iterator[str]:
         "--node-ip-address=127.0.0.1",
         "--include-dashboard=true",
         f"--dashboard-agent-listen-port={free_port()}",
+        # Jobs join the cluster that the file ray_current_cluster in this folder names; in Ray's default folder a head
+        # of another test session may have replaced it. A short path, since sockets lie below it.
+        f"--temp-dir={temp_folder}",
         "--block",
     ]
     program = Path(sys.executable).with_name("ray")
@@ -235,6 +240,7 @@ def head() -> Iterator[str]:
                 child.kill()
             psutil.wait_procs(alive, timeout=10)
             process.wait(10)
+            shutil.rmtree(temp_folder, ignore_errors=True)
     authentication.refresh()
     assert ray_processes() - before == set()
 
