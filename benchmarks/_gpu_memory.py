@@ -19,10 +19,10 @@ from torch.nn import functional as F
 from raytrain.model.config import ModelConfig
 from raytrain.model.decoder import Attention, DecoderFeedForward
 from raytrain.model.encoder import Convolution, FeedForward, RelativeAttention, Subsampling
+from raytrain.model.mixed import MixedLayerNorm
 from raytrain.training.memory.live_bytes import DeviceLike, LiveBytes
 from raytrain.training.memory.step_meter import StepMeter
 from raytrain.training.settings import TrainSettings
-from raytrain.training.step import autocast
 
 MIB = 2**20
 _WIDTH, _HEADS, _INNER, _DROPOUT = 1024, 8, 4096, 0.1
@@ -37,7 +37,7 @@ class Layer:
 
 
 def _states(batch: int, time: int = 256) -> Tensor:
-    return torch.randn(batch, time, _WIDTH)
+    return torch.randn(batch, time, _WIDTH).bfloat16()
 
 
 def _mask(batch: int, time: int = 256) -> Tensor:
@@ -60,7 +60,10 @@ def _self_attention(batch: int) -> tuple[Callable[..., Tensor], tuple[Tensor, ..
 
 def _subsampling(batch: int) -> tuple[Callable[..., Tensor], tuple[Tensor, ...]]:
     module = Subsampling(128, 256, _WIDTH)
-    return (lambda mel, frames: module(mel, frames)[0]), (torch.randn(batch, 128, 2048), torch.full((batch,), 2048))
+    return (lambda mel, frames: module(mel, frames)[0]), (
+        torch.randn(batch, 128, 2048).bfloat16(),
+        torch.full((batch,), 2048),
+    )
 
 
 def _cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
@@ -68,17 +71,17 @@ def _cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 LAYERS = (
-    Layer("dropout", lambda batch: (lambda x: F.dropout(x, _DROPOUT, True), (_states(batch).bfloat16(),))),
-    Layer("layer norm", lambda batch: (nn.LayerNorm(_WIDTH), (_states(batch),))),
+    Layer("dropout", lambda batch: (lambda x: F.dropout(x, _DROPOUT, True), (_states(batch),))),
+    Layer("layer norm", lambda batch: (MixedLayerNorm(_WIDTH), (_states(batch),))),
     Layer("feed-forward", lambda batch: (FeedForward(_WIDTH, _INNER, _DROPOUT), (_states(batch),))),
     Layer(
         "relative attention",
         lambda batch: (
             RelativeAttention(_WIDTH, _HEADS, _DROPOUT),
-            (_states(batch), torch.randn(511, _WIDTH), _mask(batch)),
+            (_states(batch), torch.randn(511, _WIDTH).bfloat16(), torch.full((batch,), 256)),
         ),
     ),
-    Layer("convolution", lambda batch: (Convolution(_WIDTH, 9), (_states(batch), _mask(batch)[:, 0]))),
+    Layer("convolution", lambda batch: (Convolution(_WIDTH, 9), (_states(batch), torch.full((batch,), 256)))),
     Layer("subsampling", _subsampling),
     Layer("decoder feed-forward", lambda batch: (DecoderFeedForward(_WIDTH, _INNER, _DROPOUT), (_states(batch),))),
     Layer("decoder self-attention", _self_attention),
@@ -106,11 +109,10 @@ def _inputs(layer: Layer, batch: int, device: str) -> tuple[Callable[..., Tensor
 def traced_layer(layer: Layer, batch: int, device_type: str) -> dict[str, int]:
     """Bytes that a layer keeps after forward, and the peaks of forward and backward above the initial level."""
     meter = LiveBytes()
-    device_like = DeviceLike(device_type, True, lambda: None)
+    device_like = DeviceLike(device_type, lambda: None)
     run, inputs = _inputs(layer, batch, "meta")
     with meter, device_like:
         output = run(*inputs)
-        device_like.end_autocast()
         kept, forward = meter.live, meter.peak
         gradient = torch.empty_like(output)
         meter.peak = meter.live
@@ -126,8 +128,7 @@ def measured_layer(layer: Layer, batch: int, device: str) -> dict[str, int] | No
         run, inputs = _inputs(layer, batch, device)
         before = torch.cuda.memory_allocated(device)
         torch.cuda.reset_peak_memory_stats(device)
-        with autocast("cuda", "bf16"):
-            output = run(*inputs)
+        output = run(*inputs)
         kept, forward = torch.cuda.memory_allocated(device), torch.cuda.max_memory_allocated(device)
         gradient = torch.empty_like(output)
         torch.cuda.reset_peak_memory_stats(device)

@@ -18,6 +18,7 @@ from raytrain.model.decoder import TransformerDecoder, initialize
 from raytrain.model.encoder import FastConformer
 from raytrain.model.features import LogMelFeatures, SpecAugment, mask_until
 from raytrain.model.linear import Linear, affine_of
+from raytrain.model.mixed import MixedLinear
 
 
 class CanaryOutput(NamedTuple):
@@ -34,7 +35,7 @@ class _Head(nn.Module):
 
     def __init__(self, width: int, vocab: int) -> None:
         super().__init__()
-        self.mlp = nn.ModuleDict({"layer0": nn.Linear(width, vocab)})
+        self.mlp = nn.ModuleDict({"layer0": MixedLinear(width, vocab)})
 
     @property
     def linear(self) -> nn.Linear:
@@ -58,19 +59,21 @@ class Canary(nn.Module):
         self.spec_augment = SpecAugment(config.spec_augment)
         self.encoder = FastConformer(config)
         if config.encoder_width != width:
-            self.encoder_decoder_proj = nn.Linear(config.encoder_width, width)
+            self.encoder_decoder_proj = MixedLinear(config.encoder_width, width)
         self.transf_decoder = TransformerDecoder(config)
         self.log_softmax = _Head(width, vocab)
         if config.ctc_head:
-            self.ctc_head = nn.Linear(config.encoder_width, vocab + 1)
+            self.ctc_head = MixedLinear(config.encoder_width, vocab + 1)
         if not self.preprocessor.featurizer.fb.is_meta:
             initialize(self.transf_decoder)
             nn.init.zeros_(self.log_softmax.linear.bias)
         self.tie_head()
 
-    def _encode(self, audio_BS: Tensor, lengths_B: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def _encode(
+        self, audio_BS: Tensor, lengths_B: Tensor, dtype: torch.dtype | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
         mel, frames = self.preprocessor(audio_BS, lengths_B)
-        raw, lengths = self.encoder(self.spec_augment(mel, frames), frames)
+        raw, lengths = self.encoder(self.spec_augment(mel, frames).to(dtype or mel.dtype), frames)
         states = raw
         if self.config.encoder_width != self.config.decoder_width:
             states = self.encoder_decoder_proj(raw)
@@ -96,9 +99,16 @@ class Canary(nn.Module):
         return self.log_softmax(hidden)
 
     def forward(
-        self, audio: Tensor, audio_lengths: Tensor, input_ids: Tensor, input_lengths: Tensor | None = None
+        self,
+        audio: Tensor,
+        audio_lengths: Tensor,
+        input_ids: Tensor,
+        input_lengths: Tensor | None = None,
+        *,
+        dtype: torch.dtype | None = None,
     ) -> CanaryOutput:
-        raw, states, lengths = self._encode(audio, audio_lengths)
+        """Training outputs, computed from the features on in `dtype` (by default theirs, float32); see `mixed`."""
+        raw, states, lengths = self._encode(audio, audio_lengths, dtype)
         logits = self.decode_logits(input_ids, states, lengths)
         ctc = self.ctc_head(raw) if self.config.ctc_head else None
         return CanaryOutput(logits, states, lengths, ctc)

@@ -18,6 +18,7 @@ from torch.nn import functional as F
 from raytrain.model.config import ModelConfig
 from raytrain.model.dropout import dropout
 from raytrain.model.linear import Linear, PreparedLinear, affine, affine_of
+from raytrain.model.mixed import MixedLayerNorm, MixedLinear
 from raytrain.model.module_list import ModuleList
 
 Norm = tuple[Tensor, Tensor]
@@ -88,7 +89,8 @@ class Attention(nn.Module):
     def __init__(self, width: int, heads: int, dropout: float) -> None:
         super().__init__()
         self.heads, self.dropout = heads, dropout
-        self.query_net, self.key_net, self.value_net, self.out_projection = (nn.Linear(width, width) for _ in range(4))
+        self.query_net, self.key_net = MixedLinear(width, width), MixedLinear(width, width)
+        self.value_net, self.out_projection = MixedLinear(width, width), MixedLinear(width, width)
 
     def split(self, x_BUD: Tensor) -> Tensor:
         """(B, U, D) → (B, H, U, K)."""
@@ -114,7 +116,7 @@ class Attention(nn.Module):
 class DecoderFeedForward(nn.Module):
     def __init__(self, width: int, inner: int, dropout: float) -> None:
         super().__init__()
-        self.dense_in, self.dense_out = nn.Linear(width, inner), nn.Linear(inner, width)
+        self.dense_in, self.dense_out = MixedLinear(width, inner), MixedLinear(inner, width)
         self.dropout = dropout
 
     def forward(self, x: Tensor) -> Tensor:
@@ -125,11 +127,11 @@ class DecoderBlock(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         width, heads = config.decoder_width, config.decoder_heads
-        self.layer_norm_1 = nn.LayerNorm(width, eps=1e-5)
+        self.layer_norm_1 = MixedLayerNorm(width, eps=1e-5)
         self.first_sub_layer = Attention(width, heads, config.dropout)
-        self.layer_norm_2 = nn.LayerNorm(width, eps=1e-5)
+        self.layer_norm_2 = MixedLayerNorm(width, eps=1e-5)
         self.second_sub_layer = Attention(width, heads, config.dropout)
-        self.layer_norm_3 = nn.LayerNorm(width, eps=1e-5)
+        self.layer_norm_3 = MixedLayerNorm(width, eps=1e-5)
         self.third_sub_layer = DecoderFeedForward(width, width * config.decoder_ff_factor, config.dropout)
         self.projections: PreparedLinear | None = None  # of queries, keys and values, if prepared for inference
 
@@ -226,7 +228,7 @@ class Embedding(nn.Module):
         super().__init__()
         self.token_embedding = nn.Embedding(config.padded_vocab_size, config.decoder_width)
         self.position_embedding = _Position(config.max_positions, config.decoder_width)
-        self.layer_norm = nn.LayerNorm(config.decoder_width, eps=1e-5)
+        self.layer_norm = MixedLayerNorm(config.decoder_width, eps=1e-5)
         self.dropout = config.dropout
 
     def forward(self, ids_BU: Tensor, start: int | Tensor = 0) -> Tensor:
@@ -240,7 +242,7 @@ class _Blocks(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.layers: ModuleList[DecoderBlock] = ModuleList(DecoderBlock(config) for _ in range(config.decoder_layers))
-        self.final_layer_norm = nn.LayerNorm(config.decoder_width, eps=1e-5)
+        self.final_layer_norm = MixedLayerNorm(config.decoder_width, eps=1e-5)
 
 
 class TransformerDecoder(nn.Module):
@@ -253,7 +255,7 @@ class TransformerDecoder(nn.Module):
         self.heads = config.decoder_heads
 
     def forward(self, ids_BU: Tensor, states_BTD: Tensor, cross_mask: Tensor) -> Tensor:
-        x = self._embedding(ids_BU)
+        x = self._embedding(ids_BU).to(states_BTD.dtype)
         for layer in self._decoder.layers:
             x = layer(x, states_BTD, cross_mask)
         return self._decoder.final_layer_norm(x)

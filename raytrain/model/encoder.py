@@ -18,9 +18,11 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from raytrain.model.config import ModelConfig
+from raytrain.model.convolution import depthwise, strided
 from raytrain.model.dropout import dropout
 from raytrain.model.features import mask_until
 from raytrain.model.linear import pointwise
+from raytrain.model.mixed import MixedLayerNorm, MixedLinear
 from raytrain.model.module_list import ModuleList
 
 
@@ -62,27 +64,28 @@ class Subsampling(nn.Module):
             nn.Conv2d(channels, channels, 1),
             nn.ReLU(),
         )
-        self.out = nn.Linear(channels * mel_bins // 8, width)
+        self.out = MixedLinear(channels * mel_bins // 8, width)
 
     def forward(self, mel_BMT: Tensor, frames_B: Tensor) -> tuple[Tensor, Tensor]:
         # Channels last makes the 1×1 convolutions matrix products, and the strided ones about twice as fast.
-        x = mel_BMT.transpose(1, 2)[:, None] * mask_until(frames_B, mel_BMT.shape[2])[:, None, :, None]
-        x = x.contiguous(memory_format=torch.channels_last)
+        x = (mel_BMT.transpose(1, 2) * mask_until(frames_B, mel_BMT.shape[2])[:, :, None]).contiguous()[..., None]
         lengths = frames_B
-        for strided, mixing in ((self.conv[0], None), (self.conv[2], self.conv[3]), (self.conv[5], self.conv[6])):
-            x = strided(x)
+        for layer, mixing in ((self.conv[0], None), (self.conv[2], self.conv[3]), (self.conv[5], self.conv[6])):
+            assert isinstance(layer, nn.Conv2d)
+            x = strided(layer, x)
             lengths = (lengths - 1) // 2 + 1
             if mixing is not None:
-                x = pointwise(mixing, x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+                x = pointwise(mixing, x)
             # 1×1 convolutions see one frame: only strided convolutions need the mask.
-            x = MaskedReLU.apply(x, mask_until(lengths, x.shape[2])[:, None, :, None])
-        return self.out(x.transpose(1, 2).flatten(2)), lengths
+            x = MaskedReLU.apply(x, mask_until(lengths, x.shape[1])[:, :, None, None])
+        # NeMo's features are (channel, mel bin) with the bin last.
+        return self.out(x.transpose(2, 3).flatten(2)), lengths
 
 
 class FeedForward(nn.Module):
     def __init__(self, width: int, inner: int, dropout: float) -> None:
         super().__init__()
-        self.linear1, self.linear2 = nn.Linear(width, inner), nn.Linear(inner, width)
+        self.linear1, self.linear2 = MixedLinear(width, inner), MixedLinear(inner, width)
         self.dropout = dropout
 
     def forward(self, x_BTD: Tensor) -> Tensor:
@@ -95,25 +98,25 @@ class RelativeAttention(nn.Module):
     def __init__(self, width: int, heads: int, dropout: float) -> None:
         super().__init__()
         self.heads, self.dropout = heads, dropout
-        self.linear_q, self.linear_k, self.linear_v, self.linear_out = (nn.Linear(width, width) for _ in range(4))
-        self.linear_pos = nn.Linear(width, width, bias=False)
+        self.linear_q, self.linear_k, self.linear_v, self.linear_out = (MixedLinear(width, width) for _ in range(4))
+        self.linear_pos = MixedLinear(width, width, bias=False)
         self.pos_bias_u = nn.Parameter(torch.zeros(heads, width // heads))
         self.pos_bias_v = nn.Parameter(torch.zeros(heads, width // heads))
 
-    def forward(self, x_BTD: Tensor, positions_PD: Tensor, key_mask_B11T: Tensor) -> Tensor:
+    def forward(self, x_BTD: Tensor, positions_PD: Tensor, lengths_B: Tensor) -> Tensor:
         batch, time, width = x_BTD.shape
         split = (batch, time, self.heads, width // self.heads)
         q, k = self.linear_q(x_BTD).view(split), self.linear_k(x_BTD).view(split)
         v = self.linear_v(x_BTD).view(split)
         p_HKP = self.linear_pos(positions_PD).view(-1, self.heads, split[-1]).permute(1, 2, 0)
-        by_position = torch.matmul((q + self.pos_bias_v).transpose(1, 2), p_HKP)
+        by_position = torch.matmul((q + self.pos_bias_v.to(q.dtype)).transpose(1, 2), p_HKP)
         scores = shift(by_position) / math.sqrt(split[-1])
-        scores = scores.masked_fill(~key_mask_B11T, float("-inf"))
+        scores = scores.masked_fill(~mask_until(lengths_B, time)[:, None, None], float("-inf"))
         mixed = F.scaled_dot_product_attention(
-            (q + self.pos_bias_u).transpose(1, 2),
+            (q + self.pos_bias_u.to(q.dtype)).transpose(1, 2),
             k.transpose(1, 2),
             v.transpose(1, 2),
-            attn_mask=scores.to(v.dtype),
+            attn_mask=scores,
             dropout_p=self.dropout if self.training else 0.0,
         )
         return self.linear_out(mixed.transpose(1, 2).reshape(batch, time, width))
@@ -132,19 +135,16 @@ class Convolution(nn.Module):
 
     def __init__(self, width: int, kernel: int) -> None:
         super().__init__()
-        self.padding = (kernel - 1) // 2
         self.pointwise_conv1 = nn.Conv1d(width, 2 * width, 1)
-        self.depthwise_conv = nn.Conv1d(width, width, kernel, padding=self.padding, groups=width)
+        self.depthwise_conv = nn.Conv1d(width, width, kernel, padding=(kernel - 1) // 2, groups=width)
         self.batch_norm = nn.BatchNorm1d(width)
         # While a block is recomputed for its gradient, its running statistics have seen the batch already.
         self.recomputing = False
         self.pointwise_conv2 = nn.Conv1d(width, width, 1)
 
-    def forward(self, x_BTD: Tensor, valid_B1T: Tensor) -> Tensor:
-        # (B, T, D) is what channels last calls (B, D, 1, T), so nothing is transposed in memory.
+    def forward(self, x_BTD: Tensor, lengths_B: Tensor) -> Tensor:
         x = pointwise(self.pointwise_conv1, x_BTD)
-        x = F.glu(x) * valid_B1T.transpose(1, 2)
-        x = self._depthwise(x.transpose(1, 2)[:, :, None])[:, :, 0].transpose(1, 2)
+        x = depthwise(self.depthwise_conv, F.glu(x) * mask_until(lengths_B, x_BTD.shape[1])[:, :, None])
         x = F.silu(self._normalize(x.flatten(0, 1)).view_as(x))
         return pointwise(self.pointwise_conv2, x)
 
@@ -156,30 +156,27 @@ class Convolution(nn.Module):
             return F.batch_norm(x_ND, mean, variance, norm.weight, norm.bias, True, norm.momentum, norm.eps)
         return norm(x_ND)
 
-    def _depthwise(self, x_BD1T: Tensor) -> Tensor:
-        layer = self.depthwise_conv
-        return F.conv2d(x_BD1T, layer.weight[:, :, None], layer.bias, padding=(0, self.padding), groups=layer.groups)
-
 
 class ConformerBlock(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         width, inner = config.encoder_width, config.encoder_width * config.encoder_ff_factor
-        self.norm_feed_forward1 = nn.LayerNorm(width)
+        self.norm_feed_forward1 = MixedLayerNorm(width)
         self.feed_forward1 = FeedForward(width, inner, config.dropout)
-        self.norm_self_att = nn.LayerNorm(width)
+        self.norm_self_att = MixedLayerNorm(width)
         self.self_attn = RelativeAttention(width, config.encoder_heads, config.dropout)
-        self.norm_conv = nn.LayerNorm(width)
+        self.norm_conv = MixedLayerNorm(width)
         self.conv = Convolution(width, config.conv_kernel)
-        self.norm_feed_forward2 = nn.LayerNorm(width)
+        self.norm_feed_forward2 = MixedLayerNorm(width)
         self.feed_forward2 = FeedForward(width, inner, config.dropout)
-        self.norm_out = nn.LayerNorm(width)
+        self.norm_out = MixedLayerNorm(width)
         self.dropout = config.dropout
 
-    def forward(self, x: Tensor, positions_PD: Tensor, valid_B1T: Tensor) -> Tensor:
+    def forward(self, x: Tensor, positions_PD: Tensor, lengths_B: Tensor) -> Tensor:
+        """(B, T, D) → (B, T, D); frames from an utterance's length on are padding. No length may be 0."""
         x = x + 0.5 * self._drop(self.feed_forward1(self.norm_feed_forward1(x)))
-        x = x + self._drop(self.self_attn(self.norm_self_att(x), positions_PD, valid_B1T[:, None]))
-        x = x + self._drop(self.conv(self.norm_conv(x), valid_B1T))
+        x = x + self._drop(self.self_attn(self.norm_self_att(x), positions_PD, lengths_B))
+        x = x + self._drop(self.conv(self.norm_conv(x), lengths_B))
         x = x + 0.5 * self._drop(self.feed_forward2(self.norm_feed_forward2(x)))
         return self.norm_out(x)
 
@@ -200,18 +197,19 @@ class FastConformer(nn.Module):
         self.checkpoint_blocks = False  # keep only the blocks' inputs in training, and compute them twice
 
     def forward(self, mel_BMT: Tensor, frames_B: Tensor) -> tuple[Tensor, Tensor]:
+        # Strided convolutions take pairs of frames; the frames added here are padding as any other.
+        mel_BMT = F.pad(mel_BMT, (0, -mel_BMT.shape[2] % 8)) if mel_BMT.shape[2] % 8 else mel_BMT
         x, lengths = self.pre_encode(mel_BMT, frames_B)
         positions = relative_positions(x.shape[1], x.shape[2], x.device).to(x.dtype)
         # An utterance shorter than one frame still attends to its first one: no row may be masked whole.
-        valid = mask_until(lengths.clamp_min(1), x.shape[1])[:, None]
+        attended = lengths.clamp_min(1)
         x = dropout(x, self.dropout, self.training)
         for layer in self.layers:
             if self.checkpoint_blocks and self.training:
-                x = checkpoint(
-                    layer, x, positions, valid, use_reentrant=False, context_fn=partial(_contexts, layer.conv)
-                )
+                contexts = partial(_contexts, layer.conv)
+                x = checkpoint(layer, x, positions, attended, use_reentrant=False, context_fn=contexts)
             else:
-                x = layer(x, positions, valid)
+                x = layer(x, positions, attended)
         return x, lengths
 
 

@@ -45,7 +45,7 @@ def pointwise(layer: nn.Module, x: Tensor) -> Tensor:
     if isinstance(layer, PreparedLinear):
         return layer.run(x)
     weight, bias = weight_and_bias(layer)
-    return F.linear(x, weight.flatten(1), bias)
+    return F.linear(x, weight.flatten(1).to(x.dtype), None if bias is None else bias.to(x.dtype))
 
 
 def weight_and_bias(layer: nn.Module) -> tuple[Tensor, Tensor | None]:

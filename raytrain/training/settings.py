@@ -64,7 +64,10 @@ class TrainSettings:
     ] = "auto"
     precision: Annotated[
         Literal["auto", "fp32", "bf16"],
-        Setting("Precision of the computation: auto is bf16 autocast on a GPU and fp32 on a CPU."),
+        Setting(
+            "Precision of the computation: auto is bf16 on a GPU and fp32 on a CPU. Weights and "
+            "moments are in fp32 in either case."
+        ),
     ] = "auto"
     max_steps: Annotated[
         Steps,

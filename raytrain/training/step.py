@@ -54,11 +54,9 @@ class StepOptimizer(Protocol):
         """Update the weights."""
 
 
-def autocast(device_type: str, precision: str) -> contextlib.AbstractContextManager[object]:
-    """bf16 autocast if requested, else nothing; on meta the tracer emulates it (`live_bytes.DeviceLike`)."""
-    if precision == "bf16" and device_type != "meta":
-        return torch.autocast(device_type, dtype=torch.bfloat16)
-    return contextlib.nullcontext()
+def computing_type(precision: str) -> torch.dtype:
+    """The type that the model computes in, from the features on; its weights stay in float32."""
+    return torch.bfloat16 if precision == "bf16" else torch.float32
 
 
 def resolve_precision(precision: str, device_type: str) -> str:
@@ -92,8 +90,13 @@ def train_step(
         if seeds is not None:
             torch.manual_seed(seeds[number])
         with _gradient_sync(model, number == len(batches) - 1):
-            with autocast(batch.audio.device.type, precision):
-                output = model(batch.audio, batch.audio_lengths, batch.input_ids, batch.input_lengths)
+            output = model(
+                batch.audio,
+                batch.audio_lengths,
+                batch.input_ids,
+                batch.input_lengths,
+                dtype=computing_type(precision),
+            )
             loss = _loss(output, batch, settings, label_smoothing)
             if reduced is not None:
                 reduced.wait()  # on a GPU the stream waits, not the host

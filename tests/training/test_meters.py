@@ -24,7 +24,7 @@ from raytrain.training.memory.tracer import StepTracer
 from raytrain.training.optim import make_optimizer
 from raytrain.training.parallel import join_alone, parallel_model
 from raytrain.training.settings import TrainSettings
-from raytrain.training.step import autocast, train_step
+from raytrain.training.step import train_step
 
 cloudpickle.register_pickle_by_value(sys.modules[__name__])
 SMALL = replace(TINY, encoder_layers=2, subsampling_channels=32)
@@ -211,8 +211,7 @@ def test_a_traced_rank_of_a_sharded_model_takes_what_its_process_takes():
 @pytest.mark.parametrize("layer", LAYERS, ids=lambda layer: layer.name)
 def test_layers_whose_memory_is_measured_run_and_have_gradients(layer):
     run, inputs = _inputs(layer, 1, "cpu")
-    with autocast("cpu", "bf16"):
-        output = run(*inputs)
+    output = run(*inputs)
     output.backward(torch.ones_like(output))
     assert all(value.grad is not None for value in inputs if value.requires_grad)
     traced = traced_layer(layer, 1, "cuda")

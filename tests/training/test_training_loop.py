@@ -67,10 +67,10 @@ class Greedy(torch.nn.Module):
         super().__init__()
         self.inner = Canary(MODEL)
 
-    def forward(self, audio, *rest):
+    def forward(self, audio, *rest, **options):
         if len(audio) > 2:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1 GiB\nand more")
-        return self.inner(audio, *rest)
+        return self.inner(audio, *rest, **options)
 
 
 def test_a_step_that_does_not_fit_is_noted_and_named(tmp_path):

@@ -34,7 +34,7 @@ class _EvaluationLike(DeviceLike):
     """`DeviceLike` without gradients: then a CPU also has an attention kernel that keeps no scores."""
 
     def __init__(self, device_type: str) -> None:
-        super().__init__(device_type, False, lambda: None)
+        super().__init__(device_type, lambda: None)
         self._on_cuda, self._efficient_attention = self._efficient_attention, True
 
     def _mixed(

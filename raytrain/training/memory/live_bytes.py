@@ -186,36 +186,18 @@ def _like(layouts: Layouts) -> Results:
 
 
 class DeviceLike(TorchFunctionMode):
-    """Makes `meta` tensors take the same path as a device's: bf16 autocast, and on CUDA attention by the
-    memory-efficient kernel, which takes a bias that has a gradient, and dropout by the fused kernel, which keeps a mask
-    of one byte per element (elsewhere dropout multiplies by a mask of the input's type).
+    """Makes `meta` tensors take the same path as a device's: on CUDA attention by the memory-efficient kernel, which
+    takes a bias that has a gradient, and dropout by the fused kernel, which keeps a mask of one byte per element
+    (elsewhere dropout multiplies by a mask of the input's type)."""
 
-    Autocast knows no `meta` device. Its rule for CUDA is short: matrix products, convolutions and attention take bf16,
-    with one bf16 copy of each float32 weight for the whole forward pass; normalizations, softmax and losses take
-    float32; all others take their inputs' type.
-    """
-
-    _LOWER = (
-        {F.linear, F.conv1d, F.conv2d, F.scaled_dot_product_attention}
-        | {torch.matmul, torch.bmm, torch.conv1d, torch.conv2d}
-        | {Tensor.matmul, Tensor.__matmul__}
-    )
-    _FULL = (
-        {F.layer_norm, F.softmax, F.log_softmax, F.cross_entropy, F.nll_loss, F.ctc_loss}
-        | {torch.softmax, torch.log_softmax, torch.pow, torch.sum}
-        | {Tensor.softmax, Tensor.log_softmax, Tensor.pow, Tensor.sum}
-    )
-
-    def __init__(self, device_type: str, bf16: bool, on_backward: Callable[[], None]) -> None:
+    def __init__(self, device_type: str, on_backward: Callable[[], None]) -> None:
         super().__init__()
-        self._bf16, self._on_backward = bf16, on_backward
+        self._on_backward = on_backward
         self._efficient_attention = self._fused_dropout = device_type == "cuda"
         self._in_backward = False
-        self._active = bf16
-        self._copies: dict[int, Tensor] = {}
 
     def block_begins(self, *_: Any) -> None:
-        """In backward a block is recomputed, under its own autocast; there modes are off by default."""
+        """In backward a block is recomputed; there modes are off by default."""
         if self._in_backward:
             self.__enter__()
 
@@ -223,11 +205,6 @@ class DeviceLike(TorchFunctionMode):
         """The end of the block that `block_begins` started."""
         if self._in_backward:
             self.__exit__(None, None, None)
-
-    def end_autocast(self, *_: Any) -> None:
-        """The forward pass has ended: its copies of weights live on only where backward needs them."""
-        self._copies.clear()
-        self._active = False
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Types, args: tuple[Any, ...] = (), kwargs: Options | None = None
@@ -238,23 +215,9 @@ class DeviceLike(TorchFunctionMode):
         if func is F.dropout and self._fused_dropout:
             return torch.native_dropout(args[0], kwargs["p"], kwargs["training"])[0]
         if func is Tensor.backward:
-            self._active, self._in_backward = self._bf16, True
+            self._in_backward = True
             self._on_backward()
-        if self._active:
-            if func in self._LOWER:
-                return func(*map(self._lower, args), **{name: self._lower(value) for name, value in kwargs.items()})
-            if func in self._FULL:
-                return func(*map(_full, args), **kwargs)
         return func(*args, **kwargs)
-
-    def _lower(self, value: T) -> T | Tensor:
-        if not isinstance(value, Tensor) or value.dtype != torch.float32:
-            return value
-        if self._in_backward or not (value.is_leaf and value.requires_grad):
-            return value.to(torch.bfloat16)
-        if id(value) not in self._copies:
-            self._copies[id(value)] = value.to(torch.bfloat16)
-        return self._copies[id(value)]
 
     def _attention(
         self,
@@ -266,8 +229,6 @@ class DeviceLike(TorchFunctionMode):
         is_causal: bool = False,
         **_: Any,
     ) -> Tensor:
-        if self._active:
-            query, key, value = self._lower(query), self._lower(key), self._lower(value)
         bias = attn_mask
         if bias is not None:
             bias = torch.zeros_like(bias, dtype=query.dtype) if bias.dtype == torch.bool else bias.to(query.dtype)
@@ -278,7 +239,3 @@ class DeviceLike(TorchFunctionMode):
         self, query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, dropout_p: float, is_causal: bool
     ) -> Tensor:
         return _aten._scaled_dot_product_efficient_attention(query, key, value, bias, True, dropout_p, is_causal)[0]
-
-
-def _full(value: T) -> T | Tensor:
-    return value.float() if isinstance(value, Tensor) and value.dtype == torch.bfloat16 else value

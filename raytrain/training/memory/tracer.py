@@ -28,7 +28,7 @@ from raytrain.training.parallel import is_sharded, micro_batches
 from raytrain.training.settings import TrainSettings
 from raytrain.training.step import train_step
 
-TRACER_VERSION = 2  # raised where predictions change: sizes from an older tracer are predicted again
+TRACER_VERSION = 3  # raised where predictions change: sizes from an older tracer are predicted again
 
 
 @dataclass(frozen=True)
@@ -122,13 +122,13 @@ class StepTracer:
         return StepMemory.of(meter, resident)
 
     def _run(self, batch: SpeechBatch) -> None:
-        meter, bf16 = self._meter, self._precision == "bf16"
+        meter = self._meter
 
         def backward_begins() -> None:
             meter.phase, meter.area = "temporary", "backward"
 
-        device_like = DeviceLike(self._device_type, bf16, backward_begins)
-        with _autocast_hooks(self._model, device_like), _named_areas(self._model, meter), without_gc():
+        device_like = DeviceLike(self._device_type, backward_begins)
+        with _recomputed_blocks(self._model, device_like), _named_areas(self._model, meter), without_gc():
             try:
                 with meter, device_like:
                     train_step(
@@ -157,9 +157,9 @@ def without_gc() -> Iterator[None]:
 
 
 @contextmanager
-def _autocast_hooks(model: Canary, device_like: DeviceLike) -> Iterator[None]:
-    """Tell `device_like` where the forward pass ends, and where a recomputed block begins and ends."""
-    hooks = [model.register_forward_hook(device_like.end_autocast)]
+def _recomputed_blocks(model: Canary, device_like: DeviceLike) -> Iterator[None]:
+    """Tell `device_like` where a recomputed block begins and ends."""
+    hooks: list[RemovableHandle] = []
     for block in model.encoder.layers:
         hooks.append(block.register_forward_pre_hook(device_like.block_begins))
         # Recomputation stops with an exception as soon as it has what backward needs.
