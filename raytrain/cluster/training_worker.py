@@ -36,6 +36,7 @@ from raytrain.run_folder.scored_rows import make_validator
 from raytrain.run_folder.workspace import Workspace
 from raytrain.storage.run_store import RunStore
 from raytrain.tracking.metrics_file import Log, metrics_log, no_log
+from raytrain.training.acceleration import accelerate
 from raytrain.training.average import WeightAverage
 from raytrain.training.checkpoint import Checkpoint, CheckpointFolder
 from raytrain.training.conversion import load_model
@@ -168,7 +169,7 @@ def build_model(rank: Rank) -> Canary:
         torch.set_num_threads(max(1, rank.job.cpus // rank.world_size))
     torch.manual_seed(rank.config.seed)
     model = Canary(rank.workspace.model_config()).to(device)
-    model.encoder.checkpoint_blocks = rank.config.train.activation_checkpointing
+    accelerate(model, rank.config.train, resolve_precision(rank.config.train.precision, rank.device.kind))
     return model
 
 

@@ -27,6 +27,7 @@ class ProbeSetting:
     torch_version: str
     objective: str = "memory"
     shard: bool = False
+    compiled: bool = False
 
     @property
     def budget_gib(self) -> float:

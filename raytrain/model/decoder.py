@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from raytrain.model.block import Block
 from raytrain.model.config import ModelConfig
 from raytrain.model.dropout import dropout
 from raytrain.model.linear import Linear, PreparedLinear, affine, affine_of
@@ -123,7 +124,7 @@ class DecoderFeedForward(nn.Module):
         return dropout(self.dense_out(F.relu(self.dense_in(x))), self.dropout, self.training)
 
 
-class DecoderBlock(nn.Module):
+class DecoderBlock(Block):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         width, heads = config.decoder_width, config.decoder_heads
@@ -135,7 +136,7 @@ class DecoderBlock(nn.Module):
         self.third_sub_layer = DecoderFeedForward(width, width * config.decoder_ff_factor, config.dropout)
         self.projections: PreparedLinear | None = None  # of queries, keys and values, if prepared for inference
 
-    def forward(self, x: Tensor, states_BTD: Tensor, cross_mask: Tensor) -> Tensor:
+    def compute(self, x: Tensor, states_BTD: Tensor, cross_mask: Tensor) -> Tensor:
         """Whole sequences; padding needs no mask, since attention looks back only and padding is at the end."""
         y = self.layer_norm_1(x)
         x = x + self.first_sub_layer(y, *self.first_sub_layer.keys_values(y), None, causal=True)

@@ -17,6 +17,7 @@ from torch.autograd.function import BackwardCFunction, FunctionCtx
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from raytrain.model.block import Block
 from raytrain.model.config import ModelConfig
 from raytrain.model.convolution import depthwise, strided
 from raytrain.model.dropout import dropout
@@ -49,7 +50,7 @@ class MaskedReLU(torch.autograd.Function):
         return torch.ops.aten.threshold_backward(gradient, result, 0), None
 
 
-class Subsampling(nn.Module):
+class Subsampling(Block):
     """mel (B, M, T) → (B, ⌈T/8⌉, D); padding is zeroed before every convolution."""
 
     def __init__(self, mel_bins: int, channels: int, width: int) -> None:
@@ -66,7 +67,7 @@ class Subsampling(nn.Module):
         )
         self.out = MixedLinear(channels * mel_bins // 8, width)
 
-    def forward(self, mel_BMT: Tensor, frames_B: Tensor) -> tuple[Tensor, Tensor]:
+    def compute(self, mel_BMT: Tensor, frames_B: Tensor) -> tuple[Tensor, Tensor]:
         # Channels last makes the 1×1 convolutions matrix products, and the strided ones about twice as fast.
         x = (mel_BMT.transpose(1, 2) * mask_until(frames_B, mel_BMT.shape[2])[:, :, None]).contiguous()[..., None]
         lengths = frames_B
@@ -157,7 +158,7 @@ class Convolution(nn.Module):
         return norm(x_ND)
 
 
-class ConformerBlock(nn.Module):
+class ConformerBlock(Block):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         width, inner = config.encoder_width, config.encoder_width * config.encoder_ff_factor
@@ -172,7 +173,7 @@ class ConformerBlock(nn.Module):
         self.norm_out = MixedLayerNorm(width)
         self.dropout = config.dropout
 
-    def forward(self, x: Tensor, positions_PD: Tensor, lengths_B: Tensor) -> Tensor:
+    def compute(self, x: Tensor, positions_PD: Tensor, lengths_B: Tensor) -> Tensor:
         """(B, T, D) → (B, T, D); frames from an utterance's length on are padding. No length may be 0."""
         x = x + 0.5 * self._drop(self.feed_forward1(self.norm_feed_forward1(x)))
         x = x + self._drop(self.self_attn(self.norm_self_att(x), positions_PD, lengths_B))

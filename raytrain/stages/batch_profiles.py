@@ -18,6 +18,7 @@ from raytrain.model.config import ModelConfig
 from raytrain.run_folder.workspace import Workspace
 from raytrain.stages.devices import GIB, TargetDevice, probe_placements, sharded_world
 from raytrain.stages.predicted_sizes import does_not_fit, edges_of, predict
+from raytrain.training.acceleration import compiles
 from raytrain.training.memory.coordinator import ProbeJob, ProbeOutcome
 from raytrain.training.memory.prediction import Prediction
 from raytrain.training.step import resolve_precision
@@ -147,6 +148,7 @@ def probe_setting(config: Config, model_id: str, device: TargetDevice) -> ProbeS
         torch_version=torch.__version__.split("+")[0],
         objective=config.oomptimize.objective,
         shard=config.train.shard,
+        compiled=compiles(config.train, device.step_device(config)),
     )
 
 

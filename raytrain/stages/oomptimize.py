@@ -33,6 +33,7 @@ def key(workspace: Workspace) -> object:
         [PROFILE_FORMAT, TRACER_VERSION],
         config.section("oomptimize"),
         [train.precision, train.ctc_weight > 0, train.num_workers, train.device, train.activation_checkpointing],
+        train.compile,
         [train.average_decay is not None, train.accumulate > 1, train.shard],
         workspace.plan_id,
         workspace.model_id(),

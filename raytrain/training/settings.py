@@ -32,6 +32,14 @@ class TrainSettings:
     activation_checkpointing: Annotated[
         bool, Setting("Compute the encoder's blocks twice, which takes less memory.", lineage=False)
     ] = False
+    compile: Annotated[
+        Literal["auto"] | bool,
+        Setting(
+            "Compile the model's blocks: auto does on a GPU, where it takes up to a minute and a half at the first "
+            "start on a machine. If the compiler fails, training warns and runs uncompiled.",
+            lineage=False,
+        ),
+    ] = "auto"
     shard: Annotated[
         bool,
         Setting(

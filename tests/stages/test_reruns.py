@@ -410,6 +410,7 @@ SETTINGS = [
         "oomptimize train",
         {
             "train.activation_checkpointing": True,
+            "train.compile": True,
             "train.shard": True,
             "train.num_workers": 1,
             "train.accumulate": 2,

@@ -17,6 +17,7 @@ from raytrain.data.batch import SpeechBatch
 from raytrain.errors import ProfileError, first_line
 from raytrain.model.canary import Canary
 from raytrain.model.config import ModelConfig
+from raytrain.training.acceleration import accelerate
 from raytrain.training.average import WeightAverage
 from raytrain.training.memory.meter import Edges, Probe, ProbeGroup
 from raytrain.training.optim import make_optimizer
@@ -61,11 +62,12 @@ class StepMeter:
                 join_alone(self._device.type)
         with self._timed("model"):
             self._bare = probe_model(model, self._device).train()
-            self._bare.encoder.checkpoint_blocks = settings.activation_checkpointing
             self._wrap()
             self._optimizer = make_optimizer(self._bare, settings)
             decay = settings.average_decay
             self._average = WeightAverage(self._bare, decay) if decay is not None else None
+        with self._timed("compilation"):
+            accelerate(self._bare, settings, self._precision)
         with self._timed("first_step"), contextlib.suppress(torch.OutOfMemoryError):
             self._run(1, (1000, 16))  # the optimizer's states come with its first step
 
