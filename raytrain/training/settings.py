@@ -33,7 +33,7 @@ class TrainSettings:
         bool, Setting("Compute the encoder's blocks twice, which takes less memory.", lineage=False)
     ] = False
     compile: Annotated[
-        Literal["auto"] | bool,
+        Literal["auto", True, False],
         Setting(
             "Compile the model's blocks: auto does on a GPU, where it takes up to a minute and a half at the first "
             "start on a machine. If the compiler fails, training warns and runs uncompiled.",
