@@ -168,7 +168,7 @@ def build_model(rank: Rank) -> Canary:
         torch.set_num_threads(max(1, rank.job.cpus // rank.world_size))
     torch.manual_seed(rank.config.seed)
     model = Canary(rank.workspace.model_config()).to(device)
-    model.encoder.checkpoint_blocks = rank.config.train.activation_checkpointing
+    model.set_checkpointing(rank.config.train.activation_checkpointing)
     return model
 
 

@@ -7,16 +7,13 @@ Sources: Gulati et al. 2020 (Conformer), Rekesh et al. 2023 (FastConformer), Dai
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from functools import partial
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import BackwardCFunction, FunctionCtx
 from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
 
+from raytrain.model.checkpointing import Checkpointing, run_block
 from raytrain.model.config import ModelConfig
 from raytrain.model.dropout import dropout
 from raytrain.model.features import mask_until
@@ -197,7 +194,7 @@ class FastConformer(nn.Module):
             ConformerBlock(config) for _ in range(config.encoder_layers)
         )
         self.dropout = config.dropout
-        self.checkpoint_blocks = False  # keep only the blocks' inputs in training, and compute them twice
+        self.checkpointing: Checkpointing = "none"  # what blocks keep for their backward pass
 
     def forward(self, mel_BMT: Tensor, frames_B: Tensor) -> tuple[Tensor, Tensor]:
         x, lengths = self.pre_encode(mel_BMT, frames_B)
@@ -206,26 +203,8 @@ class FastConformer(nn.Module):
         valid = mask_until(lengths.clamp_min(1), x.shape[1])[:, None]
         x = dropout(x, self.dropout, self.training)
         for layer in self.layers:
-            if self.checkpoint_blocks and self.training:
-                x = checkpoint(
-                    layer, x, positions, valid, use_reentrant=False, context_fn=partial(_contexts, layer.conv)
-                )
-            else:
-                x = layer(x, positions, valid)
+            x = run_block(layer, self.checkpointing, x, positions, valid)
         return x, lengths
-
-
-def _contexts(conv: Convolution) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
-    return nullcontext(), _recomputing(conv)
-
-
-@contextmanager
-def _recomputing(conv: Convolution) -> Iterator[None]:
-    conv.recomputing = True
-    try:
-        yield
-    finally:
-        conv.recomputing = False
 
 
 def relative_positions(time: int, width: int, device: torch.device) -> Tensor:

@@ -61,7 +61,7 @@ class StepMeter:
                 join_alone(self._device.type)
         with self._timed("model"):
             self._bare = probe_model(model, self._device).train()
-            self._bare.encoder.checkpoint_blocks = settings.activation_checkpointing
+            self._bare.set_checkpointing(settings.activation_checkpointing)
             self._wrap()
             self._optimizer = make_optimizer(self._bare, settings)
             decay = settings.average_decay

@@ -99,7 +99,7 @@ class StepTracer:
         self._device_type, self._num_batches = device_type, micro_batches(settings, world_size)
         with torch.device("meta"):
             self._model = Canary(config).train()
-        self._model.encoder.checkpoint_blocks = settings.activation_checkpointing
+        self._model.set_checkpointing(settings.activation_checkpointing)
         self._meter = LiveBytes(remember, cuda_block if device_type == "cuda" else rounded)
         averaged = settings.average_decay is not None
         is_part = is_sharded(settings, world_size) if shard is None else shard and world_size > 1
