@@ -61,10 +61,7 @@ def compile_options(mode: Checkpointing) -> dict[str, Any]:
 
 
 def run_block(block: nn.Module, mode: Checkpointing, *inputs: Tensor) -> Any:
-    """A block's output; in training only what the mode says is kept for its backward pass.
-
-    Modules of the block with an attribute `recomputing` have it set while they are computed again.
-    """
+    """A block's output; in training only what the mode says is kept for its backward pass."""
     if mode == "none" or not block.training:
         return block(*inputs)
     return checkpoint(block, *inputs, use_reentrant=False, context_fn=partial(_contexts, block, mode))
@@ -75,10 +72,10 @@ def _contexts(
 ) -> tuple[AbstractContextManager[object], AbstractContextManager[object]]:
     """For the forward pass and for computing it again."""
     if mode == "full":
-        return ExitStack(), _recomputing(block)
+        return ExitStack(), _spare_statistics(block)
     keep, reuse = create_selective_checkpoint_contexts(_policy)
     states: list[Tensor] = []
-    return _both(keep, _NotesRandomStates(states)), _both(_recomputing(block), reuse, _RestoresRandomStates(states))
+    return _both(keep, _NotesRandomStates(states)), _both(_spare_statistics(block), reuse, _RestoresRandomStates(states))
 
 
 def _policy(_: SelectiveCheckpointContext, operator: OpOverload, *args: Any, **kwargs: Any) -> CheckpointPolicy:
@@ -98,15 +95,21 @@ def _both(*contexts: AbstractContextManager[object]) -> Iterator[None]:
 
 
 @contextmanager
-def _recomputing(block: nn.Module) -> Iterator[None]:
-    modules: list[Any] = [module for module in block.modules() if hasattr(module, "recomputing")]
-    for module in modules:
-        module.recomputing = True
+def _spare_statistics(block: nn.Module) -> Iterator[None]:
+    """Running statistics of batch norm have seen the batch in the forward pass: copies see it again.
+
+    They are buffers, so compiled code takes the copies without being compiled again.
+    """
+    norms = [module for module in block.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
+    before = [dict(norm._buffers) for norm in norms]
+    for norm in norms:
+        copies = {name: None if buffer is None else buffer.clone() for name, buffer in norm._buffers.items()}
+        norm._buffers.update(copies)
     try:
         yield
     finally:
-        for module in modules:
-            module.recomputing = False
+        for norm, buffers in zip(norms, before, strict=True):
+            norm._buffers.update(buffers)
 
 
 class _RandomStates(TorchDispatchMode):

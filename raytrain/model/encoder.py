@@ -133,8 +133,6 @@ class Convolution(nn.Module):
         self.pointwise_conv1 = nn.Conv1d(width, 2 * width, 1)
         self.depthwise_conv = nn.Conv1d(width, width, kernel, padding=self.padding, groups=width)
         self.batch_norm = nn.BatchNorm1d(width)
-        # While a block is recomputed for its gradient, its running statistics have seen the batch already.
-        self.recomputing = False
         self.pointwise_conv2 = nn.Conv1d(width, width, 1)
 
     def forward(self, x_BTD: Tensor, valid_B1T: Tensor) -> Tensor:
@@ -142,16 +140,8 @@ class Convolution(nn.Module):
         x = pointwise(self.pointwise_conv1, x_BTD)
         x = F.glu(x) * valid_B1T.transpose(1, 2)
         x = self._depthwise(x.transpose(1, 2)[:, :, None])[:, :, 0].transpose(1, 2)
-        x = F.silu(self._normalize(x.flatten(0, 1)).view_as(x))
+        x = F.silu(self.batch_norm(x.flatten(0, 1)).view_as(x))
         return pointwise(self.pointwise_conv2, x)
-
-    def _normalize(self, x_ND: Tensor) -> Tensor:
-        norm = self.batch_norm
-        if self.training and self.recomputing:
-            assert norm.running_mean is not None and norm.running_var is not None and norm.momentum is not None
-            mean, variance = norm.running_mean.clone(), norm.running_var.clone()
-            return F.batch_norm(x_ND, mean, variance, norm.weight, norm.bias, True, norm.momentum, norm.eps)
-        return norm(x_ND)
 
     def _depthwise(self, x_BD1T: Tensor) -> Tensor:
         layer = self.depthwise_conv

@@ -24,7 +24,7 @@ from raytrain.model.canary import Canary
 from raytrain.model.config import ModelConfig
 from raytrain.training.memory.live_bytes import DeviceLike, LiveBytes, cuda_block, rounded
 from raytrain.training.memory.ranks import ShardedRank, WholeRank, area_of
-from raytrain.training.parallel import is_sharded, micro_batches
+from raytrain.training.parallel import blocks_of, is_sharded, micro_batches
 from raytrain.training.settings import TrainSettings
 from raytrain.training.step import train_step
 
@@ -160,7 +160,7 @@ def without_gc() -> Iterator[None]:
 def _autocast_hooks(model: Canary, device_like: DeviceLike) -> Iterator[None]:
     """Tell `device_like` where the forward pass ends, and where a recomputed block begins and ends."""
     hooks = [model.register_forward_hook(device_like.end_autocast)]
-    for block in model.encoder.layers:
+    for block in blocks_of(model):
         hooks.append(block.register_forward_pre_hook(device_like.block_begins))
         # Recomputation stops with an exception as soon as it has what backward needs.
         hooks.append(block.register_forward_hook(device_like.block_ends, always_call=True))
