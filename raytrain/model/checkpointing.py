@@ -79,10 +79,11 @@ def _contexts(
 
 
 def _policy(_: SelectiveCheckpointContext, operator: OpOverload, *args: Any, **kwargs: Any) -> CheckpointPolicy:
-    return CheckpointPolicy.MUST_SAVE if _is_kept(operator) else CheckpointPolicy.PREFER_RECOMPUTE
+    return CheckpointPolicy.MUST_SAVE if is_kept(operator) else CheckpointPolicy.PREFER_RECOMPUTE
 
 
-def _is_kept(operator: OpOverload) -> bool:
+def is_kept(operator: OpOverload) -> bool:
+    """Whether `selective` keeps an operator's results."""
     return operator in _KEPT or operator._schema.name in _KEPT_CUSTOM
 
 
@@ -124,7 +125,7 @@ class _RandomStates(TorchDispatchMode):
         self, func: OpOverload, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         result = func(*args, **kwargs or {})
-        if torch.Tag.nondeterministic_seeded in func.tags and _is_kept(func):
+        if torch.Tag.nondeterministic_seeded in func.tags and is_kept(func):
             self._after(next(value.device for value in args if isinstance(value, Tensor)))
         return result
 
