@@ -75,7 +75,9 @@ def _contexts(
         return ExitStack(), _spare_statistics(block)
     keep, reuse = create_selective_checkpoint_contexts(_policy)
     states: list[Tensor] = []
-    return _both(keep, _NotesRandomStates(states)), _both(_spare_statistics(block), reuse, _RestoresRandomStates(states))
+    return _both(keep, _NotesRandomStates(states)), _both(
+        _spare_statistics(block), reuse, _RestoresRandomStates(states)
+    )
 
 
 def _policy(_: SelectiveCheckpointContext, operator: OpOverload, *args: Any, **kwargs: Any) -> CheckpointPolicy:

@@ -1,7 +1,7 @@
 """How inductor divides a compiled block into forward and backward, for selective activation checkpointing.
 
-What forward keeps is a minimal cut, by bytes, through the graph of both (torch/_functorch/partitioners.py). By default a
-value is not computed again if a matrix product in backward reads it, if it is used far from where it was made, at the
+What forward keeps is a minimal cut, by bytes, through the graph of both (torch/_functorch/partitioners.py). By default
+a value is not computed again if a matrix product in backward reads it, if it is used far from where it was made, at the
 end of a long chain of cheap operators, or if it is random. Here only results of dear operators are not, and the seeds
 of dropout, from which masks are computed again.
 """

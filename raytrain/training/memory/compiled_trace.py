@@ -5,20 +5,22 @@ divided here as inductor does it (torch/_inductor/compile_fx.py), once for each 
 and lengths. Then the two graphs run operator by operator, on weights and inputs on `meta`, under `LiveBytes`. Results
 that inductor fuses into the kernels that read them never exist on a device and are not counted.
 
-    with compiled_blocks(model, blocks, meter, "selective", device_like, example):
+    blocks = CompiledBlocks(blocks_of(model), examples, "selective", meter)
+    with blocks.active():
         …   # blocks run as compiled ones
 """
 
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch._ops import OpOverload
 
 from raytrain.model.checkpointing import Checkpointing, compile_options
 from raytrain.training.memory.live_bytes import LiveBytes
@@ -27,52 +29,51 @@ Compiled = Callable[..., Any]
 
 
 class CompiledBlocks:
-    """Runs blocks of a model as compiled ones. `run_example` calls the model once with inputs of common sizes, on
-    `meta`; the sizes are hints that the division of a block depends on. `device_like` replaces operators by those of a
-    device."""
+    """Runs a model's blocks as compiled ones, divided for a mode of activation checkpointing.
+
+    `examples` are a block of each kind in training mode, and inputs for it on `meta`. Their sizes are hints for the
+    division: those of the first batch, where blocks are compiled. `device_like` makes operators those of a device.
+    """
 
     def __init__(
         self,
         blocks: Sequence[nn.Module],
+        examples: Iterable[tuple[nn.Module, Sequence[Tensor]]],
         mode: Checkpointing,
-        meter: LiveBytes | None,
-        run_example: Callable[[], object],
-        device_like: Callable[[], AbstractContextManager[object]] = ExitStack,
+        meter: LiveBytes | None = None,
+        device_like: Callable[[], AbstractContextManager[object]] = nullcontext,
     ) -> None:
-        self._blocks, self._by_kind = blocks, {}
-        for kind, (block, inputs) in _first_inputs(blocks, run_example).items():
+        self._blocks = blocks
+        self._by_kind: dict[type[nn.Module], TracedBlock] = {}
+        for block, inputs in examples:
             with device_like():
-                self._by_kind[kind] = TracedBlock(block, inputs, mode, meter)
+                self._by_kind[type(block)] = TracedBlock(block, inputs, mode, meter)
 
     @contextmanager
     def active(self) -> Iterator[None]:
-        """While it is active, the blocks' forward methods are replaced."""
+        """While it is active, the blocks' forward methods are replaced; hooks are called as before."""
         for block in self._blocks:
-            block.forward = partial(self._run, block)  # type: ignore[method-assign]
+            block.forward = partial(self._by_kind[type(block)], block)
         try:
             yield
         finally:
             for block in self._blocks:
                 del block.forward
 
-    def _run(self, block: nn.Module, *inputs: Tensor) -> Any:
-        return self._by_kind[type(block)](block, *inputs)
 
-
-def _first_inputs(
-    blocks: Sequence[nn.Module], run: Callable[[], object]
-) -> dict[type[nn.Module], tuple[nn.Module, tuple[Tensor, ...]]]:
-    """The first block of each kind, and its inputs."""
-    seen: dict[type[nn.Module], tuple[nn.Module, tuple[Tensor, ...]]] = {}
+def first_inputs(blocks: Sequence[nn.Module], run: Callable[[], object]) -> list[tuple[nn.Module, list[Tensor]]]:
+    """The first block of each kind that `run` calls, and inputs like those it gets."""
+    seen: dict[type[nn.Module], tuple[nn.Module, list[Tensor]]] = {}
 
     def note(block: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        seen.setdefault(type(block), (block, inputs))
+        if type(block) not in seen:
+            seen[type(block)] = block, [torch.empty_like(x).requires_grad_(x.requires_grad) for x in inputs]
 
     with ExitStack() as stack:
         for block in blocks:
-            stack.enter_context(block.register_forward_pre_hook(note))
+            stack.callback(block.register_forward_pre_hook(note).remove)
         run()
-    return seen
+    return list(seen.values())
 
 
 class _Flat(nn.Module):
@@ -177,8 +178,8 @@ class _GraphRunner:
         for node in self._calls:
             if node.target is torch.ops.aten.view.default:
                 node.target = torch.ops.aten.reshape.default  # as inductor: results may have another layout on `meta`
-            node.args = fx.node.map_aggregate(node.args, _to_meta)  # type: ignore[assignment]
-            node.kwargs = fx.node.map_aggregate(node.kwargs, _to_meta)  # type: ignore[assignment]
+            node.args = fx.node.map_aggregate(node.args, _to_meta)
+            node.kwargs = fx.node.map_aggregate(node.kwargs, _to_meta)
 
     @classmethod
     def of(cls, meter: LiveBytes | None, graph: fx.GraphModule, _: object) -> Compiled:
@@ -238,14 +239,12 @@ _REDUCTIONS = {"sum", "mean", "amax", "amin", "max", "min", "var_mean", "var", "
 def fused_nodes(graph: fx.Graph) -> set[fx.Node]:
     """Elementwise calls whose results are read by elementwise calls and reductions alone, which compute them anew in
     their kernels."""
-    from torch._functorch.partitioners import get_aten_target, get_default_op_list
+    from torch._functorch.partitioners import get_default_op_list
 
     kinds = get_default_op_list()
 
     def is_read_in_kernels(node: fx.Node) -> bool:
-        return all(
-            is_read_in_kernels(user) if kinds.is_view(user) else kinds.is_fusible(user) for user in node.users
-        )
+        return all(is_read_in_kernels(user) if kinds.is_view(user) else kinds.is_fusible(user) for user in node.users)
 
     return {
         node
@@ -254,6 +253,10 @@ def fused_nodes(graph: fx.Graph) -> set[fx.Node]:
         and node.target is not operator.getitem
         and kinds.is_fusible(node)
         and not kinds.is_view(node)
-        and getattr(get_aten_target(node), "__name__", "") not in _REDUCTIONS
+        and _name_of(node.target) not in _REDUCTIONS
         and is_read_in_kernels(node)
     }
+
+
+def _name_of(target: Any) -> str:
+    return target.overloadpacket.__name__ if isinstance(target, OpOverload) else ""

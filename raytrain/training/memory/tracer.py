@@ -11,8 +11,8 @@ from __future__ import annotations
 
 import gc
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -22,11 +22,16 @@ from torch.utils.hooks import RemovableHandle
 from raytrain.data.batch import SpeechBatch
 from raytrain.model.canary import Canary
 from raytrain.model.config import ModelConfig
+from raytrain.training.memory.compiled_trace import CompiledBlocks, first_inputs
 from raytrain.training.memory.live_bytes import DeviceLike, LiveBytes, cuda_block, rounded
 from raytrain.training.memory.ranks import ShardedRank, WholeRank, area_of
 from raytrain.training.parallel import blocks_of, is_sharded, micro_batches
 from raytrain.training.settings import TrainSettings
 from raytrain.training.step import train_step
+
+# Utterances, milliseconds and tokens of the batch for which blocks are compiled; any others would do that are not equal
+# to each other in frames.
+_EXAMPLE = (13, 4720, 23)
 
 TRACER_VERSION = 2  # raised where predictions change: sizes from an older tracer are predicted again
 
@@ -81,7 +86,8 @@ class StepTracer:
     """Traces training steps of one model as a `device_type` (cuda or cpu) would run them. `precision` is fp32 or bf16.
 
     With a `world_size` above 1 the step is that of one of as many ranks: of a model in DDP, or with `shard` (by default
-    as the settings say) of one that FSDP2 spreads over the ranks; see `ranks.py`.
+    as the settings say) of one that FSDP2 spreads over the ranks; see `ranks.py`. With `compiled` its blocks are
+    compiled.
     """
 
     def __init__(
@@ -94,12 +100,13 @@ class StepTracer:
         device_type: str = "cuda",
         remember: bool = True,
         shard: bool | None = None,
+        compiled: bool = False,
     ) -> None:
         self._config, self._settings, self._precision = config, settings, precision
         self._device_type, self._num_batches = device_type, micro_batches(settings, world_size)
         with torch.device("meta"):
             self._model = Canary(config).train()
-        self._model.set_checkpointing(settings.activation_checkpointing)
+        self._model.set_checkpointing(settings.activation_checkpointing, compiled=compiled)
         self._meter = LiveBytes(remember, cuda_block if device_type == "cuda" else rounded)
         averaged = settings.average_decay is not None
         is_part = is_sharded(settings, world_size) if shard is None else shard and world_size > 1
@@ -108,6 +115,20 @@ class StepTracer:
             self._rank = ShardedRank(self._model, self._meter, world_size, averaged, device_type)
         else:
             self._rank = WholeRank(self._model, self._meter, world_size, averaged)
+        self._blocks: CompiledBlocks | None = None
+        if compiled:
+            self._blocks = self._compiled_blocks()
+
+    def _compiled_blocks(self) -> CompiledBlocks:
+        blocks = blocks_of(self._model)
+        example = meta_batch(self._config, *_EXAMPLE)
+        return CompiledBlocks(
+            blocks,
+            first_inputs(blocks, lambda: self._run(example)),
+            self._settings.activation_checkpointing,
+            self._meter,
+            lambda: self._device_like(lambda: None),
+        )
 
     def trace(self, batch_size: int, max_duration_ms: int, max_tokens: int) -> StepMemory:
         """Bytes of a step of `batch_size` utterances at a bucket's upper edges."""
@@ -122,15 +143,15 @@ class StepTracer:
         return StepMemory.of(meter, resident)
 
     def _run(self, batch: SpeechBatch) -> None:
-        meter, bf16 = self._meter, self._precision == "bf16"
+        meter = self._meter
 
         def backward_begins() -> None:
             meter.phase, meter.area = "temporary", "backward"
 
-        device_like = DeviceLike(self._device_type, bf16, backward_begins)
+        device_like = self._device_like(backward_begins)
         with _autocast_hooks(self._model, device_like), _named_areas(self._model, meter), without_gc():
             try:
-                with meter, device_like:
+                with self._compiled(), meter, device_like:
                     train_step(
                         self._model,
                         [batch] * self._num_batches,
@@ -141,6 +162,12 @@ class StepTracer:
                     )
             finally:
                 self._rank.zero_grad()
+
+    def _device_like(self, on_backward: Callable[[], None]) -> DeviceLike:
+        return DeviceLike(self._device_type, self._precision == "bf16", on_backward)
+
+    def _compiled(self) -> AbstractContextManager[None]:
+        return nullcontext() if self._blocks is None else self._blocks.active()
 
 
 @contextmanager
