@@ -12,7 +12,6 @@ import argparse
 from collections.abc import Iterable
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch._ops import OpOverload
 from torch.utils._python_dispatch import TorchDispatchMode
