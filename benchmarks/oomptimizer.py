@@ -331,7 +331,7 @@ def against_processor(
     without activation checkpointing."""
     rows = []
     for kind in kinds:
-        for checkpointing in (False, True):
+        for checkpointing in ("none", "full"):
             settings = TrainSettings(
                 num_workers=1 if kind == "one" else 2,
                 shard=kind == "sharded",

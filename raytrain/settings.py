@@ -90,6 +90,28 @@ class Range:
 
 
 @dataclass(frozen=True)
+class Switch:
+    """What true and false mean for a setting that now has more choices: they are read as these."""
+
+    on: str
+    off: str
+
+    def chosen(self, value: object) -> object:
+        """The choice for a truth value; any other value is returned unchanged."""
+        return (self.on if value else self.off) if isinstance(value, bool) else value
+
+    def earlier(self, choice: str) -> bool | str:
+        """The inverse, for what was stored before there were more choices."""
+        return {self.on: True, self.off: False}.get(choice, choice)
+
+    def __get_pydantic_core_schema__(self, source: object, handler: Callable[[object], CoreSchema]) -> CoreSchema:
+        """How pydantic reads a field that is annotated with it."""
+        from pydantic_core import core_schema
+
+        return core_schema.no_info_before_validator_function(self.chosen, handler(source))
+
+
+@dataclass(frozen=True)
 class Facts:
     """The annotations of a field: its setting, its range or its choices, and whether it may be any text."""
 

@@ -19,7 +19,7 @@ class ProbeSetting:
     model_id: str
     optimizer: str
     precision: str
-    activation_checkpointing: bool
+    activation_checkpointing: bool | str  # a truth value where earlier versions knew it
     device_name: str
     device_gib: float
     memory_fraction: float

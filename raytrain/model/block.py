@@ -19,3 +19,8 @@ class Block(nn.Module):
         if self.compiled is not None and self.training:
             return self.compiled(self, *inputs)
         return self.compute(*inputs)
+
+
+def compiled_modules(model: nn.Module) -> list[Block]:
+    """The modules of a model that are compiled where it is."""
+    return [module for module in model.modules() if isinstance(module, Block)]

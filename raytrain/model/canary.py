@@ -13,6 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from raytrain.model.checkpointing import Checkpointing, eager_part
 from raytrain.model.config import ModelConfig
 from raytrain.model.decoder import TransformerDecoder, initialize
 from raytrain.model.encoder import FastConformer
@@ -120,6 +121,12 @@ class Canary(nn.Module):
     def tie_head(self) -> None:
         """Tie the head's weight to the token embedding's."""
         self.log_softmax.linear.weight = self.transf_decoder._embedding.token_embedding.weight
+
+    def set_checkpointing(self, mode: Checkpointing, *, compiled: bool = False) -> None:
+        """What training keeps of the encoder's blocks, and with `selective` of the decoder's; `compiled` if they are
+        compiled with `checkpointing.compile_options(mode)`."""
+        self.encoder.checkpointing = eager_part(mode, compiled=compiled)
+        self.transf_decoder.checkpointing = "none" if mode == "full" else self.encoder.checkpointing
 
     def reset_constants(self) -> None:
         """Refill filterbank, window and position table after `to_empty` of a model created on meta."""

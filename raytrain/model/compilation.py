@@ -17,8 +17,9 @@ import torch
 from torch import Tensor, nn
 
 from raytrain.errors import first_line
-from raytrain.model.block import Block
+from raytrain.model.block import Block, compiled_modules
 from raytrain.model.canary import Canary
+from raytrain.model.checkpointing import Checkpointing, compile_options
 from raytrain.model.config import ModelConfig
 from raytrain.model.decoder import DecoderBlock
 from raytrain.model.encoder import ConformerBlock, Subsampling, relative_positions
@@ -35,12 +36,14 @@ class CompilationWarning(UserWarning):
 class CompiledPass:
     """The compiled training pass of a kind of block; after a failure of the compiler, the plain pass."""
 
-    def __init__(self, kind: type[Block]) -> None:
+    def __init__(self, kind: type[Block], options: dict[str, Any]) -> None:
         import torch._dynamo.exc  # takes seconds, so only where something is compiled
 
         self._errors: type[Exception] = torch._dynamo.exc.TorchDynamoException
         self._kind = kind
-        self._compiled: Callable[..., Any] | None = torch.compile(kind.compute, dynamic=True, fullgraph=True)
+        self._compiled: Callable[..., Any] | None = torch.compile(
+            kind.compute, dynamic=True, fullgraph=True, options=options
+        )
 
     def __call__(self, block: Block, *inputs: Tensor) -> Any:
         """The outputs of `block.compute`."""
@@ -54,15 +57,16 @@ class CompiledPass:
             return block.compute(*inputs)
 
 
-def compile_blocks(model: Canary, dtype: torch.dtype) -> bool:
-    """Compile the blocks of a model that computes in `dtype` on its device, and run each kind once on blocks of its
-    own; returns whether that worked. Random numbers, weights and statistics stay as they are."""
+def compile_blocks(model: Canary, dtype: torch.dtype, mode: Checkpointing = "none") -> bool:
+    """Compile the blocks of a model that computes in `dtype` on its device, and run each kind once on a block of its
+    own; returns whether that worked. They keep for their backward pass what `mode` says; see `checkpointing`. Random
+    numbers, weights and statistics stay as they are."""
     import torch._dynamo
 
     # DDP would split a block's graph where its buckets end, but a block is small enough to be reduced as a whole.
     torch._dynamo.config.optimize_ddp = False
     kinds: tuple[type[Block], ...] = (Subsampling, ConformerBlock, DecoderBlock)
-    passes = {kind: CompiledPass(kind) for kind in kinds}
+    passes = {kind: CompiledPass(kind, compile_options(mode)) for kind in kinds}
     device = next(model.parameters()).device
     try:
         with torch.random.fork_rng([device] if device.type == "cuda" else []):
@@ -73,9 +77,8 @@ def compile_blocks(model: Canary, dtype: torch.dtype) -> bool:
     except Exception as error:  # compilers fail in many ways, of which none should end training
         _warn("the model", error)
         return False
-    for module in model.modules():
-        if isinstance(module, Block):
-            module.compiled = passes[type(module)]
+    for module in compiled_modules(model):
+        module.compiled = passes[type(module)]
     return True
 
 
@@ -117,4 +120,4 @@ def _warn(what: str, error: Exception) -> None:
 
 def is_compiled(model: nn.Module) -> bool:
     """Whether any block of a model is compiled."""
-    return any(isinstance(module, Block) and module.compiled is not None for module in model.modules())
+    return any(module.compiled is not None for module in compiled_modules(model))

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from raytrain.model.block import Block
+from raytrain.model.checkpointing import Checkpointing, run_block
 from raytrain.model.config import ModelConfig
 from raytrain.model.dropout import dropout
 from raytrain.model.linear import Linear, PreparedLinear, affine, affine_of
@@ -254,11 +255,12 @@ class TransformerDecoder(nn.Module):
         self._embedding = Embedding(config)
         self._decoder = _Blocks(config)
         self.heads = config.decoder_heads
+        self.checkpointing: Checkpointing = "none"  # what blocks keep for their backward pass
 
     def forward(self, ids_BU: Tensor, states_BTD: Tensor, cross_mask: Tensor) -> Tensor:
         x = self._embedding(ids_BU).to(states_BTD.dtype)
         for layer in self._decoder.layers:
-            x = layer(x, states_BTD, cross_mask)
+            x = run_block(layer, self.checkpointing, x, states_BTD, cross_mask)
         return self._decoder.final_layer_norm(x)
 
     def make_cache(self, states_BTD: Tensor, max_tokens: int) -> list[LayerCache]:

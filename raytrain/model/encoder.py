@@ -7,17 +7,14 @@ Sources: Gulati et al. 2020 (Conformer), Rekesh et al. 2023 (FastConformer), Dai
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from functools import partial
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import BackwardCFunction, FunctionCtx
 from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
 
 from raytrain.model.block import Block
+from raytrain.model.checkpointing import Checkpointing, run_block
 from raytrain.model.config import ModelConfig
 from raytrain.model.convolution import depthwise, strided
 from raytrain.model.dropout import dropout
@@ -139,23 +136,13 @@ class Convolution(nn.Module):
         self.pointwise_conv1 = nn.Conv1d(width, 2 * width, 1)
         self.depthwise_conv = nn.Conv1d(width, width, kernel, padding=(kernel - 1) // 2, groups=width)
         self.batch_norm = nn.BatchNorm1d(width)
-        # While a block is recomputed for its gradient, its running statistics have seen the batch already.
-        self.recomputing = False
         self.pointwise_conv2 = nn.Conv1d(width, width, 1)
 
     def forward(self, x_BTD: Tensor, lengths_B: Tensor) -> Tensor:
         x = pointwise(self.pointwise_conv1, x_BTD)
         x = depthwise(self.depthwise_conv, F.glu(x) * mask_until(lengths_B, x_BTD.shape[1])[:, :, None])
-        x = F.silu(self._normalize(x.flatten(0, 1)).view_as(x))
+        x = F.silu(self.batch_norm(x.flatten(0, 1)).view_as(x))
         return pointwise(self.pointwise_conv2, x)
-
-    def _normalize(self, x_ND: Tensor) -> Tensor:
-        norm = self.batch_norm
-        if self.training and self.recomputing:
-            assert norm.running_mean is not None and norm.running_var is not None and norm.momentum is not None
-            mean, variance = norm.running_mean.clone(), norm.running_var.clone()
-            return F.batch_norm(x_ND, mean, variance, norm.weight, norm.bias, True, norm.momentum, norm.eps)
-        return norm(x_ND)
 
 
 class ConformerBlock(Block):
@@ -195,7 +182,7 @@ class FastConformer(nn.Module):
             ConformerBlock(config) for _ in range(config.encoder_layers)
         )
         self.dropout = config.dropout
-        self.checkpoint_blocks = False  # keep only the blocks' inputs in training, and compute them twice
+        self.checkpointing: Checkpointing = "none"  # what blocks keep for their backward pass
 
     def forward(self, mel_BMT: Tensor, frames_B: Tensor) -> tuple[Tensor, Tensor]:
         # Strided convolutions take pairs of frames; the frames added here are padding as any other.
@@ -206,25 +193,8 @@ class FastConformer(nn.Module):
         attended = lengths.clamp_min(1)
         x = dropout(x, self.dropout, self.training)
         for layer in self.layers:
-            if self.checkpoint_blocks and self.training:
-                contexts = partial(_contexts, layer.conv)
-                x = checkpoint(layer, x, positions, attended, use_reentrant=False, context_fn=contexts)
-            else:
-                x = layer(x, positions, attended)
+            x = run_block(layer, self.checkpointing, x, positions, attended)
         return x, lengths
-
-
-def _contexts(conv: Convolution) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
-    return nullcontext(), _recomputing(conv)
-
-
-@contextmanager
-def _recomputing(conv: Convolution) -> Iterator[None]:
-    conv.recomputing = True
-    try:
-        yield
-    finally:
-        conv.recomputing = False
 
 
 def relative_positions(time: int, width: int, device: torch.device) -> Tensor:

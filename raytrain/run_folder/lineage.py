@@ -14,6 +14,7 @@ from raytrain.storage.artifacts import content_id, file_id, read_state
 from raytrain.storage.run_files import BATCH_PROFILE
 from raytrain.training.checkpoint_meta import CheckpointMeta
 from raytrain.training.conversion import model_stamp
+from raytrain.training.settings import CHECKPOINTING
 
 
 def training_lineage(workspace: Workspace) -> str:
@@ -62,7 +63,10 @@ def _mixing(workspace: Workspace) -> list[object]:
 
 def training_key(workspace: Workspace) -> list[object]:
     """Everything that training depends on, as JSON values."""
-    return [training_lineage(workspace), workspace.config.section("train"), *_validation(workspace)]
+    train = workspace.config.section("train")["train"]
+    # Earlier run folders have a truth value here.
+    train["activation_checkpointing"] = CHECKPOINTING.earlier(train["activation_checkpointing"])
+    return [training_lineage(workspace), {"train": train}, *_validation(workspace)]
 
 
 def _validation(workspace: Workspace) -> list[object]:

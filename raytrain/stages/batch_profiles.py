@@ -21,6 +21,7 @@ from raytrain.stages.predicted_sizes import does_not_fit, edges_of, predict
 from raytrain.training.acceleration import compiles
 from raytrain.training.memory.coordinator import ProbeJob, ProbeOutcome
 from raytrain.training.memory.prediction import Prediction
+from raytrain.training.settings import CHECKPOINTING
 from raytrain.training.step import resolve_precision
 
 Needs = list[tuple[float, float]]  # the predicted memory of each bucket's step: bytes, and bytes per utterance
@@ -140,7 +141,7 @@ def probe_setting(config: Config, model_id: str, device: TargetDevice) -> ProbeS
         model_id=model_id,
         optimizer="adamw",
         precision=resolve_precision(config.train.precision, device.step_device(config)),
-        activation_checkpointing=config.train.activation_checkpointing,
+        activation_checkpointing=CHECKPOINTING.earlier(config.train.activation_checkpointing),
         device_name=device.name,
         device_gib=round(device.total_bytes / GIB, 3),
         memory_fraction=config.oomptimize.memory_fraction,

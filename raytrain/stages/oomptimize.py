@@ -24,6 +24,7 @@ from raytrain.storage.run_files import BATCH_PROBES, BATCH_PROFILE
 from raytrain.training.memory.coordinator import ProbeOutcome
 from raytrain.training.memory.meter import Probe
 from raytrain.training.memory.tracer import TRACER_VERSION
+from raytrain.training.settings import CHECKPOINTING
 
 
 def key(workspace: Workspace) -> object:
@@ -32,7 +33,13 @@ def key(workspace: Workspace) -> object:
     return [
         [PROFILE_FORMAT, TRACER_VERSION],
         config.section("oomptimize"),
-        [train.precision, train.ctc_weight > 0, train.num_workers, train.device, train.activation_checkpointing],
+        [
+            train.precision,
+            train.ctc_weight > 0,
+            train.num_workers,
+            train.device,
+            CHECKPOINTING.earlier(train.activation_checkpointing),
+        ],
         train.compile,
         [train.average_decay is not None, train.accumulate > 1, train.shard],
         workspace.plan_id,

@@ -93,9 +93,9 @@ def edges_of(plan: BucketPlan) -> list[Edges]:
 
 def _bytes_with_checkpointing(config: Config, function: Callable[..., list[Prediction]], edges: Edges) -> int | None:
     """What one utterance of a bucket needs with activation checkpointing; None if that is already on."""
-    if config.train.activation_checkpointing:
+    if config.train.activation_checkpointing == "full":
         return None
-    saving = partial(function, train=replace(config.train, activation_checkpointing=True))
+    saving = partial(function, train=replace(config.train, activation_checkpointing="full"))
     predictions: list[Prediction] = next(map_on_workers([edges], saving, 1, Placement.data(config.cluster)))
     return predictions[0].peak_bytes
 
@@ -128,9 +128,9 @@ def does_not_fit(
     `alternative` bytes."""
     budget = device.budget(config)
     remedies = ["lower buckets.max_duration_ms or buckets.max_tokens", "use a smaller model"]
-    if not config.train.activation_checkpointing:
+    if config.train.activation_checkpointing != "full":
         saved = f" (it then needs {alternative / GIB:.2f} GiB)" if alternative else ""
-        remedies.insert(0, f"set train.activation_checkpointing: true{saved}")
+        remedies.insert(0, f"set train.activation_checkpointing: full{saved}")
     remedies.append("raise oomptimize.memory_fraction" if device.is_real else "raise oomptimize.device_memory")
     return ProfileError(
         f"bucket {number} (≤ {edges[0]} ms, ≤ {edges[1]} tokens): batch size 1 needs {need / GIB:.2f} GiB of "

@@ -20,6 +20,7 @@ def compiles(settings: TrainSettings, device_type: str) -> bool:
 
 def accelerate(model: Canary, settings: TrainSettings, precision: str) -> None:
     """Prepare a model on its device for training steps in `precision` (fp32 or bf16)."""
-    model.encoder.checkpoint_blocks = settings.activation_checkpointing
+    mode, compiled = settings.activation_checkpointing, False
     if compiles(settings, next(model.parameters()).device.type):
-        compile_blocks(model, computing_type(precision))
+        compiled = compile_blocks(model, computing_type(precision), mode)
+    model.set_checkpointing(mode, compiled=compiled)

@@ -5,12 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
-from raytrain.settings import Range, Setting, refuse, setting_problems
+from raytrain.model.checkpointing import Checkpointing
+from raytrain.settings import Range, Setting, Switch, refuse, setting_problems
 
 MAX_WORKERS = 65_536
 LearningRate = Annotated[float, Range(0, 100, above=True)]
 Steps = Annotated[int, Range(1, 10**12)]
 Minutes = Annotated[float, Range(0, 10**7, above=True)]
+CHECKPOINTING = Switch(on="full", off="none")
 ErrorRate = Annotated[float, Range(0, 100)]  # WER exceeds 1 if there are more errors than reference words
 Moment = Annotated[float, Range(0, 1, above=True, below=True)]
 
@@ -30,8 +32,14 @@ class TrainSettings:
         ),
     ] = None
     activation_checkpointing: Annotated[
-        bool, Setting("Compute the encoder's blocks twice, which takes less memory.", lineage=False)
-    ] = False
+        Checkpointing,
+        CHECKPOINTING,
+        Setting(
+            "What is computed twice, to take less memory: full is the encoder's blocks (true means the same, false "
+            "none), selective their cheap operations and the decoder's.",
+            lineage=False,
+        ),
+    ] = "none"
     compile: Annotated[
         Literal["auto", True, False],
         Setting(

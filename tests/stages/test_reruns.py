@@ -409,7 +409,7 @@ SETTINGS = [
     (
         "oomptimize train",
         {
-            "train.activation_checkpointing": True,
+            "train.activation_checkpointing": "full",
             "train.compile": True,
             "train.shard": True,
             "train.num_workers": 1,

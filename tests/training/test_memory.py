@@ -27,7 +27,7 @@ def trace(size: int = 2, duration: int = 2000, tokens: int = 20, settings: Train
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("checkpointing", ["none", "selective", "full"])
 @pytest.mark.parametrize("parallel", ["none", "ddp", "shard"])
 def test_remembered_shapes_change_nothing(precision, checkpointing, parallel):
     settings = replace(SETTINGS, activation_checkpointing=checkpointing, shard=parallel == "shard")
@@ -64,14 +64,14 @@ def test_the_peak_is_broken_down_by_phase_and_module():
 def test_bf16_saves_activations_and_checkpointing_does_too(parallel):
     peaks = {}
     for precision in ("fp32", "bf16"):
-        for checkpointing in (False, True):
+        for checkpointing in ("none", "full"):
             settings = replace(SETTINGS, activation_checkpointing=checkpointing, shard=parallel == "shard")
             tracer = StepTracer(
                 replace(MODEL, encoder_layers=6), settings, precision=precision, world_size=1 + (parallel != "none")
             )
             peaks[precision, checkpointing] = tracer.trace(16, 8000, 20).peak_bytes
-    assert peaks["bf16", False] < 0.85 * peaks["fp32", False]
-    assert all(peaks[precision, True] < 0.9 * peaks[precision, False] for precision in ("fp32", "bf16"))
+    assert peaks["bf16", "none"] < 0.85 * peaks["fp32", "none"]
+    assert all(peaks[precision, "full"] < 0.9 * peaks[precision, "none"] for precision in ("fp32", "bf16"))
 
 
 @pytest.mark.parametrize("device_type", ["cuda", "cpu"])

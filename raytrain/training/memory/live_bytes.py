@@ -73,6 +73,7 @@ class LiveBytes(TorchDispatchMode):
         super().__init__()
         self._block = block
         self.live = self.peak = 0
+        self.counts = True  # whether what operators allocate is counted
         self.phase, self.area = "activations", "loss"
         self.at_peak: dict[tuple[str, str], int] = {}
         self._at_new_peak = False
@@ -138,7 +139,7 @@ class LiveBytes(TorchDispatchMode):
             else:
                 result = _like(layouts)
         for leaf in result if isinstance(result, (tuple, list)) else (result,):
-            if isinstance(leaf, Tensor):
+            if isinstance(leaf, Tensor) and self.counts:
                 self.watch(leaf)
         return result
 

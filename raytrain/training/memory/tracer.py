@@ -12,7 +12,7 @@ from __future__ import annotations
 import gc
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -20,13 +20,20 @@ import torch
 from torch.utils.hooks import RemovableHandle
 
 from raytrain.data.batch import SpeechBatch
+from raytrain.model.block import compiled_modules
 from raytrain.model.canary import Canary
 from raytrain.model.config import ModelConfig
+from raytrain.training.acceleration import compiles
+from raytrain.training.memory.compiled_trace import CompiledBlocks, first_inputs
 from raytrain.training.memory.live_bytes import DeviceLike, LiveBytes, cuda_block, rounded
 from raytrain.training.memory.ranks import ShardedRank, WholeRank, area_of
-from raytrain.training.parallel import is_sharded, micro_batches
+from raytrain.training.parallel import blocks_of, is_sharded, micro_batches
 from raytrain.training.settings import TrainSettings
 from raytrain.training.step import train_step
+
+# Utterances, milliseconds and tokens of the batch for which blocks are compiled; any others would do that are not equal
+# to each other in frames.
+_EXAMPLE = (13, 4720, 23)
 
 TRACER_VERSION = 3  # raised where predictions change: sizes from an older tracer are predicted again
 
@@ -81,7 +88,8 @@ class StepTracer:
     """Traces training steps of one model as a `device_type` (cuda or cpu) would run them. `precision` is fp32 or bf16.
 
     With a `world_size` above 1 the step is that of one of as many ranks: of a model in DDP, or with `shard` (by default
-    as the settings say) of one that FSDP2 spreads over the ranks; see `ranks.py`.
+    as the settings say) of one that FSDP2 spreads over the ranks; see `ranks.py`. With `compiled` its blocks are
+    compiled.
     """
 
     def __init__(
@@ -94,12 +102,14 @@ class StepTracer:
         device_type: str = "cuda",
         remember: bool = True,
         shard: bool | None = None,
+        compiled: bool | None = None,
     ) -> None:
         self._config, self._settings, self._precision = config, settings, precision
         self._device_type, self._num_batches = device_type, micro_batches(settings, world_size)
         with torch.device("meta"):
             self._model = Canary(config).train()
-        self._model.encoder.checkpoint_blocks = settings.activation_checkpointing
+        compiled = compiles(settings, device_type) if compiled is None else compiled
+        self._model.set_checkpointing(settings.activation_checkpointing, compiled=compiled)
         self._meter = LiveBytes(remember, cuda_block if device_type == "cuda" else rounded)
         averaged = settings.average_decay is not None
         is_part = is_sharded(settings, world_size) if shard is None else shard and world_size > 1
@@ -108,6 +118,20 @@ class StepTracer:
             self._rank = ShardedRank(self._model, self._meter, world_size, averaged, device_type)
         else:
             self._rank = WholeRank(self._model, self._meter, world_size, averaged)
+        self._blocks: CompiledBlocks | None = None
+        if compiled:
+            self._blocks = self._compiled_blocks()
+
+    def _compiled_blocks(self) -> CompiledBlocks:
+        blocks = compiled_modules(self._model)
+        example = meta_batch(self._config, *_EXAMPLE)
+        return CompiledBlocks(
+            blocks,
+            first_inputs(blocks, lambda: self._run(example)),
+            self._settings.activation_checkpointing,
+            self._meter,
+            lambda: DeviceLike(self._device_type, lambda: None),
+        )
 
     def trace(self, batch_size: int, max_duration_ms: int, max_tokens: int) -> StepMemory:
         """Bytes of a step of `batch_size` utterances at a bucket's upper edges."""
@@ -130,7 +154,7 @@ class StepTracer:
         device_like = DeviceLike(self._device_type, backward_begins)
         with _recomputed_blocks(self._model, device_like), _named_areas(self._model, meter), without_gc():
             try:
-                with meter, device_like:
+                with self._compiled(), meter, device_like:
                     train_step(
                         self._model,
                         [batch] * self._num_batches,
@@ -141,6 +165,9 @@ class StepTracer:
                     )
             finally:
                 self._rank.zero_grad()
+
+    def _compiled(self) -> AbstractContextManager[None]:
+        return nullcontext() if self._blocks is None else self._blocks.active()
 
 
 @contextmanager
@@ -160,7 +187,7 @@ def without_gc() -> Iterator[None]:
 def _recomputed_blocks(model: Canary, device_like: DeviceLike) -> Iterator[None]:
     """Tell `device_like` where a recomputed block begins and ends."""
     hooks: list[RemovableHandle] = []
-    for block in model.encoder.layers:
+    for block in blocks_of(model):
         hooks.append(block.register_forward_pre_hook(device_like.block_begins))
         # Recomputation stops with an exception as soon as it has what backward needs.
         hooks.append(block.register_forward_hook(device_like.block_ends, always_call=True))
