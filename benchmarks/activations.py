@@ -1,14 +1,15 @@
 """What each choice of `train.activation_checkpointing` saves and costs, traced without a GPU.
 
 For each model, bucket and choice: the predicted largest batch on a device of 80 GiB in bf16; and for a fixed batch the
-floating-point operations and the bytes that other kernels than products read and write, relative to `none`. A compiled
-block's elementwise operators read what the kernels before them wrote; two kernels that inductor fuses side by side
-count twice.
+floating-point operations relative to `none`, and for eager blocks the bytes that other operators than products read and
+write. For compiled blocks there are no bytes: operators in their graphs are not kernels, and counted as if they were,
+they come to twice what inductor's scheduler counts.
 """
 
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Iterable
 from typing import Any
 
@@ -20,7 +21,6 @@ from torch.utils.flop_counter import flop_registry
 from benchmarks._models import config_of
 from benchmarks._record import record
 from raytrain.model.checkpointing import Checkpointing
-from raytrain.training.memory.live_bytes import LiveBytes
 from raytrain.training.memory.prediction import predict_batch_size
 from raytrain.training.memory.tracer import StepTracer
 from raytrain.training.settings import TrainSettings
@@ -30,6 +30,7 @@ _BUCKETS = ((5000, 30), (20000, 90), (40000, 170))
 _CHOICES: tuple[tuple[bool, Checkpointing], ...] = (
     (False, "none"),
     (False, "selective"),
+    (False, "full"),
     (True, "none"),
     (True, "selective"),
     (True, "full"),
@@ -38,14 +39,12 @@ _WORK_BATCH, _LARGEST = 8, 8192
 
 
 class Work(TorchDispatchMode):
-    """Operations of products, and bytes of all other operators, while a tracer without memory runs inside of it."""
+    """Operations of products, and bytes that all other operators read and write, while a tracer that remembers no
+    shapes runs inside of it."""
 
-    def __init__(self, meter: LiveBytes) -> None:
+    def __init__(self) -> None:
         super().__init__()
-        self._meter = meter
         self.flops = self.num_bytes = 0
-        # What a result that exists in no memory is computed from: bytes by storage.
-        self._sources: dict[int, tuple[Tensor, dict[int, int]]] = {}
 
     def __torch_dispatch__(
         self, func: OpOverload, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -54,23 +53,9 @@ class Work(TorchDispatchMode):
         formula = flop_registry.get(func.overloadpacket)
         if formula is not None:
             self.flops += formula(*args, **kwargs or {}, out_val=result)
-        elif not any(argument.alias_info for argument in func._schema.returns) or func._schema.is_mutable:
-            self._elementwise(list(_tensors(args)), list(_tensors(result)))
+        elif func._schema.is_mutable or not any(returned.alias_info for returned in func._schema.returns):
+            self.num_bytes += sum(map(_size, (*_tensors(args), *_tensors(result))))
         return result
-
-    def _elementwise(self, inputs: list[Tensor], outputs: list[Tensor]) -> None:
-        sources: dict[int, int] = {}
-        for tensor in inputs:
-            key = tensor.untyped_storage()._cdata
-            sources |= self._sources[key][1] if key in self._sources else {key: _size(tensor)}
-        for tensor in outputs:
-            key = tensor.untyped_storage()._cdata
-            if self._meter.counts:
-                self._sources.pop(key, None)
-            else:
-                self._sources[key] = tensor, sources  # the tensor, so that its key is not used again
-        if self._meter.counts:
-            self.num_bytes += sum(sources.values()) + sum(map(_size, outputs))
 
 
 def _tensors(values: Any) -> Iterable[Tensor]:
@@ -91,37 +76,28 @@ def _tracer(name: str, mode: Checkpointing, compiled: bool, remember: bool = Tru
     return StepTracer(config_of(name), settings, precision="bf16", compiled=compiled, remember=remember)
 
 
-def work(name: str, edges: tuple[int, int], mode: Checkpointing, compiled: bool) -> Work:
-    """Of a step of 8 utterances."""
-    tracer = _tracer(name, mode, compiled, remember=False)
-    with Work(tracer._meter) as counted:
+def _work(tracer: StepTracer, edges: tuple[int, int]) -> Work:
+    with Work() as counted:
         tracer.trace(_WORK_BATCH, *edges)
     return counted
 
 
 def rows_of(name: str, gib: float) -> list[dict[str, Any]]:
-    """A row for each bucket and choice."""
+    """A row for each choice and bucket."""
     rows: list[dict[str, Any]] = []
-    tracers = {choice: _tracer(name, choice[1], choice[0]) for choice in _CHOICES}
-    for edges in _BUCKETS:
-        base: dict[bool, Work] = {}
-        for compiled, mode in _CHOICES:
-            predicted = predict_batch_size(tracers[compiled, mode], *edges, int(gib * GIB), _LARGEST)
-            counted = work(name, edges, mode, compiled)
-            plain = base.setdefault(compiled, counted)
-            rows.append(
-                {
-                    "model": name,
-                    "seconds": edges[0] // 1000,
-                    "compiled": compiled,
-                    "mode": mode,
-                    "batch": predicted.batch_size,
-                    "flops": round(counted.flops / plain.flops, 4),
-                    "other_bytes": round(counted.num_bytes / plain.num_bytes, 4),
-                    "other_gb_per_utterance": round(counted.num_bytes / _WORK_BATCH / 1e9, 3),
-                }
-            )
-            print(rows[-1], flush=True)
+    plain: dict[tuple[bool, int], Work] = {}
+    for compiled, mode in _CHOICES:
+        tracer, counting = _tracer(name, mode, compiled), _tracer(name, mode, compiled, remember=False)
+        for edges in _BUCKETS:
+            predicted = predict_batch_size(tracer, *edges, int(gib * GIB), _LARGEST)
+            counted = _work(counting, edges)
+            base = plain.setdefault((compiled, edges[0]), counted)
+            row: dict[str, Any] = {"model": name, "compiled": compiled, "mode": mode, "seconds": edges[0] // 1000}
+            row |= {"batch": predicted.batch_size, "flops": round(counted.flops / base.flops, 4)}
+            if not compiled:
+                row["other_bytes"] = round(counted.num_bytes / base.num_bytes, 4)
+            rows.append(row)
+            print(row, file=sys.stderr, flush=True)
     return rows
 
 
