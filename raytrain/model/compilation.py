@@ -66,7 +66,7 @@ def compile_blocks(model: Canary, dtype: torch.dtype, mode: Checkpointing = "non
     # DDP would split a block's graph where its buckets end, but a block is small enough to be reduced as a whole.
     torch._dynamo.config.optimize_ddp = False
     kinds: tuple[type[Block], ...] = (Subsampling, ConformerBlock, DecoderBlock)
-    passes = {kind: CompiledPass(kind, compile_options(mode)) for kind in kinds}
+    passes = {kind: CompiledPass(kind, compile_options(mode, kind)) for kind in kinds}
     device = next(model.parameters()).device
     try:
         with torch.random.fork_rng([device] if device.type == "cuda" else []):

@@ -50,6 +50,8 @@ class MaskedReLU(torch.autograd.Function):
 class Subsampling(Block):
     """mel (B, M, T) → (B, ⌈T/8⌉, D); padding is zeroed before every convolution."""
 
+    recomputes = True  # its activations are the model's largest, and its convolutions of few inputs are cheap
+
     def __init__(self, mel_bins: int, channels: int, width: int) -> None:
         super().__init__()
         self.conv = nn.Sequential(

@@ -1,9 +1,10 @@
-"""How inductor divides a compiled block into forward and backward, for selective activation checkpointing.
+"""How inductor divides a compiled block into forward and backward.
 
 What forward keeps is a minimal cut, by bytes, through the graph of both (torch/_functorch/partitioners.py). By default
 a value is not computed again if a matrix product in backward reads it, if it is used far from where it was made, at the
-end of a long chain of cheap operators, or if it is random. Here only results of dear operators are not, and the seeds
-of dropout, from which masks are computed again.
+end of a long chain of cheap operators, or if it is random. Here shifted copies, which convolutions written as sums of
+shifted products make in float32, are computed again in any case. For selective activation checkpointing only results
+of dear operators are not, and the seeds of dropout, from which masks are computed again.
 """
 
 from __future__ import annotations
@@ -22,7 +23,24 @@ from torch.utils.checkpoint import CheckpointPolicy
 from raytrain.model import checkpointing
 from raytrain.model.checkpointing import is_kept
 
+_SHIFTED = (torch.ops.aten.constant_pad_nd.default,)
 _PRODUCTS = (torch.ops.aten.bmm.default, torch.ops.aten.baddbmm.default)
+
+
+class PlainPartition(CustomPartitionerFn):
+    """Inductor's rules, but no padded copy is kept."""
+
+    def __call__(
+        self, gm: GraphModule, joint_inputs: Sequence[object], **options: Any
+    ) -> tuple[GraphModule, GraphModule]:
+        for node in gm.graph.nodes:
+            if node.target in _SHIFTED:
+                node.meta["recompute"] = CheckpointPolicy.PREFER_RECOMPUTE
+        return min_cut_rematerialization_partition(gm, joint_inputs, **options)
+
+    def uuid(self) -> object:
+        """Compiled code on disk is looked up by it, so it changes with the rules here."""
+        return get_hash_for_files((__file__,), "plain")
 
 
 class SelectivePartition(CustomPartitionerFn):
@@ -67,4 +85,4 @@ def _grows_with_the_square(product: Node) -> bool:
     return isinstance(left[-1], int) and not any(isinstance(size, int) for size in sizes)
 
 
-SELECTIVE = SelectivePartition()
+PLAIN, SELECTIVE = PlainPartition(), SelectivePartition()

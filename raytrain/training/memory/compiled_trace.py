@@ -125,7 +125,9 @@ class TracedBlock:
                 [*state, *sizes, *symbolic],
                 fw_compiler=partial(_GraphRunner.of, meter),
                 bw_compiler=partial(_GraphRunner.of, meter),
-                partition_fn=partial(_divided, mode, list(range(len(list(block.parameters()))))),
+                partition_fn=partial(
+                    _divided, compile_options(mode, type(block)), list(range(len(list(block.parameters()))))
+                ),
                 decompositions=select_decomp_table(),
                 keep_inference_input_mutations=True,
             )
@@ -169,13 +171,17 @@ def _on_cpu(tensor: Tensor) -> Tensor:
 
 
 def _divided(
-    mode: Checkpointing, static: list[int], graph: fx.GraphModule, inputs: Sequence[object], **options: Any
+    options_of_inductor: dict[str, Any],
+    static: list[int],
+    graph: fx.GraphModule,
+    inputs: Sequence[object],
+    **options: Any,
 ) -> tuple[fx.GraphModule, fx.GraphModule]:
     """Forward and backward of a joint graph, by inductor's rules. Parameters (inputs `static`) exist anyway."""
     from torch._inductor import config
     from torch._inductor.compile_fx import partition_fn
 
-    with config.patch(compile_options(mode)):
+    with config.patch(options_of_inductor):
         return partition_fn(graph, inputs, **options | {"static_lifetime_input_indices": static})
 
 
@@ -249,6 +255,7 @@ def _last_uses(nodes: Sequence[fx.Node]) -> dict[fx.Node, list[fx.Node]]:
     return ends
 
 
+_IN_KERNELS = {"constant_pad_nd", "select_scatter", "slice_scatter"}  # inductor's lowering of them is elementwise
 _REDUCTIONS = {"sum", "mean", "amax", "amin", "max", "min", "var_mean", "var", "prod", "argmax", "any"}
 
 
@@ -259,15 +266,18 @@ def fused_nodes(graph: fx.Graph) -> set[fx.Node]:
 
     kinds = get_default_op_list()
 
+    def is_elementwise(node: fx.Node) -> bool:
+        return kinds.is_fusible(node) or _name_of(node.target) in _IN_KERNELS
+
     def is_read_in_kernels(node: fx.Node) -> bool:
-        return all(is_read_in_kernels(user) if kinds.is_view(user) else kinds.is_fusible(user) for user in node.users)
+        return all(is_read_in_kernels(user) if kinds.is_view(user) else is_elementwise(user) for user in node.users)
 
     return {
         node
         for node in graph.nodes
         if node.op == "call_function"
         and node.target is not operator.getitem
-        and kinds.is_fusible(node)
+        and is_elementwise(node)
         and not kinds.is_view(node)
         and _name_of(node.target) not in _REDUCTIONS
         and is_read_in_kernels(node)
