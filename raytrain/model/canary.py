@@ -128,6 +128,11 @@ class Canary(nn.Module):
         self.encoder.checkpointing = eager_part(mode, compiled=compiled)
         self.transf_decoder.checkpointing = "none" if mode == "full" else self.encoder.checkpointing
 
+    def fuse_attention(self, fused: bool) -> None:
+        """Whether training computes the encoder's attention by `relative_attention`, which keeps no scores."""
+        for block in self.encoder.layers:
+            block.self_attn.fused = fused
+
     def reset_constants(self) -> None:
         """Refill filterbank, window and position table after `to_empty` of a model created on meta."""
         self.preprocessor.featurizer.reset()

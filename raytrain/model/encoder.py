@@ -22,6 +22,7 @@ from raytrain.model.features import mask_until
 from raytrain.model.linear import pointwise
 from raytrain.model.mixed import MixedLayerNorm, MixedLinear
 from raytrain.model.module_list import ModuleList
+from raytrain.model.relative_attention import relative_attention
 
 
 def subsampled(lengths: Tensor) -> Tensor:
@@ -102,24 +103,27 @@ class RelativeAttention(nn.Module):
         self.linear_pos = MixedLinear(width, width, bias=False)
         self.pos_bias_u = nn.Parameter(torch.zeros(heads, width // heads))
         self.pos_bias_v = nn.Parameter(torch.zeros(heads, width // heads))
+        self.fused = False  # whether training keeps no scores
 
     def forward(self, x_BTD: Tensor, positions_PD: Tensor, lengths_B: Tensor) -> Tensor:
-        batch, time, width = x_BTD.shape
-        split = (batch, time, self.heads, width // self.heads)
-        q, k = self.linear_q(x_BTD).view(split), self.linear_k(x_BTD).view(split)
-        v = self.linear_v(x_BTD).view(split)
-        p_HKP = self.linear_pos(positions_PD).view(-1, self.heads, split[-1]).permute(1, 2, 0)
-        by_position = torch.matmul((q + self.pos_bias_v.to(q.dtype)).transpose(1, 2), p_HKP)
-        scores = shift(by_position) / math.sqrt(split[-1])
-        scores = scores.masked_fill(~mask_until(lengths_B, time)[:, None, None], float("-inf"))
-        mixed = F.scaled_dot_product_attention(
-            (q + self.pos_bias_u.to(q.dtype)).transpose(1, 2),
-            k.transpose(1, 2),
-            v.transpose(1, 2),
-            attn_mask=scores,
-            dropout_p=self.dropout if self.training else 0.0,
-        )
-        return self.linear_out(mixed.transpose(1, 2).reshape(batch, time, width))
+        heads = (self.heads, -1)
+        q, k, v = (layer(x_BTD).unflatten(2, heads) for layer in (self.linear_q, self.linear_k, self.linear_v))
+        p_PHK = self.linear_pos(positions_PD).unflatten(1, heads)
+        q_u, q_v = q + self.pos_bias_u.to(q.dtype), q + self.pos_bias_v.to(q.dtype)
+        dropout = self.dropout if self.training else 0.0
+        attend = relative_attention if self.fused and self.training else attention_with_scores
+        return self.linear_out(attend(q_u, q_v, k, v, p_PHK, lengths_B, dropout).flatten(2))
+
+
+def attention_with_scores(
+    q_u: Tensor, q_v: Tensor, k: Tensor, v: Tensor, p_PHK: Tensor, lengths_B: Tensor, dropout: float
+) -> Tensor:
+    """What `relative_attention` computes, (B, T, H, K), by scores in memory: on a CPU, and in evaluation."""
+    by_position = torch.matmul(q_v.transpose(1, 2), p_PHK.permute(1, 2, 0))
+    scores = shift(by_position) / math.sqrt(q_u.shape[3])
+    scores = scores.masked_fill(~mask_until(lengths_B, q_u.shape[1])[:, None, None], float("-inf"))
+    q, k, v = q_u.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=scores, dropout_p=dropout).transpose(1, 2)
 
 
 def shift(x_BHTP: Tensor) -> Tensor:

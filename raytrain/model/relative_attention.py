@@ -17,6 +17,7 @@ from torch.autograd.function import FunctionCtx
 
 from raytrain.model import relative_attention_twin as twin
 
+WIDTHS = (16, 32, 64, 128)  # channels of a head that the kernels take
 _HALF = (torch.bfloat16, torch.float16)
 # Largest difference of a kernel's tensor from plain PyTorch's in float32, as a part of its norm.
 _TOLERANCE = {torch.bfloat16: 2e-2, torch.float16: 4e-3, torch.float32: 4e-3}
@@ -162,8 +163,8 @@ def _warn_once(fault: str) -> None:
 @cache
 def kernel_fault(device: torch.device, width: int, dtype: torch.dtype, drops: bool) -> str | None:
     """Why the kernels can't be used for heads of `width` channels, or None. The first call compiles and checks them."""
-    if width not in (16, 32, 64, 128):
-        return f"the kernels are for heads of 16, 32, 64 or 128 channels, not {width}"
+    if width not in WIDTHS:
+        return f"the kernels are for heads of {', '.join(map(str, WIDTHS))} channels, not {width}"
     if dtype not in _TOLERANCE:
         return f"the kernels are for {', '.join(map(str, _TOLERANCE))}, not {dtype}"
     try:
@@ -191,9 +192,7 @@ def _disagreement(device: torch.device, width: int, dtype: torch.dtype, dropout:
     return None
 
 
-def _example(
-    device: torch.device, width: int, dtype: torch.dtype
-) -> tuple[tuple[Tensor, ...], Tensor, Tensor, Tensor]:
+def _example(device: torch.device, width: int, dtype: torch.dtype) -> tuple[tuple[Tensor, ...], Tensor, Tensor, Tensor]:
     """Inputs of two heads, lengths, noise and the gradient of the output."""
     batch, time, heads = 3, 150, 2
     generator = torch.Generator().manual_seed(0)

@@ -6,8 +6,14 @@ it.
 
 from __future__ import annotations
 
+import warnings
+
+import torch
+
 from raytrain.model.canary import Canary
-from raytrain.model.compilation import compile_blocks
+from raytrain.model.compilation import CompilationWarning, compile_blocks
+from raytrain.model.config import ModelConfig
+from raytrain.model.relative_attention import WIDTHS, kernel_fault
 from raytrain.training.settings import TrainSettings
 from raytrain.training.step import computing_type
 
@@ -20,7 +26,30 @@ def compiles(settings: TrainSettings, device_type: str) -> bool:
 
 def accelerate(model: Canary, settings: TrainSettings, precision: str) -> None:
     """Prepare a model on its device for training steps in `precision` (fp32 or bf16)."""
+    model.fuse_attention(_attention_works(model, computing_type(precision)))
     mode, compiled = settings.activation_checkpointing, False
     if compiles(settings, next(model.parameters()).device.type):
         compiled = compile_blocks(model, computing_type(precision), mode)
     model.set_checkpointing(mode, compiled=compiled)
+
+
+def fuses_attention(config: ModelConfig, device_type: str) -> bool:
+    """Whether steps on `device_type` have a kernel for attention that keeps no scores, if it works there."""
+    return device_type == "cuda" and config.encoder_width // config.encoder_heads in WIDTHS
+
+
+def _attention_works(model: Canary, dtype: torch.dtype) -> bool:
+    """Whether attention's kernel compiles on the model's device and agrees with plain PyTorch; warns if it does not."""
+    config, device = model.config, next(model.parameters()).device
+    if not fuses_attention(config, device.type):
+        return False
+    width = config.encoder_width // config.encoder_heads
+    fault = kernel_fault(device, width, dtype, config.dropout > 0)
+    if fault is not None:
+        warnings.warn(
+            f"attention keeps its scores, which takes more memory and time; because {fault}; to do: install the Triton "
+            "of this torch",
+            CompilationWarning,
+            stacklevel=3,
+        )
+    return fault is None

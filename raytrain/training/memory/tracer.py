@@ -23,7 +23,7 @@ from raytrain.data.batch import SpeechBatch
 from raytrain.model.block import compiled_modules
 from raytrain.model.canary import Canary
 from raytrain.model.config import ModelConfig
-from raytrain.training.acceleration import compiles
+from raytrain.training.acceleration import compiles, fuses_attention
 from raytrain.training.memory.compiled_trace import CompiledBlocks, first_inputs
 from raytrain.training.memory.live_bytes import DeviceLike, LiveBytes, cuda_block, rounded
 from raytrain.training.memory.ranks import ShardedRank, WholeRank, area_of
@@ -109,6 +109,7 @@ class StepTracer:
         with torch.device("meta"):
             self._model = Canary(config).train()
         compiled = compiles(settings, device_type) if compiled is None else compiled
+        self._model.fuse_attention(fuses_attention(config, device_type))
         self._model.set_checkpointing(settings.activation_checkpointing, compiled=compiled)
         self._meter = LiveBytes(remember, cuda_block if device_type == "cuda" else rounded)
         averaged = settings.average_decay is not None
