@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from raytrain.model.checkpointing import Checkpointing, run_block
-from raytrain.model.config import ModelConfig
+from raytrain.model.checkpointing import run_block
+from raytrain.model.config import Checkpointing, ModelConfig
 from raytrain.model.dropout import dropout
 from raytrain.model.linear import Linear, PreparedLinear, affine, affine_of
 from raytrain.model.module_list import ModuleList

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from torch.autograd.function import BackwardCFunction, FunctionCtx
 from torch.nn import functional as F
 
-from raytrain.model.checkpointing import Checkpointing, run_block
-from raytrain.model.config import ModelConfig
+from raytrain.model.checkpointing import run_block
+from raytrain.model.config import Checkpointing, ModelConfig
 from raytrain.model.dropout import dropout
 from raytrain.model.features import mask_until
 from raytrain.model.linear import pointwise
