@@ -20,7 +20,7 @@ from torch.utils.flop_counter import flop_registry
 
 from benchmarks._models import config_of
 from benchmarks._record import record
-from raytrain.model.checkpointing import Checkpointing
+from raytrain.model.config import Checkpointing
 from raytrain.training.memory.prediction import predict_batch_size
 from raytrain.training.memory.tracer import StepTracer
 from raytrain.training.settings import TrainSettings

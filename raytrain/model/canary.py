@@ -13,8 +13,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from raytrain.model.checkpointing import Checkpointing, eager_part
-from raytrain.model.config import ModelConfig
+from raytrain.model.checkpointing import eager_part
+from raytrain.model.config import Checkpointing, ModelConfig
 from raytrain.model.decoder import TransformerDecoder, initialize
 from raytrain.model.encoder import FastConformer
 from raytrain.model.features import LogMelFeatures, SpecAugment, mask_until

@@ -11,6 +11,9 @@ Width = Annotated[int, Range(1, 65_536)]
 Layers = Annotated[int, Range(1, 512)]
 
 
+Checkpointing = Literal["none", "selective", "full"]  # see `checkpointing`
+
+
 @dataclass(frozen=True)
 class SpecAugmentSettings:
     """SpecAugment: bands of mel bins and spans of time that training blanks out."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
-from raytrain.model.checkpointing import Checkpointing
+from raytrain.model.config import Checkpointing
 from raytrain.settings import Range, Setting, Switch, refuse, setting_problems
 
 MAX_WORKERS = 65_536

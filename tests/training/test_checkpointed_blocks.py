@@ -33,7 +33,7 @@ def block_inputs(kind, batch, frames, tokens, device="cpu", dtype=torch.float32)
 
     if kind == "encoder":
         positions = torch.randn(2 * frames - 1, 64, device=device, dtype=dtype)
-        return states(frames), positions, torch.ones(batch, 1, frames, dtype=torch.bool, device=device)
+        return states(frames), positions, torch.full((batch,), frames, device=device)
     return states(tokens), states(frames), torch.ones(batch, 1, 1, frames, dtype=torch.bool, device=device)
 
 
@@ -69,7 +69,8 @@ def gradients(mode, dropout):
     model.set_checkpointing(mode)
     batch = SpeechBatch.synthetic(2, 1500, 12, vocab=40, device="cpu")
     torch.manual_seed(1)
-    output = model(batch.audio.double(), batch.audio_lengths, batch.input_ids, batch.input_lengths)
+    inputs = (batch.audio.double(), batch.audio_lengths, batch.input_ids, batch.input_lengths)
+    output = model(*inputs, dtype=torch.float64)
     output.logits.square().mean().backward()
     named = {name: parameter.grad for name, parameter in model.named_parameters()}
     return named, running_statistics(model), output.logits
