@@ -23,6 +23,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -42,7 +43,7 @@ from raytrain.training.step import train_step
 ORDERS = ("autocast", "stream", "fp32")
 WINDOW = 25  # steps
 _CONFIG = Path(__file__).parents[1] / "configs" / "digits.yaml"
-_LONGEST_SECONDS = 6.0
+_STEPS = 300
 _POOL = 8  # batches that are sorted by duration together
 
 Curve = list[float]
@@ -53,15 +54,17 @@ Curve = list[float]
 
 @dataclass(frozen=True)
 class Corpus:
-    """Utterances of a manifest as batches, by a tokenizer trained on its texts."""
+    """Utterances of a manifest: audio, sequences of tokens by a tokenizer trained on their texts."""
 
-    batch: SpeechBatch  # all utterances, padded
+    audios: list[np.ndarray]
+    tokens: list[list[int]]
+    prompt_length: int
     pad_id: int
     vocab_size: int
 
     @classmethod
-    def read(cls, folder: Path, model: ModelConfig, num_pieces: int) -> Corpus:
-        """The utterances of `folder`/train.jsonl up to six seconds. Exits with a message if it isn't there."""
+    def read(cls, folder: Path, model: ModelConfig, num_pieces: int, longest: float) -> Corpus:
+        """The utterances of `folder`/train.jsonl up to `longest` seconds. Exits with a message if it isn't there."""
         manifest = folder / "train.jsonl"
         if not manifest.is_file():
             sys.exit(
@@ -69,30 +72,26 @@ class Corpus:
                 "to do: name the digits corpus with --corpus"
             )
         rows = [json.loads(line) for line in manifest.read_text().splitlines()]
-        rows = [row for row in rows if row["duration"] <= _LONGEST_SECONDS]
+        rows = [row for row in rows if row["duration"] <= longest]
         tokenizer = train_tokenizer({"en": [row["text"] for row in rows]}, num_pieces)
         prompt = prompt_ids(tokenizer, "en", "en", prompt_format=model.prompt_format, pnc=False)
         audios = [read_audio(str(folder / row["audio_filepath"]), sample_rate=model.sample_rate) for row in rows]
         tokens = [[*prompt, *tokenizer.encode_text(row["text"], "en"), tokenizer.eos_id] for row in rows]
-        batch = SpeechBatch.collate(audios, tokens, [len(prompt)] * len(rows), pad_id=tokenizer.pad_id)
-        return cls(batch, tokenizer.pad_id, tokenizer.vocab_size)
+        return cls(audios, tokens, len(prompt), tokenizer.pad_id, tokenizer.vocab_size)
 
     def batches(self, size: int, seed: int) -> Iterator[SpeechBatch]:
         """Endless batches of similar durations, in an order that the seed gives."""
-        rng, lengths = random.Random(seed), self.batch.audio_lengths.tolist()
+        rng, lengths = random.Random(seed), list(map(len, self.audios))
         while True:
             order = rng.sample(range(len(lengths)), len(lengths))
             for first in range(0, len(order) - size * _POOL + 1, size * _POOL):
                 pool = sorted(order[first : first + size * _POOL], key=lengths.__getitem__)
                 for start in rng.sample(range(0, len(pool), size), _POOL):
-                    yield self._select(pool[start : start + size])
+                    yield self._batch(pool[start : start + size])
 
-    def _select(self, rows: list[int]) -> SpeechBatch:
-        audio, audio_lengths, tokens, token_lengths, prompt_lengths = (
-            tensor[torch.tensor(rows)] for tensor in self.batch.tensors()
-        )
-        audio, tokens = audio[:, : int(audio_lengths.max())], tokens[:, : int(token_lengths.max())]
-        return SpeechBatch(audio, audio_lengths, tokens, token_lengths, prompt_lengths)
+    def _batch(self, rows: list[int]) -> SpeechBatch:
+        audios, tokens = [self.audios[row] for row in rows], [self.tokens[row] for row in rows]
+        return SpeechBatch.collate(audios, tokens, [self.prompt_length] * len(rows), pad_id=self.pad_id)
 
 
 # --- training
@@ -131,10 +130,15 @@ def _ordered(model: Canary, order: str) -> contextlib.AbstractContextManager[nn.
     return autocast_order(model) if order == "autocast" else contextlib.nullcontext(model)
 
 
-def recipe(folder: Path, steps: int, batch_size: int) -> Recipe:
-    """The digits configuration's model and settings, with a schedule that fits into `steps`."""
+def recipe(folder: Path, steps: int, batch_size: int, longest: float) -> Recipe:
+    """The digits configuration's model and settings, with a schedule that fits into `steps`; of utterances up to
+    `longest` seconds."""
     config = load_config(_CONFIG)
-    corpus = Corpus.read(folder, config.model, config.tokenizer.vocab_size)
+    corpus = Corpus.read(folder, config.model, config.tokenizer.vocab_size, longest)
+    if (least := batch_size * _POOL) > len(corpus.audios):
+        sys.exit(
+            f"{folder} has {len(corpus.audios)} utterances up to {longest} s; a batch of {batch_size} needs {least}"
+        )
     settings = replace(config.train, max_steps=steps, warmup_steps=max(1, steps // 6), average_decay=None)
     model = replace(config.model, vocab_size=corpus.vocab_size, ctc_head=settings.ctc_weight > 0)
     return Recipe(corpus, model, settings, batch_size)
@@ -189,7 +193,7 @@ def measure(shared: Recipe, orders: list[str], seeds: list[int]) -> dict[str, An
             seconds[order] += time.perf_counter() - start
             print(f"{order} {seed}: {curves[order][seed]} {seconds[order]:.0f} s", file=sys.stderr, flush=True)
     result: dict[str, Any] = {
-        "utterances": len(shared.corpus.batch),
+        "utterances": len(shared.corpus.audios),
         "batch_size": shared.batch_size,
         "steps": shared.settings.max_steps,
         "window": WINDOW,
@@ -207,14 +211,16 @@ def main() -> None:
     parser.add_argument("--corpus", type=Path, default=Path("../shared/corpora/digits-en"), help="with train.jsonl")
     parser.add_argument("--orders", nargs="+", choices=ORDERS, default=["autocast", "stream"])
     parser.add_argument("--seeds", nargs="+", type=int, default=[1, 2, 3])
-    parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument("--steps", type=int, default=_STEPS)
     parser.add_argument("--batch-size", type=int, default=16, help="utterances")
+    parser.add_argument("--longest", type=float, default=6.0, help="utterances, in seconds")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    shared = recipe(arguments.corpus, arguments.steps, arguments.batch_size)
-    record("precision_curve", measure(shared, arguments.orders, arguments.seeds), as_json=arguments.json)
+    shared = recipe(arguments.corpus, arguments.steps, arguments.batch_size, arguments.longest)
+    theme = "precision_curve" if arguments.steps == _STEPS else f"precision_curve_{arguments.steps}_steps"
+    record(theme, measure(shared, arguments.orders, arguments.seeds), as_json=arguments.json)
 
 
 if __name__ == "__main__":

@@ -138,7 +138,7 @@ def corpus(folder: Path) -> Path:
 
 
 def test_a_seed_gives_the_same_weights_batches_and_random_numbers_in_each_order(tmp_path):
-    shared = recipe(corpus(tmp_path), 2, 2)
+    shared = recipe(corpus(tmp_path), 2, 2, 1.0)
     shared = replace(shared, model=replace(MODEL, vocab_size=shared.model.vocab_size, ctc_head=True))
     first, again = (shared.losses("fp32", 3) for _ in range(2))
     assert first == again != shared.losses("fp32", 4)
@@ -152,4 +152,4 @@ def test_a_seed_gives_the_same_weights_batches_and_random_numbers_in_each_order(
 
 def test_a_missing_corpus_is_named(tmp_path):
     with pytest.raises(SystemExit, match=r"train\.jsonl is not a file; allowed: .*; to do: .*--corpus"):
-        recipe(tmp_path / "nowhere", 2, 2)
+        recipe(tmp_path / "nowhere", 2, 2, 1.0)
