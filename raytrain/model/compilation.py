@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from raytrain.errors import first_line
 from raytrain.model.block import Block, compiled_modules
 from raytrain.model.canary import Canary
-from raytrain.model.checkpointing import Checkpointing, compile_options
-from raytrain.model.config import ModelConfig
+from raytrain.model.checkpointing import compile_options
+from raytrain.model.config import Checkpointing, ModelConfig
 from raytrain.model.decoder import DecoderBlock
 from raytrain.model.encoder import ConformerBlock, Subsampling, relative_positions
 

@@ -15,14 +15,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-<<<<<<< HEAD
 from raytrain.model.block import Block
-from raytrain.model.checkpointing import Checkpointing, run_block
-from raytrain.model.config import ModelConfig
-=======
 from raytrain.model.checkpointing import run_block
 from raytrain.model.config import Checkpointing, ModelConfig
->>>>>>> trace
 from raytrain.model.dropout import dropout
 from raytrain.model.linear import Linear, PreparedLinear, affine, affine_of
 from raytrain.model.mixed import MixedLayerNorm, MixedLinear

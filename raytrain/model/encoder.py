@@ -13,15 +13,10 @@ from torch import Tensor, nn
 from torch.autograd.function import BackwardCFunction, FunctionCtx
 from torch.nn import functional as F
 
-<<<<<<< HEAD
 from raytrain.model.block import Block
-from raytrain.model.checkpointing import Checkpointing, run_block
-from raytrain.model.config import ModelConfig
-from raytrain.model.convolution import depthwise, strided
-=======
 from raytrain.model.checkpointing import run_block
 from raytrain.model.config import Checkpointing, ModelConfig
->>>>>>> trace
+from raytrain.model.convolution import depthwise, strided
 from raytrain.model.dropout import dropout
 from raytrain.model.features import mask_until
 from raytrain.model.linear import pointwise

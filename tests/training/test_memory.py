@@ -16,7 +16,8 @@ from raytrain.training.parallel import micro_batches
 from raytrain.training.settings import TrainSettings
 
 MODEL = replace(TINY, encoder_layers=3, encoder_width=64, subsampling_channels=32, ctc_head=True)
-SETTINGS = TrainSettings(ctc_weight=0.5, num_workers=1)
+# Compiled blocks are traced in test_checkpointed_blocks.py; each tracer takes seconds for them.
+SETTINGS = TrainSettings(ctc_weight=0.5, num_workers=1, compile=False)
 MEASURED = Path(__file__).parents[2] / "benchmarks" / "results" / "oomptimizer_cuda_20261128.json"
 MIB, GIB = 2**20, 2**30
 WEIGHTS = sum(parameter.numel() * 4 for parameter in Canary(MODEL).parameters())
@@ -83,27 +84,18 @@ def test_autocast_is_traced_for_either_kind_of_device(device_type):
 # --- CUDA
 
 
-def test_traces_explain_what_was_measured_on_a_gpu():
-    """To 0.5 %, but for two cells that were measured after a failed probe whose DDP had left its buckets behind; they
-    are as large as the weights."""
+def test_a_step_takes_less_than_was_measured_on_a_gpu_before_its_residual_stream_was_bf16():
+    """The measured steps ran under autocast, whose layer norms return float32, and kept attention's scores; traces of
+    that code agreed with them to 0.5 %."""
     from benchmarks._models import config_of
 
     measured = json.loads(MEASURED.read_text())["result"]
-    left_over = {("canary-1b-flash", 22090), ("canary-1b-flash", 17060)}
     for name, model in measured["models"].items():
-        settings = TrainSettings(num_workers=2, precision="bf16")
+        settings = TrainSettings(num_workers=2, precision="bf16", compile=False)
         tracer = StepTracer(config_of(name), settings, precision="bf16", world_size=2)
         for cell in model["cells"]:
             memory = tracer.trace(cell["batch_size"], *cell["edges"])
-            peak, real = memory.peak_bytes / GIB, cell["measured_gib"]
-            assert peak == pytest.approx(real, rel=0.03)
-            if (name, cell["edges"][0]) in left_over:
-                peak += memory.by_module()["reducer"] / GIB
-            assert peak == pytest.approx(real, rel=0.005)
-    alone = measured["step_without_ddp"]
-    tracer = StepTracer(config_of(alone["model"]), TrainSettings(num_workers=1), precision="bf16")
-    memory = tracer.trace(alone["batch_size"], *alone["edges"])
-    assert memory.peak_bytes / GIB == pytest.approx(alone["measured_gib"], rel=0.005)
+            assert 0.8 < memory.peak_bytes / GIB / cell["measured_gib"] < 0.97
 
 
 def test_blocks_of_the_caching_allocator_are_as_large_as_what_they_hold_or_a_little_larger():

@@ -256,9 +256,6 @@ def _last_uses(nodes: Sequence[fx.Node]) -> dict[fx.Node, list[fx.Node]]:
     return ends
 
 
-<<<<<<< HEAD
-_IN_KERNELS = {"constant_pad_nd", "select_scatter", "slice_scatter"}  # inductor's lowering of them is elementwise
-=======
 # Elementwise in inductor (torch/_inductor/lowering.py), though the list of AOTAutograd lacks them.
 _ALSO_ELEMENTWISE = {
     "select_scatter",
@@ -268,7 +265,6 @@ _ALSO_ELEMENTWISE = {
     "inductor_random",
     "inductor_lookup_seed",
 }
->>>>>>> trace
 _REDUCTIONS = {"sum", "mean", "amax", "amin", "max", "min", "var_mean", "var", "prod", "argmax", "any"}
 
 
@@ -279,30 +275,18 @@ def fused_nodes(graph: fx.Graph) -> set[fx.Node]:
 
     kinds = get_default_op_list()
 
-<<<<<<< HEAD
-    def is_elementwise(node: fx.Node) -> bool:
-        return kinds.is_fusible(node) or _name_of(node.target) in _IN_KERNELS
-
-    def is_read_in_kernels(node: fx.Node) -> bool:
-        return all(is_read_in_kernels(user) if kinds.is_view(user) else is_elementwise(user) for user in node.users)
-=======
     def is_in_kernels(node: fx.Node) -> bool:
         return kinds.is_fusible(node) or _name_of(node.target) in _ALSO_ELEMENTWISE
 
     def is_read_in_kernels(node: fx.Node) -> bool:
         return all(is_read_in_kernels(user) if kinds.is_view(user) else is_in_kernels(user) for user in node.users)
->>>>>>> trace
 
     return {
         node
         for node in graph.nodes
         if node.op == "call_function"
         and node.target is not operator.getitem
-<<<<<<< HEAD
-        and is_elementwise(node)
-=======
         and is_in_kernels(node)
->>>>>>> trace
         and not kinds.is_view(node)
         and _name_of(node.target) not in _REDUCTIONS
         and is_read_in_kernels(node)
