@@ -18,6 +18,7 @@ import torch
 
 from raytrain.data.batch import LoadedStep
 from raytrain.errors import TrainingError, first_line
+from raytrain.training.ahead import DeviceCopies
 from raytrain.training.checkpoint import CheckpointFolder, CheckpointWriter
 from raytrain.training.checkpoint_meta import CheckpointMeta, validation_of
 from raytrain.training.hooks import LoopHooks, Validate
@@ -61,6 +62,7 @@ class TrainingLoop:
         self._skipped = SkippedSteps(self.checkpoints.folder.parent / "bad_steps", self.shares.rank, self.settings)
         self._replaced = ReplacedRows(self.max_replaced)
         self._memory = PeakMemory(self.device)
+        self._copies = DeviceCopies(self.device)
         note = self.checkpoints.best_note(validation_of(self.checkpoint_meta))
         best = (note["error"], note["step"]) if note else (math.inf, self.progress.step)
         self._patience = Patience(self.settings, *best)
@@ -101,7 +103,7 @@ class TrainingLoop:
         try:
             return train_step(
                 self.state.wrapped,
-                [loaded.batch.to(self.device) for loaded in micro_batches],
+                self._copies.copy([loaded.batch for loaded in micro_batches]),
                 self.state.optimizer,
                 self.settings,
                 precision=self._precision,

@@ -83,7 +83,7 @@ def train_step(
     """
     world_size = dist.get_world_size() if dist.is_initialized() else 1
     optimizer.zero_grad(set_to_none=True)
-    statistics = _RunningStatistics(model)
+    statistics = StepStatistics(model)
     tokens, reduced = _global_tokens(batches, settings, world_size)
     sums = []
     for number, batch in enumerate(batches):
@@ -106,23 +106,33 @@ def train_step(
         if len(batches) > 1:
             statistics.end_micro_batch()
     statistics.average()
-    grad_norm, skipped = _update(model, optimizer, settings.clip_norm)
+    grad_norm, skipped = clip_and_update(model, optimizer, settings.clip_norm)
     statistics.restore_where(skipped)
     if average is not None:
         average.update()
     return StepResult(torch.stack(sums).sum(0), grad_norm, skipped)
 
 
-def _update(model: nn.Module, optimizer: StepOptimizer, clip_norm: float) -> tuple[Tensor, Tensor]:
+def clip_and_update(model: nn.Module, optimizer: StepOptimizer, clip_norm: float) -> tuple[Tensor, Tensor]:
     """Clip and update; returns the gradient norm, and 1 if it is non-finite and nothing changes."""
-    grad_norm = nn.utils.clip_grad_norm_(model.parameters(), clip_norm)
+    gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+    grad_norm = nn.utils.get_total_norm(gradients)
     if hasattr(grad_norm, "full_tensor"):  # of a sharded model
         grad_norm = grad_norm.full_tensor()
     skipped = (~torch.isfinite(grad_norm)).float()
-    # Fused kernels then leave weights, moments and step counts unchanged.
-    optimizer.found_inf = skipped  # type: ignore[attr-defined]  # as `GradScaler` does; torch does not declare it
+    # Both as `GradScaler` sets them, which torch does not declare. Fused kernels divide the gradients by the one where
+    # they read them, so clipping takes no pass over the gradients and a divisor of 1 changes no bit; where the other is
+    # 1 they leave weights, moments and step counts unchanged.
+    optimizer.grad_scale = clip_divisor(grad_norm, clip_norm)  # type: ignore[attr-defined]
+    optimizer.found_inf = skipped  # type: ignore[attr-defined]
     optimizer.step()
     return grad_norm, skipped
+
+
+def clip_divisor(grad_norm: Tensor, clip_norm: float) -> Tensor:
+    """() float32, as fused kernels take it: what gradients of this norm are divided by, 1 up to `clip_norm`; the
+    inverse of `torch.nn.utils.clip_grad_norm_`'s factor."""
+    return ((grad_norm + 1e-6) / clip_norm).clamp(min=1.0).float()
 
 
 def _global_tokens(
@@ -156,33 +166,42 @@ def _loss(output: CanaryOutput, batch: SpeechBatch, settings: TrainSettings, lab
     )
 
 
-class _RunningStatistics:
-    """Batch norm's running statistics in a step: each micro-batch begins with those from before the step."""
+class StepStatistics:
+    """Batch norm's running statistics in a step: each micro-batch begins with those from before the step.
+
+    All statistics are one flat tensor, so that the number of kernels does not grow with the layers.
+    """
 
     def __init__(self, model: nn.Module) -> None:
         self._buffers = running_statistics(model)
-        self._before = [buffer.clone() for buffer in self._buffers]
-        self._sums: list[Tensor] | tuple[Tensor, ...] | None = None
+        self._sizes = [buffer.numel() for buffer in self._buffers]
+        self._before = self._read()
+        self._sum: Tensor | None = None
         self._num_batches = 0
 
     def end_micro_batch(self) -> None:
         """Add up a micro-batch's statistics, and restore those from before the step."""
         self._num_batches += 1
-        if self._sums is None:
-            self._sums = [buffer.clone() for buffer in self._buffers]
-        else:
-            self._sums = torch._foreach_add(self._sums, self._buffers)
-        torch._foreach_copy_(self._buffers, self._before)
+        self._sum = self._read() if self._sum is None else self._sum + self._read()
+        self._write(self._before)
 
     def average(self) -> None:
         """Set the mean over micro-batches, if there are several."""
-        if self._sums is not None:
-            torch._foreach_copy_(self._buffers, torch._foreach_div(self._sums, self._num_batches))
+        if self._sum is not None:
+            self._write(self._sum / self._num_batches)
 
     def restore_where(self, skipped: Tensor) -> None:
         """Restore the statistics from before a skipped step, without waiting for the device."""
-        for buffer, before in zip(self._buffers, self._before, strict=True):
-            buffer.copy_(torch.where(skipped > 0, before, buffer))
+        # A selection, since those of a skipped step may be NaN, which an interpolation would spread.
+        self._write(torch.where(skipped > 0, self._before, self._read()))
+
+    def _read(self) -> Tensor:
+        flat = [buffer.reshape(-1) for buffer in self._buffers]
+        return torch.cat(flat) if flat else torch.empty(0)
+
+    def _write(self, flat: Tensor) -> None:
+        if self._buffers:
+            torch._foreach_copy_(self._buffers, list(flat.split(self._sizes)))
 
 
 def running_statistics(model: nn.Module) -> list[Tensor]:
