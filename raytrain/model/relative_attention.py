@@ -80,8 +80,8 @@ def _backward(
         from raytrain.model import relative_attention_launch
 
         return relative_attention_launch.backward(d_out, *inputs, lengths, noise, out, lse, dropout, parts)
-    d_out, q_u_wide, *others, out = _wide((d_out, *inputs, out))
-    *gradients, d_positions = twin.backward(d_out, q_u_wide, *others, lengths, noise, out, lse, dropout)
+    d_out_wide, *inputs_wide, out_wide = _wide((d_out, *inputs, out))
+    *gradients, d_positions = twin.backward(d_out_wide, *inputs_wide, lengths, noise, out_wide, lse, dropout)
     d_q_u, d_q_v, d_k, d_v = (gradient.to(q_u.dtype) for gradient in gradients)
     shares = torch.zeros((2 * parts, *positions.shape), dtype=lse.dtype, device=q_u.device)
     shares[0] = d_positions
