@@ -111,7 +111,8 @@ def test_a_compiled_function_is_the_same_at_several_sizes():
     compilations = torch._dynamo.utils.counters["stats"]
     before = compilations["unique_graphs"]
     for time, lengths in ((6, (None, 2)), (9, (None, 4, 1))):
-        tensors, lengths_B = inputs(time, lengths=lengths, dtype=torch.float32)
+        # Sizes that are equal in the first call are assumed to be so later.
+        tensors, lengths_B = inputs(time, heads=5, width=8, lengths=lengths, dtype=torch.float32)
         wanted = torch.autograd.grad(loss(*tensors[:1], 0.1 * tensors[1], *tensors[2:], lengths_B), tensors)
         got = torch.autograd.grad(compiled(*tensors[:1], 0.1 * tensors[1], *tensors[2:], lengths_B), tensors)
         for x, y in zip(got, wanted, strict=True):
@@ -125,11 +126,10 @@ def test_a_compiled_function_draws_random_words_and_drops():
     compiled = torch.compile(relative_attention, dynamic=True, fullgraph=True)
     first, second = (compiled(*tensors, lengths, 0.5) for _ in range(2))
     assert not torch.equal(first, second)
-    assert abs(float(first.mean()) - 1) < 0.1
+    assert abs(float(first.detach().mean()) - 1) < 0.1
 
 
-@pytest.mark.parametrize("device_like", ["meta"])
-def test_memory_grows_with_time_and_not_with_its_square(device_like):
+def test_memory_grows_with_time_and_not_with_its_square():
     def peak(time):
         tensors, lengths = inputs(time, heads=8, width=128, lengths=(None,) * 4, dtype=torch.bfloat16, device="meta")
         meter = LiveBytes()
@@ -140,9 +140,8 @@ def test_memory_grows_with_time_and_not_with_its_square(device_like):
         assert all(x.grad.shape == x.shape for x in tensors)
         return meter.peak
 
-    scores = 4 * 8 * 2000**2 * 2
-    assert peak(2000) - peak(1000) < scores / 8
-    assert peak(2000) - peak(1000) < 1.1 * (peak(3000) - peak(2000))
+    assert peak(16000) - peak(8000) < 1.05 * 2 * (peak(8000) - peak(4000))
+    assert peak(1000) < 100 * 2**20 < 4 * 8 * 1000**2 * 2 * 2
 
 
 def test_a_recomputed_block_drops_the_same_weights():
@@ -174,13 +173,13 @@ def test_dropout_keeps_its_share_of_each_row_and_column_independently():
 
 
 def test_rows_with_the_same_first_word_drop_different_weights():
-    words = torch.tensor([[7, 7, 8], [1, 2, 3]], dtype=torch.int32).view(2, 1, 1, 3)
+    words = torch.tensor([[7, 7, 8], [-1958041121, 90125311, 1203987640]], dtype=torch.int32).view(2, 1, 1, 3)
     first, second, shifted = kept(words, 4096, 2**23)[0, 0].double()
     assert abs(float((first == second).double().mean()) - 0.5) < 0.05
     assert abs(float((first[1:] == shifted[:-1]).double().mean()) - 0.5) < 0.05
 
 
-def test_a_device_without_kernels_says_why(monkeypatch):
+def test_a_device_without_kernels_says_why():
     assert "channels, not 24" in kernel_fault(torch.device("cuda", 0), 24, torch.bfloat16, True)
     assert "not torch.float64" in kernel_fault(torch.device("cuda", 0), 64, torch.float64, True)
     if not torch.cuda.is_available():
