@@ -49,13 +49,13 @@ def differences(frames, block, dtype, dropout, parts, fused):
     if dropout:
         noise_shape = (2, len(lengths), HEADS, frames)
         noise = torch.randint(-(2**31), 2**31, noise_shape, generator=generator, dtype=torch.int32)
-    tiling = Tiling(block, *[(4, 1)] * 4)
-    inputs = (q_u, q_v, k, v, positions)
-    out, lse = forward(*inputs, lengths, noise, dropout, tiling)
-    *gradients, shares = backward(d_out, *inputs, lengths, noise, out, lse, dropout, parts, tiling)
-    wide = [x.double() for x in inputs]
-    expected_out, expected_lse = twin.forward(*wide, lengths, noise, dropout)
-    expected = twin.backward(d_out.double(), *wide, lengths, noise, expected_out, expected_lse, dropout)
+    tiling = Tiling(block, 4, 1)
+    inputs = twin.Inputs(q_u, q_v, k, v, positions, lengths, noise)
+    out, lse = forward(inputs, dropout, tiling)
+    *gradients, shares = backward(d_out, inputs, out, lse, dropout, parts, tiling)
+    wide = inputs.to(torch.float64)
+    expected_out, expected_lse = twin.forward(wide, dropout)
+    expected = twin.backward(d_out.double(), wide, expected_out, expected_lse, dropout)
     pairs = zip((out, lse, *gradients, shares.sum(0)), (expected_out, expected_lse, *expected), strict=True)
     return [float((x.double() - y).abs().max() / y.abs().max().clamp_min(1)) for x, y in pairs]
 

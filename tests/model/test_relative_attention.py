@@ -1,4 +1,4 @@
-"""Relative-position attention: plain PyTorch equals the formula, the kernels equal plain PyTorch, the operator composes.
+"""Relative-position attention: plain PyTorch is the formula, the kernels are plain PyTorch, the operator composes.
 
 The kernels run here in Triton's interpreter (`interpreted_attention.py`) and compile for GPUs that are not here.
 """
