@@ -56,7 +56,8 @@ def _forward(
         from raytrain.model import relative_attention_launch
 
         return relative_attention_launch.forward(inputs, dropout)
-    out, lse = twin.forward(inputs.to(_product_dtype(q_u)), dropout)
+    with torch.autocast(q_u.device.type, enabled=False):
+        out, lse = twin.forward(inputs.to(_product_dtype(q_u)), dropout)
     return out.to(q_u.dtype), lse
 
 
@@ -81,7 +82,8 @@ def _backward(
 
         return relative_attention_launch.backward(d_out, inputs, out, lse, dropout, parts)
     dtype = _product_dtype(q_u)
-    gradients = twin.backward(d_out.to(dtype), inputs.to(dtype), out.to(dtype), lse, dropout)
+    with torch.autocast(q_u.device.type, enabled=False):
+        gradients = twin.backward(d_out.to(dtype), inputs.to(dtype), out.to(dtype), lse, dropout)
     d_q_u, d_q_v, d_k, d_v = (gradient.to(q_u.dtype) for gradient in gradients[:4])
     shares = torch.zeros((2 * parts, *positions.shape), dtype=lse.dtype, device=q_u.device)
     shares[0] = gradients.positions
@@ -167,7 +169,8 @@ def kernel_fault(device: torch.device, width: int, dtype: torch.dtype, drops: bo
     if dtype not in _TOLERANCE:
         return f"the kernels are for {', '.join(map(str, _TOLERANCE))}, not {dtype}"
     try:
-        return _disagreement(device, width, dtype, 0.1 if drops else 0.0)
+        with torch.no_grad(), torch.autocast(device.type, enabled=False):
+            return _disagreement(device, width, dtype, 0.1 if drops else 0.0)
     except Exception as error:  # a missing compiler, too little shared memory, an unknown device
         return f"the kernels failed on {device}: {type(error).__name__}: {error}"
 
