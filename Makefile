@@ -53,7 +53,7 @@ lock:
 	rm -rf .venv-lock && $(PYTHON) -m venv .venv-lock
 	.venv-lock/bin/python -m pip install -q --upgrade pip
 	.venv-lock/bin/python -m pip install -q 'torch==2.13.0' '.[dev]' setuptools
-	.venv-lock/bin/python -m pip freeze --all --exclude raytrain --exclude pip | sed 's/+cpu$$//' | grep -v '^nvidia-[^m]\|^triton\|^cuda-' > requirements.lock
+	.venv-lock/bin/python -m pip freeze --all --exclude raytrain --exclude pip | sed 's/+cpu$$//' | grep -v '^nvidia-[^m]\|^cuda-' > requirements.lock
 	rm -rf .venv-lock
 
 clean:

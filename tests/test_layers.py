@@ -59,7 +59,7 @@ PACKAGES = {
         "soxr",
         "torch",
     },
-    "model": {"numpy", "safetensors", "sentencepiece", "torch", "yaml"},
+    "model": {"numpy", "safetensors", "sentencepiece", "torch", "triton", "yaml"},  # triton only where kernels run
     "decoding": {"numpy", "torch"},
     "evaluation": {"jiwer", "numpy", "sacrebleu", "whisper_normalizer"},
     "training": {"numpy", "torch"},

@@ -23,6 +23,7 @@ from raytrain.model.linear import pointwise
 from raytrain.model.mixed import MixedLayerNorm, MixedLinear
 from raytrain.model.module_list import ModuleList
 from raytrain.model.relative_attention import relative_attention
+from raytrain.model.relative_attention_twin import shift
 
 
 def subsampled(lengths: Tensor) -> Tensor:
@@ -124,14 +125,6 @@ def attention_with_scores(
     scores = scores.masked_fill(~mask_until(lengths_B, q_u.shape[1])[:, None, None], float("-inf"))
     q, k, v = q_u.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=scores, dropout_p=dropout).transpose(1, 2)
-
-
-def shift(x_BHTP: Tensor) -> Tensor:
-    """(B, H, T, 2T−1) by relative position T−1 … −(T−1) → (B, H, T, T), where (i, j) has position i−j."""
-    batch, heads, time, _ = x_BHTP.shape
-    # Sizes by `time` alone: torch.compile can't show that 2T−1 and the number of positions are the same.
-    padded = F.pad(x_BHTP, (1, 0)).reshape(batch, heads, 2 * time, time)
-    return padded[:, :, 1:].reshape(batch, heads, time, 2 * time - 1)[..., :time]
 
 
 class Convolution(nn.Module):

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.autograd.function import FunctionCtx
 
 from raytrain.model import relative_attention_twin as twin
+from raytrain.model.relative_attention_twin import Inputs
 
 WIDTHS = (16, 32, 64, 128)  # channels of a head that the kernels take
 _HALF = (torch.bfloat16, torch.float16)
@@ -50,13 +51,14 @@ def _forward(
     dropout: float,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """The output (B, T, H, K), and each row's logarithm of its sum of exponentials, (B, H, T) float32."""
-    _check(q_u, q_v, k, v, positions, lengths)
-    inputs = (q_u, q_v, k, v, positions)
+    inputs = Inputs(q_u, q_v, k, v, positions, lengths, noise)
+    _check(inputs)
     if _uses_kernels(q_u, noise is not None):
         from raytrain.model import relative_attention_launch
 
-        return relative_attention_launch.forward(*inputs, lengths, noise, dropout)
-    out, lse = twin.forward(*_wide(inputs), lengths, noise, dropout)
+        return relative_attention_launch.forward(inputs, dropout)
+    with torch.autocast(q_u.device.type, enabled=False):
+        out, lse = twin.forward(inputs.to(_product_dtype(q_u)), dropout)
     return out.to(q_u.dtype), lse
 
 
@@ -75,17 +77,17 @@ def _backward(
     noise: Tensor | None, out: Tensor, lse: Tensor, dropout: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of q_u, q_v, k, v; and shares of that of the positions, (2·parts, P, H, K) float32, to be summed."""
-    inputs = (q_u, q_v, k, v, positions)
-    parts = _num_parts(q_u)
+    inputs, parts = Inputs(q_u, q_v, k, v, positions, lengths, noise), _num_parts(q_u)
     if _uses_kernels(q_u, noise is not None):
         from raytrain.model import relative_attention_launch
 
-        return relative_attention_launch.backward(d_out, *inputs, lengths, noise, out, lse, dropout, parts)
-    d_out, q_u_wide, *others, out = _wide((d_out, *inputs, out))
-    *gradients, d_positions = twin.backward(d_out, q_u_wide, *others, lengths, noise, out, lse, dropout)
-    d_q_u, d_q_v, d_k, d_v = (gradient.to(q_u.dtype) for gradient in gradients)
+        return relative_attention_launch.backward(d_out, inputs, out, lse, dropout, parts)
+    dtype = _product_dtype(q_u)
+    with torch.autocast(q_u.device.type, enabled=False):
+        gradients = twin.backward(d_out.to(dtype), inputs.to(dtype), out.to(dtype), lse, dropout)
+    d_q_u, d_q_v, d_k, d_v = (gradient.to(q_u.dtype) for gradient in gradients[:4])
     shares = torch.zeros((2 * parts, *positions.shape), dtype=lse.dtype, device=q_u.device)
-    shares[0] = d_positions
+    shares[0] = gradients.positions
     return d_q_u, d_q_v, d_k, d_v, shares
 
 
@@ -128,18 +130,18 @@ def _num_parts(q: Tensor) -> int:
     return torch.sym_min(parts, batch)
 
 
-def _wide(tensors: tuple[Tensor, ...]) -> list[Tensor]:
-    """Tensors of which plain PyTorch computes products: a CPU's of 16-bit numbers are no faster, and less exact."""
-    return [x.float() if x.dtype in _HALF and x.device.type == "cpu" else x for x in tensors]
+def _product_dtype(q: Tensor) -> torch.dtype:
+    """Of which numbers plain PyTorch computes products: on a CPU those of 16 bits are no faster, and less exact."""
+    return torch.float32 if q.dtype in _HALF and q.device.type == "cpu" else q.dtype
 
 
-def _check(q_u: Tensor, q_v: Tensor, k: Tensor, v: Tensor, positions: Tensor, lengths: Tensor) -> None:
-    batch, time, heads, width = q_u.shape
-    shapes = [tuple(x.shape) for x in (q_v, k, v, positions, lengths)]
-    expected = [tuple(q_u.shape)] * 3 + [(2 * time - 1, heads, width), (batch,)]
+def _check(inputs: Inputs) -> None:
+    batch, time, heads, width = inputs.q_u.shape
+    shapes = [tuple(x.shape) for x in inputs[1:6]]
+    expected = [tuple(inputs.q_u.shape)] * 3 + [(2 * time - 1, heads, width), (batch,)]
     if shapes != expected:
         raise ValueError(f"shapes of q_v, k, v, positions and lengths: got {shapes}, expected {expected}")
-    dtypes = {x.dtype for x in (q_u, q_v, k, v, positions)}
+    dtypes = {x.dtype for x in inputs[:5]}
     if len(dtypes) > 1:
         raise TypeError(f"q_u, q_v, k, v and positions must have the same dtype, got {sorted(map(str, dtypes))}")
 
@@ -168,7 +170,8 @@ def kernel_fault(device: torch.device, width: int, dtype: torch.dtype, drops: bo
     if dtype not in _TOLERANCE:
         return f"the kernels are for {', '.join(map(str, _TOLERANCE))}, not {dtype}"
     try:
-        return _disagreement(device, width, dtype, 0.1 if drops else 0.0)
+        with torch.no_grad(), torch.autocast(device.type, enabled=False):
+            return _disagreement(device, width, dtype, 0.1 if drops else 0.0)
     except Exception as error:  # a missing compiler, too little shared memory, an unknown device
         return f"the kernels failed on {device}: {type(error).__name__}: {error}"
 
@@ -177,28 +180,27 @@ def _disagreement(device: torch.device, width: int, dtype: torch.dtype, dropout:
     """Where the kernels and plain PyTorch differ on a small batch; draws nothing from PyTorch's generators."""
     from raytrain.model import relative_attention_launch
 
-    inputs, lengths, noise, d_out = _example(device, width, dtype)
-    noise_or_none = noise if dropout else None
-    got = relative_attention_launch.forward(*inputs, lengths, noise_or_none, dropout)
-    got += relative_attention_launch.backward(d_out, *inputs, lengths, noise_or_none, *got, dropout, 2)
-    wide = [x.float() for x in inputs]
-    out, lse = twin.forward(*wide, lengths, noise_or_none, dropout)
-    expected = (out, lse, *twin.backward(d_out.float(), *wide, lengths, noise_or_none, out, lse, dropout))
-    for name, x, y in zip(("out", "lse", "d_q_u", "d_q_v", "d_k", "d_v", "d_positions"), got, expected, strict=True):
-        x = x.float().sum(0) if name == "d_positions" else x.float()
-        difference = float((x - y).norm() / y.norm())
+    inputs, d_out = _example(device, width, dtype, dropout > 0)
+    out, lse = relative_attention_launch.forward(inputs, dropout)
+    gradients = relative_attention_launch.backward(d_out, inputs, out, lse, dropout, 2)
+    wide = inputs.to(torch.float32)
+    expected_out, expected_lse = twin.forward(wide, dropout)
+    expected = twin.backward(d_out.float(), wide, expected_out, expected_lse, dropout)
+    got = {"out": out, "lse": lse, **gradients._asdict(), "positions": gradients.positions.sum(0)}
+    for name, y in {"out": expected_out, "lse": expected_lse, **expected._asdict()}.items():
+        difference = float((got[name].float() - y).norm() / y.norm())
         if not difference <= _TOLERANCE[dtype]:
             return f"their {name} differs by {difference:.1e} of its norm from plain PyTorch's on {device}"
     return None
 
 
-def _example(device: torch.device, width: int, dtype: torch.dtype) -> tuple[tuple[Tensor, ...], Tensor, Tensor, Tensor]:
-    """Inputs of two heads, lengths, noise and the gradient of the output."""
+def _example(device: torch.device, width: int, dtype: torch.dtype, drops: bool) -> tuple[Inputs, Tensor]:
+    """Inputs of two heads, and the gradient of the output."""
     batch, time, heads = 3, 150, 2
     generator = torch.Generator().manual_seed(0)
     normal = torch.randn((5, batch, time, heads, width), generator=generator)
-    positions = torch.randn((2 * time - 1, heads, width), generator=generator)
+    positions = torch.randn((2 * time - 1, heads, width), generator=generator).to(device, dtype)
     noise = torch.randint(-(2**31), 2**31, (2, batch, heads, time), generator=generator, dtype=torch.int32)
     q_u, q_v, k, v, d_out = normal.to(device, dtype)
     lengths = torch.tensor([time, 1, 70], device=device)
-    return (q_u, q_v, k, v, positions.to(device, dtype)), lengths, noise.to(device), d_out
+    return Inputs(q_u, q_v, k, v, positions, lengths, noise.to(device) if drops else None), d_out

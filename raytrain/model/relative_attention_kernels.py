@@ -1,13 +1,15 @@
 """Triton kernels of attention with relative positions: forward, and the gradients in three kernels.
 
-Shapes: B utterances, T frames, H heads, K channels of a head (a power of two >= 16), M frames of a tile. No kernel holds
-more than tiles of scores, as in Dao 2023 (FlashAttention-2). The position term of a tile of M queries from i and M keys
-from j is a band of 2M - 1 relative positions. With R = q_v·pᵀ for the band's two chunks of M positions, its element for
-query i + a and key j + b is in column b - a + M - 1 of R, so that each row takes M columns of `low` and `high` together,
-all different modulo M: one choice between them and one rotation of each row by `tl.gather` give the term (`_skew`), and
-the reverse gives R's gradient (`_unskew`). The next tile's `low` is this tile's `high`.
+Shapes: B utterances, T frames, H heads, K channels of a head (a power of two >= 16), M frames of a tile; a pair is an
+utterance and a head. No kernel holds more than tiles of scores, as in Dao 2023 (FlashAttention-2).
 
-Importing this file imports Triton. The kernels run with TRITON_INTERPRET=1 on a CPU too.
+The position term of a tile of M queries from i and M keys from j needs a band of 2M - 1 relative positions. With
+R = q_v·pᵀ for the band's two chunks of M positions, `low` and `high`, the term of query i + a and key j + b is in
+column b - a + M - 1 of R. So a row takes M columns of both, all different modulo M: a choice between `low` and `high`
+and a rotation of each row by `tl.gather` give the term (`_skew`), and the reverse gives R's gradient (`_unskew`). The
+next tile's `low` is this tile's `high`, so the term costs a product a tile, as the content term does.
+
+Importing this file imports Triton. With TRITON_INTERPRET=1 the kernels run on a CPU too.
 """
 
 from __future__ import annotations
@@ -28,7 +30,9 @@ def _rows(pointer: tl.tensor, row_M: tl.tensor, stride: tl.tensor, limit: tl.ten
 
 
 @triton.jit
-def _store(pointer: tl.tensor, row_M: tl.tensor, stride: tl.tensor, limit: tl.tensor, x_MK: tl.tensor, K: tl.constexpr) -> None:
+def _store(
+    pointer: tl.tensor, row_M: tl.tensor, stride: tl.tensor, limit: tl.tensor, x_MK: tl.tensor, K: tl.constexpr
+) -> None:
     inside_M = (row_M >= 0) & (row_M < limit)
     offset_MK = row_M[:, None] * stride + tl.arange(0, K)[None, :]
     tl.store(pointer + offset_MK, x_MK.to(pointer.dtype.element_ty), mask=inside_M[:, None])
@@ -70,7 +74,9 @@ def _coordinates(axis: tl.constexpr, M: tl.constexpr) -> tuple[tl.tensor, tl.ten
 
 
 @triton.jit
-def _noise(noise: tl.tensor, pairs: tl.tensor, pair: tl.tensor, query_M: tl.tensor, T: tl.tensor) -> tuple[tl.tensor, tl.tensor]:
+def _noise(
+    noise: tl.tensor, pairs: tl.tensor, pair: tl.tensor, query_M: tl.tensor, T: tl.tensor
+) -> tuple[tl.tensor, tl.tensor]:
     """The two random words of each row, from (2, B, H, T); `pairs` is B·H, and a pair is an utterance and a head."""
     first_M = _row_values(noise, pair, query_M, T, 0)
     second_M = _row_values(noise, pairs + pair, query_M, T, 0)
@@ -98,14 +104,13 @@ def _dot(x: tl.tensor, y: tl.tensor, PRECISION: tl.constexpr) -> tl.tensor:
     return tl.dot(x.to(y.dtype), y, input_precision=PRECISION)
 
 
-# fmt: off
 @triton.jit(do_not_specialize=["pairs", "T", "H", "cut"])
 def forward_kernel(
-    q_u: tl.tensor, q_v: tl.tensor, k: tl.tensor, v: tl.tensor, positions: tl.tensor, lengths: tl.tensor, noise: tl.tensor,
-    out: tl.tensor, lse: tl.tensor, pairs: tl.tensor, T: tl.tensor, H: tl.tensor, kv_batch: tl.tensor, kv_time: tl.tensor, kv_head: tl.tensor,
-    scale: tl.tensor, cut: tl.tensor, keep_scale: tl.tensor,
-    K: tl.constexpr, M: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
-) -> None:  # fmt: on
+    q_u: tl.tensor, q_v: tl.tensor, k: tl.tensor, v: tl.tensor, positions: tl.tensor, lengths: tl.tensor,
+    noise: tl.tensor, out: tl.tensor, lse: tl.tensor, pairs: tl.tensor, T: tl.tensor, H: tl.tensor,
+    kv_batch: tl.tensor, kv_time: tl.tensor, kv_head: tl.tensor, scale: tl.tensor, cut: tl.tensor,
+    keep_scale: tl.tensor, K: tl.constexpr, M: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
+) -> None:  # fmt: skip
     """A program per tile of queries of a head: its output and the logarithms of its rows' sums of exponentials."""
     tiles = tl.cdiv(T, M)
     pair, first_query = tl.program_id(0) // tiles, tl.program_id(0) % tiles * M
@@ -144,15 +149,14 @@ def forward_kernel(
     tl.store(lse + pair.to(tl.int64) * T + query_M, lse_M, mask=query_M < T)
 
 
-# fmt: off
 @triton.jit(do_not_specialize=["pairs", "T", "H", "cut"])
 def query_gradient_kernel(
-    q_u: tl.tensor, q_v: tl.tensor, k: tl.tensor, v: tl.tensor, positions: tl.tensor, lengths: tl.tensor, noise: tl.tensor,
-    out: tl.tensor, lse: tl.tensor, d_out: tl.tensor, delta: tl.tensor, d_q_u: tl.tensor, d_q_v: tl.tensor,
-    pairs: tl.tensor, T: tl.tensor, H: tl.tensor, kv_batch: tl.tensor, kv_time: tl.tensor, kv_head: tl.tensor,
-    scale: tl.tensor, cut: tl.tensor, keep_scale: tl.tensor,
-    K: tl.constexpr, M: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
-) -> None:  # fmt: on
+    q_u: tl.tensor, q_v: tl.tensor, k: tl.tensor, v: tl.tensor, positions: tl.tensor, lengths: tl.tensor,
+    noise: tl.tensor, out: tl.tensor, lse: tl.tensor, d_out: tl.tensor, delta: tl.tensor, d_q_u: tl.tensor,
+    d_q_v: tl.tensor, pairs: tl.tensor, T: tl.tensor, H: tl.tensor, kv_batch: tl.tensor, kv_time: tl.tensor,
+    kv_head: tl.tensor, scale: tl.tensor, cut: tl.tensor, keep_scale: tl.tensor, K: tl.constexpr, M: tl.constexpr,
+    DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
+) -> None:  # fmt: skip
     """A program per tile of queries of a head: gradients of q_u and q_v, and `delta`, each row's d_out·out."""
     tiles = tl.cdiv(T, M)
     pair, first_query = tl.program_id(0) // tiles, tl.program_id(0) % tiles * M
@@ -191,15 +195,20 @@ def query_gradient_kernel(
         d_score_MM = weight_MM * (d_weight_MM - delta_M[:, None])
         d_q_u_MK += _dot(d_score_MM, k_MK, PRECISION)
         d_tile_low_MM, d_high_MM = _unskew(d_score_MM, 1, M)
+        # Read again: in registers from the previous tile it would displace others.
+        p_low_MK = _rows(positions, chunk_M + first_key, H * K, 2 * T - 1, K)
         d_q_v_MK += _dot(d_low_MM + d_tile_low_MM, p_low_MK, PRECISION)
-        p_low_MK, low_MM, d_low_MM = p_high_MK, high_MM, d_high_MM
-    d_q_v_MK += _dot(d_low_MM, p_low_MK, PRECISION)
+        low_MM, d_low_MM = high_MM, d_high_MM
+    last_MK = _rows(positions, chunk_M + tl.cdiv(length, M) * M, H * K, 2 * T - 1, K)
+    d_q_v_MK += _dot(d_low_MM, last_MK, PRECISION)
     _store(d_q_u + start, query_M, H * K, T, d_q_u_MK * scale, K)
     _store(d_q_v + start, query_M, H * K, T, d_q_v_MK * scale, K)
 
 
 @triton.jit
-def _row_values(pointer: tl.tensor, pair: tl.tensor, query_M: tl.tensor, T: tl.tensor, otherwise: tl.constexpr) -> tl.tensor:
+def _row_values(
+    pointer: tl.tensor, pair: tl.tensor, query_M: tl.tensor, T: tl.tensor, otherwise: tl.constexpr
+) -> tl.tensor:
     """Values of a head's queries, of (B, H, T). Queries after the last have no weights if their `lse` is infinite."""
     return tl.load(pointer + pair.to(tl.int64) * T + query_M, mask=query_M < T, other=otherwise)
 
@@ -209,14 +218,13 @@ def _weights(score: tl.tensor, lse: tl.tensor, valid: tl.tensor, scale: tl.tenso
     return tl.exp2(tl.where(valid, score * (scale * _LOG2_E), float("-inf")) - lse * _LOG2_E)
 
 
-# fmt: off
 @triton.jit
 def _transposed_tile(
-    q_u_MK: tl.tensor, q_v_MK: tl.tensor, d_out_MK: tl.tensor, k_MK: tl.tensor, v_MK: tl.tensor, p_low_MK: tl.tensor, p_high_MK: tl.tensor,
-    lse: tl.tensor, delta: tl.tensor, noise: tl.tensor, pairs: tl.tensor, pair: tl.tensor, query_M: tl.tensor, key_M: tl.tensor,
-    length: tl.tensor, T: tl.tensor, scale: tl.tensor, cut: tl.tensor, keep_scale: tl.tensor,
-    M: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
-) -> tuple[tl.tensor, tl.tensor]:  # fmt: on
+    q_u_MK: tl.tensor, q_v_MK: tl.tensor, d_out_MK: tl.tensor, k_MK: tl.tensor, v_MK: tl.tensor, p_low_MK: tl.tensor,
+    p_high_MK: tl.tensor, lse: tl.tensor, delta: tl.tensor, noise: tl.tensor, pairs: tl.tensor, pair: tl.tensor,
+    query_M: tl.tensor, key_M: tl.tensor, length: tl.tensor, T: tl.tensor, scale: tl.tensor, cut: tl.tensor,
+    keep_scale: tl.tensor, M: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
+) -> tuple[tl.tensor, tl.tensor]:  # fmt: skip
     """Weights after dropout and gradients of the scores before scaling, (M keys, M queries): products over queries
     then take them as they are."""
     lse_M = _row_values(lse, pair, query_M, T, float("inf"))
@@ -235,15 +243,14 @@ def _transposed_tile(
     return dropped_MM, weight_MM * (d_weight_MM - delta_M[None, :])
 
 
-# fmt: off
 @triton.jit(do_not_specialize=["pairs", "T", "H", "cut"])
 def key_gradient_kernel(
-    q_u: tl.tensor, q_v: tl.tensor, k: tl.tensor, v: tl.tensor, positions: tl.tensor, lengths: tl.tensor, noise: tl.tensor,
-    lse: tl.tensor, d_out: tl.tensor, delta: tl.tensor, d_k: tl.tensor, d_v: tl.tensor,
+    q_u: tl.tensor, q_v: tl.tensor, k: tl.tensor, v: tl.tensor, positions: tl.tensor, lengths: tl.tensor,
+    noise: tl.tensor, lse: tl.tensor, d_out: tl.tensor, delta: tl.tensor, d_k: tl.tensor, d_v: tl.tensor,
     pairs: tl.tensor, T: tl.tensor, H: tl.tensor, kv_batch: tl.tensor, kv_time: tl.tensor, kv_head: tl.tensor,
-    scale: tl.tensor, cut: tl.tensor, keep_scale: tl.tensor,
-    K: tl.constexpr, M: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
-) -> None:  # fmt: on
+    scale: tl.tensor, cut: tl.tensor, keep_scale: tl.tensor, K: tl.constexpr, M: tl.constexpr, DROPOUT: tl.constexpr,
+    PRECISION: tl.constexpr,
+) -> None:  # fmt: skip
     """A program per tile of keys of a head: gradients of k and v."""
     tiles = tl.cdiv(T, M)
     pair, first_key = tl.program_id(0) // tiles, tl.program_id(0) % tiles * M
@@ -263,26 +270,25 @@ def key_gradient_kernel(
         q_v_MK = _rows(q_v + start, query_M, H * K, T, K)
         d_out_MK = _rows(d_out + start, query_M, H * K, T, K)
         p_low_MK = _rows(positions, chunk_M - (first_query + M), H * K, 2 * T - 1, K)
+        p_high_MK = _rows(positions, chunk_M - first_query, H * K, 2 * T - 1, K)
         weight_MM, d_score_MM = _transposed_tile(
             q_u_MK, q_v_MK, d_out_MK, k_MK, v_MK, p_low_MK, p_high_MK, lse, delta, noise, pairs, pair, query_M, key_M,
             length, T, scale, cut, keep_scale, M, DROPOUT, PRECISION,
         )  # fmt: skip
         d_v_MK += _dot(weight_MM, d_out_MK, PRECISION)
         d_k_MK += _dot(d_score_MM, q_u_MK, PRECISION)
-        p_high_MK = p_low_MK
     _store(d_k + start, key_M, H * K, T, d_k_MK * scale, K)
     _store(d_v + start, key_M, H * K, T, d_v_MK, K)
 
 
-# fmt: off
 @triton.jit(do_not_specialize=["pairs", "parts", "T", "H", "cut"])
 def position_gradient_kernel(
-    q_u: tl.tensor, q_v: tl.tensor, k: tl.tensor, v: tl.tensor, positions: tl.tensor, lengths: tl.tensor, noise: tl.tensor,
-    lse: tl.tensor, d_out: tl.tensor, delta: tl.tensor, d_positions: tl.tensor,
-    pairs: tl.tensor, parts: tl.tensor, T: tl.tensor, H: tl.tensor, kv_batch: tl.tensor, kv_time: tl.tensor, kv_head: tl.tensor,
-    scale: tl.tensor, cut: tl.tensor, keep_scale: tl.tensor,
-    K: tl.constexpr, M: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
-) -> None:  # fmt: on
+    q_u: tl.tensor, q_v: tl.tensor, k: tl.tensor, v: tl.tensor, positions: tl.tensor, lengths: tl.tensor,
+    noise: tl.tensor, lse: tl.tensor, d_out: tl.tensor, delta: tl.tensor, d_positions: tl.tensor, pairs: tl.tensor,
+    parts: tl.tensor, T: tl.tensor, H: tl.tensor, kv_batch: tl.tensor, kv_time: tl.tensor, kv_head: tl.tensor,
+    scale: tl.tensor, cut: tl.tensor, keep_scale: tl.tensor, K: tl.constexpr, M: tl.constexpr, DROPOUT: tl.constexpr,
+    PRECISION: tl.constexpr,
+) -> None:  # fmt: skip
     """A program per diagonal of tiles, head and part of the batch: the gradients of the two chunks of positions that
     the diagonal's tiles share, in d_positions (2·parts, 2T - 1, H, K); low chunks in the first half, high ones after.
 

@@ -10,38 +10,38 @@ import triton
 from torch import Tensor
 
 from raytrain.model import relative_attention_kernels as kernels
+from raytrain.model.relative_attention_twin import Gradients, Inputs
 
-# Shared memory of a multiprocessor: 227 KiB on H100 and H200, 163 KiB on A100, 99 KiB on most others.
-_LARGE_SHARED_BYTES = 160 * 1024
+_HOPPER = 9
 
 
 @dataclass(frozen=True)
 class Tiling:
-    """Frames of a tile, and for each kernel the warps of a program and the stages of loads in flight."""
+    """Frames of a tile, warps of a program, and stages of loads in flight."""
 
     block: int
-    forward: tuple[int, int]
-    queries: tuple[int, int]
-    keys: tuple[int, int]
-    positions: tuple[int, int]
+    warps: int
+    stages: int
 
 
-def tiling_for(width: int, dtype: torch.dtype, shared_bytes: int) -> Tiling:
-    """The tiling for heads of `width` channels; one each, since trying several would take seconds at every start."""
-    is_half = dtype.itemsize == 2
-    if is_half and (width <= 64 or shared_bytes >= _LARGE_SHARED_BYTES):
-        warps = 4 if width <= 64 else 8
-        return Tiling(64, (4, 2), (warps, 2), (warps, 2), (warps, 2))
-    return Tiling(32, (4, 2), (4, 1), (4, 1), (4, 1))
+def tiling_for(width: int, dtype: torch.dtype, capability: int, precision: str) -> Tiling:
+    """The tiling for heads of `width` channels on cards of major compute capability `capability`.
 
-
-@cache
-def _shared_bytes(device: torch.device) -> int:
-    return int(torch.cuda.get_device_properties(device).shared_memory_per_block_optin)
+    There is one for each, since trying several would take seconds at every start. Hopper multiplies tiles of 64 rows
+    and has 227 KiB of shared memory; elsewhere 99 KiB must do, and larger tiles need more registers than there are.
+    """
+    if dtype.itemsize == 4:
+        return Tiling(32 if precision == "tf32" else 16, 4, 1)
+    return Tiling(64, 8, 2) if capability == _HOPPER else Tiling(32, 4 if width <= 64 else 8, 2)
 
 
 def _tiling(q: Tensor, tiling: Tiling | None) -> Tiling:
-    return tiling or tiling_for(q.shape[-1], q.dtype, _shared_bytes(q.device))
+    return tiling or tiling_for(q.shape[-1], q.dtype, _capability(q.device), _precision(q.dtype))
+
+
+@cache
+def _capability(device: torch.device) -> int:
+    return torch.cuda.get_device_capability(device)[0]
 
 
 def _precision(dtype: torch.dtype) -> str:
@@ -58,10 +58,8 @@ class _Call:
     constants: dict[str, object]
 
 
-def _call(
-    q_u: Tensor, q_v: Tensor, k: Tensor, v: Tensor, positions: Tensor, lengths: Tensor, noise: Tensor | None,
-    dropout: float, block: int,
-) -> _Call:  # fmt: skip
+def _call(inputs: Inputs, dropout: float, block: int) -> _Call:
+    q_u, q_v, k, v, positions, lengths, noise = inputs
     batch, time, heads, width = q_u.shape
     if k.stride() != v.stride() or k.stride(-1) != 1:
         k, v = k.contiguous(), v.contiguous()
@@ -73,49 +71,42 @@ def _call(
     return _Call(tensors, (batch * heads, *numbers), constants)
 
 
-def forward(
-    q_u: Tensor, q_v: Tensor, k: Tensor, v: Tensor, positions: Tensor, lengths: Tensor, noise: Tensor | None,
-    dropout: float, tiling: Tiling | None = None,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """See `raytrain.model.relative_attention._forward`."""
-    tiling = _tiling(q_u, tiling)
-    batch, time, heads, _ = q_u.shape
-    call = _call(q_u, q_v, k, v, positions, lengths, noise, dropout, tiling.block)
+def forward(inputs: Inputs, dropout: float, tiling: Tiling | None = None) -> tuple[Tensor, Tensor]:
+    """The output (B, T, H, K), and each row's logarithm of its sum of exponentials, (B, H, T) float32."""
+    tiling = _tiling(inputs.q_u, tiling)
+    batch, time, heads, _ = inputs.q_u.shape
+    call = _call(inputs, dropout, tiling.block)
     out = torch.empty_like(call.tensors[0])
-    lse = torch.empty((batch, heads, time), dtype=torch.float32, device=q_u.device)
-    warps, stages = tiling.forward
-    with torch.cuda.device_of(q_u):
+    lse = torch.empty((batch, heads, time), dtype=torch.float32, device=out.device)
+    with torch.cuda.device_of(out):
         kernels.forward_kernel[(batch * heads * triton.cdiv(time, tiling.block),)](
-            *call.tensors, out, lse, *call.numbers, **call.constants, num_warps=warps, num_stages=stages
+            *call.tensors, out, lse, *call.numbers, **call.constants, num_warps=tiling.warps, num_stages=tiling.stages
         )
     return out, lse
 
 
 def backward(
-    d_out: Tensor, q_u: Tensor, q_v: Tensor, k: Tensor, v: Tensor, positions: Tensor, lengths: Tensor,
-    noise: Tensor | None, out: Tensor, lse: Tensor, dropout: float, parts: int, tiling: Tiling | None = None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """See `raytrain.model.relative_attention._backward`."""
-    tiling = _tiling(q_u, tiling)
-    batch, time, heads, _ = q_u.shape
-    call = _call(q_u, q_v, k, v, positions, lengths, noise, dropout, tiling.block)
+    d_out: Tensor, inputs: Inputs, out: Tensor, lse: Tensor, dropout: float, parts: int, tiling: Tiling | None = None
+) -> Gradients:
+    """Gradients; that of the positions in shares (2·parts, P, H, K) float32, which are to be summed."""
+    tiling = _tiling(inputs.q_u, tiling)
+    batch, time, heads, _ = inputs.q_u.shape
+    call = _call(inputs, dropout, tiling.block)
     pairs, *numbers = call.numbers
+    options = {**call.constants, "num_warps": tiling.warps, "num_stages": tiling.stages}
     d_out, delta = d_out.contiguous(), torch.empty_like(lse)
     d_q_u, d_q_v, d_k, d_v = (torch.empty_like(call.tensors[0]) for _ in range(4))
-    d_positions = torch.empty((2 * parts, *positions.shape), dtype=torch.float32, device=q_u.device)
+    shares = torch.empty((2 * parts, *inputs.positions.shape), dtype=torch.float32, device=out.device)
     tiles = triton.cdiv(time, tiling.block)
-    with torch.cuda.device_of(q_u):
+    with torch.cuda.device_of(out):
         # The first kernel writes `delta`, which the two after it read.
-        kernels.query_gradient_kernel[(batch * heads * tiles,)](
-            *call.tensors, out, lse, d_out, delta, d_q_u, d_q_v, *call.numbers, **call.constants,
-            num_warps=tiling.queries[0], num_stages=tiling.queries[1],
-        )  # fmt: skip
-        kernels.key_gradient_kernel[(batch * heads * tiles,)](
-            *call.tensors, lse, d_out, delta, d_k, d_v, *call.numbers, **call.constants,
-            num_warps=tiling.keys[0], num_stages=tiling.keys[1],
-        )  # fmt: skip
+        kernels.query_gradient_kernel[(pairs * tiles,)](
+            *call.tensors, out, lse, d_out, delta, d_q_u, d_q_v, *call.numbers, **options
+        )
+        kernels.key_gradient_kernel[(pairs * tiles,)](
+            *call.tensors, lse, d_out, delta, d_k, d_v, *call.numbers, **options
+        )
         kernels.position_gradient_kernel[((2 * tiles - 1) * heads * parts,)](
-            *call.tensors, lse, d_out, delta, d_positions, pairs, parts, *numbers, **call.constants,
-            num_warps=tiling.positions[0], num_stages=tiling.positions[1],
-        )  # fmt: skip
-    return d_q_u, d_q_v, d_k, d_v, d_positions
+            *call.tensors, lse, d_out, delta, shares, pairs, parts, *numbers, **options
+        )
+    return Gradients(d_q_u, d_q_v, d_k, d_v, shares)

@@ -8,29 +8,54 @@ Shapes: B utterances, T frames, H heads, K channels of a head, P = 2T - 1 positi
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 
-def forward(
-    q_u: Tensor, q_v: Tensor, k: Tensor, v: Tensor, positions: Tensor, lengths: Tensor, noise: Tensor | None,
-    dropout: float,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """See `raytrain.model.relative_attention._forward`."""
-    scores_BHTT = _scores(q_u, q_v, k, positions, lengths)
+class Inputs(NamedTuple):
+    """q_u, q_v, k, v (B, T, H, K), positions (P, H, K), lengths (B,), and with dropout noise (2, B, H, T) int32."""
+
+    q_u: Tensor
+    q_v: Tensor
+    k: Tensor
+    v: Tensor
+    positions: Tensor
+    lengths: Tensor
+    noise: Tensor | None
+
+    def to(self, dtype: torch.dtype) -> Inputs:
+        """The same with numbers of `dtype`."""
+        q_u, q_v, k, v, positions = (x.to(dtype) for x in self[:5])
+        return Inputs(q_u, q_v, k, v, positions, self.lengths, self.noise)
+
+
+class Gradients(NamedTuple):
+    """Of q_u, q_v, k, v (B, T, H, K) and positions."""
+
+    q_u: Tensor
+    q_v: Tensor
+    k: Tensor
+    v: Tensor
+    positions: Tensor
+
+
+def forward(inputs: Inputs, dropout: float) -> tuple[Tensor, Tensor]:
+    """The output (B, T, H, K), and each row's logarithm of its sum of exponentials, (B, H, T) float32 at least."""
+    scores_BHTT = _scores(inputs)
     lse_BHT = scores_BHTT.logsumexp(-1)
-    weights_BHTT = _dropped((scores_BHTT - lse_BHT[..., None]).exp_(), noise, dropout)
-    return (weights_BHTT.to(v.dtype) @ v.transpose(1, 2)).transpose(1, 2).contiguous(), lse_BHT
+    weights_BHTT = _dropped((scores_BHTT - lse_BHT[..., None]).exp_(), inputs.noise, dropout)
+    v_BHTK = inputs.v.transpose(1, 2)
+    return (weights_BHTT.to(v_BHTK.dtype) @ v_BHTK).transpose(1, 2).contiguous(), lse_BHT
 
 
-def backward(
-    d_out: Tensor, q_u: Tensor, q_v: Tensor, k: Tensor, v: Tensor, positions: Tensor, lengths: Tensor,
-    noise: Tensor | None, out: Tensor, lse: Tensor, dropout: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """Gradients of q_u, q_v, k, v (B, T, H, K) and positions (P, H, K), the last in float32 at least."""
+def backward(d_out: Tensor, inputs: Inputs, out: Tensor, lse: Tensor, dropout: float) -> Gradients:
+    """Gradients from that of the output, (B, T, H, K); that of the positions (P, H, K) is in float32 at least."""
+    q_u, q_v, k, v, positions, _, noise = inputs
     d_out_BHTK, delta_BHT1 = d_out.transpose(1, 2), (d_out.to(lse.dtype) * out).sum(-1).transpose(1, 2)[..., None]
-    weights_BHTT = (_scores(q_u, q_v, k, positions, lengths) - lse[..., None]).exp_()
+    weights_BHTT = (_scores(inputs) - lse[..., None]).exp_()
     d_v_BHTK = _dropped(weights_BHTT, noise, dropout).to(v.dtype).mT @ d_out_BHTK
     d_weights_BHTT = _dropped((d_out_BHTK @ v.permute(0, 2, 3, 1)).to(lse.dtype), noise, dropout)
     d_scores_BHTT = (weights_BHTT * (d_weights_BHTT - delta_BHT1) * q_u.shape[-1] ** -0.5).to(q_u.dtype)
@@ -39,11 +64,12 @@ def backward(
     d_q_v_BHTK = d_by_position_BHTP @ positions.transpose(0, 1)
     gradients = d_scores_BHTT @ k.transpose(1, 2), d_q_v_BHTK, d_scores_BHTT.mT @ q_u.transpose(1, 2), d_v_BHTK
     d_q_u, d_q_v, d_k, d_v = (x_BHTK.transpose(1, 2).contiguous() for x_BHTK in gradients)
-    return d_q_u, d_q_v, d_k, d_v, d_positions
+    return Gradients(d_q_u, d_q_v, d_k, d_v, d_positions)
 
 
-def _scores(q_u: Tensor, q_v: Tensor, k: Tensor, positions: Tensor, lengths: Tensor) -> Tensor:
+def _scores(inputs: Inputs) -> Tensor:
     """(B, H, T, T), -inf for keys after the last."""
+    q_u, q_v, k, _, positions, lengths, _ = inputs
     dtype = torch.promote_types(q_u.dtype, torch.float32)
     content_BHTT = (q_u.transpose(1, 2) @ k.permute(0, 2, 3, 1)).to(dtype)
     by_position_BHTP = q_v.transpose(1, 2) @ positions.permute(1, 2, 0)

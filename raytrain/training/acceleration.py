@@ -26,22 +26,24 @@ def compiles(settings: TrainSettings, device_type: str) -> bool:
 
 def accelerate(model: Canary, settings: TrainSettings, precision: str) -> None:
     """Prepare a model on its device for training steps in `precision` (fp32 or bf16)."""
-    model.fuse_attention(_attention_works(model, computing_type(precision)))
+    model.fuse_attention(_attention_works(model, settings, computing_type(precision)))
     mode, compiled = settings.activation_checkpointing, False
     if compiles(settings, next(model.parameters()).device.type):
         compiled = compile_blocks(model, computing_type(precision), mode)
     model.set_checkpointing(mode, compiled=compiled)
 
 
-def fuses_attention(config: ModelConfig, device_type: str) -> bool:
+def fuses_attention(config: ModelConfig, settings: TrainSettings, device_type: str) -> bool:
     """Whether steps on `device_type` have a kernel for attention that keeps no scores, if it works there."""
-    return device_type == "cuda" and config.encoder_width // config.encoder_heads in WIDTHS
+    if device_type != "cuda" or settings.compile is False:
+        return False
+    return config.encoder_width // config.encoder_heads in WIDTHS
 
 
-def _attention_works(model: Canary, dtype: torch.dtype) -> bool:
+def _attention_works(model: Canary, settings: TrainSettings, dtype: torch.dtype) -> bool:
     """Whether attention's kernel compiles on the model's device and agrees with plain PyTorch; warns if it does not."""
     config, device = model.config, next(model.parameters()).device
-    if not fuses_attention(config, device.type):
+    if not fuses_attention(config, settings, device.type):
         return False
     width = config.encoder_width // config.encoder_heads
     fault = kernel_fault(device, width, dtype, config.dropout > 0)

@@ -43,8 +43,9 @@ class TrainSettings:
     compile: Annotated[
         Literal["auto", True, False],
         Setting(
-            "Compile the model's blocks: auto does on a GPU, where it takes up to a minute and a half at the first "
-            "start on a machine. If the compiler fails, training warns and runs uncompiled.",
+            "Compile the model's blocks, and on a GPU compute attention without keeping scores: auto does on a GPU, "
+            "where it takes up to a minute and a half at the first start on a machine. If the compiler fails, training "
+            "warns and runs uncompiled.",
             lineage=False,
         ),
     ] = "auto"

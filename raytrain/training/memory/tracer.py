@@ -109,7 +109,7 @@ class StepTracer:
         with torch.device("meta"):
             self._model = Canary(config).train()
         compiled = compiles(settings, device_type) if compiled is None else compiled
-        self._model.fuse_attention(fuses_attention(config, device_type))
+        self._model.fuse_attention(fuses_attention(config, settings, device_type))
         self._model.set_checkpointing(settings.activation_checkpointing, compiled=compiled)
         self._meter = LiveBytes(remember, cuda_block if device_type == "cuda" else rounded)
         averaged = settings.average_decay is not None
