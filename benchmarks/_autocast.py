@@ -23,9 +23,10 @@ from torch.nn import functional as F
 from raytrain.model.block import Block
 from raytrain.model.canary import Canary, CanaryOutput
 from raytrain.model.decoder import TransformerDecoder
-from raytrain.model.encoder import RelativeAttention, shift
+from raytrain.model.encoder import RelativeAttention
 from raytrain.model.features import mask_until
 from raytrain.model.mixed import MixedLayerNorm, MixedLinear
+from raytrain.model.relative_attention_twin import shift
 
 
 class _Autocast(nn.Module):

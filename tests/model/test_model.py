@@ -17,7 +17,7 @@ from raytrain.decoding.settings import DecodeSettings
 from raytrain.model.canary import Canary, CanaryOutput, exported_state
 from raytrain.model.config import SpecAugmentSettings
 from raytrain.model.dropout import dropout
-from raytrain.model.encoder import shift
+from raytrain.model.relative_attention_twin import shift
 from raytrain.model.features import SpecAugment
 from raytrain.model.formats.nemo import read_nemo
 from raytrain.model.loss import canary_loss
