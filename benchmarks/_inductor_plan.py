@@ -235,6 +235,7 @@ def main() -> None:
     from raytrain.model.canary import Canary
     from raytrain.model.config import ModelConfig
     from raytrain.training.acceleration import fuses_attention
+    from raytrain.training.settings import TrainSettings
 
     torch._functorch.config.force_non_lazy_backward_lowering = True
     torch._functorch.config.enable_autograd_cache = False
@@ -242,7 +243,7 @@ def main() -> None:
     request = json.load(sys.stdin)
     with torch.device("meta"):
         model = Canary(config := ModelConfig(**request["model"])).train()
-    model.fuse_attention(fuses_attention(config, "cuda"))
+    model.fuse_attention(fuses_attention(config, TrainSettings(), "cuda"))
     plans = {}
     for kind, entry in request["blocks"].items():
         torch._dynamo.reset()

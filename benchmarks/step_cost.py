@@ -58,7 +58,7 @@ class CountedStep:
     """Costs of an eager step by origin, and inputs of the blocks for the compiler."""
 
     def __init__(self, config: ModelConfig, batch: int, seconds: float, tokens: int) -> None:
-        settings = settings_of(compile=False, num_workers=1)
+        settings = settings_of(compile="never", num_workers=1)
         tracer = StepTracer(config, settings, precision="bf16", remember=False)
         model = tracer._model  # a step like the tracer's, of which more than the memory is wanted
         self.blocks: dict[str, Any] = {}

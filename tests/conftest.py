@@ -298,7 +298,7 @@ def tiny_values(corpus: Path, root: Path, **sections: dict) -> dict:
             "validate_every_steps": 6,
             "checkpoint_every_steps": 3,
             "log_every_steps": 1,
-            "compile": False,  # tracing as compiled takes seconds in each process
+            "compile": "never",  # tracing as compiled takes seconds in each process
         },
         "evaluate": {"batch_size": 5, "max_generation_delta": 5},
     }

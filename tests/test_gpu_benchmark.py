@@ -187,7 +187,7 @@ def test_cells_are_predicted_and_run(bench, reports):
 @pytest.mark.parametrize(("takes", "tries"), [(0.93, 0), (1.07, 2), (3.0, None)])
 def test_the_error_is_that_of_the_batch_that_fits(takes, tries):
     """On a device that takes so much of what is predicted."""
-    config, settings, cell = config_of("canary-tiny"), TrainSettings(num_workers=2, compile=False), (4000, 30)
+    config, settings, cell = config_of("canary-tiny"), TrainSettings(num_workers=2, compile="never"), (4000, 30)
     tracer = StepTracer(config, settings, precision="bf16", world_size=2)
     prediction = predict_batch_size(tracer, *cell, GIB, 4096)
 

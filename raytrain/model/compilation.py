@@ -112,7 +112,7 @@ def _examples(config: ModelConfig, dtype: torch.dtype, device: torch.device) -> 
 def _warn(what: str, error: Exception) -> None:
     warnings.warn(
         f"{what} can't be compiled and runs uncompiled, slower; because {first_line(error)}; to do: install the Triton "
-        "of this torch and a C compiler, or set train.compile: false",
+        "of this torch and a C compiler, or set train.compile: never",
         CompilationWarning,
         stacklevel=3,
     )

@@ -21,7 +21,7 @@ from raytrain.training.step import computing_type
 def compiles(settings: TrainSettings, device_type: str) -> bool:
     """Whether steps on `device_type` run compiled blocks: by default on GPUs, where overheads and memory traffic take
     most of an uncompiled step's time."""
-    return settings.compile is True or (settings.compile == "auto" and device_type == "cuda")
+    return settings.compile == "always" or (settings.compile == "auto" and device_type == "cuda")
 
 
 def accelerate(model: Canary, settings: TrainSettings, precision: str) -> None:
@@ -35,7 +35,7 @@ def accelerate(model: Canary, settings: TrainSettings, precision: str) -> None:
 
 def fuses_attention(config: ModelConfig, settings: TrainSettings, device_type: str) -> bool:
     """Whether steps on `device_type` have a kernel for attention that keeps no scores, if it works there."""
-    if device_type != "cuda" or settings.compile is False:
+    if device_type != "cuda" or settings.compile == "never":
         return False
     return config.encoder_width // config.encoder_heads in WIDTHS
 

@@ -12,6 +12,7 @@ MAX_WORKERS = 65_536
 LearningRate = Annotated[float, Range(0, 100, above=True)]
 Steps = Annotated[int, Range(1, 10**12)]
 Minutes = Annotated[float, Range(0, 10**7, above=True)]
+COMPILING = Switch(on="always", off="never")
 CHECKPOINTING = Switch(on="full", off="none")
 ErrorRate = Annotated[float, Range(0, 100)]  # WER exceeds 1 if there are more errors than reference words
 Moment = Annotated[float, Range(0, 1, above=True, below=True)]
@@ -41,11 +42,12 @@ class TrainSettings:
         ),
     ] = "none"
     compile: Annotated[
-        Literal["auto", True, False],
+        Literal["auto", "always", "never"],
+        COMPILING,
         Setting(
             "Compile the model's blocks, and on a GPU compute attention without keeping scores: auto does on a GPU, "
             "where it takes up to a minute and a half at the first start on a machine. If the compiler fails, training "
-            "warns and runs uncompiled.",
+            "warns and runs uncompiled. true and false mean always and never.",
             lineage=False,
         ),
     ] = "auto"

@@ -105,7 +105,7 @@ def test_evaluation_is_not_compiled(compiled):
 @needs_compiler
 @pytest.mark.timeout(300)
 def test_a_compiled_model_trains_with_dropout(compiled):
-    settings = TrainSettings(warmup_steps=1, learning_rate=1e-3, compile=True)
+    settings = TrainSettings(warmup_steps=1, learning_rate=1e-3, compile="always")
     model = made(replace(MODEL, dropout=0.1))
     accelerate(model, settings, "fp32")
     assert is_compiled(model)
@@ -158,7 +158,7 @@ def is_compilation(warning) -> bool:
 
 @pytest.mark.parametrize(
     ("setting", "device", "wanted"),
-    [("auto", "cuda", True), ("auto", "cpu", False), (True, "cpu", True), (False, "cuda", False)],
+    [("auto", "cuda", True), ("auto", "cpu", False), ("always", "cpu", True), ("never", "cuda", False)],
 )
 def test_steps_are_compiled_on_gpus_unless_the_settings_say_otherwise(setting, device, wanted):
     assert compiles(TrainSettings(compile=setting), device) == wanted

@@ -410,7 +410,7 @@ SETTINGS = [
         "oomptimize train",
         {
             "train.activation_checkpointing": "full",
-            "train.compile": True,
+            "train.compile": "always",
             "train.shard": True,
             "train.num_workers": 1,
             "train.accumulate": 2,

@@ -17,7 +17,7 @@ from raytrain.training.settings import TrainSettings
 
 MODEL = replace(TINY, encoder_layers=3, encoder_width=64, subsampling_channels=32, ctc_head=True)
 # Compiled blocks are traced in test_checkpointed_blocks.py; each tracer takes seconds for them.
-SETTINGS = TrainSettings(ctc_weight=0.5, num_workers=1, compile=False)
+SETTINGS = TrainSettings(ctc_weight=0.5, num_workers=1, compile="never")
 MEASURED = Path(__file__).parents[2] / "benchmarks" / "results" / "oomptimizer_cuda_20261128.json"
 MIB, GIB = 2**20, 2**30
 WEIGHTS = sum(parameter.numel() * 4 for parameter in Canary(MODEL).parameters())
@@ -91,7 +91,7 @@ def test_a_step_takes_less_than_was_measured_on_a_gpu_before_its_residual_stream
 
     measured = json.loads(MEASURED.read_text())["result"]
     for name, model in measured["models"].items():
-        settings = TrainSettings(num_workers=2, precision="bf16", compile=False)
+        settings = TrainSettings(num_workers=2, precision="bf16", compile="never")
         tracer = StepTracer(config_of(name), settings, precision="bf16", world_size=2)
         for cell in model["cells"]:
             memory = tracer.trace(cell["batch_size"], *cell["edges"])
