@@ -62,7 +62,15 @@ def _mixing(workspace: Workspace) -> list[object]:
 
 def training_key(workspace: Workspace) -> list[object]:
     """Everything that training depends on, as JSON values."""
-    return [training_lineage(workspace), workspace.config.section("train"), *_validation(workspace)]
+    return [training_lineage(workspace), _train_section(workspace), *_validation(workspace)]
+
+
+def _train_section(workspace: Workspace) -> dict[str, object]:
+    """The section `train`, without a later setting at its default, so that earlier runs keep their keys."""
+    section = workspace.config.section("train")
+    if section["train"]["reduce_in"] == "fp32":
+        del section["train"]["reduce_in"]
+    return section
 
 
 def _validation(workspace: Workspace) -> list[object]:

@@ -34,6 +34,7 @@ def key(workspace: Workspace) -> object:
         config.section("oomptimize"),
         [train.precision, train.ctc_weight > 0, train.num_workers, train.device, train.activation_checkpointing],
         [train.average_decay is not None, train.accumulate > 1, train.shard],
+        *([train.reduce_in] if train.reduce_in != "fp32" else []),  # a later setting: earlier runs keep their keys
         workspace.plan_id,
         workspace.model_id(),
         device_names(config),  # another device's sizes would waste memory or run out of it

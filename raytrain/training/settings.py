@@ -66,6 +66,14 @@ class TrainSettings:
         Literal["auto", "fp32", "bf16"],
         Setting("Precision of the computation: auto is bf16 autocast on a GPU and fp32 on a CPU."),
     ] = "auto"
+    reduce_in: Annotated[
+        Literal["fp32", "bf16"],
+        Setting(
+            "Precision in which workers exchange gradients: bf16 halves the bytes, for links that training waits for, "
+            "and rounds each sum to 8 bits.",
+            lineage=False,
+        ),
+    ] = "fp32"
     max_steps: Annotated[
         Steps,
         Setting(
