@@ -14,7 +14,7 @@ from raytrain.storage.artifacts import content_id, file_id, read_state
 from raytrain.storage.run_files import BATCH_PROFILE
 from raytrain.training.checkpoint_meta import CheckpointMeta
 from raytrain.training.conversion import model_stamp
-from raytrain.training.settings import CHECKPOINTING
+from raytrain.training.settings import CHECKPOINTING, TrainSettings
 
 
 def training_lineage(workspace: Workspace) -> str:
@@ -63,10 +63,19 @@ def _mixing(workspace: Workspace) -> list[object]:
 
 def training_key(workspace: Workspace) -> list[object]:
     """Everything that training depends on, as JSON values."""
-    train = workspace.config.section("train")["train"]
-    # Earlier run folders have a truth value here.
+    return [training_lineage(workspace), _train_section(workspace), *_validation(workspace)]
+
+
+def _train_section(workspace: Workspace) -> dict[str, object]:
+    """The section `train` as earlier runs have it, so that they keep their keys: without later settings at their
+    defaults, and with a truth value where there are more choices now."""
+    section = workspace.config.section("train")
+    train = section["train"]
     train["activation_checkpointing"] = CHECKPOINTING.earlier(train["activation_checkpointing"])
-    return [training_lineage(workspace), {"train": train}, *_validation(workspace)]
+    for name in ("reduce_in", "compile"):
+        if train[name] == getattr(TrainSettings, name):
+            del train[name]
+    return section
 
 
 def _validation(workspace: Workspace) -> list[object]:

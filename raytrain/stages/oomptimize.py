@@ -42,6 +42,7 @@ def key(workspace: Workspace) -> object:
         ],
         train.compile,
         [train.average_decay is not None, train.accumulate > 1, train.shard],
+        *([train.reduce_in] if train.reduce_in != "fp32" else []),  # a later setting: earlier runs keep their keys
         workspace.plan_id,
         workspace.model_id(),
         device_names(config),  # another device's sizes would waste memory or run out of it

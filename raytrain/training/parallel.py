@@ -9,11 +9,15 @@ from __future__ import annotations
 
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 
 from raytrain.errors import TrainingError
 from raytrain.model.canary import Canary
 from raytrain.training.settings import TrainSettings
+
+# DDP's buckets: 25 MiB, as by default, are latency-bound from 64 GPUs on; much larger buckets leave more to reduce
+# after the backward pass (`benchmarks.reduction`, docs/scale.md).
+BUCKET_MIB = 100
 
 
 def backend_of(device_type: str) -> str:
@@ -69,11 +73,32 @@ def parallel_model(model: Canary, settings: TrainSettings, world_size: int, devi
             )
         from raytrain.training.sharded import shard  # its imports take seconds
 
-        return shard(model, device.type)
-    return nn.parallel.DistributedDataParallel(
+        return shard(model, device.type, settings.reduce_in)
+    wrapped = nn.parallel.DistributedDataParallel(
         model,
         device_ids=[device.index] if device.type == "cuda" else None,
+        bucket_cap_mb=BUCKET_MIB,
         gradient_as_bucket_view=True,
+        batched_grad_copy=True,  # gradients reach a bucket by one kernel, not by one each
         # Batch-norm statistics stay local to each rank until they are used; see `training.step`.
         broadcast_buffers=False,
+        # No `static_graph`: the step computes the same without it, and with it micro-batches in `no_sync` fail.
     )
+    if settings.reduce_in == "bf16":
+        # DDP evaluates annotations of hooks, and refuses torch's own for other backends than NCCL.
+        wrapped.register_comm_hook(None, lambda _, bucket: average_in_bf16(bucket.buffer()))
+    return wrapped
+
+
+def average_in_bf16(gradients: Tensor) -> torch.futures.Future[Tensor]:
+    """Replace float32 gradients (N,) by their mean over ranks, exchanged as bfloat16; all ranks must call it."""
+    # Divided before they are rounded, by a single kernel, so that they are rounded once.
+    rounded = torch.empty_like(gradients, dtype=torch.bfloat16)
+    torch.div(gradients, dist.get_world_size(), out=rounded)
+    work = dist.all_reduce(rounded, async_op=True)
+    assert work is not None
+
+    def widen(future: torch.futures.Future[list[Tensor]]) -> Tensor:
+        return gradients.copy_(future.value()[0])
+
+    return work.get_future().then(widen)

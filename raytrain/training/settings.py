@@ -88,6 +88,14 @@ class TrainSettings:
             "moments are in fp32 in either case."
         ),
     ] = "auto"
+    reduce_in: Annotated[
+        Literal["fp32", "bf16"],
+        Setting(
+            "Precision in which workers exchange gradients: bf16 halves the bytes, for links that training waits for, "
+            "and rounds each sum to 8 bits.",
+            lineage=False,
+        ),
+    ] = "fp32"
     max_steps: Annotated[
         Steps,
         Setting(

@@ -18,7 +18,7 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
 from raytrain.model.canary import Canary
@@ -28,16 +28,18 @@ from raytrain.training.parallel import blocks_of
 _WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
 
 
-def shard(model: Canary, device_type: str) -> nn.Module:
+def shard(model: Canary, device_type: str, reduce_in: str = "fp32") -> nn.Module:
     """Shard every block of encoder and decoder, and the remainder as one unit, over all ranks; returns the model
     itself.
 
-    Load weights before, and make the optimizer after it.
+    Load weights before, and make the optimizer after it. `reduce_in` is fp32, or bf16 for gradients that are rounded
+    before they are exchanged; FSDP2 then adds up micro-batches in it too.
     """
     mesh = init_device_mesh(device_type, (dist.get_world_size(),))
+    policy = MixedPrecisionPolicy(reduce_dtype=torch.bfloat16 if reduce_in == "bf16" else None)
     for block in blocks_of(model):
-        fully_shard(block, mesh=mesh)
-    fully_shard(model, mesh=mesh)
+        fully_shard(block, mesh=mesh, mp_policy=policy)
+    fully_shard(model, mesh=mesh, mp_policy=policy)
     return model
 
 

@@ -17,10 +17,10 @@ from raytrain.decoding.settings import DecodeSettings
 from raytrain.model.canary import Canary, CanaryOutput, exported_state
 from raytrain.model.config import SpecAugmentSettings
 from raytrain.model.dropout import dropout
-from raytrain.model.relative_attention_twin import shift
 from raytrain.model.features import SpecAugment
 from raytrain.model.formats.nemo import read_nemo
 from raytrain.model.loss import canary_loss
+from raytrain.model.relative_attention_twin import shift
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 TINY = replace(SMALLEST, encoder_layers=2, decoder_layers=2, decoder_width=48, vocab_size=61, ctc_head=True)

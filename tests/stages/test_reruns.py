@@ -415,6 +415,7 @@ SETTINGS = [
             "train.num_workers": 1,
             "train.accumulate": 2,
             "train.device": "auto",
+            "train.reduce_in": "bf16",
         },
     ),
     (

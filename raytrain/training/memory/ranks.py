@@ -18,7 +18,7 @@ from torch.autograd import Variable
 
 from raytrain.model.canary import Canary
 from raytrain.training.memory.live_bytes import LiveBytes
-from raytrain.training.parallel import blocks_of
+from raytrain.training.parallel import BUCKET_MIB, blocks_of
 
 
 def area_of(name: str) -> str:
@@ -30,17 +30,29 @@ def _trained(model: nn.Module) -> dict[str, nn.Parameter]:
     return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
-def _empty(num_elements: int) -> Tensor:
-    return torch.empty(num_elements, device="meta")
+def _empty(num_elements: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.empty(num_elements, device="meta", dtype=dtype)
+
+
+def _exchanged(reduce_in: str) -> torch.dtype:
+    """The type in which gradients are exchanged; see `train.reduce_in`."""
+    return torch.bfloat16 if reduce_in == "bf16" else torch.float32
 
 
 class WholeRank:
     """A rank that has the whole model. With `world_size` above 1 DDP's reducer holds all gradients in its buckets
-    between steps too, and a parameter's own gradient lives only until it is copied there (`gradient_as_bucket_view`).
+    between steps too. Gradients are copied there once all of a bucket are there, in the last micro-batch alone
+    (`batched_grad_copy`, `no_sync`). If they are exchanged in bf16, rounded copies live until they have been, on a slow
+    link all at the end of backward.
     """
 
-    def __init__(self, model: Canary, meter: LiveBytes, world_size: int, averaged: bool) -> None:
+    def __init__(
+        self, model: Canary, meter: LiveBytes, world_size: int, averaged: bool, reduce_in: str = "fp32"
+    ) -> None:
         self._model, self._meter, self._parameters = model, meter, _trained(model)
+        self._reduces, self._dtype = True, _exchanged(reduce_in)
+        self._bucket: list[tuple[int, Tensor]] = []
+        self._rounded: list[Tensor] = []
         sizes = [parameter.numel() for parameter in self._parameters.values()]
         self._moments = [_empty(size) for size in sizes for _ in range(2)] + [_empty(1) for _ in sizes]
         self._average = [_empty(size) for size in sizes] if averaged else []
@@ -49,6 +61,8 @@ class WholeRank:
         for name, parameter in self._parameters.items():
             parameter.register_post_accumulate_grad_hook(partial(self._gradient_is_there, area_of(name), offset))
             offset += parameter.numel()
+        if self._reducer is not None:  # what `train_step` asks of a model that is spread over ranks
+            model.set_requires_gradient_sync = self._set_sync  # type: ignore[assignment]
 
     def watch(self) -> None:
         """Count the bytes that stay between steps."""
@@ -62,15 +76,38 @@ class WholeRank:
         """As the optimizer's."""
         for parameter in self._parameters.values():
             parameter.grad = None
+        self._bucket.clear()
+        self._rounded.clear()
+        self._reduces = True
 
     def step(self) -> None:
-        """As the optimizer's: nothing is allocated."""
+        """As the optimizer's: nothing is allocated, and the exchange has ended."""
+        self._copy_to_reducer()
+        self._rounded.clear()
+
+    def _set_sync(self, reduces: bool) -> None:
+        self._reduces = reduces
 
     def _gradient_is_there(self, area: str, offset: int, parameter: Tensor) -> None:
-        if self._reducer is not None:
+        if parameter.grad is None:
+            return
+        self._meter.watch(parameter.grad, "gradients", area)
+        if self._reducer is None or not self._reduces:
+            return
+        self._bucket.append((offset, parameter))
+        if sum(gradient.nbytes for _, gradient in self._bucket) >= BUCKET_MIB * 2**20:
+            self._copy_to_reducer()
+
+    def _copy_to_reducer(self) -> None:
+        if self._reducer is None or not self._bucket:
+            return
+        for offset, parameter in self._bucket:
             parameter.grad = self._reducer[offset : offset + parameter.numel()].view_as(parameter)
-        elif parameter.grad is not None:
-            self._meter.watch(parameter.grad, "gradients", area)
+        if self._dtype != torch.float32:
+            rounded = _empty(sum(parameter.numel() for _, parameter in self._bucket), self._dtype)
+            self._meter.watch(rounded, "gradients", "reducer")
+            self._rounded.append(rounded)
+        self._bucket.clear()
 
 
 def _watch_optimizer(meter: LiveBytes, moments: Iterable[Tensor], average: Iterable[Tensor]) -> None:
@@ -130,9 +167,17 @@ class ShardedRank:
     gloo copies what it reduces and gathers; NCCL does neither.
     """
 
-    def __init__(self, model: Canary, meter: LiveBytes, world_size: int, averaged: bool, device_type: str) -> None:
+    def __init__(
+        self,
+        model: Canary,
+        meter: LiveBytes,
+        world_size: int,
+        averaged: bool,
+        device_type: str,
+        reduce_in: str = "fp32",
+    ) -> None:
         self._model, self._meter, self._copies = model, meter, device_type == "cpu"
-        self._world_size, self._reduces = world_size, True
+        self._world_size, self._reduces, self._dtype = world_size, True, _exchanged(reduce_in)
         blocks = blocks_of(model)
         names = {id(parameter): name for name, parameter in _trained(model).items()}
         of_blocks = [{names[id(parameter)]: parameter for parameter in block.parameters()} for block in blocks]
@@ -184,8 +229,8 @@ class ShardedRank:
     def _set_sync(self, reduces: bool) -> None:
         self._reduces = reduces
 
-    def _make(self, num_elements: int, phase: str, area: str) -> Tensor:
-        tensor = _empty(num_elements)
+    def _make(self, num_elements: int, phase: str, area: str, dtype: torch.dtype = torch.float32) -> Tensor:
+        tensor = _empty(num_elements, dtype)
         self._meter.watch(tensor, phase, area)
         return tensor
 
@@ -260,11 +305,14 @@ class ShardedRank:
         for parameter in unit.parameters.values():
             parameter.grad = None
         self._reducing = None
-        self._reducing = self._make(sum(unit.padded_sizes), "gradients", "reduce-scatter")
+        self._reducing = self._make(sum(unit.padded_sizes), "gradients", "reduce-scatter", self._dtype)
         gradients.clear()
-        unit.gradients = self._make(sum(unit.shard_sizes), "gradients", unit.area)
+        part = self._make(sum(unit.shard_sizes), "gradients", unit.area, self._dtype)
         if self._copies:
-            self._make(sum(unit.padded_sizes), "gradients", "reduce-scatter")
+            self._make(sum(unit.padded_sizes), "gradients", "reduce-scatter", self._dtype)
+        # A rounded part is widened to a new tensor.
+        is_whole = self._dtype == torch.float32
+        unit.gradients = part if is_whole else self._make(sum(unit.shard_sizes), "gradients", unit.area)
 
     def _end_backward(self) -> None:
         for unit in self._units:

@@ -116,9 +116,9 @@ class StepTracer:
         is_part = is_sharded(settings, world_size) if shard is None else shard and world_size > 1
         self._rank: WholeRank | ShardedRank
         if is_part:
-            self._rank = ShardedRank(self._model, self._meter, world_size, averaged, device_type)
+            self._rank = ShardedRank(self._model, self._meter, world_size, averaged, device_type, settings.reduce_in)
         else:
-            self._rank = WholeRank(self._model, self._meter, world_size, averaged)
+            self._rank = WholeRank(self._model, self._meter, world_size, averaged, settings.reduce_in)
         self._blocks: CompiledBlocks | None = None
         if compiled:
             self._blocks = self._compiled_blocks()
