@@ -36,6 +36,7 @@ benchmark: .venv/ready
 	$(BIN)/python -m benchmarks.loader_memory
 	$(BIN)/python -m benchmarks.training
 	$(BIN)/python -m benchmarks.host_memory
+	$(BIN)/python -m benchmarks.reduction
 	$(BIN)/python -m benchmarks.train_step
 	$(BIN)/python -m benchmarks.decode
 	$(BIN)/python -m benchmarks.rtfx --precisions fp32 bf16 int8
