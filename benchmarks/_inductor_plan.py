@@ -67,6 +67,7 @@ _H100 = SimpleNamespace(
     shared_memory_per_block=48 << 10,
     shared_memory_per_block_optin=227 << 10,
     L2_cache_size=50 << 20,
+    gcnArchName="",
 )
 
 
@@ -229,6 +230,7 @@ def main() -> None:
     _pretend()
     import torch._functorch.config
     import torch._inductor.config
+    from torch._inductor.fx_passes import fuse_attention
     from torch._subclasses import FakeTensorMode
     from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
@@ -237,9 +239,12 @@ def main() -> None:
     from raytrain.training.acceleration import fuses_attention
     from raytrain.training.settings import TrainSettings
 
+    # Patterns of attention that is spelled out, made of numbers on the device; the blocks call attention by its name.
+    fuse_attention._sfdp_init = lambda *_: None
     torch._functorch.config.force_non_lazy_backward_lowering = True
     torch._functorch.config.enable_autograd_cache = False
     torch._inductor.config.fx_graph_cache = False
+    torch._inductor.config.joint_graph_constant_folding = False  # it computes on the device; kernels inline constants
     request = json.load(sys.stdin)
     with torch.device("meta"):
         model = Canary(config := ModelConfig(**request["model"])).train()
