@@ -67,6 +67,7 @@ _H100 = SimpleNamespace(
     shared_memory_per_block=48 << 10,
     shared_memory_per_block_optin=227 << 10,
     L2_cache_size=50 << 20,
+    gcnArchName="",
 )
 
 
@@ -74,7 +75,7 @@ def plan_blocks(request: dict[str, Any]) -> dict[str, Any]:
     """Plans of blocks by kind, made in a process of its own: `forward` and `backward`, lists of kernels.
 
     `request`: `model` (fields of a `ModelConfig`), `blocks` (kind → `module`, its name in the model, and `inputs` of
-    shape, stride, dtype, requires_grad). Raises `RuntimeError` with the end of the process's output.
+    shape, stride, dtype, grad), `options` of inductor. Raises `RuntimeError` with the end of the process's output.
     """
     root = Path(__file__).resolve().parents[1]
     done = subprocess.run(
@@ -182,7 +183,7 @@ def _attention(q: Any, k: Any, v: Any, attn_mask: Any = None, dropout_p: float =
     return aten._scaled_dot_product_efficient_attention(q, k, v, bias, True, dropout_p, is_causal)[0]
 
 
-def _plan(block: Any, inputs: list[Any]) -> dict[str, Any]:
+def _plan(block: Any, inputs: list[Any], options: dict[str, Any]) -> dict[str, Any]:
     import torch
     from torch._inductor.compile_fx import compile_fx
     from torch._inductor.graph import GraphLowering
@@ -208,7 +209,7 @@ def _plan(block: Any, inputs: list[Any]) -> dict[str, Any]:
 
     GraphLowering.compile_to_module = stop
     try:
-        with torch._inductor.config.patch(_options(type(block))):
+        with torch._inductor.config.patch(_options(type(block)) | options):
             torch.compile(type(block).compute, backend=backend, dynamic=True, fullgraph=True)(block, *inputs)
     except _Planned:
         return dict(zip(("forward", "backward"), plans, strict=True))
@@ -229,25 +230,27 @@ def main() -> None:
     _pretend()
     import torch._functorch.config
     import torch._inductor.config
+    from torch._inductor.fx_passes import fuse_attention
     from torch._subclasses import FakeTensorMode
     from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
-    from raytrain.model.canary import Canary
     from raytrain.model.config import ModelConfig
-    from raytrain.training.acceleration import fuses_attention
+    from raytrain.training.memory.tracer import StepTracer
     from raytrain.training.settings import TrainSettings
 
+    # Patterns of attention that is spelled out, made of numbers on the device; the blocks call attention by its name.
+    fuse_attention._sfdp_init = lambda *_: None
     torch._functorch.config.force_non_lazy_backward_lowering = True
     torch._functorch.config.enable_autograd_cache = False
     torch._inductor.config.fx_graph_cache = False
+    torch._inductor.config.joint_graph_constant_folding = False  # it computes on the device; kernels inline constants
     request = json.load(sys.stdin)
-    with torch.device("meta"):
-        model = Canary(config := ModelConfig(**request["model"])).train()
-    model.fuse_attention(fuses_attention(config, TrainSettings(), "cuda"))
+    # As the tracer prepares it for steps on CUDA.
+    tracer = StepTracer(ModelConfig(**request["model"]), TrainSettings(), precision="bf16", compiled=False)
     plans = {}
     for kind, entry in request["blocks"].items():
         torch._dynamo.reset()
-        block = model.get_submodule(entry["module"])
+        block = tracer._model.get_submodule(entry["module"])
         with FakeTensorMode(shape_env=ShapeEnv()):
             block._apply(lambda x: torch.empty(x.shape, dtype=x.dtype, device="cuda"))
             inputs = [
@@ -256,7 +259,7 @@ def main() -> None:
                 )
                 for x in entry["inputs"]
             ]
-            plans[kind] = _plan(block, inputs)
+            plans[kind] = _plan(block, inputs, request["options"])
     print(json.dumps(plans))
 
 

@@ -33,6 +33,7 @@ _LAUNCHES: dict[str, tuple[int, int]] = {
     "native_batch_norm_backward": (2, 0),
     "_scaled_dot_product_efficient_attention_backward": (2, 0),
     "_scaled_dot_product_flash_attention_backward": (3, 0),
+    "relative_attention_backward": (3, 0),  # of queries, keys and positions
     "constant_pad_nd": (2, 1),  # filled, then the inner part is copied
     "slice_backward": (2, 1),
     "select_backward": (2, 1),
@@ -145,6 +146,11 @@ def is_product(func: OpOverload, args: tuple[Any, ...]) -> bool:
         weight = args[1] if name == "convolution" else args[2]
         return math.prod(weight.shape[1:]) >= _FEW_PRODUCTS
     return is_product_name(name)
+
+
+def launches(name: str) -> int:
+    """Kernels of an operator, by its name."""
+    return _LAUNCHES.get(name, (1, 0))[0]
 
 
 def is_product_name(name: str) -> bool:
