@@ -1,8 +1,9 @@
 """The encoder's convolutions over few inputs per output: strided ones of kernel 3, and depthwise ones over time.
 
-They are bound by memory, not by arithmetic. Where code is compiled they are written as sums of shifted products, which
-the compiler fuses with the activation, mask and bias around them, forward and backward; elsewhere the library's
-convolution is faster.
+They are bound by memory, not by arithmetic. Where code is compiled, those over time and the strided one from a single
+channel are written as sums of shifted products, which the compiler fuses with the activation, mask and bias around
+them; elsewhere the library's convolution is faster. The depthwise strided ones stay the library's: their backward pass
+by shifts moves more bytes.
 
 Shapes: B utterances, H × W positions, C channels, last in memory; T frames, D width.
 """
@@ -16,7 +17,7 @@ from torch.nn import functional as F
 
 def strided(layer: nn.Conv2d, x_BHWC: Tensor) -> Tensor:
     """Kernel 3, stride 2, padding 1: (B, H, W, C) → (B, ⌈H/2⌉, ⌈W/2⌉, C'), depthwise (C' = C) or from one channel."""
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() and layer.in_channels == 1:
         return strided_by_shifts(layer, x_BHWC)
     weight, bias = _like(layer, x_BHWC)
     x = F.conv2d(x_BHWC.permute(0, 3, 1, 2), weight, bias, stride=2, padding=1, groups=layer.groups)
