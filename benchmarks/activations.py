@@ -2,8 +2,8 @@
 
 For each model, bucket and choice: the predicted largest batch on a device of 80 GiB in bf16; and for a fixed batch the
 floating-point operations relative to `none`, and for eager blocks the bytes that other operators than products read and
-write. For compiled blocks there are no bytes: operators in their graphs are not kernels, and counted as if they were,
-they come to twice what inductor's scheduler counts.
+write. For compiled blocks there are no bytes: operators in their graphs are not kernels, and those that share a kernel
+would count its inputs again.
 """
 
 from __future__ import annotations
