@@ -15,6 +15,7 @@ from raytrain.model.block import Block
 from raytrain.model.canary import Canary
 from raytrain.model.compilation import CompilationWarning, compile_blocks, is_compiled
 from raytrain.training.acceleration import accelerate, compiles
+from raytrain.training.memory.step_meter import StepMeter
 from raytrain.training.optim import make_optimizer
 from raytrain.training.settings import TrainSettings
 from raytrain.training.step import train_step
@@ -120,6 +121,15 @@ def test_a_compiled_model_trains_with_dropout(compiled):
     assert float(other.sums[0]) != losses[0]
     losses += [float(train_step(model, [batch], optimizer, settings, precision="fp32").sums[0]) for _ in range(12)]
     assert losses[-1] < 0.9 * losses[0]
+
+
+@needs_compiler
+@pytest.mark.timeout(300)
+@pytest.mark.usefixtures("compiled")  # whose code is found on disk
+def test_probes_run_compiled_steps_where_training_does():
+    meter = StepMeter(MODEL, TrainSettings(num_workers=1, compile="always"), None, "cpu")
+    assert is_compiled(meter._bare) and meter.seconds["compilation"] > 0
+    assert meter.measure(2, (1500, 12), 1).fits
 
 
 def test_a_compiler_that_fails_is_a_warning_and_the_plain_pass():
