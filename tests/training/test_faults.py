@@ -272,4 +272,6 @@ def test_a_sharded_run_learns_the_same_and_either_kind_resumes_the_other(trained
     newest = CheckpointFolder(config.run_dir / "checkpoints").newest()
     for part in ("model", "average"):
         for name, value in last.load(part).items():
+            if name.endswith("depthwise_conv.bias"):
+                continue  # batch norm subtracts it: its gradient is rounding alone, which AdamW scales up
             torch.testing.assert_close(newest.load(part)[name], value, atol=2e-3, rtol=1e-2, msg=name)
