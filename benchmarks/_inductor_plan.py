@@ -189,6 +189,8 @@ def _plan(block: Any, inputs: list[Any], options: dict[str, Any]) -> dict[str, A
     from torch._inductor.graph import GraphLowering
     from torch.nn import functional as F
 
+    from raytrain.model.checkpointing import compile_options
+
     plans: list[list[dict[str, Any]]] = []
 
     def stop(self: Any) -> Any:
@@ -209,18 +211,11 @@ def _plan(block: Any, inputs: list[Any], options: dict[str, Any]) -> dict[str, A
 
     GraphLowering.compile_to_module = stop
     try:
-        with torch._inductor.config.patch(_options(type(block)) | options):
+        with torch._inductor.config.patch(compile_options("none") | options):
             torch.compile(type(block).compute, backend=backend, dynamic=True, fullgraph=True)(block, *inputs)
     except _Planned:
         return dict(zip(("forward", "backward"), plans, strict=True))
     raise RuntimeError("the block ran without inductor")
-
-
-def _options(kind: type) -> dict[str, Any]:
-    """Options that training compiles this kind of block with."""
-    from raytrain.model.checkpointing import compile_options
-
-    return compile_options("none", kind)
 
 
 def main() -> None:

@@ -49,7 +49,6 @@ MEASURED = {"eager": 0.422, "encoder blocks compiled for a fixed shape": 0.332}
 BLOCKS = {
     "encoder block": ("ConformerBlock", "encoder.layers.0"),
     "decoder block": ("DecoderBlock", "transf_decoder._decoder.layers.0"),
-    "subsampling": ("Subsampling", "encoder.pre_encode"),
 }
 
 

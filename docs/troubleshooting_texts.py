@@ -130,6 +130,9 @@ REASONS = {
 
 # Warning → meaning and fix.
 WARNINGS = {
+    "‹what› can't be compiled and runs uncompiled, slower; because …; to do: install the Triton of this torch and a C compiler, or set train.compile: never": "Training continues, slower and with more memory than oomptimize predicted ([training](training.md#compiled-steps)).",
+    "attention keeps its scores, which takes more memory and time; because ‹fault›; to do: install the Triton of this torch": "Training continues. The kernel for attention did not compile on this GPU, or disagreed with plain PyTorch on a small batch.",
+    "attention runs in plain PyTorch, slower and with more memory, because ‹fault›": "As above, where attention's operator is called by itself.",
     "… can be read by anyone with the cluster's token (Jobs API, dashboard); it is safer to set credentials on the nodes": "Variables named with `--env` become part of the job. Set them on the nodes instead.",
     "‹failed› of ‹rows› rows have no text; their field error says why": "Fix what the field `error` of the output reports, and run the command again.",
     "the demo did not write …": "A stage of the demo did not write its artifact: read the messages above this one.",

@@ -12,7 +12,6 @@ class Block(nn.Module):
     """A module whose pass in training may be compiled. Subclasses define `compute`, from inputs to outputs."""
 
     compute: Callable[..., Any]
-    recomputes = False  # whether its compiled pass keeps for backward what `selective` does in any mode
     compiled: Callable[..., Any] | None = None  # takes the block and its inputs; see `compilation`
 
     def forward(self, *inputs: Tensor) -> Any:

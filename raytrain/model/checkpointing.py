@@ -51,12 +51,11 @@ def eager_part(mode: Checkpointing, *, compiled: bool) -> Checkpointing:
     return "none" if compiled and mode == "selective" else mode
 
 
-def compile_options(mode: Checkpointing, kind: type[nn.Module] | None = None) -> dict[str, Any]:
-    """Options of `torch.compile` with inductor for a kind of block; compiled code is cached by them, so each mode has
-    code of its own."""
+def compile_options(mode: Checkpointing) -> dict[str, Any]:
+    """Options of `torch.compile` with inductor; compiled code is cached by them, so each mode has code of its own."""
     from raytrain.model.partition import PLAIN, SELECTIVE  # takes a second to import, for inductor
 
-    return {"custom_partitioner_fn": SELECTIVE if mode == "selective" or getattr(kind, "recomputes", False) else PLAIN}
+    return {"custom_partitioner_fn": SELECTIVE if mode == "selective" else PLAIN}
 
 
 def run_block(block: nn.Module, mode: Checkpointing, *inputs: Tensor) -> Any:

@@ -2,7 +2,7 @@
 
     if compile_blocks(model, torch.bfloat16): ...    # False, after one warning, if the compiler fails
 
-All blocks of a kind share their compiled code, so a model of 32 blocks compiles three kinds. Buckets have many shapes,
+All blocks of a kind share their compiled code, so a model of 36 blocks compiles two kinds. Buckets have many shapes,
 hence dynamic ones: sizes are symbols in the code. The compiler keeps its results on disk (`TORCHINDUCTOR_CACHE_DIR`),
 so the next start takes seconds. Evaluation is not compiled.
 """
@@ -22,7 +22,7 @@ from raytrain.model.canary import Canary
 from raytrain.model.checkpointing import compile_options
 from raytrain.model.config import Checkpointing, ModelConfig
 from raytrain.model.decoder import DecoderBlock
-from raytrain.model.encoder import ConformerBlock, Subsampling, relative_positions
+from raytrain.model.encoder import ConformerBlock, relative_positions
 
 # Of the warm-up: sizes that are equal to each other or to a width would be taken for the same symbol. They are large
 # enough for the code that real batches run: reductions over fewer elements are compiled differently.
@@ -65,8 +65,8 @@ def compile_blocks(model: Canary, dtype: torch.dtype, mode: Checkpointing = "non
 
     # DDP would split a block's graph where its buckets end, but a block is small enough to be reduced as a whole.
     torch._dynamo.config.optimize_ddp = False
-    kinds: tuple[type[Block], ...] = (Subsampling, ConformerBlock, DecoderBlock)
-    passes = {kind: CompiledPass(kind, compile_options(mode, kind)) for kind in kinds}
+    kinds: tuple[type[Block], ...] = (ConformerBlock, DecoderBlock)
+    passes = {kind: CompiledPass(kind, compile_options(mode)) for kind in kinds}
     device = next(model.parameters()).device
     try:
         with torch.random.fork_rng([device] if device.type == "cuda" else []):
@@ -87,7 +87,7 @@ def _run(compiled: CompiledPass, block: Block, inputs: tuple[Tensor, ...]) -> No
     with warnings.catch_warnings():
         warnings.simplefilter("error", CompilationWarning)
         outputs = compiled(block, *inputs)
-    (outputs[0] if isinstance(outputs, tuple) else outputs).float().square().mean().backward()
+    outputs.float().square().mean().backward()
 
 
 def _examples(config: ModelConfig, dtype: torch.dtype, device: torch.device) -> list[tuple[Block, tuple[Tensor, ...]]]:
@@ -97,12 +97,10 @@ def _examples(config: ModelConfig, dtype: torch.dtype, device: torch.device) -> 
         return torch.randn(_BATCH, length, width, device=device, dtype=dtype, requires_grad=True)
 
     frames = torch.full((_BATCH,), _FRAMES, device=device)
-    mel = torch.randn(_BATCH, config.mel_bins, 8 * _FRAMES, device=device, dtype=dtype)
     positions = relative_positions(_FRAMES, config.encoder_width, device).to(dtype)
     mask = torch.ones(_BATCH, 1, 1, _FRAMES, dtype=torch.bool, device=device)
     texts = (states(config.decoder_width, _TOKENS), states(config.decoder_width), mask)
     examples: list[tuple[Block, tuple[Tensor, ...]]] = [
-        (Subsampling(config.mel_bins, config.subsampling_channels, config.encoder_width), (mel, 8 * frames)),
         (ConformerBlock(config), (states(config.encoder_width), positions, frames)),
         (DecoderBlock(config), texts),
     ]

@@ -1,9 +1,8 @@
 """The encoder's convolutions over few inputs per output: strided ones of kernel 3, and depthwise ones over time.
 
-They are bound by memory, not by arithmetic. Where code is compiled, those over time and the strided one from a single
-channel are written as sums of shifted products, which the compiler fuses with the activation, mask and bias around
-them; elsewhere the library's convolution is faster. The depthwise strided ones stay the library's: their backward pass
-by shifts moves more bytes.
+They are bound by memory, not by arithmetic. Where code is compiled, those over time are written as sums of shifted
+products, which the compiler fuses with the activation, mask and bias around them; elsewhere the library's convolution
+is faster.
 
 Shapes: B utterances, H × W positions, C channels, last in memory; T frames, D width.
 """
@@ -17,31 +16,9 @@ from torch.nn import functional as F
 
 def strided(layer: nn.Conv2d, x_BHWC: Tensor) -> Tensor:
     """Kernel 3, stride 2, padding 1: (B, H, W, C) → (B, ⌈H/2⌉, ⌈W/2⌉, C'), depthwise (C' = C) or from one channel."""
-    if torch.compiler.is_compiling() and layer.in_channels == 1:
-        return strided_by_shifts(layer, x_BHWC)
     weight, bias = _like(layer, x_BHWC)
     x = F.conv2d(x_BHWC.permute(0, 3, 1, 2), weight, bias, stride=2, padding=1, groups=layer.groups)
     return x.permute(0, 2, 3, 1)
-
-
-def strided_by_shifts(layer: nn.Conv2d, x_BHWC: Tensor) -> Tensor:
-    """`strided` for even H and W: output i sees input 2i − 1, the odd position before, and 2i and 2i + 1."""
-    x = _wide(x_BHWC)
-    weight_CK, bias = _weights(layer, x)
-    rows = x.unflatten(1, (-1, 2))
-    result = bias
-    for i, of_row in enumerate(_taps(rows[:, :, 0], rows[:, :, 1], 1)):
-        columns = of_row.unflatten(2, (-1, 2))
-        for j, of_column in enumerate(_taps(columns[:, :, :, 0], columns[:, :, :, 1], 2)):
-            result = result + of_column * weight_CK[:, 3 * i + j]
-    return result.to(x_BHWC.dtype)
-
-
-def _taps(even: Tensor, odd: Tensor, dim: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Inputs 2i − 1, 2i and 2i + 1 along a dimension."""
-    size = odd.shape[dim]
-    before = F.pad(odd, (0, 0) * (odd.ndim - 1 - dim) + (1, 0)).narrow(dim, 0, size)
-    return before, even, odd
 
 
 def depthwise(layer: nn.Conv1d, x_BTD: Tensor) -> Tensor:

@@ -49,10 +49,8 @@ class MaskedReLU(torch.autograd.Function):
         return torch.ops.aten.threshold_backward(gradient, result, 0), None
 
 
-class Subsampling(Block):
+class Subsampling(nn.Module):
     """mel (B, M, T) → (B, ⌈T/8⌉, D); padding is zeroed before every convolution."""
-
-    recomputes = True  # its activations are the model's largest, and its convolutions of few inputs are cheap
 
     def __init__(self, mel_bins: int, channels: int, width: int) -> None:
         super().__init__()
@@ -68,7 +66,7 @@ class Subsampling(Block):
         )
         self.out = MixedLinear(channels * mel_bins // 8, width)
 
-    def compute(self, mel_BMT: Tensor, frames_B: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, mel_BMT: Tensor, frames_B: Tensor) -> tuple[Tensor, Tensor]:
         # Channels last makes the 1×1 convolutions matrix products, and the strided ones about twice as fast.
         x = (mel_BMT.transpose(1, 2) * mask_until(frames_B, mel_BMT.shape[2])[:, :, None]).contiguous()[..., None]
         lengths = frames_B
@@ -184,8 +182,6 @@ class FastConformer(nn.Module):
         self.checkpointing: Checkpointing = "none"  # what blocks keep for their backward pass
 
     def forward(self, mel_BMT: Tensor, frames_B: Tensor) -> tuple[Tensor, Tensor]:
-        # Strided convolutions take pairs of frames; the frames added here are padding as any other.
-        mel_BMT = F.pad(mel_BMT, (0, -mel_BMT.shape[2] % 8)) if mel_BMT.shape[2] % 8 else mel_BMT
         x, lengths = self.pre_encode(mel_BMT, frames_B)
         positions = relative_positions(x.shape[1], x.shape[2], x.device).to(x.dtype)
         # An utterance shorter than one frame still attends to its first one: no row may be masked whole.

@@ -76,10 +76,10 @@ def test_sixty_buckets_take_at_most_four_compilations_a_kind_and_equal_the_plain
         logits = wanted.pop("logits")
         torch.testing.assert_close(results.pop("logits"), logits, rtol=0, atol=1e-5 * float(logits.abs().max()))
         for name, value in results.items():
-            tolerance = 1e-5 if name.endswith(("running_mean", "running_var")) else 1e-4 * scale
+            tolerance = 1e-5 if name.endswith(("running_mean", "running_var")) else 1e-3 * scale
             torch.testing.assert_close(value, wanted[name], rtol=1e-5, atol=tolerance, msg=name)
     graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
-    assert 3 < graphs <= 3 * 4  # a kind has at least one
+    assert 2 <= graphs <= 2 * 4  # a kind has at least one
     compilations = [len(entries(kind)) for kind in {type(block) for block in compiled.modules() if is_block(block)}]
     assert max(compilations) <= 4 and sum(compilations) == graphs
 
@@ -157,7 +157,6 @@ def test_a_compiler_that_fails_for_a_later_shape_is_one_warning_a_kind(compiled)
     assert sorted(str(warning.message).split()[0] for warning in caught if is_compilation(warning)) == [
         "ConformerBlock",
         "DecoderBlock",
-        "Subsampling",
     ]
     torch.testing.assert_close(results["logits"], outputs_of(made(), batch)["logits"], rtol=0, atol=1e-5)
 

@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 from raytrain.data.batch import SpeechBatch
 from raytrain.model.canary import Canary
-from raytrain.model.convolution import depthwise, depthwise_by_shifts, strided, strided_by_shifts
+from raytrain.model.convolution import depthwise, depthwise_by_shifts
 from raytrain.model.mixed import MixedLayerNorm, MixedLinear
 
 
@@ -55,14 +55,6 @@ def test_a_linear_layer_rounds_weights_once():
     assert torch.equal(layer(x), wanted)
     layer(x).sum().backward()
     assert layer.weight.grad.dtype == torch.float32
-
-
-@pytest.mark.parametrize(("channels", "groups"), [(1, 1), (6, 6)])
-@pytest.mark.parametrize("size", [(2, 2), (8, 6), (14, 4)])
-def test_strided_convolutions_are_sums_of_shifted_products(channels, groups, size):
-    torch.manual_seed(0)
-    layer = nn.Conv2d(channels, 6, 3, stride=2, padding=1, groups=groups).double()
-    compare(layer, torch.randn(2, *size, channels).double(), strided, strided_by_shifts)
 
 
 @pytest.mark.parametrize("kernel", [1, 5, 9])

@@ -52,7 +52,13 @@ def test_a_budget_on_a_cpu_is_the_resident_size_of_the_process():
         assert not large.fits and "of a budget of 0.88" in large.why
         assert meter.measure(1, edges, 1).fits  # the process survives
         # The duration of the start, for the log.
-        assert meter.num_starts == 1 and set(meter.seconds) == {"process", "context", "model", "first_step"}
+        assert meter.num_starts == 1 and set(meter.seconds) == {
+            "process",
+            "context",
+            "model",
+            "compilation",
+            "first_step",
+        }
         assert all(seconds >= 0 for seconds in meter.seconds.values()) and meter.seconds["process"] > 0.1
 
 

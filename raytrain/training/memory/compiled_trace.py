@@ -126,9 +126,7 @@ class TracedBlock:
                 [*state, *sizes, *symbolic],
                 fw_compiler=partial(_GraphRunner.of, meter),
                 bw_compiler=partial(_GraphRunner.of, meter),
-                partition_fn=partial(
-                    _divided, compile_options(mode, type(block)), list(range(len(list(block.parameters()))))
-                ),
+                partition_fn=partial(_divided, compile_options(mode), list(range(len(list(block.parameters()))))),
                 decompositions=select_decomp_table(),
                 keep_inference_input_mutations=True,
             )
