@@ -102,7 +102,7 @@ def test_compiled_blocks_run_uncompiled_in_the_context_alone():
         outputs(reference)
     assert not calls
     outputs(model)
-    assert len(calls) == 5
+    assert len(calls) == 4
 
 
 # --- curves
