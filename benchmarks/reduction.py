@@ -27,9 +27,10 @@ import torch
 from benchmarks._models import config_of
 from benchmarks._record import record
 from benchmarks._reduction_accuracy import accuracy
+from raytrain.model.block import blocks_of
 from raytrain.model.canary import Canary
 from raytrain.training.memory.ranks import area_of
-from raytrain.training.parallel import BUCKET_MIB, blocks_of
+from raytrain.training.parallel import BUCKET_MIB
 
 GPUS_PER_NODE = 8
 MODELS = ("canary-1b-flash", "canary-1b")

@@ -21,6 +21,6 @@ class Block(nn.Module):
         return self.compute(*inputs)
 
 
-def compiled_modules(model: nn.Module) -> list[Block]:
-    """The modules of a model that are compiled where it is."""
+def blocks_of(model: nn.Module) -> list[Block]:
+    """Encoder's and decoder's blocks, each of which is compiled, and which FSDP2 shards and gathers as a unit."""
     return [module for module in model.modules() if isinstance(module, Block)]

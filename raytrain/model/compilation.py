@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from raytrain.errors import first_line
-from raytrain.model.block import Block, compiled_modules
+from raytrain.model.block import Block, blocks_of
 from raytrain.model.canary import Canary
 from raytrain.model.checkpointing import compile_options
 from raytrain.model.config import Checkpointing, ModelConfig
@@ -77,7 +77,7 @@ def compile_blocks(model: Canary, dtype: torch.dtype, mode: Checkpointing = "non
     except Exception as error:  # compilers fail in many ways, of which none should end training
         _warn("the model", error)
         return False
-    for module in compiled_modules(model):
+    for module in blocks_of(model):
         module.compiled = passes[type(module)]
     return True
 
@@ -118,4 +118,4 @@ def _warn(what: str, error: Exception) -> None:
 
 def is_compiled(model: nn.Module) -> bool:
     """Whether any block of a model is compiled."""
-    return any(module.compiled is not None for module in compiled_modules(model))
+    return any(module.compiled is not None for module in blocks_of(model))

@@ -35,7 +35,8 @@ def depthwise(layer: nn.Conv1d, x_BTD: Tensor) -> Tensor:
 def depthwise_by_shifts(layer: nn.Conv1d, x_BTD: Tensor) -> Tensor:
     """`depthwise` as a sum over the kernel's taps."""
     x, frames, reach = _wide(x_BTD), x_BTD.shape[1], layer.kernel_size[0] // 2
-    weight_DK, bias = _weights(layer, x)
+    weight, bias = _like(layer, x)
+    weight_DK = weight.flatten(1)
     padded, result = F.pad(x, (0, 0, reach, reach)), bias
     for tap in range(layer.kernel_size[0]):
         result = result + padded.narrow(1, tap, frames) * weight_DK[:, tap]
@@ -47,12 +48,7 @@ def _wide(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
-def _weights(layer: nn.Conv1d | nn.Conv2d, x: Tensor) -> tuple[Tensor, Tensor]:
-    """Weights (C, kernel positions) and bias (C,) in the type of `x`."""
-    assert layer.bias is not None
-    return layer.weight.flatten(1).to(x.dtype), layer.bias.to(x.dtype)
-
-
 def _like(layer: nn.Conv1d | nn.Conv2d, x: Tensor) -> tuple[Tensor, Tensor]:
+    """Weight and bias in the type of `x`."""
     assert layer.bias is not None
     return layer.weight.to(x.dtype), layer.bias.to(x.dtype)

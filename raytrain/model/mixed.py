@@ -13,11 +13,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 
-def cast_like(weight: Tensor, x: Tensor) -> Tensor:
-    """`weight` in the type of `x`."""
-    return weight.to(x.dtype)
-
-
 class MixedLinear(nn.Linear):
     """A linear layer that computes in its input's type."""
 

@@ -48,11 +48,6 @@ def micro_batches(settings: TrainSettings, world_size: int) -> int:
     return min(2, max(settings.accumulate, -(-shares // world_size)))
 
 
-def blocks_of(model: Canary) -> list[nn.Module]:
-    """Encoder's and decoder's blocks, each of which FSDP2 shards and gathers as a unit."""
-    return [*model.encoder.layers, *model.transf_decoder._decoder.layers]
-
-
 def parallel_model(model: Canary, settings: TrainSettings, world_size: int, device: torch.device) -> nn.Module:
     """The model that a training step with `world_size` ranks calls: `model` itself for one rank and for FSDP2, which
     changes its parameters, else DDP around it.

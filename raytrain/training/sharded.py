@@ -21,9 +21,9 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
+from raytrain.model.block import blocks_of
 from raytrain.model.canary import Canary
 from raytrain.training.checkpoint import StateDict
-from raytrain.training.parallel import blocks_of
 
 _WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
 

@@ -11,6 +11,7 @@ from torch._inductor.compile_fx import compile_fx
 
 from raytrain.data.batch import SpeechBatch
 from raytrain.model import checkpointing
+from raytrain.model.block import blocks_of
 from raytrain.model.canary import Canary
 from raytrain.model.checkpointing import compile_options, eager_part, run_block
 from raytrain.model.decoder import DecoderBlock
@@ -18,7 +19,6 @@ from raytrain.model.encoder import ConformerBlock
 from raytrain.training.memory.compiled_trace import CompiledBlocks, TracedBlock, fused_nodes
 from raytrain.training.memory.live_bytes import LiveBytes
 from raytrain.training.memory.tracer import StepTracer
-from raytrain.training.parallel import blocks_of
 from raytrain.training.settings import CHECKPOINTING, TrainSettings
 from raytrain.training.step import running_statistics
 

@@ -16,9 +16,10 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import Variable
 
+from raytrain.model.block import blocks_of
 from raytrain.model.canary import Canary
 from raytrain.training.memory.live_bytes import LiveBytes
-from raytrain.training.parallel import BUCKET_MIB, blocks_of
+from raytrain.training.parallel import BUCKET_MIB
 
 
 def area_of(name: str) -> str:

@@ -20,14 +20,14 @@ import torch
 from torch.utils.hooks import RemovableHandle
 
 from raytrain.data.batch import SpeechBatch
-from raytrain.model.block import compiled_modules
+from raytrain.model.block import blocks_of
 from raytrain.model.canary import Canary
 from raytrain.model.config import ModelConfig
 from raytrain.training.acceleration import compiles, fuses_attention
 from raytrain.training.memory.compiled_trace import CompiledBlocks, first_inputs
 from raytrain.training.memory.live_bytes import DeviceLike, LiveBytes, cuda_block, rounded
 from raytrain.training.memory.ranks import ShardedRank, WholeRank, area_of
-from raytrain.training.parallel import blocks_of, is_sharded, micro_batches
+from raytrain.training.parallel import is_sharded, micro_batches
 from raytrain.training.settings import TrainSettings
 from raytrain.training.step import train_step
 
@@ -124,7 +124,7 @@ class StepTracer:
             self._blocks = self._compiled_blocks()
 
     def _compiled_blocks(self) -> CompiledBlocks:
-        blocks = compiled_modules(self._model)
+        blocks = blocks_of(self._model)
         example = meta_batch(self._config, *_EXAMPLE)
         return CompiledBlocks(
             blocks,
