@@ -62,12 +62,13 @@ class StepMeter:
                 join_alone(self._device.type)
         with self._timed("model"):
             self._bare = probe_model(model, self._device).train()
+        with self._timed("compilation"):  # before it is wrapped, as in training: FSDP2 changes the blocks' classes
+            accelerate(self._bare, settings, self._precision)
+        with self._timed("model"):
             self._wrap()
             self._optimizer = make_optimizer(self._bare, settings)
             decay = settings.average_decay
             self._average = WeightAverage(self._bare, decay) if decay is not None else None
-        with self._timed("compilation"):
-            accelerate(self._bare, settings, self._precision)
         with self._timed("first_step"), contextlib.suppress(torch.OutOfMemoryError):
             self._run(1, (1000, 16))  # the optimizer's states come with its first step
 
@@ -76,7 +77,7 @@ class StepMeter:
         start = time.perf_counter()
         yield
         self._wait()
-        self.seconds[part] = time.perf_counter() - start
+        self.seconds[part] = self.seconds.get(part, 0.0) + time.perf_counter() - start
 
     def _open_device(self) -> None:
         if self._device.type != "cuda":
